@@ -1,0 +1,41 @@
+"""What the engines return: responses, and the group of responses to one prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_rapo.data.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled response.
+
+    Attributes:
+        token_ids: `[tokens]` int32, the end-of-sequence token included where the engine emitted it.
+        log_probs: `[tokens]` float32, the engine's log-probs in nats, of the temperature-scaled distribution.
+        weight_version: the version of the weights that sampled every one of its tokens.
+        finish_reason: `stop`, or `length` where it was truncated.
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    log_probs: npt.NDArray[np.float32]
+    weight_version: int
+    finish_reason: Literal["stop", "length"]
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the response was cut at the length limit."""
+        return self.finish_reason == "length"
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The responses to one prompt, over which group-relative advantages are taken."""
+
+    prompt: Prompt
+    responses: tuple[Response, ...]

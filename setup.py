@@ -1,0 +1,38 @@
+"""Packaging of megatron_rapo. Versions that are known to work together are pinned in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron_rapo",
+    version="0.1.0",
+    description="RAPO at scale: reinforcement learning with verifiable rewards on Megatron-Core",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_rapo", "megatron_rapo.*"]),
+    package_data={"megatron_rapo": ["py.typed"]},
+    install_requires=[
+        "fastapi",
+        "httpx",
+        # 0.16.x only: the CPU adapter and the optimizer-checkpoint repair name its internals.
+        "megatron-core>=0.16.1,<0.17",
+        "math-verify[antlr4_13_2]",
+        "numpy",
+        "psutil",  # without it megatron's dist_checkpointing.save waits for ever
+        "pyarrow",
+        "pydantic>=2.7",
+        "rich",
+        "safetensors",
+        "tensorboard",
+        "torch>=2.6",
+        "transformers>=5.0",
+        "uvicorn",
+    ],
+    extras_require={
+        "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff"],
+        "gpu": ["apex", "transformer-engine[pytorch]"],
+        "sglang": ["sglang"],
+        "vllm": ["vllm"],
+        "wandb": ["wandb"],
+    },
+    entry_points={"console_scripts": ["megatron-rapo = megatron_rapo.cli:main"]},
+)
