@@ -1,0 +1,85 @@
+"""The options of each prompt source: files and generated tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_rapo.config.section import PositiveInt, Section
+
+
+class FileData(Section):
+    """Prompts from a JSONL or Parquet file."""
+
+    source: Literal["file"]
+    path: Path = Field(description="A .jsonl or .parquet file, one problem a row.")
+    prompt_field: str = Field("question", description="Field that holds the problem.")
+    answer_field: str = Field(
+        "answer", description="Field that holds the gold answer; rows without one are reported and dropped."
+    )
+    template: Literal["plain", "chat"] = Field(
+        "chat",
+        description="`chat`: the tokenizer's own chat template; `plain`: `template_text` alone.",
+    )
+    template_text: str = Field(
+        "{prompt}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
+        description="The user's turn; `{prompt}` stands for the problem, `{{` and `}}` for braces.",
+    )
+    system_prompt: str | None = Field(None, description="System turn of the chat template.")
+    shuffle: bool = Field(True, description="A new order each epoch, by `run.seed`; else the file's order.")
+
+    @model_validator(mode="after")
+    def _check(self) -> FileData:
+        if self.path.suffix not in (".jsonl", ".parquet"):
+            raise ValueError(
+                f"path = '{self.path}' is neither .jsonl nor .parquet; convert it to one of them"
+            )
+        if self.template == "plain":
+            self._refuse(["system_prompt"], 'template is "plain"')
+        try:
+            rendered = self.template_text.format(prompt="\0")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"template_text = {self.template_text!r} is not a format string ({error!r}); "
+                "write {prompt} for the problem, and {{ }} for literal braces"
+            ) from error
+        if "\0" not in rendered:
+            raise ValueError(f"template_text = {self.template_text!r} lacks {{prompt}}; add it")
+        return self
+
+
+class CountdownData(Section):
+    """Generated: reach a target with given numbers, each used once, by + − × ÷ and brackets."""
+
+    source: Literal["countdown"]
+    numbers: Literal[3, 4] = Field(4, description="How many numbers a problem gives.")
+    largest: int = Field(25, ge=2, le=99, description="Numbers are drawn from 1 to this.")
+    operators: str = Field("+-*", description="Operators that a problem's hidden solution uses, of `+-*/`.")
+    problems: PositiveInt = Field(100_000, description="Size of the training set.")
+
+    @model_validator(mode="after")
+    def _check(self) -> CountdownData:
+        if not self.operators or set(self.operators) - set("+-*/"):
+            raise ValueError(f"operators = {self.operators!r} must be a choice of the characters '+-*/'")
+        return self
+
+
+class ArithmeticData(Section):
+    """Generated: integer sums and products, answered in `\\boxed{}`."""
+
+    source: Literal["arithmetic"]
+    terms: int = Field(2, ge=2, le=6, description="Numbers a problem combines.")
+    digits: int = Field(2, ge=1, le=6, description="Digits of the largest number.")
+    operators: str = Field("+-*", description="Operators, of `+-*`.")
+    problems: PositiveInt = Field(100_000, description="Size of the training set.")
+
+    @model_validator(mode="after")
+    def _check(self) -> ArithmeticData:
+        if not self.operators or set(self.operators) - set("+-*"):
+            raise ValueError(f"operators = {self.operators!r} must be a choice of the characters '+-*'")
+        return self
+
+
+Data = Annotated[FileData | CountdownData | ArithmeticData, Field(discriminator="source")]

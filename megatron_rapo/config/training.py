@@ -1,0 +1,155 @@
+"""The options of the trainer: model, layout, objective, optimizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron_rapo.config.section import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+
+
+class Model(Section):
+    """The policy, the frozen reference, and how they are computed."""
+
+    path: Path = Field(description="HF model directory: config.json, safetensors, tokenizer files.")
+    reference_path: Path | None = Field(
+        None,
+        description="HF directory of the reference. Default: `path`: training starts at it.",
+    )
+    config: Path | None = Field(
+        None,
+        description="HF config.json to plan with (`--dry-run`) before `path` is on this machine. "
+        "Where `path` exists, both must describe the same architecture.",
+    )
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type of weights and activations.")
+    recompute: Literal["none", "full"] = Field(
+        "none",
+        description="Activation recomputation: `full` keeps only each layer's input and repeats its forward "
+        "in the backward.",
+    )
+    vocabulary_multiple: PositiveInt = Field(
+        1,
+        description="Head and embedding rows are padded to a multiple of this times tensor_parallel "
+        "(128 is fast on GPUs). Padded rows are masked out of every probability.",
+    )
+
+
+class Parallel(Section):
+    """The layout of the trainer. Its ranks number TP × PP × CP × DP."""
+
+    tensor_parallel: PositiveInt = Field(1, description="TP: ranks that share each layer's matrices.")
+    pipeline_parallel: PositiveInt = Field(1, description="PP: stages that the layers are cut into.")
+    virtual_pipeline_parallel: PositiveInt | None = Field(
+        None, description="VPP: model chunks a stage (interleaved 1F1B); needs pipeline_parallel > 1."
+    )
+    context_parallel: PositiveInt = Field(1, description="CP: ranks that share each sequence's tokens.")
+    data_parallel: PositiveInt = Field(1, description="DP: replicas that share each minibatch.")
+    sequence_parallel: bool = Field(
+        False,
+        description="Shards norms and residuals over the TP group along tokens; needs tensor_parallel > 1.",
+    )
+    timeout_s: PositiveFloat = Field(
+        1800.0, description="Seconds that a rank waits in a collective before the job is declared dead."
+    )
+
+    @property
+    def model_parallel(self) -> int:
+        """Ranks of one replica: TP × PP × CP."""
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the trainer: TP × PP × CP × DP."""
+        return self.model_parallel * self.data_parallel
+
+    @model_validator(mode="after")
+    def _check(self) -> Parallel:
+        if self.tensor_parallel == 1 and self.sequence_parallel:
+            self._refuse(["sequence_parallel"], "tensor_parallel is 1")
+        if self.pipeline_parallel == 1:
+            self._refuse(["virtual_pipeline_parallel"], "pipeline_parallel is 1")
+        if self.virtual_pipeline_parallel == 1:
+            self._refuse(["virtual_pipeline_parallel"], "one chunk a stage is the plain pipeline")
+        return self
+
+
+class Algorithm(Section):
+    """The RAPO objective: clipped policy gradient − α · divergence + β · entropy."""
+
+    clip_low: NonNegativeFloat = Field(0.2, lt=1, description="The ratio is clipped below at 1 − this.")
+    clip_high: NonNegativeFloat = Field(0.2, description="The ratio is clipped above at 1 + this.")
+    divergence: Literal["forward_exact", "k3", "none"] = Field(
+        "forward_exact",
+        description="`forward_exact`: KL(flattened reference ‖ policy), exact over the vocabulary (RAPO); "
+        "`k3`: the usual sampled estimate against the reference; `none`: no reference at all.",
+    )
+    divergence_coefficient: NonNegativeFloat = Field(5e-3, description="α.")
+    flatten_floor: Fraction = Field(
+        0.5,
+        description="φ0 in φ(r) = φ0 + (1 − φ0) · clip(r, 0, 1), the power that flattens the reference for a "
+        "response with reward r. 1 never flattens.",
+    )
+    entropy_coefficient: NonNegativeFloat = Field(1e-3, description="β.")
+    loss_aggregation: Literal["token_mean", "sequence_mean", "constant"] = Field(
+        "token_mean",
+        description="`token_mean`: over all response tokens of the minibatch; `sequence_mean`: over each "
+        "response's tokens, then over responses; `constant`: sum over tokens divided by "
+        "responses × max_response_tokens (Dr. GRPO).",
+    )
+    minibatch_prompts: PositiveInt | None = Field(
+        None,
+        description="Prompts of one optimizer update; must divide rollout.prompts_per_step. "
+        "Default: all of them, one update a step.",
+    )
+    max_tokens_per_microbatch: PositiveInt = Field(
+        16384, description="Token budget (padded) of one packed microbatch, over all its CP ranks."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Algorithm:
+        if self.divergence == "none":
+            self._refuse(["divergence_coefficient", "flatten_floor"], 'divergence is "none"')
+        elif self.divergence_coefficient == 0:
+            raise ValueError(
+                f'divergence_coefficient = 0 makes "{self.divergence}" cost time without effect; '
+                'set divergence = "none"'
+            )
+        if self.divergence == "k3":
+            self._refuse(["flatten_floor"], 'divergence = "k3" is against the unflattened reference')
+        return self
+
+
+class Optimizer(Section):
+    """AdamW with Megatron's gradient clipping and learning-rate schedule."""
+
+    learning_rate: PositiveFloat = Field(1e-6, description="The rate after warm-up.")
+    min_learning_rate: NonNegativeFloat = Field(0.0, description="Where the decay ends.")
+    warmup_updates: int = Field(0, ge=0, description="Optimizer updates of linear warm-up from zero.")
+    decay: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Shape of the decay over the run's optimizer updates."
+    )
+    weight_decay: NonNegativeFloat = Field(0.01, description="Decoupled weight decay.")
+    beta1: Fraction = Field(0.9, lt=1, description="Decay of the first moment.")
+    beta2: Fraction = Field(0.95, lt=1, description="Decay of the second moment.")
+    epsilon: PositiveFloat = Field(1e-8, description="Adam's ε.")
+    clip_gradient: PositiveFloat = Field(1.0, description="Largest global gradient norm (L2).")
+    distributed: bool = Field(
+        True, description="Shard optimizer state over DP × CP (Megatron's DistributedOptimizer)."
+    )
+    overlap_communication: bool = Field(
+        False, description="Overlap gradient and parameter communication with compute; needs distributed."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Optimizer:
+        if self.decay == "constant":
+            self._refuse(["min_learning_rate"], 'decay is "constant"')
+        elif self.min_learning_rate >= self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate = {self.min_learning_rate} must be below {self.learning_rate}, the rate"
+            )
+        if self.overlap_communication and not self.distributed:
+            raise ValueError("overlap_communication = true needs distributed = true; set both or neither")
+        return self
