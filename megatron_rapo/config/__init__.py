@@ -6,6 +6,7 @@ from megatron_rapo.config.running import Checkpoint, Evaluate, Observe, Run
 from megatron_rapo.config.sampling import Reward, Rollout
 from megatron_rapo.config.schema import RunConfig
 from megatron_rapo.config.training import Algorithm, Model, Optimizer, Parallel
+from megatron_rapo.config.write import to_toml
 
 __all__ = [
     "Algorithm",
@@ -24,5 +25,6 @@ __all__ = [
     "Run",
     "RunConfig",
     "load_config",
+    "to_toml",
     "validate",
 ]

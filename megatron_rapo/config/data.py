@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_rapo.config.section import PositiveInt, Section
+from megatron_rapo.config.section import PathOption, PositiveInt, Section
 
 
 class FileData(Section):
     """Prompts from a JSONL or Parquet file."""
 
     source: Literal["file"]
-    path: Path = Field(description="A .jsonl or .parquet file, one problem a row.")
+    path: PathOption = Field(description="A .jsonl or .parquet file, one problem a row.")
     prompt_field: str = Field("question", description="Field that holds the problem.")
     answer_field: str = Field(
         "answer", description="Field that holds the gold answer; rows without one are reported and dropped."
@@ -30,14 +29,15 @@ class FileData(Section):
     system_prompt: str | None = Field(None, description="System turn of the chat template.")
     shuffle: bool = Field(True, description="A new order each epoch, by `run.seed`; else the file's order.")
 
+    def without_effect(self) -> dict[str, str]:
+        return {"system_prompt": 'template is "plain"'} if self.template == "plain" else {}
+
     @model_validator(mode="after")
     def _check(self) -> FileData:
         if self.path.suffix not in (".jsonl", ".parquet"):
             raise ValueError(
                 f"path = '{self.path}' is neither .jsonl nor .parquet; convert it to one of them"
             )
-        if self.template == "plain":
-            self._refuse(["system_prompt"], 'template is "plain"')
         try:
             rendered = self.template_text.format(prompt="\0")
         except (KeyError, IndexError, ValueError) as error:

@@ -1,8 +1,7 @@
-"""A configuration from TOML files and `key=value` settings, with errors that name the key."""
+"""A configuration from TOML files and `key=value` settings."""
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +9,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_rapo.config.explain import explain
 from megatron_rapo.config.schema import RunConfig
 from megatron_rapo.errors import RapoError
+
+# As a value in an overlay or a setting: takes back what an earlier file set.
+DEFAULT = "@default"
 
 
 def load_config(paths: Sequence[Path], settings: Sequence[str] = ()) -> RunConfig:
     """Reads TOML files (later ones overlay earlier ones), applies `section.key=value` settings, validates.
+
+    Tables overlay key by key; any other value replaces the earlier one, and `"@default"` removes it.
 
     Raises:
         RapoError: a file is missing or malformed, or an option is unknown, invalid or without effect.
@@ -25,7 +30,8 @@ def load_config(paths: Sequence[Path], settings: Sequence[str] = ()) -> RunConfi
         _overlay(values, _read_toml(path))
     for setting in settings:
         _apply(values, setting)
-    return validate(values, source=", ".join(map(str, paths)))
+    sources = [str(path) for path in paths] + (["--set"] if settings else [])
+    return validate(_without_defaults(values), source=", ".join(sources))
 
 
 def validate(values: dict[str, Any], source: str) -> RunConfig:
@@ -33,20 +39,20 @@ def validate(values: dict[str, Any], source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise RapoError(_explain(error, source)) from error
+        raise RapoError(explain(error, source)) from error
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RapoError(
             f"configuration {path} does not exist; examples/configs/ has some to start from"
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RapoError(f"configuration {path} is not valid TOML: {error}") from error
+        raise RapoError(f"configuration {path} is not valid TOML: {error}; mend it there") from error
     except OSError as error:
-        raise RapoError(f"configuration {path} cannot be read: {error.strerror}") from error
+        raise RapoError(f"configuration {path} cannot be read: {error.strerror}; give a TOML file") from error
 
 
 def _overlay(base: dict[str, Any], over: dict[str, Any]) -> None:
@@ -58,40 +64,31 @@ def _overlay(base: dict[str, Any], over: dict[str, Any]) -> None:
 
 
 def _apply(values: dict[str, Any], setting: str) -> None:
-    key, equals, text = setting.partition("=")
-    parts = key.strip().split(".")
-    if not equals or len(parts) < 2 or not all(parts):
+    key, _, text = (part.strip() for part in setting.partition("="))
+    parts = key.split(".")
+    if not text or len(parts) < 2 or not all(parts):
         raise RapoError(f"--set {setting}: write section.key=value, for example --set run.steps=10")
     table = values
     for part in parts[:-1]:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise RapoError(f"--set {setting}: '{part}' is a value, not a section")
-    table[parts[-1]] = _toml_value(text.strip())
+            raise RapoError(f"--set {setting}: '{part}' is a value, not a section; write section.key=value")
+    table[parts[-1]] = _toml_value(text)
 
 
 def _toml_value(text: str) -> Any:
-    """A TOML value; text that is none (a bare word, a path) is a string."""
+    """A TOML value; text that is none (a bare word, a path), or that is a date, is a string."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    alone = parsed.keys() == {"value"} and isinstance(parsed["value"], bool | int | float | str | list | dict)
+    return parsed["value"] if alone else text
 
 
-def _explain(error: ValidationError, source: str) -> str:
-    lines = [f"configuration {source} is not valid:"]
-    for problem in error.errors():
-        # Discriminators of unions show up in pydantic's location; they are no keys of the file.
-        keys = [str(part) for part in problem["loc"] if part not in ("file", "countdown", "arithmetic")]
-        where = ".".join(keys)
-        if problem["type"] == "extra_forbidden":
-            text = f"{where} = {json.dumps(problem['input'], default=str)} is not an option; "
-            text += "docs/configuration.md lists them"
-        elif problem["type"] == "missing":
-            text = f"{where} is missing; set it"
-        elif problem["type"] == "value_error":
-            text = f"{where}: {problem['ctx']['error']}" if where else str(problem["ctx"]["error"])
-        else:
-            text = f"{where} = {json.dumps(problem['input'], default=str)}: {problem['msg']}"
-        lines.append(f"  {text}")
-    return "\n".join(lines)
+def _without_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_defaults(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value != DEFAULT
+    }

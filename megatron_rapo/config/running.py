@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from megatron_rapo.config.data import Data
-from megatron_rapo.config.section import PositiveInt, Section
+from megatron_rapo.config.section import PathOption, PositiveInt, Section
 
 
 class Run(Section):
     """What this run is called, where it writes, and how long it goes on."""
 
-    directory: Path = Field(
+    directory: PathOption = Field(
         description="Folder of the run: configuration, metrics, checkpoints, final model."
     )
     steps: PositiveInt = Field(description="Rollout batches to train on.")
@@ -41,7 +40,7 @@ class Checkpoint(Section):
 
 
 class Evaluate(Section):
-    """pass@k on held-out problems, before the first step and after the last."""
+    """pass@k on held-out problems, before the first step and after the last; nothing without this table."""
 
     problems: PositiveInt = Field(64, description="Held-out problems.")
     samples: PositiveInt = Field(16, description="N: responses a problem.")
@@ -68,10 +67,11 @@ class Observe(Section):
     wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases.")
     wandb_project: str | None = Field(None, description="Project in Weights & Biases.")
 
+    def without_effect(self) -> dict[str, str]:
+        return {"wandb_project": 'wandb is "off"'} if self.wandb == "off" else {}
+
     @model_validator(mode="after")
     def _check(self) -> Observe:
-        if self.wandb == "off":
-            self._refuse(["wandb_project"], 'wandb is "off"')
-        elif self.wandb_project is None:
+        if self.wandb != "off" and self.wandb_project is None:
             raise ValueError(f'wandb = "{self.wandb}" needs wandb_project; set it')
         return self

@@ -36,15 +36,15 @@ class Rollout(Section):
     startup_timeout_s: PositiveFloat = Field(600.0, description="Seconds for servers to become healthy.")
     request_timeout_s: PositiveFloat = Field(1800.0, description="Seconds for one request's answer.")
 
+    def without_effect(self) -> dict[str, str]:
+        embedded = ["embedded_servers", "embedded_device", "embedded_threads"]
+        return dict.fromkeys(embedded, "urls name running servers") if self.urls else {}
+
     @model_validator(mode="after")
     def _check(self) -> Rollout:
-        if self.urls:
-            self._refuse(
-                ["embedded_servers", "embedded_device", "embedded_threads"], "urls name running servers"
-            )
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
-                raise ValueError(f"urls: {url!r} is not an address; write http://HOST:PORT")
+                raise ValueError(f"urls = {self.urls}: {url!r} is not an address; write http://HOST:PORT")
         return self
 
 

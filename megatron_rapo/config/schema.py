@@ -69,7 +69,7 @@ class RunConfig(Section):
         if prompts % self.minibatch_prompts:
             raise ValueError(
                 f"algorithm.minibatch_prompts = {self.minibatch_prompts} does not divide "
-                f"rollout.prompts_per_step = {prompts}"
+                f"rollout.prompts_per_step = {prompts}; choose a divisor"
             )
         if prompts < replicas:
             raise ValueError(
@@ -111,5 +111,8 @@ class RunConfig(Section):
             )
 
     def resolved(self) -> dict[str, Any]:
-        """All options with their values, as written beside a run's output."""
+        """All options that have an effect, with their values, as written beside a run's output.
+
+        To validate them gives this configuration again.
+        """
         return self.model_dump(mode="json", exclude_none=True)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_rapo.config.section import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from megatron_rapo.config.section import (
+    Fraction,
+    NonNegativeFloat,
+    PathOption,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 
 
 class Model(Section):
     """The policy, the frozen reference, and how they are computed."""
 
-    path: Path = Field(description="HF model directory: config.json, safetensors, tokenizer files.")
-    reference_path: Path | None = Field(
+    path: PathOption = Field(description="HF model directory: config.json, safetensors, tokenizer files.")
+    reference_path: PathOption | None = Field(
         None,
         description="HF directory of the reference. Default: `path`: training starts at it.",
     )
-    config: Path | None = Field(
+    config: PathOption | None = Field(
         None,
         description="HF config.json to plan with (`--dry-run`) before `path` is on this machine. "
         "Where `path` exists, both must describe the same architecture.",
@@ -64,15 +70,15 @@ class Parallel(Section):
         """Ranks of the trainer: TP × PP × CP × DP."""
         return self.model_parallel * self.data_parallel
 
-    @model_validator(mode="after")
-    def _check(self) -> Parallel:
+    def without_effect(self) -> dict[str, str]:
+        inert = {}
         if self.tensor_parallel == 1 and self.sequence_parallel:
-            self._refuse(["sequence_parallel"], "tensor_parallel is 1")
+            inert["sequence_parallel"] = "tensor_parallel is 1"
         if self.pipeline_parallel == 1:
-            self._refuse(["virtual_pipeline_parallel"], "pipeline_parallel is 1")
-        if self.virtual_pipeline_parallel == 1:
-            self._refuse(["virtual_pipeline_parallel"], "one chunk a stage is the plain pipeline")
-        return self
+            inert["virtual_pipeline_parallel"] = "pipeline_parallel is 1"
+        elif self.virtual_pipeline_parallel == 1:
+            inert["virtual_pipeline_parallel"] = "one chunk a stage is the plain pipeline"
+        return inert
 
 
 class Algorithm(Section):
@@ -107,17 +113,20 @@ class Algorithm(Section):
         16384, description="Token budget (padded) of one packed microbatch, over all its CP ranks."
     )
 
+    def without_effect(self) -> dict[str, str]:
+        if self.divergence == "none":
+            return dict.fromkeys(["divergence_coefficient", "flatten_floor"], 'divergence is "none"')
+        if self.divergence == "k3":
+            return {"flatten_floor": 'divergence = "k3" is against the unflattened reference'}
+        return {}
+
     @model_validator(mode="after")
     def _check(self) -> Algorithm:
-        if self.divergence == "none":
-            self._refuse(["divergence_coefficient", "flatten_floor"], 'divergence is "none"')
-        elif self.divergence_coefficient == 0:
+        if self.divergence != "none" and self.divergence_coefficient == 0:
             raise ValueError(
                 f'divergence_coefficient = 0 makes "{self.divergence}" cost time without effect; '
                 'set divergence = "none"'
             )
-        if self.divergence == "k3":
-            self._refuse(["flatten_floor"], 'divergence = "k3" is against the unflattened reference')
         return self
 
 
@@ -142,13 +151,15 @@ class Optimizer(Section):
         False, description="Overlap gradient and parameter communication with compute; needs distributed."
     )
 
+    def without_effect(self) -> dict[str, str]:
+        return {"min_learning_rate": 'decay is "constant"'} if self.decay == "constant" else {}
+
     @model_validator(mode="after")
     def _check(self) -> Optimizer:
-        if self.decay == "constant":
-            self._refuse(["min_learning_rate"], 'decay is "constant"')
-        elif self.min_learning_rate >= self.learning_rate:
+        if self.decay != "constant" and self.min_learning_rate >= self.learning_rate:
             raise ValueError(
-                f"min_learning_rate = {self.min_learning_rate} must be below {self.learning_rate}, the rate"
+                f"min_learning_rate = {self.min_learning_rate} must be below "
+                f"learning_rate = {self.learning_rate}; lower it"
             )
         if self.overlap_communication and not self.distributed:
             raise ValueError("overlap_communication = true needs distributed = true; set both or neither")

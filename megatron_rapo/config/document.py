@@ -1,0 +1,140 @@
+"""Renders docs/configuration.md from the models: `python -m megatron_rapo.config.document`."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from megatron_rapo.config.options import sections_of
+from megatron_rapo.config.schema import RunConfig
+from megatron_rapo.config.section import Section
+from megatron_rapo.config.write import toml_value
+
+INTRODUCTION = """\
+# Configuration
+
+<!-- Generated: python -m megatron_rapo.config.document > docs/configuration.md -->
+
+A run is described by TOML. An unknown key, an impossible combination, and an option that would have no
+effect beside the others are errors that name the key, the value and the remedy. The resolved configuration
+is written beside every run's output and can itself be run. Relative paths start at the working directory.
+
+```toml
+[run]
+directory = "runs/countdown"
+steps = 100
+
+[model]
+path = "models/tiny"
+dtype = "float32"
+
+[parallel]
+tensor_parallel = 2
+
+[data]
+source = "countdown"
+numbers = 3
+
+[rollout]
+prompts_per_step = 32
+max_prompt_tokens = 128
+max_response_tokens = 256
+
+[algorithm]
+divergence_coefficient = 1e-2
+
+[evaluate]
+samples = 16
+k = [1, 4, 16]
+```
+
+**Overlays.** Several files may be given; each later one overlays the earlier ones key by key:
+`megatron-rapo train base.toml grpo.toml`. A list is one value: it replaces the earlier list.
+
+**Settings.** `--set section.key=value`, as often as needed, comes after all files, in order:
+`--set run.steps=10 --set evaluate.data.source=countdown`. The value is TOML
+(`10`, `1e-6`, `true`, `"text"`, `[1, 4]`); a bare word, a path or a date is taken as text.
+
+**Taking back.** The value `"@default"`, in an overlay or a setting, removes what an earlier file set:
+`--set algorithm.flatten_floor=@default`.
+
+**Where no default is given**, the option may be left out; its meaning says what happens then.
+"""
+
+_WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", Path: "path"}
+_BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+
+
+def render() -> str:
+    """The whole page, in Markdown."""
+    parts = [INTRODUCTION]
+    for name, field in RunConfig.model_fields.items():
+        for section in sections_of(field.annotation):
+            parts.append(_section(name, section, optional=not field.is_required()))
+    return "\n".join(parts)
+
+
+def sections() -> list[type[Section]]:
+    """The sections in the page's order; a section with several sources counts once for each."""
+    return [section for field in RunConfig.model_fields.values() for section in sections_of(field.annotation)]
+
+
+def _section(name: str, section: type[Section], optional: bool) -> str:
+    source = section.model_fields.get("source")
+    suffix = f", source = {_kind(source.annotation, source.metadata)}" if source else ""
+    rows = [_row(option, field) for option, field in section.model_fields.items()]
+    return "\n".join(
+        [
+            f"## `[{name}]`{suffix.replace('`', '')}\n",
+            f"{inspect.getdoc(section)}{' May be left out.' if optional else ''}\n",
+            "| option | type | default | meaning |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _row(option: str, field: FieldInfo) -> str:
+    if field.is_required():
+        default = "required"
+    else:
+        default = "" if field.default is None else f"`{toml_value(field.default)}`"
+    meaning = field.description or "Names this kind of source."
+    cells = (f"`{option}`", _kind(field.annotation, field.metadata), default, meaning)
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _kind(annotation: Any, metadata: list[Any]) -> str:
+    """A type in plain words: `integer > 0`, `"full"` or `"none"`, list of text."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if sections_of(annotation):
+        return "table like `[data]`"
+    if origin is Annotated:
+        base, field = arguments
+        return _kind(base, [*metadata, *field.metadata])
+    if origin in (types.UnionType, Union):
+        (kind,) = [part for part in arguments if part is not type(None)]
+        return _kind(kind, metadata)
+    if origin is Literal:
+        return " or ".join(f"`{toml_value(value)}`" for value in arguments)
+    if origin is list:
+        return f"list of {_kind(arguments[0], metadata)}"
+    return _WORDS[annotation] + _bounds(metadata)
+
+
+def _bounds(metadata: list[Any]) -> str:
+    bounds = {name: getattr(item, name) for name in _BOUNDS for item in metadata if hasattr(item, name)}
+    for strict, loose in (("gt", "ge"), ("lt", "le")):
+        if strict in bounds:
+            bounds.pop(loose, None)
+    text = ", ".join(f"{sign} {bounds[name]}" for name, sign in _BOUNDS.items() if name in bounds)
+    return f" {text}" if text else ""
+
+
+if __name__ == "__main__":
+    print(render(), end="")

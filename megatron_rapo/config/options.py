@@ -1,0 +1,23 @@
+"""A walk over the options that the configuration's models declare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from megatron_rapo.config.section import Section
+
+
+def sections_of(annotation: Any) -> list[type[Section]]:
+    """The sections that a field's type names: one, the members of a union, or none for a plain option."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in sections_of(part)]
+
+
+def option_names(model: type[Section], prefix: str = "") -> Iterator[str]:
+    """Every key under `model`, sections included, as written after `--set`: `run`, `run.steps`, ..."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for section in sections_of(field.annotation):
+            yield from option_names(section, f"{prefix}{name}.")

@@ -1,0 +1,482 @@
+"""Configuration: files, overlays, settings, and every refusal with its key, value and remedy."""
+
+from __future__ import annotations
+
+import copy
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rapo.config import RunConfig, document, load_config, to_toml, validate
+from megatron_rapo.errors import RapoError
+
+MINIMAL: dict[str, Any] = {
+    "run": {"directory": "runs/first", "steps": 3},
+    "model": {"path": "models/tiny"},
+    "data": {"source": "countdown"},
+    "rollout": {"prompts_per_step": 8, "max_response_tokens": 64},
+}
+FILE = {"source": "file", "path": "a.jsonl"}
+MINIMAL_TOML = """
+[run]
+directory = "runs/first"
+steps = 3
+[model]
+path = "models/tiny"
+[data]
+source = "countdown"
+[rollout]
+prompts_per_step = 8
+max_response_tokens = 64
+"""
+
+
+def with_options(**options: Any) -> dict[str, Any]:
+    """MINIMAL with `section__option=value` set; a dict replaces a whole section."""
+    values = copy.deepcopy(MINIMAL)
+    for name, value in options.items():
+        section, _, option = name.partition("__")
+        if option:
+            values.setdefault(section, {})[option] = value
+        else:
+            values[section] = value
+    return values
+
+
+def refusal(values: dict[str, Any]) -> str:
+    with pytest.raises(RapoError) as caught:
+        validate(values, source="run.toml")
+    return str(caught.value)
+
+
+@pytest.fixture
+def minimal_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(MINIMAL_TOML)
+    return path
+
+
+# Files, overlays, settings
+
+
+def test_a_minimal_file_is_read(minimal_file: Path) -> None:
+    config = load_config([minimal_file])
+    assert config.run.directory == Path("runs/first")
+    assert config.rollout.responses_per_prompt == 8
+    assert config.evaluate is None
+
+
+def test_later_files_overlay_earlier_ones_key_by_key(minimal_file: Path, tmp_path: Path) -> None:
+    over, last = tmp_path / "over.toml", tmp_path / "last.toml"
+    over.write_text("[run]\nsteps = 7\nseed = 5\n[evaluate]\nk = [1]\n")
+    last.write_text("[run]\nseed = 6\n[evaluate]\nk = [2, 4]\n")
+    config = load_config([minimal_file, over, last])
+    assert (config.run.directory, config.run.steps, config.run.seed) == (Path("runs/first"), 7, 6)
+    assert config.evaluate is not None and config.evaluate.k == [2, 4]
+
+
+def test_settings_come_after_files_in_their_order(minimal_file: Path) -> None:
+    config = load_config([minimal_file], ["run.steps=4", "run.steps = 5", "evaluate.problems=2"])
+    assert config.run.steps == 5
+    assert config.evaluate is not None and config.evaluate.problems == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "read"),
+    [
+        ("run.directory=runs/two=2#x", lambda c: str(c.run.directory) == "runs/two=2#x"),
+        ("run.directory=2024-01-01", lambda c: str(c.run.directory) == "2024-01-01"),
+        ('run.directory="a b"', lambda c: str(c.run.directory) == "a b"),
+        ("algorithm.divergence=none", lambda c: c.algorithm.divergence == "none"),
+        ("algorithm.clip_high=0.28", lambda c: c.algorithm.clip_high == 0.28),
+        ("optimizer.distributed=false", lambda c: c.optimizer.distributed is False),
+        ('rollout.urls=["http://a:1", "http://b:2"]', lambda c: len(c.rollout.urls) == 2),
+        ("evaluate.k=[1, 2]", lambda c: c.evaluate.k == [1, 2]),
+        ("evaluate.data.source=countdown", lambda c: c.evaluate.data.source == "countdown"),
+    ],
+)
+def test_a_setting_is_a_toml_value_or_plain_text(minimal_file: Path, setting: str, read: Any) -> None:
+    assert read(load_config([minimal_file], [setting]))
+
+
+@pytest.mark.parametrize(
+    "setting", ["run.steps", "steps=3", "=3", ".steps=3", "run.=3", "run.steps=", "run..x=1"]
+)
+def test_a_malformed_setting_is_refused(minimal_file: Path, setting: str) -> None:
+    with pytest.raises(
+        RapoError, match=r"write section\.key=value, for example --set run\.steps=10"
+    ) as caught:
+        load_config([minimal_file], [setting])
+    assert setting in str(caught.value)
+
+
+def test_a_setting_below_a_value_is_refused(minimal_file: Path) -> None:
+    with pytest.raises(RapoError, match=r"--set run\.steps\.x=1: 'steps' is a value, not a section"):
+        load_config([minimal_file], ["run.steps.x=1"])
+
+
+def test_a_setting_cannot_smuggle_a_second_option(minimal_file: Path) -> None:
+    with pytest.raises(RapoError, match=r"run\.steps = "):
+        load_config([minimal_file], ["run.steps=1\nseed = 3"])
+
+
+def test_default_takes_an_option_back(minimal_file: Path, tmp_path: Path) -> None:
+    base, over = tmp_path / "base.toml", tmp_path / "over.toml"
+    base.write_text(MINIMAL_TOML + "[algorithm]\nflatten_floor = 0.8\ndivergence_coefficient = 0.1\n")
+    over.write_text('[algorithm]\ndivergence = "k3"\nflatten_floor = "@default"\n')
+    config = load_config([base, over], ["algorithm.divergence_coefficient=@default"])
+    assert config.algorithm.divergence == "k3"
+    assert config.algorithm.divergence_coefficient == 5e-3
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RapoError, match=r"nowhere\.toml does not exist; examples/configs/"):
+        load_config([tmp_path / "nowhere.toml"])
+
+
+def test_a_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RapoError, match="cannot be read: Is a directory; give a TOML file"):
+        load_config([tmp_path])
+
+
+@pytest.mark.parametrize(
+    "content", [b"[run\nsteps = 3", b"[run]\nsteps = 3\nsteps = 4", b"[run]\nx = '\xff'"]
+)
+def test_malformed_toml_names_the_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_bytes(content)
+    with pytest.raises(RapoError, match=r"broken\.toml is not valid TOML: .+; mend it there"):
+        load_config([path])
+
+
+def test_errors_name_every_source(minimal_file: Path, tmp_path: Path) -> None:
+    over = tmp_path / "over.toml"
+    over.write_text("[run]\nstepz = 1\n")
+    with pytest.raises(RapoError, match=r"run\.toml, .*over\.toml, --set is not valid"):
+        load_config([minimal_file, over], ["run.seed=1"])
+
+
+# Refusals of single options
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (with_options(run__stepz=3), "run.stepz = 3 is not an option; did you mean run.steps?"),
+        (with_options(rolout={"x": 1}), 'rolout = {"x": 1} is not an option; did you mean rollout?'),
+        (with_options(run__qqq=3), "run.qqq = 3 is not an option; docs/configuration.md lists them"),
+        # Names of union members are keys like any other.
+        (with_options(run__file=3), "run.file = 3 is not an option"),
+        (with_options(data__file=3), "data.file = 3 is not an option"),
+        (with_options(data__path="x.jsonl"), 'data.path = "x.jsonl" is not an option'),
+        (
+            with_options(evaluate__data={"source": "countdown", "x": 1}),
+            "evaluate.data.x = 1 is not an option",
+        ),
+    ],
+)
+def test_an_unknown_key_is_refused(values: dict[str, Any], message: str) -> None:
+    assert message in refusal(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({k: v for k, v in MINIMAL.items() if k != "model"}, "section [model] is missing; add it"),
+        (with_options(run={"steps": 1}), "run.directory is missing; set it"),
+        (with_options(rollout={"prompts_per_step": 1}), "rollout.max_response_tokens is missing; set it"),
+        (with_options(data={}), "data.source is missing; set it to file, countdown or arithmetic"),
+        (with_options(data={"source": "file"}), "data.path is missing; set it"),
+        (with_options(evaluate__data={}), "evaluate.data.source is missing"),
+    ],
+)
+def test_a_missing_option_is_named(values: dict[str, Any], message: str) -> None:
+    assert message in refusal(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (with_options(run__steps=0), "run.steps = 0: must be greater than 0"),
+        (with_options(run__steps="10"), 'run.steps = "10": must be a valid integer'),
+        (with_options(run__steps=True), "run.steps = true: must be a valid integer"),
+        (with_options(run__seed=-1), "run.seed = -1: must be greater than or equal to 0"),
+        (with_options(run__seed=2**31), f"run.seed = {2**31}: must be less than {2**31}"),
+        (with_options(model__path=3), "model.path = 3: "),
+        (with_options(model__dtype="float16"), "model.dtype = \"float16\": must be 'bfloat16' or"),
+        (with_options(parallel__tensor_parallel=0), "parallel.tensor_parallel = 0: must be greater than 0"),
+        (
+            with_options(parallel__timeout_s=float("inf")),
+            "parallel.timeout_s = Infinity: must be a finite",
+        ),
+        (
+            with_options(data__source="web"),
+            "data.source = \"web\" is not one of 'file', 'countdown', ",
+        ),
+        (with_options(data__numbers=5), "data.numbers = 5: must be 3 or 4"),
+        (with_options(data__largest=1), "data.largest = 1: must be greater than or equal to 2"),
+        (
+            with_options(rollout__responses_per_prompt=1),
+            "rollout.responses_per_prompt = 1: must be greater",
+        ),
+        (with_options(rollout__temperature=0.0), "rollout.temperature = 0.0: must be greater than 0"),
+        (with_options(algorithm__clip_low=1.0), "algorithm.clip_low = 1.0: must be less than 1"),
+        (
+            with_options(algorithm__flatten_floor=1.5),
+            "algorithm.flatten_floor = 1.5: must be less than or",
+        ),
+        (with_options(optimizer__beta1=float("nan")), "optimizer.beta1 = NaN: must be a finite number"),
+        (
+            with_options(optimizer__distributed="yes"),
+            'optimizer.distributed = "yes": must be a valid',
+        ),
+        (with_options(checkpoint__every=0), "checkpoint.every = 0: must be greater than 0"),
+        (with_options(evaluate__k=[1, 0]), "evaluate.k[1] = 0: must be greater than 0"),
+        (with_options(observe__wandb="on"), "observe.wandb = \"on\": must be 'off', 'offline' or 'online'"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(values: dict[str, Any], message: str) -> None:
+    assert message in refusal(values)
+
+
+# Refusals of what would have no effect
+
+
+@pytest.mark.parametrize(
+    ("values", "option", "reason"),
+    [
+        (
+            with_options(parallel__sequence_parallel=True),
+            "parallel.sequence_parallel = True",
+            "tensor_parallel is 1",
+        ),
+        (
+            with_options(parallel__virtual_pipeline_parallel=2),
+            "parallel.virtual_pipeline_parallel = 2",
+            "pipeline_parallel is 1",
+        ),
+        (
+            with_options(parallel={"pipeline_parallel": 2, "virtual_pipeline_parallel": 1}),
+            "parallel.virtual_pipeline_parallel = 1",
+            "one chunk a stage is the plain pipeline",
+        ),
+        (
+            with_options(data=FILE | {"template": "plain", "system_prompt": "s"}),
+            "data.system_prompt = 's'",
+            'template is "plain"',
+        ),
+        *(
+            (
+                with_options(rollout__urls=["http://127.0.0.1:1"], **{f"rollout__{option}": value}),
+                f"rollout.{option} = {value!r}",
+                "urls name running servers",
+            )
+            for option, value in {
+                "embedded_servers": 2,
+                "embedded_device": "cpu",
+                "embedded_threads": 1,
+            }.items()
+        ),
+        *(
+            (
+                with_options(algorithm={"divergence": "none", option: 0.5}),
+                f"algorithm.{option} = 0.5",
+                'divergence is "none"',
+            )
+            for option in ("divergence_coefficient", "flatten_floor")
+        ),
+        (
+            with_options(algorithm={"divergence": "k3", "flatten_floor": 0.5}),
+            "algorithm.flatten_floor = 0.5",
+            'divergence = "k3" is against the unflattened reference',
+        ),
+        (
+            with_options(optimizer={"min_learning_rate": 1e-8}),
+            "optimizer.min_learning_rate = 1e-08",
+            'decay is "constant"',
+        ),
+        (with_options(observe={"wandb_project": "p"}), "observe.wandb_project = 'p'", 'wandb is "off"'),
+    ],
+)
+def test_an_option_without_effect_is_refused(values: dict[str, Any], option: str, reason: str) -> None:
+    assert f"{option} would have no effect: {reason}; remove it" in refusal(values)
+
+
+# Refusals of combinations
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            with_options(data={"source": "file", "path": "a.csv"}),
+            "data.path = 'a.csv' is neither .jsonl nor .parquet; convert it",
+        ),
+        (
+            with_options(data=FILE | {"template_text": "no place"}),
+            "data.template_text = 'no place' lacks {prompt}; add it",
+        ),
+        (
+            with_options(data=FILE | {"template_text": "{prompt} \\boxed{x}"}),
+            "is not a format string (KeyError('x')); write {prompt} for the problem, and {{ }}",
+        ),
+        (
+            with_options(data__operators="+%"),
+            "data.operators = '+%' must be a choice of the characters",
+        ),
+        (
+            with_options(data={"source": "arithmetic", "operators": "/"}),
+            "data.operators = '/' must be a choice of the characters '+-*'",
+        ),
+        (
+            with_options(rollout__urls=["localhost:30000"]),
+            "'localhost:30000' is not an address; write http://HOST:PORT",
+        ),
+        (
+            with_options(algorithm={"divergence_coefficient": 0.0}),
+            'algorithm.divergence_coefficient = 0 makes "forward_exact" cost time without effect; '
+            'set divergence = "none"',
+        ),
+        (
+            with_options(optimizer={"decay": "linear", "learning_rate": 1e-6, "min_learning_rate": 1e-6}),
+            "optimizer.min_learning_rate = 1e-06 must be below learning_rate = 1e-06; lower it",
+        ),
+        (
+            with_options(optimizer={"overlap_communication": True, "distributed": False}),
+            "optimizer.overlap_communication = true needs distributed = true",
+        ),
+        (with_options(evaluate={"k": [1, 32]}), "evaluate.k = [1, 32] needs values from 1 to samples = 16"),
+        (with_options(evaluate={"k": []}), "evaluate.k = [] needs values from 1 to samples = 16"),
+        (with_options(observe={"wandb": "online"}), 'observe.wandb = "online" needs wandb_project; set it'),
+        (
+            with_options(algorithm={"minibatch_prompts": 3}),
+            "algorithm.minibatch_prompts = 3 does not divide rollout.prompts_per_step = 8; choose a divisor",
+        ),
+        (
+            with_options(parallel={"data_parallel": 9}),
+            "rollout.prompts_per_step = 8 leaves some of parallel.data_parallel = 9 replicas without",
+        ),
+        (
+            with_options(algorithm={"max_tokens_per_microbatch": 1087}),
+            "algorithm.max_tokens_per_microbatch = 1087 cannot hold rollout.max_prompt_tokens + "
+            "rollout.max_response_tokens = 1088 tokens (1088 padded); raise it to 1088",
+        ),
+        (
+            with_options(
+                algorithm={"max_tokens_per_microbatch": 1091},
+                rollout__max_response_tokens=65,
+                parallel={"context_parallel": 2},
+            ),
+            "= 1089 tokens (1092 padded); raise it to 1092",
+        ),
+        (
+            with_options(reward={"verifier": "math"}),
+            'reward.verifier = "math" cannot check data.source = "countdown"; remove it',
+        ),
+        (
+            with_options(data={"source": "arithmetic"}, reward={"verifier": "countdown"}),
+            'reward.verifier = "countdown" cannot check data.source = "arithmetic"; remove it',
+        ),
+        (
+            with_options(data=FILE, evaluate={}),
+            "evaluate.data is missing: training prompts from a file leave none held out; add it",
+        ),
+        (
+            with_options(evaluate={"data": {"source": "arithmetic"}}),
+            'evaluate.data.source = "arithmetic" needs another verifier than data.source = "countdown"',
+        ),
+    ],
+)
+def test_an_impossible_combination_is_refused(values: dict[str, Any], message: str) -> None:
+    assert message in refusal(values)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    message = refusal(with_options(run__steps=0, model__dtype="int8", data__numbers=7))
+    assert all(key in message for key in ("run.steps", "model.dtype", "data.numbers"))
+
+
+# What is derived, and what is written out
+
+
+@pytest.mark.parametrize(
+    ("multiple", "parallel"),
+    [
+        (1, {}),
+        (1, {"tensor_parallel": 3}),
+        (4, {"context_parallel": 2}),  # two zig-zag halves a rank
+        (3, {"tensor_parallel": 3, "sequence_parallel": True, "pipeline_parallel": 2}),
+        (12, {"tensor_parallel": 3, "sequence_parallel": True, "context_parallel": 2}),
+    ],
+)
+def test_sequences_are_padded_for_the_layout(multiple: int, parallel: dict[str, Any]) -> None:
+    assert validate(with_options(parallel=parallel), source="run.toml").sequence_multiple == multiple
+
+
+def test_updates_and_verifier_follow_from_the_options() -> None:
+    config = validate(with_options(algorithm={"minibatch_prompts": 2}), source="run.toml")
+    assert (config.minibatch_prompts, config.updates_per_step, config.verifier) == (2, 4, "countdown")
+    assert validate(with_options(data={"source": "arithmetic"}), source="t").verifier == "integer"
+
+
+WRITTEN = [
+    MINIMAL,
+    with_options(evaluate={}, parallel={"tensor_parallel": 2, "sequence_parallel": True}),
+    with_options(rollout__urls=["http://127.0.0.1:1"], algorithm={"divergence": "k3"}),
+    with_options(algorithm={"divergence": "none"}, optimizer={"decay": "cosine", "min_learning_rate": 1e-9}),
+    with_options(
+        data={"source": "file", "path": "a.jsonl", "template_text": 'täg "{prompt}"\n\t\\boxed{{}}\x7f'},
+        evaluate={"data": {"source": "file", "path": "b.parquet", "template": "plain"}},
+        observe={"wandb": "offline", "wandb_project": "p"},
+    ),
+]
+
+
+@pytest.mark.parametrize("values", WRITTEN)
+def test_the_resolved_configuration_reads_back_as_the_same(values: dict[str, Any], tmp_path: Path) -> None:
+    config = validate(values, source="run.toml")
+    (tmp_path / "resolved.toml").write_text(to_toml(config))
+    assert load_config([tmp_path / "resolved.toml"]) == config
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_survives_the_toml_writer(text: str) -> None:
+    config = validate(with_options(observe={"wandb": "offline", "wandb_project": text}), source="run.toml")
+    assert tomllib.loads(to_toml(config))["observe"]["wandb_project"] == text
+
+
+def test_a_configuration_does_not_change_after_validation() -> None:
+    config = validate(MINIMAL, source="run.toml")
+    with pytest.raises(ValueError, match="frozen"):
+        config.run.steps = 4  # type: ignore[misc]
+
+
+# The documentation
+
+
+def test_the_documentation_is_current() -> None:
+    page = Path(__file__).parents[2] / "docs" / "configuration.md"
+    assert page.read_text() == document.render(), (
+        "python -m megatron_rapo.config.document > docs/configuration.md"
+    )
+
+
+def test_every_option_is_documented() -> None:
+    page = document.render()
+    missing = [
+        name
+        for model in document.sections()
+        for name, field in model.model_fields.items()
+        if f"| `{name}` |" not in page or (name != "source" and not field.description)
+    ]
+    assert not missing
+
+
+def test_the_example_in_the_documentation_is_valid(tmp_path: Path) -> None:
+    example = document.render().split("```toml\n")[1].split("```")[0]
+    (tmp_path / "run.toml").write_text(example)
+    assert isinstance(load_config([tmp_path / "run.toml"]), RunConfig)
