@@ -1,0 +1,94 @@
+"""Megatron GPTModels from an architecture: this rank's model chunks, not yet filled with weights."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_rapo.config import Model, Parallel
+from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.model.layer_spec import block_spec
+from megatron_rapo.parallel.device import device
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def transformer_config(
+    architecture: Architecture, layout: Parallel, *, dtype: torch.dtype, recompute: bool
+) -> TransformerConfig:
+    """Megatron's configuration of the transformer and of its pipeline communication."""
+    return TransformerConfig(
+        num_layers=architecture.layers,
+        hidden_size=architecture.hidden,
+        ffn_hidden_size=architecture.feed_forward,
+        num_attention_heads=architecture.heads,
+        num_query_groups=architecture.kv_heads,
+        kv_channels=architecture.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.attention_bias,
+        qk_layernorm=architecture.query_key_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        masked_softmax_fusion=False,
+        tensor_model_parallel_size=layout.tensor_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_parallel,
+        context_parallel_size=layout.context_parallel,
+        sequence_parallel=layout.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # asked for with variable lengths, even of dense models
+        # Sums, not means, over microbatches and ranks: the loss's own weights already add up to one.
+        calculate_per_token_loss=True,
+        # On gloo, freeing outputs under the interleaved schedule and batched p2p without overlap both
+        # corrupt losses silently (megatron-core 0.16.1).
+        deallocate_pipeline_outputs=torch.cuda.is_available(),
+        batch_p2p_comm=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,  # every parameter is loaded
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
+    )
+
+
+def build_chunks(architecture: Architecture, model: Model, layout: Parallel) -> list[GPTModel]:
+    """This rank's model chunks (one, or VPP of them), on its device, with uninitialised weights.
+
+    All ranks of the layout must call it together.
+    """
+    architecture.check_layout(layout)
+    config = transformer_config(
+        architecture, layout, dtype=DTYPES[model.dtype], recompute=model.recompute == "full"
+    )
+    stages = range(layout.virtual_pipeline_parallel) if layout.virtual_pipeline_parallel else [None]
+    return [_build_chunk(architecture, config, model.vocabulary_multiple, stage) for stage in stages]
+
+
+def _build_chunk(
+    architecture: Architecture, config: TransformerConfig, vocabulary_multiple: int, vp_stage: int | None
+) -> GPTModel:
+    chunk = GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(config, vp_stage),
+        vocab_size=architecture.padded_vocabulary(vocabulary_multiple, config.tensor_model_parallel_size),
+        max_sequence_length=architecture.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=architecture.tied,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope_theta,
+        rope_scaling=architecture.rope_factor is not None,
+        rope_scaling_factor=architecture.rope_factor or 1.0,
+        vp_stage=vp_stage,
+    )
+    return chunk.to(device())

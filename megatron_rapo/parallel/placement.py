@@ -1,0 +1,141 @@
+"""Process groups of the layout, and where this rank stands in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_rapo.config import Parallel
+from megatron_rapo.parallel.device import communication_backend, install_cpu_adapter
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """This rank's coordinates and groups. Ranks are ordered TP fastest, then CP, DP, PP.
+
+    Attributes:
+        layout: sizes of all dimensions.
+        rank: global rank.
+        tensor_rank, pipeline_rank, context_rank, data_rank: coordinates in the layout.
+        tensor_group: ranks that share each matrix.
+        pipeline_group: ranks that share the layers.
+        context_group: ranks that share each sequence.
+        gradient_group: DP × CP, the ranks whose gradients are summed.
+        host_group: all ranks, over gloo, for objects in host memory.
+    """
+
+    layout: Parallel
+    rank: int
+    tensor_rank: int
+    pipeline_rank: int
+    context_rank: int
+    data_rank: int
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    context_group: dist.ProcessGroup
+    gradient_group: dist.ProcessGroup
+    host_group: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is global rank 0, which logs, and publishes for all."""
+        return self.rank == 0
+
+    @property
+    def is_head(self) -> bool:
+        """Whether this rank fetches its replica's rollouts: the first TP, PP and CP rank of a replica."""
+        return self.tensor_rank == self.pipeline_rank == self.context_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the head of the model, where losses are computed."""
+        return self.pipeline_rank == self.layout.pipeline_parallel - 1
+
+    @property
+    def heads(self) -> list[int]:
+        """Global rank of each replica's head, by data-parallel rank."""
+        stride = self.layout.tensor_parallel * self.layout.context_parallel
+        return [stride * replica for replica in range(self.layout.data_parallel)]
+
+    def share_from_heads(self, mine: T | None) -> list[T]:
+        """Every head's object, by data-parallel rank, on all ranks. `mine` is read on heads only.
+
+        Objects are pickled; they only ever come from ranks of this job.
+        """
+        shared: list[T] = []
+        for head in self.heads:
+            box = [mine if head == self.rank else None]
+            dist.broadcast_object_list(box, src=head, group=self.host_group)
+            assert box[0] is not None, f"head rank {head} shared nothing"
+            shared.append(box[0])
+        return shared
+
+    def share_from_main(self, mine: T | None) -> T:
+        """Rank 0's object on all ranks."""
+        box = [mine if self.is_main else None]
+        dist.broadcast_object_list(box, src=0, group=self.host_group)
+        return box[0]  # type: ignore[return-value]
+
+    def sum_from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums over DP × CP what the last stages hold, and gives it to all stages. `values` `[n]`, in place."""
+        if not self.is_last_stage:
+            values.zero_()
+        dist.all_reduce(values, group=self.gradient_group)
+        if self.layout.pipeline_parallel > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(values, src=last, group=self.pipeline_group)
+        return values
+
+
+@contextmanager
+def process_groups(layout: Parallel, seed: int) -> Iterator[Placement]:
+    """Joins the job's ranks into the layout's groups; leaves them on exit.
+
+    Rank, world size and master address come from the environment that the launcher set. The world size must
+    equal the layout's.
+    """
+    install_cpu_adapter()
+    timeout = timedelta(seconds=layout.timeout_s)
+    dist.init_process_group(communication_backend(), timeout=timeout)
+    try:
+        yield arrange(layout, seed)
+    finally:
+        # After an error other ranks may hang in a collective: leaving must not wait for them.
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def arrange(layout: Parallel, seed: int) -> Placement:
+    """Arranges the already joined ranks into `layout` (again, if they were in another one)."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_parallel,
+        context_parallel_size=layout.context_parallel,
+        distributed_timeout_minutes=max(1, round(layout.timeout_s / 60)),
+    )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return Placement(
+        layout=layout,
+        rank=dist.get_rank(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        context_group=parallel_state.get_context_parallel_group(),
+        gradient_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        host_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=layout.timeout_s)),
+    )

@@ -1,0 +1,109 @@
+"""Microbatches through Megatron's pipeline schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_rapo.data.batching import Microbatch
+
+T = TypeVar("T")
+Loss = Callable[[Microbatch, Tensor], tuple[Tensor, Tensor]]
+
+
+def run_forward(
+    chunks: Sequence[torch.nn.Module],
+    microbatches: Sequence[Microbatch],
+    collect: Callable[[Microbatch, Tensor], T],
+) -> list[T]:
+    """Runs the model without gradients.
+
+    Args:
+        chunks: this rank's model chunks.
+        microbatches: the same number on every rank of the replica.
+        collect: called on the last stage with each microbatch and the model's output `[tokens / CP, …]`.
+
+    Returns:
+        What `collect` returned, in order, on the last stage; nothing elsewhere.
+    """
+
+    def forward_step(iterator: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        microbatch = next(iterator)
+        output = _forward(chunk, microbatch)
+        return output, lambda tensor, non_loss_data: collect(microbatch, tensor.squeeze(0))
+
+    # no_grad, not inference_mode: Megatron caches the rotary frequencies that it makes here.
+    with torch.no_grad():
+        return _run(chunks, microbatches, forward_step, forward_only=True)
+
+
+def run_forward_backward(
+    chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], loss: Loss
+) -> list[Tensor]:
+    """Runs forward and backward; gradients are summed over microbatches, DP and CP.
+
+    Args:
+        chunks: this rank's model chunks, wrapped for data parallelism.
+        microbatches: the same number on every rank of the job.
+        loss: called on the last stage with each microbatch and its logits `[tokens / CP, vocabulary / TP]`;
+            returns the microbatch's share of the loss (a sum, already weighted) and metric sums.
+
+    Returns:
+        The metric sums, in order, on the last stage; nothing elsewhere.
+    """
+
+    def forward_step(iterator: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        microbatch = next(iterator)
+        output = _forward(chunk, microbatch)
+
+        def reduce(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            value, metrics = loss(microbatch, logits.squeeze(0))
+            # The token count is Megatron's normaliser; the loss's weights already are one.
+            return value, torch.zeros((), dtype=torch.int, device=value.device), metrics
+
+        return output, reduce
+
+    return _run(chunks, microbatches, forward_step, forward_only=False)
+
+
+def _forward(chunk: torch.nn.Module, microbatch: Microbatch) -> Tensor:
+    starts = torch.tensor([0, *microbatch.lengths], device=microbatch.token_ids.device).cumsum(0)
+    starts = starts.to(torch.int32)
+    longest = max(microbatch.lengths)
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=starts,
+        cu_seqlens_kv=starts,
+        cu_seqlens_q_padded=starts,
+        cu_seqlens_kv_padded=starts,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+    return chunk(
+        microbatch.token_ids[None], microbatch.position_ids[None], attention_mask=None, packed_seq_params=packed
+    )
+
+
+def _run(
+    chunks: Sequence[torch.nn.Module],
+    microbatches: Sequence[Microbatch],
+    forward_step: Callable[..., Any],
+    forward_only: bool,
+) -> list[Any]:
+    iterators = [iter(microbatches) for _ in chunks]
+    interleaved = len(chunks) > 1
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if interleaved else iterators[0],
+        model=list(chunks) if interleaved else chunks[0],
+        num_microbatches=len(microbatches),
+        seq_length=sum(microbatches[0].lengths),  # variable_seq_lengths: true shapes travel with the tensors
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
