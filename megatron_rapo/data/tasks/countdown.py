@@ -1,0 +1,84 @@
+"""Countdown: reach a target with given numbers, each used exactly once, by + − × ÷ and brackets."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+
+from megatron_rapo.config.data import CountdownData
+from megatron_rapo.data.tasks.expression import MalformedExpression, flat_value, tokenize, value
+from megatron_rapo.data.tasks.problem import Problem, Split, distinct
+from megatron_rapo.errors import RapoError
+
+LARGEST_TARGET = 99
+
+_LONGEST_ANSWER = 100  # characters; bounds the parser's time and depth
+_NOTATION = str.maketrans({"×": "*", "÷": "/", "−": "-"})
+
+
+def generate(config: CountdownData, seed: int, split: Split, count: int) -> list[Problem]:
+    """`count` different problems, the same for the same arguments.
+
+    Numbers (1 to `config.largest`) and operators are drawn uniformly; the value of `a ∘ b ∘ c (∘ d)`, read
+    with the usual precedence, is the target if it is a whole number from 1 to 99, and otherwise the draw is
+    repeated. A problem's split hangs on its numbers (in any order) and target, so no test problem is
+    trained on, whatever the seeds.
+
+    Raises:
+        RapoError: the options do not allow for so many problems.
+    """
+    rng = random.Random(f"countdown {split} {seed}")
+    choices = range(1, config.largest + 1)
+
+    def draw() -> tuple[str, Problem] | None:
+        numbers = rng.choices(choices, k=config.numbers)
+        target = flat_value(numbers, rng.choices(config.operators, k=config.numbers - 1))
+        if target.denominator != 1 or not 1 <= target <= LARGEST_TARGET:
+            return None
+        problem = pose(numbers, int(target))
+        return problem.answer, problem
+
+    return distinct(draw, split, count, f"countdown ({config.model_dump(exclude={'source', 'problems'})})")
+
+
+def pose(numbers: Sequence[int], target: int) -> Problem:
+    """The problem's texts: `3 7 12 25=41:`, answered by JSON of the sorted numbers and the target."""
+    answer = json.dumps({"numbers": sorted(numbers), "target": target}, separators=(",", ":"))
+    return Problem(question=f"{' '.join(map(str, numbers))}={target}:", answer=answer)
+
+
+def is_correct(response: str, answer: str) -> bool:
+    """Whether the response's last line reaches the target.
+
+    The last line that is not blank must be an expression of the given numbers, each used exactly once, with
+    binary + − × ÷ (also `*` and `/`) and brackets; `= target` may follow it. Lines before it are free. The
+    arithmetic is exact; a division by zero, a longer line than 100 characters and anything else are wrong.
+
+    Raises:
+        RapoError: `answer` is not what `generate` writes.
+    """
+    numbers, target = _read_answer(answer)
+    last_line = response.rstrip()[-_LONGEST_ANSWER - 1 :].rpartition("\n")[2]
+    if len(last_line) > _LONGEST_ANSWER:
+        return False
+    expression, equals, stated = last_line.translate(_NOTATION).partition("=")
+    if equals and stated.strip() != str(target):
+        return False
+    try:
+        tokens = tokenize(expression)
+        used = sorted(int(token) for token in tokens if token.isdigit())
+        return used == numbers and value(tokens) == target
+    except (MalformedExpression, ZeroDivisionError):
+        return False
+
+
+def _read_answer(answer: str) -> tuple[list[int], int]:
+    try:
+        fields = json.loads(answer)
+        return sorted(int(number) for number in fields["numbers"]), int(fields["target"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise RapoError(
+            f"{answer!r} is not a countdown answer ({error!r}); "
+            'it should read like {"numbers":[3,7,12,25],"target":41}'
+        ) from error
