@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +47,9 @@ class Microbatch:
         rewards, advantages, engine_log_probs: fp32, of the predicted token.
         lengths: padded length of each sequence, over all CP ranks.
         old_log_probs: fp32, under the policy that starts the step; None: the policy has not moved yet.
-        reference: what the reference's pass left on the last stage: final hidden states, or log-probs.
+        reference_hidden: `[tokens / CP (/ TP under sequence parallelism), hidden]`, the reference's final
+            hidden states, from which its head makes logits.
+        reference_log_probs: fp32, under the reference.
     """
 
     token_ids: Tensor
@@ -59,7 +61,8 @@ class Microbatch:
     engine_log_probs: Tensor
     lengths: list[int]
     old_log_probs: Tensor | None = None
-    reference: Tensor | None = field(default=None, repr=False)
+    reference_hidden: Tensor | None = None
+    reference_log_probs: Tensor | None = None
 
     @property
     def is_response(self) -> Tensor:
@@ -77,10 +80,10 @@ def plan_microbatches(
 ) -> list[list[list[int]]]:
     """Which sequences go into which microbatch of which replica.
 
-    Sequences are spread so that replicas hold about the same number of tokens (longest first, to the least
-    loaded), then packed first-fit. All replicas get the same number of microbatches, so that their pipelines
-    and collectives stay in step; where sequences are too few, some microbatches are empty. The plan is a
-    pure function of its arguments: every rank makes it for itself.
+    Sequences are spread so that replicas hold about the same number of tokens, and so do a replica's
+    microbatches. All replicas get the same number of microbatches, so that their pipelines and collectives
+    stay in step; where sequences are too few, some microbatches are empty. The plan is a pure function of
+    its arguments: every rank makes it for itself.
 
     Args:
         lengths: padded length of each sequence, each at most `token_budget`.
@@ -91,18 +94,25 @@ def plan_microbatches(
     Returns:
         `[replica][microbatch]`, indices into `lengths`.
     """
-    loads = [(0, replica) for replica in range(replicas)]
-    shares: list[list[int]] = [[] for _ in range(replicas)]
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        load, replica = heapq.heappop(loads)
-        shares[replica].append(index)
-        heapq.heappush(loads, (load + lengths[index], replica))
-    packed = [_first_fit(share, lengths, token_budget) for share in shares]
-    count = padded_length(max(1, *(len(bins) for bins in packed)), count_multiple)
-    return [_spread(bins, count) for bins in packed]
+    shares = _balance(range(len(lengths)), lengths, replicas)
+    needed = max(len(_first_fit(share, lengths, token_budget)) for share in shares)
+    count = padded_length(max(1, needed), count_multiple)
+    return [_fill(share, lengths, token_budget, count) for share in shares]
+
+
+def _balance(items: Iterable[int], lengths: Sequence[int], bins: int) -> list[list[int]]:
+    """Longest first, each to the bin that holds the fewest tokens."""
+    loads = [(0, b) for b in range(bins)]
+    filled: list[list[int]] = [[] for _ in range(bins)]
+    for index in sorted(items, key=lambda i: (-lengths[i], i)):
+        load, b = heapq.heappop(loads)
+        filled[b].append(index)
+        heapq.heappush(loads, (load + lengths[index], b))
+    return filled
 
 
 def _first_fit(share: Sequence[int], lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Each, in the order given (longest first), to the first bin with room; as many bins as it takes."""
     bins: list[list[int]] = []
     room: list[int] = []
     for index in share:
@@ -116,24 +126,20 @@ def _first_fit(share: Sequence[int], lengths: Sequence[int], token_budget: int) 
     return bins
 
 
-def _spread(bins: list[list[int]], count: int) -> list[list[int]]:
-    """Splits the fullest bins until there are `count`; what cannot be split is filled up with empty ones."""
-    bins = [list(b) for b in bins]
-    while len(bins) < count:
-        fullest = max(range(len(bins)), key=lambda b: len(bins[b]), default=None)
-        if fullest is None or len(bins[fullest]) < 2:
-            bins.append([])
-        else:
-            half = len(bins[fullest]) // 2
-            bins.append(bins[fullest][half:])
-            bins[fullest] = bins[fullest][:half]
-    return bins
+def _fill(share: Sequence[int], lengths: Sequence[int], token_budget: int, count: int) -> list[list[int]]:
+    """`count` microbatches of about the same size; first-fit where balance would break the budget."""
+    balanced = _balance(share, lengths, count)
+    if all(sum(lengths[i] for i in b) <= token_budget for b in balanced):
+        return balanced
+    bins = _first_fit(share, lengths, token_budget)
+    return bins + [[] for _ in range(count - len(bins))]
 
 
 def pack(
     samples: Sequence[Sample],
     *,
     sequence_multiple: int,
+    total_tokens: int | None = None,
     context_rank: int = 0,
     context_ranks: int = 1,
     device: torch.device | None = None,
@@ -143,11 +149,17 @@ def pack(
     Args:
         samples: the sequences, in order.
         sequence_multiple: each is padded to a multiple of this.
+        total_tokens: sequences of padding fill the microbatch up to this many tokens (pipeline stages
+            exchange tensors of one shape). Default: none.
         context_rank, context_ranks: whose tokens to keep.
         device: where the tensors go.
     """
     lengths = [padded_length(len(s.token_ids), sequence_multiple) for s in samples]
-    lengths = lengths or [padded_length(1, sequence_multiple)]
+    longest = max(lengths, default=sequence_multiple)
+    missing = max(total_tokens or 0, sequence_multiple) - sum(lengths)
+    while missing > 0:
+        lengths.append(min(missing, longest))
+        missing -= lengths[-1]
     total = sum(lengths)
     integers = {name: np.zeros(total, np.int64) for name in ("token_ids", "position_ids", "targets")}
     floats = {

@@ -125,7 +125,13 @@ class _TokenStatistics(torch.autograd.Function):
             reference_shift = maxima[1] + reference_normaliser.log()
         ctx.shard, ctx.temperature = shard, temperature
         ctx.save_for_backward(
-            logits, targets, reference_logits, flattening, maxima[0] + log_normaliser, entropy, reference_shift
+            logits,
+            targets,
+            reference_logits,
+            flattening,
+            maxima[0] + log_normaliser,
+            entropy,
+            reference_shift,
         )
         return log_prob, entropy, forward_kl
 

@@ -45,8 +45,9 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # asked for with variable lengths, even of dense models
+        # Microbatches are padded to one length instead: with two stages under the interleaved schedule,
+        # megatron-core 0.16.1 exchanges the shapes of activations and gradients in crossed order.
+        variable_seq_lengths=False,
         # Sums, not means, over microbatches and ranks: the loss's own weights already add up to one.
         calculate_per_token_loss=True,
         # On gloo, freeing outputs under the interleaved schedule and batched p2p without overlap both

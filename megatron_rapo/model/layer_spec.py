@@ -1,4 +1,4 @@
-"""Which modules a transformer layer is made of: Transformer Engine's on GPUs, Megatron's local ones elsewhere."""
+"""What a transformer layer is made of: Transformer Engine's modules on GPUs, Megatron's own elsewhere."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class Placement:
         return box[0]  # type: ignore[return-value]
 
     def sum_from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums over DP × CP what the last stages hold, and gives it to all stages. `values` `[n]`, in place."""
+        """Sums over DP × CP what the last stages hold, for all stages. `values` `[n]`, in place."""
         if not self.is_last_stage:
             values.zero_()
         dist.all_reduce(values, group=self.gradient_group)

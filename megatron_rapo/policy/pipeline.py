@@ -25,7 +25,7 @@ def run_forward(
 
     Args:
         chunks: this rank's model chunks.
-        microbatches: the same number on every rank of the replica.
+        microbatches: the same number on every rank of the replica, of one length where PP > 1.
         collect: called on the last stage with each microbatch and the model's output `[tokens / CP, …]`.
 
     Returns:
@@ -49,7 +49,7 @@ def run_forward_backward(
 
     Args:
         chunks: this rank's model chunks, wrapped for data parallelism.
-        microbatches: the same number on every rank of the job.
+        microbatches: the same number on every rank of the job, of one length where PP > 1.
         loss: called on the last stage with each microbatch and its logits `[tokens / CP, vocabulary / TP]`;
             returns the microbatch's share of the loss (a sum, already weighted) and metric sums.
 
@@ -85,7 +85,10 @@ def _forward(chunk: torch.nn.Module, microbatch: Microbatch) -> Tensor:
         max_seqlen_kv=longest,
     )
     return chunk(
-        microbatch.token_ids[None], microbatch.position_ids[None], attention_mask=None, packed_seq_params=packed
+        microbatch.token_ids[None],
+        microbatch.position_ids[None],
+        attention_mask=None,
+        packed_seq_params=packed,
     )
 
 
@@ -102,7 +105,7 @@ def _run(
         data_iterator=iterators if interleaved else iterators[0],
         model=list(chunks) if interleaved else chunks[0],
         num_microbatches=len(microbatches),
-        seq_length=sum(microbatches[0].lengths),  # variable_seq_lengths: true shapes travel with the tensors
+        seq_length=sum(microbatches[0].lengths),
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -34,17 +34,21 @@ COMPANIONS = (
 
 
 def hf_tensors(
-    chunks: Sequence[GPTModel], architecture: Architecture, placement: Placement
+    chunks: Sequence[GPTModel],
+    architecture: Architecture,
+    placement: Placement,
+    value: Callable[[torch.nn.Parameter], Tensor] = torch.Tensor.detach,
 ) -> Iterator[tuple[str, Tensor]]:
     """This stage's HF tensors, whole, one at a time, in host memory; on TP rank 0, others yield nothing.
 
-    All TP ranks of the stage must exhaust it together.
+    All TP ranks of the stage must exhaust it together. `value` says what of a parameter is exported: itself,
+    or a tensor of its shape (its gradient, say).
     """
     group = placement.tensor_group
     for mapped in mapped_parameters(chunks, architecture):
         if not mapped.exported:
             continue
-        parts = mapped.fusion.split(mapped.parameter.detach(), architecture)
+        parts = mapped.fusion.split(value(mapped.parameter), architecture)
         for name, part in zip(mapped.hf, parts, strict=True):
             whole = part
             if mapped.cut is not None and group.size() > 1:
@@ -99,7 +103,9 @@ def write_hf_model(
     if failure is not None:
         if placement.is_main:
             shutil.rmtree(partial, ignore_errors=True)
-        raise RapoError(f"model cannot be written to {directory}: {failure}; free space or choose another place")
+        raise RapoError(
+            f"model cannot be written to {directory}: {failure}; free space or choose another place"
+        )
 
 
 def _write_files(tensors: Iterator[tuple[str, Tensor]], directory: Path, stage: int) -> dict[str, str]:

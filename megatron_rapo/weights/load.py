@@ -64,7 +64,9 @@ class HFTensors:
 
     def _slices(self, name: str) -> Any:
         if name not in self._files:
-            raise RapoError(f"model {self.directory} has no tensor {name}; is config.json that of its weights?")
+            raise RapoError(
+                f"model {self.directory} has no tensor {name}; is config.json that of its weights?"
+            )
         return self._handle(self._files[name]).get_slice(name)
 
     def _handle(self, file: str) -> Any:

@@ -49,7 +49,7 @@ ROWS, COLUMNS, WHOLE = 0, 1, None  # the dimension of the HF tensor that tensor 
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of the table: a Megatron parameter, the HF tensors it is made of, how they are cut and fused."""
+    """A line of the table: a Megatron parameter, and how the HF tensors it is made of are cut and fused."""
 
     megatron: str
     hf: tuple[str, ...]

@@ -1,0 +1,195 @@
+"""The policy: a Megatron model under data parallelism, its optimizer, and one step's updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+
+from megatron_rapo.config import Model, Optimizer
+from megatron_rapo.data.batching import Microbatch
+from megatron_rapo.errors import RapoError
+from megatron_rapo.loss.objective import Objective
+from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.model.build import DTYPES, build_chunks
+from megatron_rapo.parallel.placement import Placement
+from megatron_rapo.policy.pipeline import run_forward, run_forward_backward
+from megatron_rapo.policy.reference import Reference
+from megatron_rapo.weights.load import load_weights
+
+
+class Policy:
+    """The model in training.
+
+    Attributes:
+        chunks: this rank's model chunks, as Megatron built them.
+        wrapped: the same, wrapped for data parallelism.
+        optimizer, schedule: Megatron's.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        optimizer: Optimizer,
+        architecture: Architecture,
+        placement: Placement,
+        total_updates: int,
+    ) -> None:
+        """Builds the model, loads the HF weights of `model.path`, and prepares the optimizer.
+
+        All ranks must call it together. `total_updates` is where the learning rate's decay ends.
+        """
+        self.architecture = architecture
+        self.placement = placement
+        self.chunks: list[GPTModel] = build_chunks(architecture, model, placement.layout)
+        load_weights(self.chunks, architecture, model.path, placement.tensor_rank)
+        self.wrapped = _wrap(self.chunks, optimizer)
+        self.optimizer = _megatron_optimizer(self.wrapped, optimizer, DTYPES[model.dtype])
+        self.schedule = _learning_rate_schedule(self.optimizer, optimizer, total_updates)
+        _connect(self.wrapped, self.optimizer, optimizer)
+
+    def annotate(self, minibatches: Sequence[Sequence[Microbatch]], objective: Objective) -> None:
+        """Records the log-probs under the policy as it is now, wherever it will have moved before their use.
+
+        A step's only minibatch needs none: its update starts from the very policy.
+        """
+        if len(minibatches) == 1:
+            return
+        microbatches = [microbatch for minibatch in minibatches for microbatch in minibatch]
+
+        def log_probs(microbatch: Microbatch, logits: Tensor) -> Tensor:
+            return objective.statistics(logits, microbatch.targets).log_prob
+
+        for microbatch, values in zip(
+            microbatches, run_forward(self.wrapped, microbatches, log_probs), strict=False
+        ):
+            microbatch.old_log_probs = values
+
+    def update(
+        self, minibatches: Sequence[Sequence[Microbatch]], objective: Objective, reference: Reference | None
+    ) -> Mapping[str, float]:
+        """One optimizer update a minibatch.
+
+        Returns:
+            Metrics, averaged over the updates; the same on all ranks.
+
+        Raises:
+            RapoError: a loss or gradient is not finite.
+        """
+        updates = [self._update(minibatch, objective, reference) for minibatch in minibatches]
+        return {name: sum(metrics[name] for metrics in updates) / len(updates) for name in updates[0]}
+
+    def _update(
+        self, minibatch: Sequence[Microbatch], objective: Objective, reference: Reference | None
+    ) -> dict[str, float]:
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def loss(microbatch: Microbatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+            reference_logits = None
+            if reference is not None and objective.wants_reference_logits:
+                reference_logits = reference.response_logits(microbatch)
+            return objective(microbatch, logits, reference_logits)
+
+        sums = run_forward_backward(self.wrapped, minibatch, loss)
+        total = torch.stack(sums).sum(0) if sums else torch.zeros(len(Objective.METRICS), dtype=torch.float64)
+        total = self.placement.sum_from_last_stage(total.to(minibatch[0].token_ids.device))
+        metrics = dict(Objective.metrics(total))
+
+        self.schedule.step(increment=1)
+        _, gradient_norm, _ = self.optimizer.step()
+        metrics["optimizer/gradient_norm"] = float(gradient_norm)
+        metrics["optimizer/learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise RapoError(
+                    f"{name} = {value}: training has diverged; go on from an earlier checkpoint with a lower "
+                    "optimizer.learning_rate"
+                )
+        return metrics
+
+    def synchronise_parameters(self) -> None:
+        """Makes every rank's parameters current; needed before they are read outside the forward pass."""
+        for chunk in self.wrapped:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+
+def _wrap(chunks: Sequence[GPTModel], optimizer: Optimizer) -> list[DistributedDataParallel]:
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=optimizer.distributed,
+        overlap_grad_reduce=optimizer.overlap_communication,
+        overlap_param_gather=optimizer.overlap_communication,
+    )
+    return [
+        DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def _megatron_optimizer(
+    wrapped: Sequence[DistributedDataParallel], optimizer: Optimizer, dtype: torch.dtype
+) -> Any:
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.learning_rate,
+        min_lr=optimizer.min_learning_rate,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.epsilon,
+        clip_grad=optimizer.clip_gradient,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=optimizer.distributed,
+        overlap_param_gather=optimizer.overlap_communication,
+    )
+    return get_megatron_optimizer(config, list(wrapped))
+
+
+def _learning_rate_schedule(
+    megatron_optimizer: Any, optimizer: Optimizer, total_updates: int
+) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        megatron_optimizer,
+        init_lr=0.0,
+        max_lr=optimizer.learning_rate,
+        min_lr=optimizer.min_learning_rate,
+        lr_warmup_steps=optimizer.warmup_updates,
+        lr_decay_steps=total_updates,
+        lr_decay_style=optimizer.decay,
+        start_wd=optimizer.weight_decay,
+        end_wd=optimizer.weight_decay,
+        wd_incr_steps=total_updates,
+        wd_incr_style="constant",
+    )
+
+
+def _connect(
+    wrapped: Sequence[DistributedDataParallel], megatron_optimizer: Any, optimizer: Optimizer
+) -> None:
+    """Gives the pipeline schedules what they call at the end of, and around, gradient accumulation."""
+
+    def finalize(model: Any, num_tokens: Tensor | None = None, **groups: Any) -> None:
+        # No token count: the loss's weights have normalised it already.
+        finalize_model_grads(model, None, **groups)
+
+    config = wrapped[0].config
+    config.finalize_model_grads_func = finalize
+    config.grad_scale_func = megatron_optimizer.scale_loss
+    if optimizer.overlap_communication:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
