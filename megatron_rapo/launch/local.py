@@ -1,0 +1,220 @@
+"""Starts the trainer's ranks on this machine and watches them: when one fails, all end, with its reason."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+
+from megatron_rapo.launch.environment import RankEnvironment
+from megatron_rapo.launch.failure import Failure, WorkerFailed, root_cause
+from megatron_rapo.launch.rank import run_rank
+
+POLL_S = 0.1
+# How long peers may take to end by themselves, and to tell their own reasons, before they are asked to.
+SETTLE_S = 2.0
+# How long a rank that was asked to end may take to close what it opened, before it is killed.
+GRACE_S = 5.0
+
+
+def run_local(
+    function: Callable[..., object],
+    args: tuple[Any, ...],
+    world_size: int,
+    diagnose: Callable[[], str] | None = None,
+) -> None:
+    """Runs `function(*args)` in `world_size` new processes, with torchrun's environment, until all return.
+
+    Args:
+        function: a top-level function, which a new process can import; its arguments are pickled.
+        args: its arguments, the same for each rank.
+        world_size: how many ranks to start.
+        diagnose: says where the ranks are (`observe.describe`); asked before failed ranks are ended.
+
+    Raises:
+        WorkerFailed: a rank failed; the others, and all that ranks left running, have been ended.
+        KeyboardInterrupt, SystemExit: SIGINT, or SIGTERM or SIGHUP, came; all ranks have been ended.
+    """
+    ranks: list[_Rank] = []
+    with (
+        _rendezvous(world_size) as port,
+        tempfile.TemporaryDirectory(prefix="megatron-rapo-") as reports,
+        _stop_signals() as received,
+    ):
+        try:
+            for index in range(world_size):
+                place = RankEnvironment(index, index, world_size, world_size, "127.0.0.1", port)
+                ranks.append(_Rank(function, args, place, Path(reports) / f"rank_{index:05d}.json"))
+            failures = _watch(ranks, received)
+            diagnosis = diagnose() if failures and diagnose else ""
+        finally:
+            _end(ranks, received)
+    if signal.SIGINT in received:
+        raise KeyboardInterrupt
+    if received:
+        raise SystemExit(128 + received[0])
+    if failures:
+        raise WorkerFailed(root_cause(failures), diagnosis)
+
+
+class _Rank:
+    """One rank's process and where it reports its failure."""
+
+    def __init__(
+        self, function: Callable[..., object], args: tuple[Any, ...], place: RankEnvironment, report: Path
+    ) -> None:
+        self.index = place.rank
+        self._report = report
+        self._swept = False
+        # Not daemonic: ranks start processes of their own.
+        self.process: SpawnProcess = multiprocessing.get_context("spawn").Process(
+            target=run_rank, args=(function, args, place.rank, report, os.getpid()), name=f"rank {place.rank}"
+        )
+        with _environment({**_defaults(), **place.variables()}):
+            self.process.start()
+
+    def ended(self) -> bool:
+        """Whether the process is gone; then what it left running is ended too."""
+        if self.process.is_alive():
+            return False
+        if not self._swept:  # Once, at once: later the group's number may be another's.
+            self._kill_group()
+            self._swept = True
+        return True
+
+    def failure(self) -> Failure | None:
+        """Why it failed, or None. A report counts before the exit: a thread may hold that up for ever."""
+        report = Failure.read(self._report)
+        if report is None and self.ended() and self.process.exitcode:
+            # The report may have been written between the look and the exit.
+            return Failure.read(self._report) or Failure.of_exit(self.index, _signed(self.process.exitcode))
+        return report
+
+    def ask_to_end(self) -> None:
+        """SIGTERM: the rank closes what it opened."""
+        self.process.terminate()
+
+    def kill(self) -> None:
+        """SIGKILL, to the rank and all it started."""
+        self._kill_group()
+        self.process.kill()
+        self.process.join(GRACE_S)
+        self._swept = True
+
+    def _kill_group(self) -> None:
+        assert self.process.pid is not None
+        # Where nothing is left there is no group; nor before the process came to lead one.
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def _watch(ranks: list[_Rank], received: list[int]) -> list[Failure]:
+    """Waits until all ranks ended, one failed, or a signal came; the failures, one a rank."""
+    failures: dict[int, Failure] = {}
+    deadline = float("inf")
+    while not received and time.monotonic() < deadline:
+        running = [rank for rank in ranks if not rank.ended()]
+        for rank in ranks:
+            failure = failures.get(rank.index) or rank.failure()
+            if failure is not None:
+                failures[rank.index] = failure
+                deadline = min(deadline, time.monotonic() + SETTLE_S)
+        if not running:
+            break
+        time.sleep(POLL_S)
+    return list(failures.values())
+
+
+def _end(ranks: list[_Rank], received: list[int]) -> None:
+    """Ends all ranks, within GRACE_S or, where a second signal asks for it, at once."""
+    for rank in ranks:
+        rank.ask_to_end()
+    deadline = time.monotonic() + GRACE_S
+    running = ranks
+    while time.monotonic() < deadline and len(received) < 2:
+        running = [rank for rank in running if not rank.ended()]
+        if not running:
+            return
+        time.sleep(POLL_S)
+    for rank in running:
+        rank.kill()
+
+
+@contextmanager
+def _rendezvous(world_size: int) -> Iterator[int]:
+    """The port of the ranks' store, which this process serves on loopback meanwhile.
+
+    The port is taken from the start: one that is picked for rank 0 to serve on could be lost in between.
+    """
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    store = torch.distributed.TCPStore(
+        "127.0.0.1",
+        port,
+        world_size,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    yield port
+    del store  # It served as long as it was referenced.
+
+
+def _defaults() -> dict[str, str]:
+    """What ranks find in the environment beside their place; what the user set stands."""
+    defaults = {"OMP_NUM_THREADS": "1"}  # More threads than cores cost an order of magnitude.
+    if not torch.cuda.is_available():
+        defaults["TORCH_COMPILE_DISABLE"] = (
+            "1"  # Nothing on CPU gains from it; imports take a third less time.
+        )
+    kept = {name: os.environ.get(name, value) for name, value in defaults.items()}
+    # Ranks then join this process's store, where rank 0 would otherwise serve one. As torchrun does.
+    return {**kept, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables for a process that is started meanwhile: they must stand before it imports anything."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """The stop signals that came meanwhile: noted, so that none is lost or comes between two statements."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # Only there can handlers be set.
+        yield received
+        return
+    stop = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in stop}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _signed(exit_code: int) -> int:
+    """A rank that ended itself on SIGTERM exits with 128 + the number, as shells write it."""
+    return 128 - exit_code if exit_code == 128 + signal.SIGTERM else exit_code

@@ -1,0 +1,314 @@
+"""Local launch: ranks' environment, and that one failure ends all ranks, once, with its reason."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_rapo.errors import RapoError
+from megatron_rapo.launch import local
+from megatron_rapo.launch.environment import RankEnvironment
+from megatron_rapo.launch.failure import Failure, Kind, WorkerFailed, root_cause
+from megatron_rapo.launch.local import run_local
+
+TORCHRUN = {
+    "RANK": "5",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "8",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "node0",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """Whatever a test starts is gone after it; multiprocessing's own tracker stays, as it should."""
+    before = set(psutil.Process().children(recursive=True))
+    yield
+    left = [
+        process
+        for process in set(psutil.Process().children(recursive=True)) - before
+        if "resource_tracker" not in " ".join(process.cmdline())
+    ]
+    for process in left:
+        process.kill()
+    assert not left
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers that only sleep have nothing to tell or to close: they need no long wait."""
+    monkeypatch.setattr(local, "SETTLE_S", 0.2)
+    monkeypatch.setattr(local, "GRACE_S", 2.0)
+
+
+# The environment
+
+
+def test_the_environment_of_torchrun_is_read() -> None:
+    place = RankEnvironment.read(TORCHRUN)
+    assert place == RankEnvironment(5, 1, 8, 4, "node0", 29500)
+    assert place.variables() == TORCHRUN
+
+
+def test_without_a_launcher_there_is_no_place() -> None:
+    assert RankEnvironment.read({"MASTER_ADDR": "node0"}) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"MASTER_ADDR": ""}, "lacks MASTER_ADDR; start with torchrun"),
+        ({"RANK": "x"}, "RANK='x' is no number"),
+        ({"RANK": "-1"}, "RANK='-1' is no number"),
+        ({"RANK": "8"}, "RANK=8 is not below WORLD_SIZE=8"),
+        ({"LOCAL_RANK": "4"}, "LOCAL_RANK=4 is not below LOCAL_WORLD_SIZE=4"),
+    ],
+)
+def test_a_broken_environment_is_refused(change: dict[str, str], message: str) -> None:
+    with pytest.raises(RapoError, match=message):
+        RankEnvironment.read({**TORCHRUN, **change})
+
+
+def test_another_world_size_than_the_layout_is_refused() -> None:
+    place = RankEnvironment.read(TORCHRUN)
+    assert place is not None
+    place.check_world_size(8)
+    with pytest.raises(RapoError, match=r"WORLD_SIZE=8 ranks were started, but \[parallel\] lays out 4"):
+        place.check_world_size(4)
+
+
+# Success
+
+
+def all_reduce_ranks(folder: Path) -> None:
+    import torch
+    import torch.distributed
+
+    torch.distributed.init_process_group("gloo")
+    total = torch.tensor([rank() + 1])
+    torch.distributed.all_reduce(total)
+    place = RankEnvironment.read()
+    lines = [str(total.item()), str(place), os.environ["OMP_NUM_THREADS"], str(torch.get_num_threads())]
+    (folder / str(rank())).write_text("\n".join(lines))
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_meet_and_the_parents_environment_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = dict(os.environ)
+    run_local(all_reduce_ranks, (tmp_path,), world_size=2)
+    assert dict(os.environ) == before
+    for index in range(2):
+        total, place, *threads = (tmp_path / str(index)).read_text().splitlines()
+        assert total == "3"
+        assert place.startswith(f"RankEnvironment(rank={index}, local_rank={index}, world_size=2, ")
+        assert "local_world_size=2, master_address='127.0.0.1'" in place
+        assert threads == ["1", "1"]
+
+
+def write_threads(folder: Path) -> None:
+    (folder / "threads").write_text(os.environ["OMP_NUM_THREADS"])
+
+
+def test_threads_that_the_user_set_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    run_local(write_threads, (tmp_path,), world_size=1)
+    assert (tmp_path / "threads").read_text() == "3"
+
+
+def leave_a_child(folder: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    (folder / "child").write_text(str(child.pid))
+
+
+def test_what_a_rank_leaves_running_is_ended(tmp_path: Path) -> None:
+    run_local(leave_a_child, (tmp_path,), world_size=1)
+    assert gone(int((tmp_path / "child").read_text()))
+
+
+def gone(pid: int, within_s: float = 5.0) -> bool:
+    """Whether the process ends (or is only waiting to be reaped) in time."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.05)
+                continue
+        return True
+    return False
+
+
+# Failure
+
+
+def fail(how: str, failing: int) -> None:
+    """The rank `failing` fails; its peers wait for it, in a collective or asleep."""
+    if rank() == failing:
+        if how == "user":
+            raise RapoError("model.path = 'x' holds no model; give one")
+        if how == "bug":
+            raise KeyError("surprise")
+        if how == "status":
+            os._exit(7)
+        os.kill(os.getpid(), getattr(signal, how))
+    time.sleep(60)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("user", r"^model\.path = 'x' holds no model; give one$"),
+        ("bug", r"(?s)^rank 1 failed:\nTraceback.*KeyError: 'surprise'\nthe ranks are here$"),
+        ("status", "^rank 1 exited with status 7; "),
+        ("SIGKILL", "^rank 1 was killed by SIGKILL: usually out of memory"),
+        ("SIGSEGV", "^rank 1 was killed by SIGSEGV: a crash in native code"),
+        ("SIGTERM", "^rank 1 was killed by SIGTERM: someone or the scheduler"),
+    ],
+)
+def test_one_failure_ends_all_and_is_told_once(how: str, message: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(WorkerFailed, match=message) as caught:
+        run_local(fail, (how, 1), world_size=2, diagnose=lambda: "the ranks are here")
+    assert time.monotonic() - started < 20
+    assert caught.value.failure.rank == 1
+
+
+def fail_behind_a_collective() -> None:
+    """Rank 1 leaves the group first and tells its reason last, as happens where it closes much in between."""
+    import torch
+    import torch.distributed
+
+    torch.distributed.init_process_group("gloo")
+    torch.distributed.barrier()
+    if rank() == 1:
+        try:
+            raise RapoError("the reason")
+        finally:
+            torch.distributed.destroy_process_group()
+            time.sleep(1)
+    torch.distributed.all_reduce(torch.ones(1))
+
+
+def test_the_reason_is_told_and_not_the_broken_collective_of_a_peer() -> None:
+    with pytest.raises(WorkerFailed, match=r"^the reason$"):
+        run_local(fail_behind_a_collective, (), world_size=2)
+
+
+def fail_with_a_thread_that_never_ends() -> None:
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    raise RapoError("the reason")
+
+
+def test_a_failure_is_seen_although_the_process_cannot_exit() -> None:
+    started = time.monotonic()
+    with pytest.raises(WorkerFailed, match=r"^the reason$"):
+        run_local(fail_with_a_thread_that_never_ends, (), world_size=1)
+    assert time.monotonic() - started < 20
+
+
+def fail_while_a_peer_cleans_up(folder: Path) -> None:
+    if rank() == 1:
+        raise RapoError("the reason")
+    try:
+        time.sleep(60)
+    finally:
+        (folder / "closed").touch()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_ranks_that_are_ended_may_close_what_they_opened(tmp_path: Path) -> None:
+    with pytest.raises(WorkerFailed):
+        run_local(fail_while_a_peer_cleans_up, (tmp_path,), world_size=2)
+    assert (tmp_path / "closed").exists()
+
+
+def ignore_the_end(folder: Path) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (folder / f"pid_{rank()}").write_text(str(os.getpid()))
+    if rank() == 1:
+        raise RapoError("the reason")
+    time.sleep(60)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_rank_that_does_not_end_is_killed(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(WorkerFailed, match="the reason"):
+        run_local(ignore_the_end, (tmp_path,), world_size=2)
+    assert time.monotonic() - started < 25
+
+
+def failure(rank: int, kind: Kind, time_s: float) -> Failure:
+    return Failure(rank, kind, time_s, "")
+
+
+def test_the_kind_of_a_failure_counts_before_its_time() -> None:
+    late_user = failure(3, Kind.USER, 9.0)
+    killed = failure(2, Kind.KILLED, 8.0)
+    bug, later_bug = failure(1, Kind.ERROR, 6.0), failure(0, Kind.ERROR, 7.0)
+    aborted, broken = failure(4, Kind.ABORTED, 1.0), failure(5, Kind.COLLECTIVE, 2.0)
+    likeliest_first = [late_user, killed, bug, later_bug, broken, aborted]
+    for index, expected in enumerate(likeliest_first):
+        assert root_cause(likeliest_first[index:][::-1]) == expected
+
+
+# The parent's end
+
+
+PARENT = """
+import sys, time, os
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_launch import wait_for_ever
+from megatron_rapo.launch.local import run_local
+if __name__ == "__main__":
+    run_local(wait_for_ever, (Path({folder!r}),), world_size=2)
+"""
+
+
+def wait_for_ever(folder: Path) -> None:
+    partial = folder / f"partial_{rank()}"
+    partial.write_text(str(os.getpid()))
+    partial.replace(folder / f"pid_{rank()}")
+    time.sleep(120)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_ranks_end_with_their_parent(tmp_path: Path, number: signal.Signals, status: int) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    parent = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
+    try:
+        files = [tmp_path / f"pid_{index}" for index in range(2)]
+        deadline = time.monotonic() + 60
+        while not all(file.exists() for file in files):
+            assert time.monotonic() < deadline and parent.poll() is None
+            time.sleep(0.05)
+        pids = [int(file.read_text()) for file in files]
+        parent.send_signal(number)
+        assert parent.wait(timeout=15) == status
+        assert all(gone(pid) for pid in pids)
+    finally:
+        parent.kill()
+        parent.wait(timeout=15)
