@@ -1,7 +1,8 @@
-"""What the run trains on: prompts with their gold answers."""
+"""What the run trains on: prompts with their gold answers, and the report of what was left out."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -10,7 +11,7 @@ class Prompt:
     """One problem, ready to be sampled from.
 
     Attributes:
-        index: position in its prompt set; the same problem has the same index in every run.
+        index: row in the source (from 0); the same problem has the same index in every run.
         question: the problem as its source gives it.
         token_ids: the templated prompt.
         answer: the gold answer, in the verifier's notation.
@@ -20,3 +21,65 @@ class Prompt:
     question: str
     token_ids: tuple[int, ...]
     answer: str
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a source's rows. `str()` tells it in a line for each finding.
+
+    Attributes:
+        source: the file, or the generated task and its split.
+        rows: rows read.
+        kept: prompts that the set holds.
+        without_question: rows whose question is missing or blank; dropped.
+        without_answer: rows whose answer is missing or blank; dropped.
+        too_long: rows whose prompt has more than `max_prompt_tokens` tokens; dropped.
+        max_prompt_tokens: the limit that `too_long` was measured against.
+        duplicates: groups of rows that ask the same, but for white space; kept, so they count double.
+    """
+
+    source: str
+    rows: int
+    kept: int
+    without_question: tuple[int, ...]
+    without_answer: tuple[int, ...]
+    too_long: tuple[int, ...]
+    max_prompt_tokens: int
+    duplicates: tuple[tuple[int, ...], ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {self.kept} prompts from {self.rows} rows"]
+        dropped = {
+            "without a question": self.without_question,
+            "without an answer": self.without_answer,
+            f"longer than {self.max_prompt_tokens} tokens": self.too_long,
+        }
+        for finding, rows in dropped.items():
+            if rows:
+                lines.append(f"  dropped {len(rows)} {finding}: rows {_examples(rows)}")
+        if self.duplicates:
+            pairs = _examples(["=".join(map(str, rows)) for rows in self.duplicates])
+            lines.append(f"  kept {len(self.duplicates)} questions that occur more than once: rows {pairs}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts in their source's order, never empty, and the report of how they were loaded."""
+
+    prompts: tuple[Prompt, ...]
+    report: LoadReport
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, position: int) -> Prompt:
+        return self.prompts[position]
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.prompts)
+
+
+def _examples(rows: tuple[int, ...] | list[str]) -> str:
+    shown = 5
+    return ", ".join(map(str, rows[:shown])) + (", …" if len(rows) > shown else "")

@@ -1,0 +1,89 @@
+"""The prompt set of a run: read or generated, templated, with nothing dropped in silence."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_rapo.config.data import FileData
+from megatron_rapo.config.schema import Data
+from megatron_rapo.data.prompts import LoadReport, Prompt, PromptSet
+from megatron_rapo.data.sources import Row, generate, read_file
+from megatron_rapo.data.tasks.problem import Split
+from megatron_rapo.data.templates import encode_plain, encode_template
+from megatron_rapo.errors import RapoError
+
+
+def load_prompts(
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_tokens: int,
+    seed: int,
+    split: Split,
+    count: int | None,
+) -> PromptSet:
+    """Loads prompts, drops the unusable ones, and reports them.
+
+    Args:
+        data: the source and its template. A generated task's question is its whole prompt.
+        tokenizer: the policy's.
+        max_prompt_tokens: longer prompts are dropped.
+        seed: draws a generated task's problems; a file's rows do not depend on it.
+        split: of a generated task; a file is one split, named by its path.
+        count: how many prompts; of a file, the first usable ones, so that runs with different seeds are
+            evaluated on the same. None: all of the file, or `data.problems` of a generated task.
+
+    Raises:
+        RapoError: the source cannot be read, holds fewer usable prompts than `count` or none at all, or
+            the tokenizer lacks the template.
+    """
+    if isinstance(data, FileData):
+        source, rows = str(data.path), read_file(data)
+        usable = [row for row in rows if row.question and row.answer]
+        encoded = encode_template([row.question for row in usable], tokenizer, data)
+    else:
+        source = f"{data.source} ({split}, seed {seed})"
+        usable = rows = generate(data, seed, split, data.problems if count is None else count)
+        encoded = encode_plain([row.question for row in usable], tokenizer)
+    if [] in encoded:
+        raise RapoError(
+            f"the tokenizer {tokenizer.name_or_path} has no token for any character of "
+            f"{usable[encoded.index([])].question!r}; use the tokenizer that the model was trained with"
+        )
+    prompts = [
+        Prompt(row.index, row.question, tuple(token_ids), row.answer)
+        for row, token_ids in zip(usable, encoded, strict=True)
+        if len(token_ids) <= max_prompt_tokens
+    ][:count]
+    report = LoadReport(
+        source=source,
+        rows=len(rows),
+        kept=len(prompts),
+        without_question=tuple(row.index for row in rows if not row.question),
+        without_answer=tuple(row.index for row in rows if row.question and not row.answer),
+        too_long=tuple(
+            row.index
+            for row, token_ids in zip(usable, encoded, strict=True)
+            if len(token_ids) > max_prompt_tokens
+        ),
+        max_prompt_tokens=max_prompt_tokens,
+        duplicates=_duplicates(usable),
+    )
+    if not prompts:
+        raise RapoError(f"no prompt is usable; correct the data or rollout.max_prompt_tokens\n{report}")
+    if count is not None and len(prompts) < count:
+        raise RapoError(
+            f"{count} prompts were asked for, but {len(prompts)} are usable; ask for no more\n{report}"
+        )
+    return PromptSet(tuple(prompts), report)
+
+
+def _duplicates(rows: Sequence[Row]) -> tuple[tuple[int, ...], ...]:
+    """Rows that ask the same question, but for white space."""
+    same: defaultdict[str, list[int]] = defaultdict(list)
+    for row in rows:
+        same[" ".join(row.question.split())].append(row.index)
+    return tuple(tuple(indices) for indices in same.values() if len(indices) > 1)

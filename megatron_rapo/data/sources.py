@@ -1,0 +1,113 @@
+"""Problems out of JSONL and Parquet files, and out of the generated tasks."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from megatron_rapo.config.data import ArithmeticData, CountdownData, FileData
+from megatron_rapo.data.tasks import arithmetic, countdown
+from megatron_rapo.data.tasks.problem import Split
+from megatron_rapo.errors import RapoError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a source; a blank question or answer is an empty string."""
+
+    index: int
+    question: str
+    answer: str
+
+
+def read_file(data: FileData) -> list[Row]:
+    """All rows of the file, blank ones included.
+
+    Raises:
+        RapoError: the file is missing or malformed, lacks a configured field in every row, or holds
+            something else than text in the question, or than text or a number in the answer.
+    """
+    try:
+        records = _read_parquet(data.path) if data.path.suffix == ".parquet" else _read_jsonl(data.path)
+    except FileNotFoundError as error:
+        raise RapoError(f"data file {data.path} does not exist; correct data.path") from error
+    except OSError as error:
+        raise RapoError(f"data file {data.path} cannot be read: {error}") from error
+    if not records:
+        raise RapoError(f"data file {data.path} has no rows; point data.path at one with problems")
+    _require_field(data.path, "prompt_field", data.prompt_field, records)
+    _require_field(data.path, "answer_field", data.answer_field, records)
+    rows = []
+    for index, record in enumerate(records):
+        question, answer = record.get(data.prompt_field), record.get(data.answer_field)
+        if not isinstance(question, str | None):
+            raise RapoError(
+                f"data file {data.path}, row {index}: field '{data.prompt_field}' is {question!r}, not text; "
+                "set data.prompt_field to a field with the problem's text"
+            )
+        if not isinstance(answer, str | int | float | None):
+            raise RapoError(
+                f"data file {data.path}, row {index}: field '{data.answer_field}' is {answer!r}, no text and "
+                "no number; set data.answer_field to a field with the gold answer alone"
+            )
+        rows.append(Row(index, question if question and question.strip() else "", _answer_text(answer)))
+    return rows
+
+
+def generate(data: CountdownData | ArithmeticData, seed: int, split: Split, count: int) -> list[Row]:
+    """`count` problems of a generated task; the same for the same arguments."""
+    if isinstance(data, CountdownData):
+        problems = countdown.generate(data, seed, split, count)
+    else:
+        problems = arithmetic.generate(data, seed, split, count)
+    return [Row(index, problem.question, problem.answer) for index, problem in enumerate(problems)]
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    records = []
+    with path.open("rb") as lines:  # bytes: only \n ends a line, not the line separators inside of strings
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:  # malformed JSON, or bytes that are not UTF-8
+                raise RapoError(
+                    f"{path}:{number} is not JSON: {error}; correct or remove the line"
+                ) from error
+            if not isinstance(record, dict):
+                raise RapoError(
+                    f"{path}:{number} is not a JSON object but {line[:60].decode()!r}; "
+                    "each line must hold one row's fields"
+                )
+            records.append(record)
+    return records
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise RapoError(f"data file {path} is not valid Parquet: {error}") from error
+
+
+def _require_field(path: Path, option: str, field: str, records: Sequence[Mapping[str, Any]]) -> None:
+    if not any(field in record for record in records):
+        present = ", ".join(sorted({name for record in records for name in record}))
+        raise RapoError(
+            f"data file {path} has no field '{field}'; set data.{option} to one of its fields: {present}"
+        )
+
+
+def _answer_text(answer: str | float | None) -> str:
+    """The answer as stripped text; null and NaN (the null of some Parquet writers) are blank."""
+    if answer is None or (isinstance(answer, float) and math.isnan(answer)):
+        return ""
+    return str(answer).strip()

@@ -1,0 +1,215 @@
+"""Loading prompts: what is kept, what is dropped and reported, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatron_rapo.config.data import ArithmeticData, CountdownData, FileData
+from megatron_rapo.data.load import load_prompts
+from megatron_rapo.data.tasks import arithmetic, countdown
+from megatron_rapo.errors import RapoError
+from tests.models import make_tokenizer
+
+SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
+TOKENIZER = make_tokenizer(vocab_size=200)
+
+
+def load(data, *, max_prompt_tokens=10_000, seed=0, split="train", count=None):
+    return load_prompts(
+        data, TOKENIZER, max_prompt_tokens=max_prompt_tokens, seed=seed, split=split, count=count
+    )
+
+
+def file_data(path, **options):
+    return FileData(source="file", path=path, **{"template": "plain", "template_text": "{prompt}", **options})
+
+
+def jsonl(folder, rows):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def parquet(folder, rows):
+    path = folder / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+ROWS = [
+    {"problem": "one", "gold": "1"},
+    {"problem": "two", "gold": None},
+    {"problem": "three", "gold": "  "},
+    {"problem": "one ", "gold": "1"},
+    {"problem": "a long one", "gold": "5"},
+    {"problem": " ", "gold": "6"},
+    {"problem": None, "gold": "7"},
+]
+
+
+@pytest.mark.parametrize("write", [jsonl, parquet])
+def test_rows_are_kept_or_dropped_and_reported(tmp_path, write):
+    data = file_data(write(tmp_path, ROWS), prompt_field="problem", answer_field="gold")
+    loaded = load(data, max_prompt_tokens=5)
+    assert [(prompt.index, prompt.question, prompt.answer) for prompt in loaded] == [
+        (0, "one", "1"),
+        (3, "one ", "1"),
+    ]
+    assert [TOKENIZER.decode(prompt.token_ids) for prompt in loaded] == ["one", "one "]
+    report = loaded.report
+    assert (report.rows, report.kept) == (7, 2)
+    assert report.without_answer == (1, 2)
+    assert report.without_question == (5, 6)
+    assert report.too_long == (4,)
+    assert report.duplicates == ((0, 3),)
+
+
+def test_the_report_reads_as_a_line_for_each_finding(tmp_path):
+    data = file_data(jsonl(tmp_path, ROWS), prompt_field="problem", answer_field="gold")
+    assert str(load(data, max_prompt_tokens=5).report).splitlines() == [
+        f"{data.path}: 2 prompts from 7 rows",
+        "  dropped 2 without a question: rows 5, 6",
+        "  dropped 2 without an answer: rows 1, 2",
+        "  dropped 1 longer than 5 tokens: rows 4",
+        "  kept 1 questions that occur more than once: rows 0=3",
+    ]
+
+
+def test_a_clean_file_has_nothing_to_report_and_many_rows_are_abbreviated(tmp_path):
+    clean = load(file_data(jsonl(tmp_path, [{"question": "q", "answer": "a"}])))
+    assert str(clean.report) == f"{tmp_path / 'rows.jsonl'}: 1 prompts from 1 rows"
+    rows = [{"question": f"q{i}", "answer": "" if i < 9 else "a"} for i in range(10)]
+    assert "dropped 9 without an answer: rows 0, 1, 2, 3, 4, …" in str(
+        load(file_data(jsonl(tmp_path, rows))).report
+    )
+
+
+def test_a_prompt_of_exactly_the_limit_is_kept(tmp_path):
+    data = file_data(jsonl(tmp_path, [{"question": "12345", "answer": "1"}]))
+    assert len(load(data, max_prompt_tokens=5)) == 1
+    with pytest.raises(RapoError, match=r"longer than 4 tokens: rows 0"):
+        load(data, max_prompt_tokens=4)
+
+
+@pytest.mark.parametrize("write", [jsonl, parquet])
+def test_numbers_as_answers_become_text(tmp_path, write):
+    rows = [{"question": "q", "answer": 27}, {"question": "r", "answer": 12}]
+    assert [prompt.answer for prompt in load(file_data(write(tmp_path, rows)))] == ["27", "12"]
+    rows = [{"question": "q", "answer": 0}, {"question": "r", "answer": 0.5}]
+    assert [float(prompt.answer) for prompt in load(file_data(write(tmp_path, rows)))] == [0, 0.5]
+
+
+def test_nan_is_a_missing_answer(tmp_path):
+    rows = [{"question": "q", "answer": float("nan")}, {"question": "r", "answer": 1.5}]
+    assert load(file_data(parquet(tmp_path, rows))).report.without_answer == (0,)
+
+
+def test_blank_lines_are_no_rows_and_odd_line_separators_end_no_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"question": "a", "answer": "1"}\r\n\n'
+        + '{"question": "b\u2028c", "answer": "2"}'.encode()
+    )
+    assert [(prompt.index, prompt.question) for prompt in load(file_data(path))] == [
+        (0, "a"),
+        (1, "b\u2028c"),
+    ]
+
+
+def test_count_takes_the_first_usable_prompts_of_a_file(tmp_path):
+    rows = [{"question": f"q{i}", "answer": "" if i == 1 else "a"} for i in range(5)]
+    path = jsonl(tmp_path, rows)
+    assert [prompt.index for prompt in load(file_data(path), count=3)] == [0, 2, 3]
+    with pytest.raises(RapoError, match=r"5 prompts were asked for, but 4 are usable"):
+        load(file_data(path), count=5)
+
+
+def write(folder, text, name="rows.jsonl"):
+    path = folder / name
+    path.write_bytes(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"question": "q", "answer": "a"}\n{"question"\n', r"rows\.jsonl:2 is not JSON"),
+        (b'{"question": "\xff", "answer": "a"}\n', r"rows\.jsonl:1 is not JSON.*utf-8"),
+        (b'\n["question"]\n', r"rows\.jsonl:2 is not a JSON object but '\[\"question\"\]"),
+        (b"", r"has no rows"),
+        (b'{"text": "q", "label": "a"}\n', r"no field 'question'; set data.prompt_field .*: label, text"),
+        (
+            b'{"question": "q", "label": "a"}\n',
+            r"no field 'answer'; set data.answer_field .*: label, question",
+        ),
+        (b'{"question": [1], "answer": "a"}\n', r"row 0: field 'question' is \[1\], not text"),
+        (b'{"question": "q", "answer": ["a"]}\n', r"row 0: field 'answer' is \['a'\]"),
+        (b'{"question": "q", "answer": ""}\n', r"no prompt is usable(.|\n)*without an answer: rows 0"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_by_name(tmp_path, content, message):
+    with pytest.raises(RapoError, match=message):
+        load(file_data(write(tmp_path, content)))
+
+
+def test_a_missing_file_and_a_false_parquet_are_refused(tmp_path):
+    with pytest.raises(RapoError, match=r"none\.jsonl does not exist; correct data.path"):
+        load(file_data(tmp_path / "none.jsonl"))
+    with pytest.raises(RapoError, match="not valid Parquet"):
+        load(file_data(write(tmp_path, b"no parquet", "rows.parquet")))
+
+
+def test_a_row_without_the_answer_field_counts_as_without_an_answer(tmp_path):
+    loaded = load(file_data(jsonl(tmp_path, [{"question": "q"}, {"question": "r", "answer": "1"}])))
+    assert loaded.report.without_answer == (0,)
+
+
+@pytest.mark.parametrize(
+    ("task", "data"),
+    [
+        (countdown, CountdownData(source="countdown", problems=20)),
+        (arithmetic, ArithmeticData(source="arithmetic", problems=20)),
+    ],
+)
+def test_a_generated_tasks_question_is_the_whole_prompt(task, data):
+    loaded = load(data, seed=3)
+    assert [(prompt.question, prompt.answer) for prompt in loaded] == [
+        (problem.question, problem.answer) for problem in task.generate(data, 3, "train", 20)
+    ]
+    assert all(TOKENIZER.decode(prompt.token_ids) == prompt.question for prompt in loaded)
+    test = load(data, seed=3, split="test", count=5)
+    assert len(test) == 5
+    assert not {prompt.question for prompt in test} & {prompt.question for prompt in loaded}
+
+
+def test_a_tokenizer_that_knows_no_character_of_a_prompt_is_refused(tmp_path):
+    data = file_data(jsonl(tmp_path, [{"question": "ааа", "answer": "1"}]))
+    with pytest.raises(RapoError, match="has no token for any character of 'ааа'"):
+        load(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "kept"),
+    [
+        ("simplerl_math_lv3to5_8k", 8523, 8521),
+        ("math500", 500, 500),
+        ("aime24", 30, 30),
+        ("aime25", 30, 30),
+        ("amc23", 40, 40),
+        ("gsm8k_test", 1319, 1319),
+        ("minerva_math", 272, 272),
+    ],
+)
+def test_the_fields_usual_files_load_as_they_are(name, rows, kept):
+    path = SHARED / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path.name} is not on this machine")
+    loaded = load(file_data(path))
+    assert (loaded.report.rows, loaded.report.kept) == (rows, kept)
+    if name == "simplerl_math_lv3to5_8k":
+        assert loaded.report.without_answer == (5054, 5158)
+        assert loaded.report.duplicates == ((1769, 4007), (4237, 4465))
+        assert loaded[5054].index == 5055
