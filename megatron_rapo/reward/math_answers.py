@@ -1,0 +1,61 @@
+r"""The `math` verifier: a response's final answer against a gold answer, by math-verify.
+
+Imported in verifier processes only: SymPy can hang or eat memory on what a policy writes.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import Any
+
+import sympy.core.random
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+RESPONSE_TAIL = 4096
+"""Characters at a response's end in which its final answer must stand; bounds the extraction's time."""
+
+# math-verify warns that its own time limits are off. They are: this process is killed instead, which also
+# ends what a signal handler cannot interrupt, such as one long multiplication of big integers.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+
+def is_correct(response: str, answer: str) -> bool:
+    r"""Whether the response's final answer equals the gold answer.
+
+    The final answer is the last `\boxed{…}` or "final answer is …", else an expression after "answer", else
+    the last expression or number. One that is no mathematics (a name, `(A)`) is compared as text.
+
+    Args:
+        response: any text; its last `RESPONSE_TAIL` characters count.
+        answer: LaTeX or plain, such as `\frac{3}{4}`, `(1,2)`, `10,000`, `12\%`.
+
+    Raises:
+        ValueError: there is nothing to compare with in `answer`.
+        Exception: whatever SymPy raises where it cannot compare the two.
+    """
+    gold = _parse_gold(answer)
+    predicted = _parse(response[-RESPONSE_TAIL:], LatexExtractionConfig(), ExprExtractionConfig())
+    # SymPy tries some equalities at random points; seeded, the same two texts always compare the same.
+    sympy.core.random.seed(0)
+    # A parse is [expression, text]. Reversed, equal texts are found first, before any algebra.
+    return verify(gold[::-1], predicted[::-1], timeout_seconds=None, raise_on_error=True)
+
+
+@lru_cache(maxsize=4096)
+def _parse_gold(answer: str) -> list[Any]:
+    # As LaTeX alone: where that fails, as for `2007 + \frac\pi 2`, math-verify would make do with the 2.
+    gold = _parse(f"\\boxed{{{answer}}}", LatexExtractionConfig())
+    if not gold:
+        raise ValueError(f"the gold answer {answer!r} holds nothing to compare with")
+    return gold
+
+
+def _parse(text: str, *targets: LatexExtractionConfig | ExprExtractionConfig) -> list[Any]:
+    """The text's final answer: the SymPy expression, if it is one, and the text it was read from."""
+    # first_match: an answer that does not parse is not replaced by another number from the text.
+    found = parse(text, targets, extraction_mode="first_match", parsing_timeout=None, raise_on_error=True)
+    source = found[-1] if found else None
+    if isinstance(source, str) and source.endswith("."):  # a sentence's; LaTeX does not parse with it
+        found = _parse(f"\\boxed{{{source.rstrip('.')}}}", LatexExtractionConfig()) + found
+    return found

@@ -1,0 +1,26 @@
+"""The verifiers by name."""
+
+from __future__ import annotations
+
+from megatron_rapo.errors import RapoError
+
+VERIFIERS = {
+    "math": "megatron_rapo.reward.math_answers:is_correct",
+    "countdown": "megatron_rapo.data.tasks.countdown:is_correct",
+    "integer": "megatron_rapo.data.tasks.arithmetic:is_correct",
+}
+"""Name (`reward.verifier`) to the `module:function` that decides; function(response, answer) → bool.
+
+Addresses, not functions: only verifier processes import them, each the one that it needs.
+"""
+
+
+def verifier_address(name: str) -> str:
+    """The `module:function` of a verifier.
+
+    Raises:
+        RapoError: there is none of this name.
+    """
+    if name not in VERIFIERS:
+        raise RapoError(f'reward.verifier = "{name}" does not exist; choose one of {", ".join(VERIFIERS)}')
+    return VERIFIERS[name]

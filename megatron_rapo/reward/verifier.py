@@ -1,0 +1,116 @@
+"""Scores responses in processes that can be killed."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from multiprocessing import connection
+from types import TracebackType
+
+from megatron_rapo.reward.outcome import Outcome
+from megatron_rapo.reward.process import VerifierProcess
+from megatron_rapo.reward.registry import verifier_address
+
+
+class Verifier:
+    """A pool of verifier processes with a hard time limit for each verification.
+
+    ```python
+    with Verifier("math", workers=2, time_limit_s=5.0) as verifier:
+        outcomes = verifier.score([("… is \\boxed{4}.", "4")])
+    ```
+    Each process holds one item at a time, so that what kills or hangs it costs that item alone; the process
+    is then replaced, and the start of the new one is charged to no item. An error in `score` closes the
+    pool. Not for use from several threads at once.
+
+    Args:
+        name: `math`, `countdown` or `integer` (`RunConfig.verifier`).
+        workers: processes.
+        time_limit_s: wall-clock seconds for one verification.
+
+    Raises:
+        RapoError: the verifier does not exist or cannot start.
+    """
+
+    def __init__(self, name: str, *, workers: int, time_limit_s: float) -> None:
+        self._address = verifier_address(name)
+        self._time_limit_s = time_limit_s
+        self._processes: list[VerifierProcess] = []
+        try:
+            for _ in range(workers):
+                self._processes.append(VerifierProcess(self._address, time_limit_s))
+            while not all(process.ready for process in self._processes):
+                self._next_outcomes()
+        except BaseException:
+            self.close()
+            raise
+
+    def score(self, items: Sequence[tuple[str, str]]) -> list[Outcome]:
+        """Verifies (response text, gold answer) pairs; the outcomes in the items' order.
+
+        Raises:
+            RapoError: a process that was to replace a killed one cannot start.
+            RuntimeError: the pool is closed.
+        """
+        if not self._processes:
+            raise RuntimeError("this Verifier is closed; score inside its `with` block")
+        outcomes: dict[int, Outcome] = {}
+        waiting = deque(range(len(items)))
+        verifying: dict[VerifierProcess, int] = {}
+        try:
+            while len(outcomes) < len(items):
+                for process in list(self._processes):
+                    if waiting and process.idle and self._submit(process, items[waiting[0]]):
+                        verifying[process] = waiting.popleft()
+                for process, outcome in self._next_outcomes():
+                    outcomes[verifying.pop(process)] = outcome
+        except BaseException:
+            self.close()
+            raise
+        return [outcomes[index] for index in range(len(items))]
+
+    def close(self) -> None:
+        """Ends every process; may be called again."""
+        while self._processes:
+            self._processes.pop().kill()
+
+    def __enter__(self) -> Verifier:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _submit(self, process: VerifierProcess, item: tuple[str, str]) -> bool:
+        """Whether the process took the item; one that died while idle is replaced instead."""
+        try:
+            process.submit(*item)
+        except BrokenPipeError:
+            self._replace(process)
+            return False
+        return True
+
+    def _next_outcomes(self) -> list[tuple[VerifierProcess, Outcome]]:
+        """Waits until a process has spoken or has passed its deadline, and replaces those that ended."""
+        busy = [process for process in self._processes if not process.idle]
+        soonest = min(process.deadline for process in busy)
+        spoken = connection.wait([process.connection for process in busy], soonest - time.monotonic())
+        outcomes = []
+        for process in busy:
+            if process.connection in spoken:
+                outcome = process.collect()
+            elif time.monotonic() >= process.deadline:
+                outcome = process.expire()
+            else:
+                continue
+            if outcome is not None:
+                outcomes.append((process, outcome))
+            if not process.alive:
+                self._replace(process)
+        return outcomes
+
+    def _replace(self, process: VerifierProcess) -> None:
+        process.kill()
+        self._processes[self._processes.index(process)] = VerifierProcess(self._address, self._time_limit_s)

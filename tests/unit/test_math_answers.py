@@ -1,0 +1,151 @@
+r"""The `math` verifier: which final answers it finds, and what it takes for equal."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_rapo.reward.math_answers import RESPONSE_TAIL, is_correct
+from megatron_rapo.reward.outcome import Outcome
+from megatron_rapo.reward.verifier import Verifier
+
+SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    with Verifier("math", workers=2, time_limit_s=30.0) as started:
+        yield started
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        ("42", ["42", "42.0", "042", r"\text{42}", "42."], ["41", "-42", "4", "2", r"\{4,2\}"]),
+        (r"\frac{3}{4}", [r"\dfrac34", "0.75", "3/4", r"\frac{6}{8}"], [r"\frac{4}{3}", "0.7", "34"]),
+        ("-2", ["-2", "- 2"], ["2"]),
+        (r"336^\circ", ["336", r"336^\circ", r"336^{\circ}"], ["335", "33"]),
+        ("10,000", ["10000", r"10,\!000", "10{,}000"], ["10", "1000"]),
+        (r"12\%", [r"12\%", "12", "0.12"], ["1.2", r"13\%"]),
+        ("(1,2)", ["(1,2)", "(1, 2)", r"\left(1,2\right)"], ["(2,1)", "(1,2,3)", "12", "[1,3]"]),
+        (r"\{1,2\}", [r"\{2,1\}", "1,2", "1 and 2"], [r"\{1,3\}", "1", "12"]),
+        ("x^2+1", ["1+x^2", "x^{2}+1", "(x+1)^2-2x"], ["x^2-1", "x^2", "x+1"]),
+        (r"2\sqrt{3}", [r"\sqrt{12}", r"2 \sqrt 3"], [r"3\sqrt{2}", "3.46"]),
+        (r"\frac{\pi}{2}", [r"\pi/2", r"0.5\pi"], [r"\pi", "1.57"]),
+        ("[0,1)", ["[0,1)", r"\left[0, 1\right)"], ["[0,1]", "(0,1)"]),
+        (r"-\frac{5}{3}.", [r"-\frac{5}{3}", "-5/3", r"-\frac{5}{3}."], [r"\frac{5}{3}"]),
+        (r"\text{Evelyn}", [r"\text{Evelyn}"], [r"\text{Carla}", "1"]),
+        (r"\$32", ["32", r"\$32"], ["23"]),
+    ],
+)
+def test_equal_answers_are_correct_and_others_wrong(answer, right, wrong):
+    assert [text for text in right if not is_correct(rf"So it is \boxed{{{text}}}.", answer)] == []
+    assert [text for text in wrong if is_correct(rf"So it is \boxed{{{text}}}.", answer)] == []
+
+
+@pytest.mark.parametrize(
+    ("response", "found"),
+    [
+        (
+            r"First \boxed{1}. On reflection, as that leaves a gap which would have to be closed: \boxed{2}",
+            "2",
+        ),
+        (r"From $x = 1$ follows $\boxed{2}$", "2"),
+        (r"\[ \boxed{2} \]", "2"),
+        (r"I got \boxed{2}. That took 3 steps", "2"),
+        ("1, 3. The final answer is $2$. I hope it is correct.", "2"),
+        ("Given 1 and 3, the answer is 2.", "2"),
+        ("1 + 1 = 2", "2"),
+    ],
+)
+def test_the_final_answer_is_found(response, found):
+    assert is_correct(response, found)
+    assert not is_correct(response, "1")
+    assert not is_correct(response, "3")
+
+
+@pytest.mark.parametrize(
+    "response", ["", "no number at all", r"\boxed{}", r"\boxed{", r"\boxed{2}, \boxed{3}"]
+)
+def test_a_response_without_the_answer_is_wrong(response):
+    assert not is_correct(response, "2")
+
+
+def test_a_number_elsewhere_does_not_stand_in_for_an_answer_that_does_not_parse():
+    assert not is_correct(r"We add 2 and 3, so \boxed{\frac{2 + 3 -}}.", "2")
+    assert not is_correct(r"\boxed{2}", r"2007 + \frac\pi 2")
+
+
+def test_only_the_end_of_a_response_counts():
+    answer = r"\boxed{2}."
+    assert is_correct("\n" * 10_000_000 + answer, "2")
+    assert is_correct(answer + " " * (RESPONSE_TAIL - len(answer)), "2")
+    assert not is_correct(answer + " " * RESPONSE_TAIL, "2")
+
+
+def test_a_gold_answer_that_is_empty_is_an_error():
+    with pytest.raises(ValueError, match="holds nothing to compare with"):
+        is_correct(r"\boxed{2}", "")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["simplerl_math_lv3to5_8k", "math500", "aime24", "aime25", "amc23", "gsm8k_test", "minerva_math"],
+)
+def test_every_gold_answer_is_correct_against_itself(verifier, name):
+    path = SHARED / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path.name} is not on this machine")
+    rows = [json.loads(line) for line in path.open()]
+    golds = [row["answer"] for row in rows if row["answer"]]
+    golds = golds[:: 1 + len(golds) // 1500]  # a sample of the largest: tests are to be quick
+    outcomes = verifier.score([(rf"The answer is \boxed{{{gold}}}.", gold) for gold in golds])
+    disagreements = [
+        gold for gold, outcome in zip(golds, outcomes, strict=True) if outcome != Outcome.CORRECT
+    ]
+    assert disagreements == []
+
+
+@pytest.mark.parametrize("name", ["math500", "minerva_math"])
+def test_every_worked_solution_is_correct(verifier, name):
+    path = SHARED / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path.name} is not on this machine")
+    rows = [json.loads(line) for line in path.open()]
+    outcomes = verifier.score([(row["solution"], row["answer"]) for row in rows])
+    assert [row["answer"] for row, outcome in zip(rows, outcomes, strict=True) if outcome != "correct"] == []
+
+
+COMMANDS = [r"\boxed{", r"\frac", r"\sqrt", r"\text{", r"\infty", r"\pi", r"\int", r"\sum_", r"\le", r"\\"]
+DELIMITERS = [r"\{", r"\}", "{", "}", r"\[", r"\]", "[", "]", r"\(", r"\)", "(", ")", "$", "$$", "|"]
+WORDS = ["0", "1", "12", "x", "e", "i", "zoo", "answer", "final answer is", " ", "\n", *"^_,.=<-+*/!%&"]
+PIECES = st.sampled_from(COMMANDS + DELIMITERS + WORDS)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.lists(PIECES, max_size=12).map("".join) | st.text(max_size=40), min_size=10, max_size=10))
+def test_no_text_kills_or_wrongs_the_verifier(verifier, texts):
+    boxed = [rf"\boxed{{{text}}}" for text in texts]
+    outcomes = verifier.score([(text, "1234567") for text in texts + boxed])
+    assert set(outcomes) <= {Outcome.WRONG, Outcome.CRASH}
+
+
+HOSTILE = [
+    r"\boxed{9^{9^{9^{9}}}}",
+    r"\boxed{" + "(" * 2000 + ")" * 2000 + "}",
+    r"\boxed{" + r"\frac{1}{" * 300 + "2" + "}" * 300 + "}",
+    r"\boxed{" + "9" * 5000 + "}",
+    r"\boxed{(10^{10})!}",
+    r"\boxed{\sum_{n=1}^{10^{9}} \frac{1}{n}}",
+]
+
+
+def test_hostile_answers_cost_their_time_limit_and_nothing_else():
+    with Verifier("math", workers=2, time_limit_s=1.0) as verifier:
+        items = [item for text in HOSTILE for item in ((text, "7"), (r"\boxed{7}", "7"))]
+        outcomes = verifier.score(items)
+    assert outcomes[0] == Outcome.TIMEOUT
+    assert Outcome.CORRECT not in outcomes[::2]
+    assert outcomes[1::2] == [Outcome.CORRECT] * len(HOSTILE)
