@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from megatron_rapo.launch import local
 from megatron_rapo.launch.environment import RankEnvironment
 from megatron_rapo.launch.failure import Failure, Kind, WorkerFailed, root_cause
 from megatron_rapo.launch.local import run_local
+from tests.unit import launched
 
 TORCHRUN = {
     "RANK": "5",
@@ -44,10 +44,6 @@ def no_process_is_left() -> Iterator[None]:
     for process in left:
         process.kill()
     assert not left
-
-
-def rank() -> int:
-    return int(os.environ["RANK"])
 
 
 @pytest.fixture
@@ -96,25 +92,12 @@ def test_another_world_size_than_the_layout_is_refused() -> None:
 # Success
 
 
-def all_reduce_ranks(folder: Path) -> None:
-    import torch
-    import torch.distributed
-
-    torch.distributed.init_process_group("gloo")
-    total = torch.tensor([rank() + 1])
-    torch.distributed.all_reduce(total)
-    place = RankEnvironment.read()
-    lines = [str(total.item()), str(place), os.environ["OMP_NUM_THREADS"], str(torch.get_num_threads())]
-    (folder / str(rank())).write_text("\n".join(lines))
-    torch.distributed.destroy_process_group()
-
-
 def test_ranks_meet_and_the_parents_environment_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = dict(os.environ)
-    run_local(all_reduce_ranks, (tmp_path,), world_size=2)
+    run_local(launched.all_reduce_ranks, (tmp_path,), world_size=2)
     assert dict(os.environ) == before
     for index in range(2):
         total, place, *threads = (tmp_path / str(index)).read_text().splitlines()
@@ -124,23 +107,14 @@ def test_ranks_meet_and_the_parents_environment_is_kept(
         assert threads == ["1", "1"]
 
 
-def write_threads(folder: Path) -> None:
-    (folder / "threads").write_text(os.environ["OMP_NUM_THREADS"])
-
-
 def test_threads_that_the_user_set_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    run_local(write_threads, (tmp_path,), world_size=1)
+    run_local(launched.write_threads, (tmp_path,), world_size=1)
     assert (tmp_path / "threads").read_text() == "3"
 
 
-def leave_a_child(folder: Path) -> None:
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    (folder / "child").write_text(str(child.pid))
-
-
 def test_what_a_rank_leaves_running_is_ended(tmp_path: Path) -> None:
-    run_local(leave_a_child, (tmp_path,), world_size=1)
+    run_local(launched.leave_a_child, (tmp_path,), world_size=1)
     assert gone(int((tmp_path / "child").read_text()))
 
 
@@ -159,19 +133,6 @@ def gone(pid: int, within_s: float = 5.0) -> bool:
 # Failure
 
 
-def fail(how: str, failing: int) -> None:
-    """The rank `failing` fails; its peers wait for it, in a collective or asleep."""
-    if rank() == failing:
-        if how == "user":
-            raise RapoError("model.path = 'x' holds no model; give one")
-        if how == "bug":
-            raise KeyError("surprise")
-        if how == "status":
-            os._exit(7)
-        os.kill(os.getpid(), getattr(signal, how))
-    time.sleep(60)
-
-
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
     ("how", "message"),
@@ -187,73 +148,35 @@ def fail(how: str, failing: int) -> None:
 def test_one_failure_ends_all_and_is_told_once(how: str, message: str) -> None:
     started = time.monotonic()
     with pytest.raises(WorkerFailed, match=message) as caught:
-        run_local(fail, (how, 1), world_size=2, diagnose=lambda: "the ranks are here")
+        run_local(launched.fail, (how, 1), world_size=2, diagnose=lambda: "the ranks are here")
     assert time.monotonic() - started < 20
     assert caught.value.failure.rank == 1
 
 
-def fail_behind_a_collective() -> None:
-    """Rank 1 leaves the group first and tells its reason last, as happens where it closes much in between."""
-    import torch
-    import torch.distributed
-
-    torch.distributed.init_process_group("gloo")
-    torch.distributed.barrier()
-    if rank() == 1:
-        try:
-            raise RapoError("the reason")
-        finally:
-            torch.distributed.destroy_process_group()
-            time.sleep(1)
-    torch.distributed.all_reduce(torch.ones(1))
-
-
 def test_the_reason_is_told_and_not_the_broken_collective_of_a_peer() -> None:
     with pytest.raises(WorkerFailed, match=r"^the reason$"):
-        run_local(fail_behind_a_collective, (), world_size=2)
-
-
-def fail_with_a_thread_that_never_ends() -> None:
-    threading.Thread(target=time.sleep, args=(60,)).start()
-    raise RapoError("the reason")
+        run_local(launched.fail_behind_a_collective, (), world_size=2)
 
 
 def test_a_failure_is_seen_although_the_process_cannot_exit() -> None:
     started = time.monotonic()
     with pytest.raises(WorkerFailed, match=r"^the reason$"):
-        run_local(fail_with_a_thread_that_never_ends, (), world_size=1)
+        run_local(launched.fail_with_a_thread_that_never_ends, (), world_size=1)
     assert time.monotonic() - started < 20
-
-
-def fail_while_a_peer_cleans_up(folder: Path) -> None:
-    if rank() == 1:
-        raise RapoError("the reason")
-    try:
-        time.sleep(60)
-    finally:
-        (folder / "closed").touch()
 
 
 @pytest.mark.usefixtures("impatient")
 def test_ranks_that_are_ended_may_close_what_they_opened(tmp_path: Path) -> None:
     with pytest.raises(WorkerFailed):
-        run_local(fail_while_a_peer_cleans_up, (tmp_path,), world_size=2)
+        run_local(launched.fail_while_a_peer_cleans_up, (tmp_path,), world_size=2)
     assert (tmp_path / "closed").exists()
-
-
-def ignore_the_end(folder: Path) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    (folder / f"pid_{rank()}").write_text(str(os.getpid()))
-    if rank() == 1:
-        raise RapoError("the reason")
-    time.sleep(60)
 
 
 @pytest.mark.usefixtures("impatient")
 def test_a_rank_that_does_not_end_is_killed(tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(WorkerFailed, match="the reason"):
-        run_local(ignore_the_end, (tmp_path,), world_size=2)
+        run_local(launched.ignore_the_end, (tmp_path,), world_size=2)
     assert time.monotonic() - started < 25
 
 
@@ -275,21 +198,14 @@ def test_the_kind_of_a_failure_counts_before_its_time() -> None:
 
 
 PARENT = """
-import sys, time, os
+import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_launch import wait_for_ever
+from tests.unit import launched
 from megatron_rapo.launch.local import run_local
 if __name__ == "__main__":
-    run_local(wait_for_ever, (Path({folder!r}),), world_size=2)
+    run_local(launched.wait_for_ever, (Path({folder!r}),), world_size=2)
 """
-
-
-def wait_for_ever(folder: Path) -> None:
-    partial = folder / f"partial_{rank()}"
-    partial.write_text(str(os.getpid()))
-    partial.replace(folder / f"pid_{rank()}")
-    time.sleep(120)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +213,7 @@ def wait_for_ever(folder: Path) -> None:
 )
 def test_ranks_end_with_their_parent(tmp_path: Path, number: signal.Signals, status: int) -> None:
     script = tmp_path / "parent.py"
-    script.write_text(PARENT.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    script.write_text(PARENT.format(tests=str(Path(__file__).parents[2]), folder=str(tmp_path)))
     parent = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
     try:
         files = [tmp_path / f"pid_{index}" for index in range(2)]

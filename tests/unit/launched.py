@@ -1,0 +1,98 @@
+"""What test_launch runs in ranks. It imports little, since each rank imports it anew."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from megatron_rapo.errors import RapoError
+from megatron_rapo.launch.environment import RankEnvironment
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def all_reduce_ranks(folder: Path) -> None:
+    import torch
+    import torch.distributed
+
+    torch.distributed.init_process_group("gloo")
+    total = torch.tensor([rank() + 1])
+    torch.distributed.all_reduce(total)
+    place = RankEnvironment.read()
+    lines = [str(total.item()), str(place), os.environ["OMP_NUM_THREADS"], str(torch.get_num_threads())]
+    (folder / str(rank())).write_text("\n".join(lines))
+    torch.distributed.destroy_process_group()
+
+
+def write_threads(folder: Path) -> None:
+    (folder / "threads").write_text(os.environ["OMP_NUM_THREADS"])
+
+
+def leave_a_child(folder: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    (folder / "child").write_text(str(child.pid))
+
+
+def fail(how: str, failing: int) -> None:
+    """The rank `failing` fails; its peers wait for it, in a collective or asleep."""
+    if rank() == failing:
+        if how == "user":
+            raise RapoError("model.path = 'x' holds no model; give one")
+        if how == "bug":
+            raise KeyError("surprise")
+        if how == "status":
+            os._exit(7)
+        os.kill(os.getpid(), getattr(signal, how))
+    time.sleep(60)
+
+
+def fail_behind_a_collective() -> None:
+    """Rank 1 leaves the group first and tells its reason last, as happens where it closes much in between."""
+    import torch
+    import torch.distributed
+
+    torch.distributed.init_process_group("gloo")
+    torch.distributed.barrier()
+    if rank() == 1:
+        try:
+            raise RapoError("the reason")
+        finally:
+            torch.distributed.destroy_process_group()
+            time.sleep(1)
+    torch.distributed.all_reduce(torch.ones(1))
+
+
+def fail_with_a_thread_that_never_ends() -> None:
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    raise RapoError("the reason")
+
+
+def fail_while_a_peer_cleans_up(folder: Path) -> None:
+    if rank() == 1:
+        raise RapoError("the reason")
+    try:
+        time.sleep(60)
+    finally:
+        (folder / "closed").touch()
+
+
+def ignore_the_end(folder: Path) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (folder / f"pid_{rank()}").write_text(str(os.getpid()))
+    if rank() == 1:
+        raise RapoError("the reason")
+    time.sleep(60)
+
+
+def wait_for_ever(folder: Path) -> None:
+    partial = folder / f"partial_{rank()}"
+    partial.write_text(str(os.getpid()))
+    partial.replace(folder / f"pid_{rank()}")
+    time.sleep(120)
