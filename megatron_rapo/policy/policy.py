@@ -120,6 +120,11 @@ class Policy:
                 )
         return metrics
 
+    def go_to_update(self, update: int) -> None:
+        """Sets the learning rate's schedule to where it stands after `update` updates."""
+        self.schedule.num_steps = update
+        self.schedule.step(increment=0)
+
     def synchronise_parameters(self) -> None:
         """Makes every rank's parameters current; needed before they are read outside the forward pass."""
         for chunk in self.wrapped:

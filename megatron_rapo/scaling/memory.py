@@ -1,0 +1,99 @@
+"""An estimate of a trainer rank's memory, from the configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megatron_rapo.config import RunConfig
+from megatron_rapo.model.architecture import Architecture
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one rank, at its peak; the largest stage's where stages differ.
+
+    Attributes:
+        weights: policy parameters.
+        reference: the frozen reference's parameters.
+        gradients: fp32 gradient buffer.
+        optimizer: fp32 main weights (beside bf16 ones) and two Adam moments.
+        activations: of the microbatches in flight.
+        logits: of one microbatch: logits, their gradient, and fp32 work over the vocabulary shard.
+        reference_hidden: the reference's final hidden states of this rank's share of the rollout batch,
+            if every sequence had its full length.
+    """
+
+    weights: int
+    reference: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    reference_hidden: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all parts."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+    def lines(self) -> list[str]:
+        """One line a part, in GiB."""
+        parts = [(part.name.replace("_", " "), getattr(self, part.name)) for part in fields(self)]
+        return [f"{name:<18}{size / GIB:9.2f} GiB" for name, size in [*parts, ("total", self.total)]]
+
+
+def estimate_memory(config: RunConfig, architecture: Architecture) -> MemoryEstimate:
+    """Estimates the rank with the most: the last pipeline stage, which holds the head and the loss.
+
+    Activations follow Korthikanti et al. (arXiv 2205.05198), without the attention matrix, which fused
+    attention does not keep: 34·h bytes a token and layer in bf16, 10 of which only sequence parallelism
+    shards. Buffers of CUDA, NCCL and the allocator come on top.
+    """
+    layout, algorithm = config.parallel, config.algorithm
+    element = 2 if config.model.dtype == "bfloat16" else 4
+    tensor, stages = layout.tensor_parallel, layout.pipeline_parallel
+    layers = architecture.layers // stages
+    vocabulary_rows = architecture.padded_vocabulary(config.model.vocabulary_multiple, tensor) // tensor
+    table = vocabulary_rows * architecture.hidden
+    tables = 1 if architecture.tied or stages > 1 else 2
+    parameters = layers * architecture.layer_parameters // tensor + tables * table
+
+    shards = layout.data_parallel * layout.context_parallel if config.optimizer.distributed else 1
+    main_weights = 4 if element == 2 else 0
+    tokens = algorithm.max_tokens_per_microbatch // layout.context_parallel
+    exact = algorithm.divergence == "forward_exact"
+    return MemoryEstimate(
+        weights=parameters * element,
+        reference=0 if algorithm.divergence == "none" else parameters * element,
+        gradients=parameters * 4,
+        optimizer=parameters * (8 + main_weights) // shards,
+        activations=_activations(config, architecture, tokens, layers, element),
+        logits=tokens * vocabulary_rows * (2 * element + (5 if exact else 3) * 4),
+        reference_hidden=_reference_hidden(config, architecture, element) if exact else 0,
+    )
+
+
+def _activations(
+    config: RunConfig, architecture: Architecture, tokens: int, layers: int, element: int
+) -> int:
+    layout = config.parallel
+    in_flight = layout.pipeline_parallel
+    hidden = architecture.hidden * element // 2
+    sequence_shards = layout.tensor_parallel if layout.sequence_parallel else 1
+    whole = tokens * hidden * (10 / sequence_shards + 24 / layout.tensor_parallel)
+    if config.model.recompute == "none":
+        return int(in_flight * layers * whole)
+    kept = in_flight * layers * tokens * 2 * hidden / sequence_shards
+    return int(kept + whole)  # one layer is alive while it is recomputed
+
+
+def _reference_hidden(config: RunConfig, architecture: Architecture, element: int) -> int:
+    layout, rollout = config.parallel, config.rollout
+    sequences = rollout.prompts_per_step * rollout.responses_per_prompt
+    tokens = sequences * (rollout.max_prompt_tokens + rollout.max_response_tokens)
+    shards = layout.data_parallel * layout.context_parallel
+    if layout.sequence_parallel:
+        shards *= layout.tensor_parallel
+    return tokens * architecture.hidden * element // shards

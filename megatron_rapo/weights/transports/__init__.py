@@ -1,0 +1,1 @@
+"""Ways for weights from the trainer to the engines, one file each."""

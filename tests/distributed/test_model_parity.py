@@ -1,0 +1,159 @@
+"""Megatron models against HF transformers: logits at every layout, and the weights' round trip."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_rapo.config import Model, Parallel
+from megatron_rapo.data.batching import Microbatch, Sample, pack
+from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.build import build_chunks
+from megatron_rapo.parallel.context import gather_tokens, rank_major_order
+from megatron_rapo.parallel.placement import Placement, arrange, process_groups
+from megatron_rapo.policy.pipeline import run_forward
+from megatron_rapo.weights.export import write_hf_model
+from megatron_rapo.weights.load import load_weights
+from tests.distributed.jobs import layout, run_job
+from tests.models import make_hf_model
+
+CASES = [
+    ("qwen2", "dp4"),
+    ("qwen2", "tp2-pp2"),
+    ("qwen2-tied", "tp2-cp2"),
+    ("qwen2-tied", "pp2"),
+    ("qwen2-tied", "pp2-vpp2"),
+    ("qwen3", "tp2-sp"),
+    ("qwen3", "cp2-pp2"),
+    ("qwen3-tied", "tp2-pp2-vpp2-sp"),
+    ("llama", "tp2-cp2-sp"),
+    ("llama", "cp4"),
+    ("llama-tied", "pp4"),
+    ("llama3-rope", "tp2-pp2"),
+    ("qwen2-mha", "tp4"),
+]
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "llama3-rope": {
+        "max_position_embeddings": 16384,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    },
+    "qwen2-mha": {"num_key_value_heads": 4},
+}
+# Two microbatches: sequences of odd lengths packed together, and one alone.
+LENGTHS = [[9, 23, 2], [14]]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    base = tmp_path_factory.mktemp("parity")
+    for name in {model for model, _ in CASES}:
+        family = name.split("-")[0].rstrip("3") if name.startswith("llama") else name.split("-")[0]
+        make_hf_model(base / name, family=family, tied="tied" in name, **OVERRIDES.get(name, {}))
+    return run_job(measure, base, directory=base)
+
+
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_logits_equal_those_of_transformers(measured: dict[str, Any], model: str, name: str) -> None:
+    assert measured[f"{model} {name}"]["difference"] <= 1e-5
+
+
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_exported_weights_are_bit_equal(measured: dict[str, Any], model: str, name: str) -> None:
+    assert measured[f"{model} {name}"]["round_trip"] is True
+
+
+def measure(base: Path, report: Path) -> None:
+    """In each rank: every case's largest logit difference, and whether its export equals the source."""
+    results = {}
+    with process_groups(Parallel(data_parallel=4), seed=1) as everyone:
+        for model, name in CASES:
+            results[f"{model} {name}"] = _measure_case(base / model, layout(name))
+        if everyone.is_main:
+            report.write_text(json.dumps(results))
+
+
+def _measure_case(path: Path, parallel: Parallel) -> dict[str, Any]:
+    placement = arrange(parallel, seed=1)
+    architecture = read_architecture(path)
+    chunks = build_chunks(architecture, Model(path=path, dtype="float32"), parallel)
+    load_weights(chunks, architecture, path, placement.tensor_rank)
+    microbatches = _microbatches(placement)
+    outputs = run_forward(chunks, microbatches, lambda microbatch, logits: (microbatch, logits))
+    difference = torch.tensor(-1.0)
+    if placement.is_last_stage:
+        difference = torch.tensor(_largest_difference(path, placement, outputs))
+    dist.all_reduce(difference, op=dist.ReduceOp.MAX)
+
+    exported = path.parent / "exported"
+    write_hf_model(chunks, architecture, placement, exported, companions_of=path)
+    round_trip = _same_weights(path, exported) if placement.is_main else None
+    dist.barrier()
+    return {"difference": float(difference), "round_trip": round_trip}
+
+
+def _sequences() -> list[list[np.ndarray]]:
+    random = np.random.default_rng(0)
+    return [[random.integers(2, 61, length).astype(np.int32) for length in part] for part in LENGTHS]
+
+
+def _microbatches(placement: Placement) -> list[Microbatch]:
+    parallel = placement.layout
+    multiple = 2 * parallel.context_parallel * parallel.tensor_parallel
+    parts = [
+        [Sample(ids, 1, np.zeros(len(ids) - 1, np.float32), 0.0, 0.0, 1.0) for ids in part]
+        for part in _sequences()
+    ]
+    total = max(sum(-(-len(s.token_ids) // multiple) * multiple for s in part) for part in parts)
+    return [
+        pack(
+            part,
+            sequence_multiple=multiple,
+            total_tokens=total,
+            context_rank=placement.context_rank,
+            context_ranks=parallel.context_parallel,
+        )
+        for part in parts
+    ]
+
+
+def _largest_difference(path: Path, placement: Placement, outputs: list[Any]) -> float:
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    vocabulary = reference.config.vocab_size
+    worst = 0.0
+    for part, (microbatch, logits) in zip(_sequences(), outputs, strict=True):
+        shards = [torch.empty_like(logits) for _ in range(placement.layout.tensor_parallel)]
+        dist.all_gather(shards, logits.contiguous(), group=placement.tensor_group)
+        order = rank_major_order(microbatch.lengths, placement.layout.context_parallel)
+        whole = gather_tokens(torch.cat(shards, -1), order, placement.context_group)
+        start = 0
+        for ids, padded in zip(part, microbatch.lengths, strict=False):
+            with torch.no_grad():
+                expected = reference(torch.from_numpy(ids).long()[None]).logits[0]
+            found = whole[start : start + len(ids), :vocabulary]
+            worst = max(worst, float((found - expected).abs().max()))
+            start += padded
+    return worst
+
+
+def _same_weights(path: Path, exported: Path) -> bool:
+    from transformers import AutoModelForCausalLM
+
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).state_dict() for p in (path, exported)
+    )
+    return set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)

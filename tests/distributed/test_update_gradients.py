@@ -1,0 +1,194 @@
+"""Layout invariance: loss and whole gradient of an update equal plain PyTorch's on one process.
+
+The reference below shares no code with the product: HF models, `log_softmax` over full logits, autograd,
+one sequence at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_rapo.config import Algorithm, Model, Optimizer, Parallel
+from megatron_rapo.data.batching import Sample, pack, padded_length, plan_microbatches
+from megatron_rapo.loss.objective import Objective
+from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.parallel.placement import arrange, process_groups
+from megatron_rapo.policy.pipeline import run_forward_backward
+from megatron_rapo.policy.policy import Policy
+from megatron_rapo.policy.reference import Reference
+from megatron_rapo.weights.export import hf_tensors
+from tests.distributed.jobs import layout, run_job
+from tests.models import make_hf_model
+
+# Fewer real tokens than head rows, so that padded rows must be masked out.
+VOCABULARY, TEMPERATURE, ALPHA, BETA, FLOOR = 59, 0.8, 0.3, 0.2, 0.5
+# model, divergence, token budget of a microbatch, recompute, layout
+CASES = [
+    ("qwen2", "forward_exact", 200, "none", "tp2-pp2"),
+    ("qwen2", "forward_exact", 40, "none", "tp2-pp2-vpp2-sp"),
+    ("qwen2", "forward_exact", 60, "none", "cp2-pp2"),
+    ("qwen2", "forward_exact", 36, "none", "tp2-cp2"),
+    ("qwen2", "forward_exact", 41, "full", "dp4"),
+    ("qwen2", "forward_exact", 41, "none", "cp2"),
+    ("qwen2", "k3", 60, "none", "tp2-cp2-sp"),
+    ("qwen2", "k3", 40, "none", "tp2-sp"),
+    ("qwen2", "none", 28, "none", "pp4"),
+    ("qwen3-tied", "forward_exact", 200, "full", "tp2-pp2"),
+    ("qwen3-tied", "forward_exact", 40, "none", "tp2-pp2-vpp2-sp"),
+    ("qwen3-tied", "forward_exact", 64, "none", "cp4"),
+    ("qwen3-tied", "k3", 100, "none", "pp2-vpp2"),
+    ("qwen3-tied", "none", 28, "none", "tp2-sp"),
+]
+IDS = ["/".join(map(str, case)) for case in CASES]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    base = tmp_path_factory.mktemp("gradients")
+    for name in ("qwen2", "qwen3-tied"):
+        family = name.split("-")[0]
+        make_hf_model(base / name, family=family, tied="tied" in name, seed=0)
+        make_hf_model(base / f"{name}-reference", family=family, tied="tied" in name, seed=7)
+    return run_job(measure, base, directory=base)
+
+
+@pytest.mark.parametrize("case", IDS)
+def test_loss_equals_plain_pytorch(measured: dict[str, Any], case: str) -> None:
+    loss, expected = measured[case]["loss"], measured[case]["expected_loss"]
+    assert loss == pytest.approx(expected, rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("case", IDS)
+def test_whole_gradient_equals_plain_pytorch(measured: dict[str, Any], case: str) -> None:
+    assert measured[case]["gradient_error"] <= 1e-5
+
+
+def samples() -> list[Sample]:
+    """A minibatch of mixed lengths; the weights are arbitrary, so that any aggregation is covered."""
+    random = np.random.default_rng(0)
+    return [
+        Sample(
+            token_ids=random.integers(2, VOCABULARY, prompt + response).astype(np.int32),
+            prompt_tokens=prompt,
+            engine_log_probs=random.normal(-2, 1, response).astype(np.float32),
+            reward=float(random.integers(0, 2)),
+            advantage=float(random.normal()),
+            token_weight=float(random.uniform(0.005, 0.02)),
+        )
+        for prompt, response in ((5, 9), (3, 1), (8, 20), (4, 13), (2, 6), (6, 17))
+    ]
+
+
+def plain_pytorch(path: Path, divergence: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradient by HF name."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(f"{path}-reference", dtype=torch.float32)
+    loss = torch.zeros(())
+    for sample in samples():
+        ids = torch.from_numpy(sample.token_ids).long()
+        predicts = slice(sample.prompt_tokens - 1, -1)
+        log_policy = (model(ids[None]).logits[0, predicts, :VOCABULARY] / TEMPERATURE).log_softmax(-1)
+        with torch.no_grad():
+            logits = reference(ids[None]).logits[0, predicts, :VOCABULARY]
+            log_reference = (logits / TEMPERATURE).log_softmax(-1)
+        chosen = ids[sample.prompt_tokens :, None]
+        log_prob = log_policy.gather(1, chosen).squeeze(1)
+        entropy = -(log_policy.exp() * log_policy).sum(-1)
+        pull = torch.zeros_like(entropy)
+        if divergence == "forward_exact":
+            phi = FLOOR + (1 - FLOOR) * sample.reward
+            flattened = (phi * log_reference).log_softmax(-1)
+            pull = (flattened.exp() * (flattened - log_policy)).sum(-1)
+        if divergence == "k3":
+            log_ratio = (log_reference.gather(1, chosen).squeeze(1) - log_prob).clamp(-10, np.log(10))
+            pull = log_ratio.exp() - log_ratio - 1
+        ratio = (log_prob - log_prob.detach()).exp()
+        per_token = -ratio * sample.advantage + ALPHA * pull - BETA * entropy
+        loss = loss + sample.token_weight * per_token.sum()
+    loss.backward()
+    return float(loss), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def measure(base: Path, report: Path) -> None:
+    """In each rank: every case's loss and gradient, against plain PyTorch on rank 0."""
+    results, expected = {}, {}
+    with process_groups(Parallel(data_parallel=4), seed=1) as everyone:
+        for case, name in zip(CASES, IDS, strict=True):
+            loss, gradient = _loss_and_gradient(base, *case)
+            if not everyone.is_main:
+                continue
+            if case[:2] not in expected:
+                expected[case[:2]] = plain_pytorch(base / case[0], case[1])
+            expected_loss, expected_gradient = expected[case[:2]]
+            assert set(gradient) == set(expected_gradient)
+            difference = sum(float((gradient[k] - g).norm() ** 2) for k, g in expected_gradient.items())
+            scale = sum(float(g.norm() ** 2) for g in expected_gradient.values())
+            results[name] = {
+                "loss": loss,
+                "expected_loss": expected_loss,
+                "gradient_error": (difference / scale) ** 0.5,
+            }
+        if everyone.is_main:
+            report.write_text(json.dumps(results))
+
+
+def _loss_and_gradient(
+    base: Path, name: str, divergence: Any, budget: int, recompute: Any, layout_name: str
+) -> tuple[float, dict[str, torch.Tensor]]:
+    parallel = layout(layout_name)
+    placement = arrange(parallel, seed=1)
+    path = base / name
+    architecture = read_architecture(path)
+    model = Model(path=path, reference_path=Path(f"{path}-reference"), dtype="float32", recompute=recompute)
+    policy = Policy(model, Optimizer(distributed=False), architecture, placement, total_updates=1)
+    options: dict[str, Any] = {"divergence": divergence, "entropy_coefficient": BETA}
+    if divergence != "none":
+        options["divergence_coefficient"] = ALPHA
+    objective = Objective(
+        Algorithm(**options), temperature=TEMPERATURE, vocabulary=VOCABULARY, group=placement.tensor_group
+    )
+    multiple = 2 * parallel.context_parallel * parallel.tensor_parallel
+    lengths = [padded_length(len(sample.token_ids), multiple) for sample in samples()]
+    plan = plan_microbatches(
+        lengths,
+        replicas=parallel.data_parallel,
+        token_budget=max(budget, *lengths),
+        count_multiple=parallel.pipeline_parallel if parallel.virtual_pipeline_parallel else 1,
+    )[placement.data_rank]
+    minibatch = [
+        pack(
+            [samples()[index] for index in chosen],
+            sequence_multiple=multiple,
+            total_tokens=max(sum(lengths[i] for i in b) for b in plan),
+            context_rank=placement.context_rank,
+            context_ranks=parallel.context_parallel,
+        )
+        for chosen in plan
+    ]
+    reference = Reference(model, architecture, placement) if divergence != "none" else None
+    if reference is not None:
+        reference.annotate([minibatch], objective)
+
+    def loss(microbatch: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        exact = reference is not None and objective.wants_reference_logits
+        return objective(microbatch, logits, reference.response_logits(microbatch) if exact else None)
+
+    sums = run_forward_backward(policy.wrapped, minibatch, loss)
+    total = torch.stack(sums).sum(0) if sums else torch.zeros(len(Objective.METRICS), dtype=torch.float64)
+    value = Objective.metrics(placement.sum_from_last_stage(total))["loss/total"]
+
+    mine = dict(hf_tensors(policy.chunks, architecture, placement, value=lambda p: p.main_grad))
+    if placement.data_rank or placement.context_rank:
+        mine = {}
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, mine)
+    return value, {name: tensor for share in shares for name, tensor in share.items()}
