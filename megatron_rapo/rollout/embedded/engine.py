@@ -1,0 +1,119 @@
+"""The model that the embedded server samples from, and the version of its weights."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from megatron_rapo.errors import RapoError
+from megatron_rapo.rollout.embedded.attention import DECODING_ATTENTION
+from megatron_rapo.rollout.embedded.decode import Completion, Sample, decode
+from megatron_rapo.rollout.embedded.weights import load_weights
+
+MAX_ROWS = 1024  # rows of one decoding batch: larger requests are decoded in pieces, to bound memory
+
+
+class Engine:
+    """A HF causal LM with its tokenizer. Not thread-safe: one thread calls it.
+
+    Attributes:
+        model_path: the folder whose weights it has.
+        weight_version: what those weights are called; `default` until the first update, as in SGLang.
+        vocab_size: token ids are below it.
+        context_length: most tokens of prompt and response together.
+        eos_ids: tokens that end a response.
+        tokenizer: None where the folder has none; then only token ids can be sent.
+    """
+
+    def __init__(self, model_path: Path, device: str, dtype: str) -> None:
+        """Loads the model.
+
+        Args:
+            model_path: HF folder: config.json, safetensors, and tokenizer files if text is to be sent.
+            device: `cpu` or `cuda`.
+            dtype: `float32` or `bfloat16`, of weights and activations.
+
+        Raises:
+            RapoError: the folder has no such model, or one that cannot be decoded here.
+        """
+        if not (model_path / "config.json").is_file():
+            raise RapoError(f"{model_path} has no config.json; give a Hugging Face model folder")
+        transformers_logging.disable_progress_bar()
+        self.model_path = model_path
+        self.weight_version = "default"
+        self._model = _load_model(model_path, getattr(torch, dtype)).to(device)
+        self.tokenizer = _load_tokenizer(model_path)
+        self.vocab_size: int = self._model.config.vocab_size
+        self.context_length: int = self._model.config.max_position_embeddings
+        self.eos_ids = self._eos_ids()
+
+    def computing(self) -> dict[str, Any]:
+        """Where and how it computes, for people."""
+        return {
+            "device": str(self._model.device),
+            "dtype": str(self._model.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "max_rows": MAX_ROWS,
+        }
+
+    def _eos_ids(self) -> frozenset[int]:
+        declared = [self._model.config.eos_token_id, self._model.generation_config.eos_token_id]
+        if self.tokenizer is not None:
+            declared.append(self.tokenizer.eos_token_id)
+        ids: set[int] = set()
+        for value in declared:
+            if value is not None:
+                ids.update([value] if isinstance(value, int) else value)
+        return frozenset(ids)
+
+    def generate(self, samples: Sequence[Sample], aborted: threading.Event) -> list[Completion]:
+        """Makes all responses; see `decode`."""
+        completions: list[Completion] = []
+        for start in range(0, len(samples), MAX_ROWS):
+            completions += decode(self._model, samples[start : start + MAX_ROWS], aborted)
+        return completions
+
+    def update_weights(self, model_path: Path, weight_version: str | None) -> None:
+        """Takes the weights of another checkpoint of the same architecture; None keeps the version's name.
+
+        Raises:
+            RapoError: it cannot be loaded; weights and version stay what they were.
+        """
+        load_weights(self._model, model_path)
+        self.model_path = model_path
+        if weight_version is not None:
+            self.weight_version = weight_version
+
+
+def _load_model(path: Path, dtype: torch.dtype) -> Any:
+    model, report = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        attn_implementation=DECODING_ATTENTION,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    # HF only warns of these, and fills in random weights.
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            raise RapoError(f"{path}: {kind.replace('_', ' ')} in the checkpoint: {sorted(report[kind])[:5]}")
+    others = set(getattr(model.config, "layer_types", None) or []) - {"full_attention"}
+    if others:
+        raise RapoError(
+            f"{path} has layers of type {', '.join(sorted(others))}; the embedded server decodes only "
+            "full_attention: serve this model with SGLang (rollout.urls)"
+        )
+    return model.eval()
+
+
+def _load_tokenizer(path: Path) -> Any:
+    if not (path / "tokenizer_config.json").is_file():
+        return None
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)

@@ -1,0 +1,168 @@
+"""The requests that the embedded server takes, in SGLang's words. What it cannot do, it refuses."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from megatron_rapo.errors import RapoError
+from megatron_rapo.rollout.embedded.decode import Completion, Sample
+from megatron_rapo.rollout.embedded.engine import Engine
+
+
+class _Request(BaseModel):
+    """Unknown fields are refused: a sampling option that is ignored would bias training unseen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class SamplingParams(_Request):
+    """How one prompt is sampled, with SGLang's defaults."""
+
+    max_new_tokens: int = Field(128, ge=1)
+    temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
+    top_p: float = 1.0
+    top_k: int = -1
+    n: int = Field(1, ge=1)
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    sampling_seed: int | None = Field(None, ge=0, lt=2**63)
+
+
+class GenerateRequest(_Request):
+    """Prompts as text or token ids, one or a list of them, with parameters for all or for each."""
+
+    text: str | list[str] | None = None
+    input_ids: list[int] | list[list[int]] | None = None
+    sampling_params: SamplingParams | list[SamplingParams] = SamplingParams()
+    return_logprob: bool = False
+    rid: str | None = None
+
+
+class UpdateWeightsRequest(_Request):
+    """`flush_cache` is granted either way: nothing is cached beyond a request."""
+
+    model_path: str
+    weight_version: str | None = None
+    flush_cache: bool = True
+    abort_all_requests: bool = False
+
+
+class PauseRequest(_Request):
+    """`abort` ends running requests as they are, `retract` lets the one that runs come to its end."""
+
+    mode: Literal["abort", "retract"] = "abort"
+
+
+class AbortRequest(_Request):
+    """Which requests to abort."""
+
+    rid: str | None = None
+    abort_all: bool = False
+
+
+def to_samples(request: GenerateRequest, engine: Engine) -> list[Sample]:
+    """One sample a response, in the order of the answer.
+
+    Raises:
+        RapoError: the request cannot be served; the message says why.
+    """
+    prompts = _prompts(request, engine)
+    params = request.sampling_params
+    if not isinstance(params, list):
+        params = [params] * len(prompts)
+    if len(params) != len(prompts):
+        raise RapoError(
+            f"sampling_params has {len(params)} entries for {len(prompts)} prompts; send one for each"
+        )
+    samples: list[Sample] = []
+    for prompt, sampling in zip(prompts, params, strict=True):
+        _check(prompt, sampling, engine)
+        stop_ids = frozenset() if sampling.ignore_eos else engine.eos_ids | frozenset(sampling.stop_token_ids)
+        first_seed = secrets.randbits(62) if sampling.sampling_seed is None else sampling.sampling_seed
+        samples += [
+            Sample(prompt, sampling.max_new_tokens, sampling.temperature, stop_ids, (first_seed + i) % 2**63)
+            for i in range(sampling.n)
+        ]
+    return samples
+
+
+def _prompts(request: GenerateRequest, engine: Engine) -> list[tuple[int, ...]]:
+    if (request.text is None) == (request.input_ids is None):
+        raise RapoError("send either text or input_ids")
+    if request.input_ids is not None:
+        nested = request.input_ids and isinstance(request.input_ids[0], list)
+        prompts: Any = request.input_ids if nested else [request.input_ids]
+    else:
+        if engine.tokenizer is None:
+            raise RapoError(f"{engine.model_path} has no tokenizer; send input_ids")
+        texts = [request.text] if isinstance(request.text, str) else request.text
+        prompts = engine.tokenizer(texts)["input_ids"]
+    return [tuple(prompt) for prompt in prompts]
+
+
+def _check(prompt: tuple[int, ...], sampling: SamplingParams, engine: Engine) -> None:
+    if not prompt:
+        raise RapoError("a prompt is empty; send at least one token")
+    for token in (min(prompt), max(prompt)):
+        if not 0 <= token < engine.vocab_size:
+            raise RapoError(f"token id {token} is outside the vocabulary of {engine.vocab_size}")
+    if len(prompt) + sampling.max_new_tokens > engine.context_length:
+        raise RapoError(
+            f"a prompt of {len(prompt)} tokens and max_new_tokens = {sampling.max_new_tokens} exceed the "
+            f"context of {engine.context_length} tokens"
+        )
+    if sampling.top_p != 1 or not (sampling.top_k == -1 or sampling.top_k >= engine.vocab_size):
+        raise RapoError(
+            f"top_p = {sampling.top_p}, top_k = {sampling.top_k}: this server samples with full support; "
+            "send top_p = 1 and top_k = -1"
+        )
+
+
+def to_answer(
+    request: GenerateRequest,
+    samples: list[Sample],
+    completions: list[Completion],
+    weight_version: str,
+    engine: Engine,
+) -> dict[str, Any] | list[dict[str, Any]]:
+    """SGLang's answer: an object for one response to one prompt, else a list."""
+    request_id = request.rid or secrets.token_hex(16)
+    texts = _texts(samples, completions, engine)
+    answers = []
+    for i, (sample, completion) in enumerate(zip(samples, completions, strict=True)):
+        meta_info: dict[str, Any] = {
+            "id": request_id if len(samples) == 1 else f"{request_id}_{i}",
+            "finish_reason": _finish_reason(sample, completion),
+            "prompt_tokens": len(sample.prompt),
+            "completion_tokens": len(completion.token_ids),
+            "cached_tokens": 0,
+            "weight_version": weight_version,
+        }
+        if request.return_logprob:
+            pairs = zip(completion.log_probs, completion.token_ids, strict=True)
+            meta_info["output_token_logprobs"] = [[log_prob, token, None] for log_prob, token in pairs]
+        answers.append({"text": texts[i], "output_ids": completion.token_ids, "meta_info": meta_info})
+    single = isinstance(request.text, str) or (request.input_ids and isinstance(request.input_ids[0], int))
+    return answers[0] if single and len(answers) == 1 else answers
+
+
+def _texts(samples: list[Sample], completions: list[Completion], engine: Engine) -> list[str]:
+    """Each response as text, without the token that stopped it; empty where there is no tokenizer."""
+    if engine.tokenizer is None:
+        return [""] * len(samples)
+    shown = [
+        completion.token_ids[:-1] if completion.finish == "stop" else completion.token_ids
+        for completion in completions
+    ]
+    return engine.tokenizer.batch_decode(shown, skip_special_tokens=True)
+
+
+def _finish_reason(sample: Sample, completion: Completion) -> dict[str, Any]:
+    if completion.finish == "stop":
+        return {"type": "stop", "matched": completion.token_ids[-1]}
+    if completion.finish == "length":
+        return {"type": "length", "length": sample.max_new_tokens}
+    return {"type": "abort", "message": "aborted on request"}

@@ -1,0 +1,67 @@
+"""How the next token is drawn: by each row's own seed, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import torch
+
+_GOLDEN_RATIO = 0x9E3779B97F4A7C15
+
+
+def uniforms(seeds: torch.Tensor, step: int) -> torch.Tensor:
+    """The random number of each row at one step: a pure function of the row's seed and the step.
+
+    A counter-based generator (SplitMix64, Steele, Lea and Flood 2014) keeps no state that would tie a row to
+    its batch: rows may be split, joined and dropped without changing what they draw.
+
+    Args:
+        seeds: `[rows]` int64.
+        step: tokens that the rows have emitted so far.
+
+    Returns:
+        `[rows]` float32, uniform in [0, 1), multiples of 2⁻²⁴.
+    """
+    bits = _mix(_mix(seeds) + _signed((step + 1) * _GOLDEN_RATIO))
+    return _shifted_right(bits, 40).to(torch.float32) * 2.0**-24
+
+
+def _mix(z: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finalizer, in int64 arithmetic that wraps around."""
+    z = (z ^ _shifted_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted_right(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shifted_right(z, 31)
+
+
+def _shifted_right(z: torch.Tensor, places: int) -> torch.Tensor:
+    """The logical shift; `>>` on int64 copies the sign."""
+    return (z >> places) & ((1 << (64 - places)) - 1)
+
+
+def _signed(z: int) -> int:
+    """The int64 with the same lowest 64 bits."""
+    return (z + 2**63) % 2**64 - 2**63
+
+
+def draw(
+    logits: torch.Tensor, temperatures: torch.Tensor, uniform: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws one token a row from softmax(logits / temperature), by inverting its distribution function.
+
+    Args:
+        logits: `[rows, vocab]`, of any floating type.
+        temperatures: `[rows]` float32. 0 takes the likeliest token, and its log-prob at temperature 1.
+        uniform: `[rows]` float32 in [0, 1).
+
+    Returns:
+        Tokens `[rows]` int64, and their log-probs `[rows]` float32 in nats: NaN where the logits are.
+    """
+    greedy = temperatures == 0
+    logits = logits.float()
+    log_probs = torch.log_softmax(logits / temperatures.masked_fill(greedy, 1.0).unsqueeze(-1), dim=-1)
+    cumulative = log_probs.exp().cumsum(dim=-1)
+    total = cumulative[:, -1]
+    # Kept below the total, so that rounding never reaches past the last token of positive probability.
+    threshold = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    sampled = torch.searchsorted(cumulative, threshold.unsqueeze(-1), right=True).squeeze(-1)
+    sampled.clamp_(max=logits.shape[-1] - 1)  # past the end only where logits are NaN
+    tokens = torch.where(greedy, logits.argmax(dim=-1), sampled)
+    return tokens, log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
