@@ -1,0 +1,80 @@
+"""Makes the tiny base model of `examples/models/tiny-countdown`, on one CPU core, in minutes.
+
+    python tools/make_tiny_model.py --output examples/models/tiny-countdown
+
+It is a Qwen2 of 0.6M parameters with a character tokenizer, for trying RL where no GPU is at hand. It can
+work Countdown problems out but seldom bothers to (most of what it saw at last are quick guesses), so that
+pass@1 starts low and RL has something to find; and it hardly ever multiplies, so that pass@64 has a
+ceiling. The same seed on the same machine gives the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from tiny_model.demonstrations import Demonstrations
+from tiny_model.measuring import count_correct, pass_at_k
+from tiny_model.tokenizer import build_tokenizer
+from tiny_model.training import Recipe, build_model, train
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+from megatron_rapo.config import CountdownData
+from megatron_rapo.data.tasks import countdown
+
+TASK = CountdownData(source="countdown", numbers=3, largest=25, operators="+-*")
+MULTIPLYING = 0.005  # share of × among the demonstrations' operators; a third in the task's own
+
+PROBLEMS, SAMPLES = 128, 64
+TEST_SEED = 1
+
+
+def main() -> None:
+    """Trains, measures and saves."""
+    arguments = _parse_arguments()
+    torch.set_num_threads(1)  # one thread sums in one order: the same bits every time
+    torch.manual_seed(arguments.seed)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    demonstrations = Demonstrations(TASK.numbers, TASK.largest, MULTIPLYING)
+    recipe = Recipe()
+    start = time.monotonic()
+    for step, loss in enumerate(train(model, tokenizer, demonstrations, recipe, arguments.seed)):
+        if step % 100 == 0 or step == recipe.steps - 1:
+            print(f"step {step:4d}  loss {loss:.3f}  {time.monotonic() - start:.0f} s", flush=True)
+    model = model.to(torch.bfloat16)
+    save(model, tokenizer, arguments.output)
+    report(model, tokenizer)
+
+
+def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
+    """Writes an HF model directory: configuration, bf16 safetensors, tokenizer."""
+    model.generation_config.update(do_sample=True, temperature=1.0)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    # The class that every release of transformers knows; 5.x would write its own new name.
+    path = output / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def report(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Prints pass@k on test problems, from bf16 weights as they were saved, computed in fp32."""
+    problems = countdown.generate(TASK, TEST_SEED, "test", PROBLEMS)
+    counts = count_correct(model.float(), tokenizer, problems, SAMPLES)
+    figures = "  ".join(f"pass@{k} {pass_at_k(counts, SAMPLES, k):.3f}" for k in (1, 4, 16, 64))
+    print(f"{PROBLEMS} test problems, {SAMPLES} samples each: {figures}")
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
+    parser.add_argument("--seed", type=int, default=1, help="of initialisation and demonstrations (1)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
