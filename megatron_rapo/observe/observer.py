@@ -1,0 +1,65 @@
+"""What one rank tells of its run: its phases on every rank, metrics and progress on rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from types import TracebackType
+from typing import Self
+
+from megatron_rapo.config import RunConfig
+from megatron_rapo.observe.heartbeat import Heartbeat
+from megatron_rapo.observe.metrics import MetricsLog
+from megatron_rapo.observe.phases import Phases
+from megatron_rapo.observe.progress import Progress
+
+
+class Observer:
+    """Phases are known from the first moment; the logs open once it is known where the run goes on."""
+
+    def __init__(self, config: RunConfig, rank: int, world_size: int) -> None:
+        self._config = config
+        self._rank = rank
+        self._phases = Phases([Heartbeat(config.run.directory, rank, world_size).beat])
+        self._logs = ExitStack()
+        self._metrics: MetricsLog | None = None
+        self._progress: Progress | None = None
+
+    def open_logs(self, resume_step: int | None) -> None:
+        """Opens the logs of a new run (None), or of one that goes on after `resume_step`.
+
+        Raises:
+            RapoError: metrics.jsonl is damaged, or wandb is asked for and not there.
+        """
+        if self._rank != 0:
+            return
+        self._metrics = self._logs.enter_context(MetricsLog(self._config, resume_step))
+        self._progress = self._logs.enter_context(Progress(self._config.run.steps, self._metrics.history))
+        self._phases.listen(self._progress.show_phase)
+
+    def begin_step(self, step: int) -> None:
+        """`step` begins; 0 is what comes before the first."""
+        self._phases.begin_step(step)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """A phase of the step, such as `rollout`: timed, shown, and in the heartbeat."""
+        return self._phases.phase(name)
+
+    def times(self) -> dict[str, float]:
+        """Seconds of the step so far: `time/<phase>_s`, and `time/step_s`."""
+        return self._phases.times()
+
+    def finish_step(self, metrics: Mapping[str, float]) -> None:
+        """Ends the step: rank 0 logs its `metrics` and phase times; other ranks' are not used."""
+        if self._metrics is None or self._progress is None:
+            return
+        self._metrics.write(self._phases.step, {**metrics, **self._phases.times()})
+        self._progress.finish_step(self._phases.step, metrics)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._logs.__exit__(kind, error, trace)
