@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_rapo.config.data import FileData
-from megatron_rapo.config.schema import Data
+from megatron_rapo.config.data import Data, FileData
 from megatron_rapo.data.prompts import LoadReport, Prompt, PromptSet
 from megatron_rapo.data.sources import Row, generate, read_file
 from megatron_rapo.data.tasks.problem import Split

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import sympy.core.random
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from math_verify import parse, verify
 
 RESPONSE_TAIL = 4096
 """Characters at a response's end in which its final answer must stand; bounds the extraction's time."""
@@ -24,7 +24,8 @@ def is_correct(response: str, answer: str) -> bool:
     r"""Whether the response's final answer equals the gold answer.
 
     The final answer is the last `\boxed{…}` or "final answer is …", else an expression after "answer", else
-    the last expression or number. One that is no mathematics (a name, `(A)`) is compared as text.
+    the last expression or number. Boxes close together are one list, as math-verify reads them. An answer
+    that is no mathematics (a name, `(A)`) is compared as text.
 
     Args:
         response: any text; its last `RESPONSE_TAIL` characters count.
@@ -35,7 +36,7 @@ def is_correct(response: str, answer: str) -> bool:
         Exception: whatever SymPy raises where it cannot compare the two.
     """
     gold = _parse_gold(answer)
-    predicted = _parse(response[-RESPONSE_TAIL:], LatexExtractionConfig(), ExprExtractionConfig())
+    predicted = _parse(response[-RESPONSE_TAIL:])
     # SymPy tries some equalities at random points; seeded, the same two texts always compare the same.
     sympy.core.random.seed(0)
     # A parse is [expression, text]. Reversed, equal texts are found first, before any algebra.
@@ -44,18 +45,20 @@ def is_correct(response: str, answer: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def _parse_gold(answer: str) -> list[Any]:
-    # As LaTeX alone: where that fails, as for `2007 + \frac\pi 2`, math-verify would make do with the 2.
-    gold = _parse(f"\\boxed{{{answer}}}", LatexExtractionConfig())
+    gold = _parse(f"\\boxed{{{answer}}}")
     if not gold:
         raise ValueError(f"the gold answer {answer!r} holds nothing to compare with")
     return gold
 
 
-def _parse(text: str, *targets: LatexExtractionConfig | ExprExtractionConfig) -> list[Any]:
-    """The text's final answer: the SymPy expression, if it is one, and the text it was read from."""
-    # first_match: an answer that does not parse is not replaced by another number from the text.
-    found = parse(text, targets, extraction_mode="first_match", parsing_timeout=None, raise_on_error=True)
+def _parse(text: str) -> list[Any]:
+    r"""The text's final answer: the SymPy expression, if it is one, and the text it was read from.
+
+    `first_match`: what does not parse is not replaced by another number from the text. Without it the gold
+    answer `2007 + \frac\pi 2`, on whose LaTeX math-verify fails, would be 2.
+    """
+    found = parse(text, extraction_mode="first_match", parsing_timeout=None, raise_on_error=True)
     source = found[-1] if found else None
     if isinstance(source, str) and source.endswith("."):  # a sentence's; LaTeX does not parse with it
-        found = _parse(f"\\boxed{{{source.rstrip('.')}}}", LatexExtractionConfig()) + found
+        found = _parse(f"\\boxed{{{source.rstrip('.')}}}") + found
     return found

@@ -19,8 +19,8 @@ from megatron_rapo.reward.outcome import Outcome
 READY = "ready"
 FAILED = "failed"
 
-STARTUP_LIMIT_S = 120.0
-"""Seconds in which a worker must have imported its verifier."""
+STARTUP_LIMIT_S = 300.0
+"""Seconds in which a worker must have imported its verifier; generous, for cold network file systems."""
 
 _ORPHAN_GRACE_S = 2.0  # the trainer kills at the limit; past this much more there is no trainer
 _LONGEST_REASON = 500  # characters; SymPy's messages can hold whole expressions

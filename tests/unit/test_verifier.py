@@ -41,7 +41,9 @@ def check(response, answer):
     if word == "segfault":
         os.kill(os.getpid(), signal.SIGSEGV)
     if word == "memory":
-        return bool([0] * 2**40)
+        return bytes(6 * 2**30) == b""  # more than a worker may have; untouched, it costs nothing
+    if word == "hash":
+        return str(hash("text")) == argument
     return response == answer
 """
 
@@ -139,6 +141,22 @@ def test_starting_a_worker_is_not_charged_to_an_item(obedient):
             TIMEOUT,
             CORRECT,
         ]
+
+
+def test_modules_in_the_working_directory_do_not_stand_in_for_real_ones(obedient, monkeypatch):
+    elsewhere = obedient / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "resource.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(elsewhere)
+    with pool(workers=1) as verifier:
+        assert verifier.score([("1", "1")]) == [CORRECT]
+
+
+def test_every_worker_hashes_alike_so_that_sets_have_one_order(obedient):
+    program = [sys.executable, "-c", "print(hash('text'))"]
+    expected = subprocess.check_output(program, env={**os.environ, "PYTHONHASHSEED": "0"}, text=True).strip()
+    with pool() as verifier:
+        assert verifier.score([(f"hash {expected}", "1"), ("exit", "1")] * 4) == [CORRECT, CRASH] * 4
 
 
 def test_closing_ends_every_worker_and_later_use_is_refused(obedient):
@@ -247,6 +265,7 @@ def start(folder, source, *arguments):
         cwd=folder,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
 
@@ -271,7 +290,8 @@ def test_workers_die_with_a_killed_trainer(obedient, item, state):
             assert len(workers) == 2
         finally:
             trainer.send_signal(signal.SIGKILL)
-    wait_until(lambda: all(ended(worker) for worker in workers))
+        wait_until(lambda: all(ended(worker) for worker in workers))
+        assert trainer.stderr.read() == ""
 
 
 def test_ctrl_c_does_not_make_workers_print_tracebacks(obedient, capfd):
