@@ -1,3 +1,20 @@
 """RAPO at scale: RL with verifiable rewards on Megatron-Core, with rollouts from SGLang servers."""
 
+import warnings
+
 __version__ = "0.1.0"
+
+# What libraries warn of on every rank although nothing is to be done about it. They must be silenced before
+# Megatron is imported, hence here.
+_KNOWN_AND_HARMLESS = (
+    # The layer spec without Transformer Engine and Apex is chosen on purpose (model/layer_spec.py).
+    r"(Transformer Engine and Apex are|Apex is) not installed",
+    # A default of megatron-core 0.16's own configuration.
+    r"full scope is deprecated",
+    # The CPU adapter hands Megatron's own accesses on (parallel/device.py).
+    r"The \.grad attribute of a Tensor that is not a leaf",
+    # megatron-core 0.16 with torch 2.13.
+    r"`torch\.distributed\.\w+` is deprecated",
+)
+for _message in _KNOWN_AND_HARMLESS:
+    warnings.filterwarnings("ignore", message=_message)

@@ -1,0 +1,37 @@
+"""pass@k on held-out problems, by the engines and verifier of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_rapo.config import Evaluate
+from megatron_rapo.data.prompts import PromptSet
+from megatron_rapo.evaluate.pass_at_k import mean_pass_at_k
+from megatron_rapo.experience.collector import Collector
+
+
+class Evaluator:
+    """Samples the held-out problems, always the same and with the same seeds."""
+
+    def __init__(self, evaluate: Evaluate, problems: PromptSet, collector: Collector, seed: int) -> None:
+        self.evaluate = evaluate
+        self.problems = problems
+        self.collector = collector
+        self.seed = seed
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Whether the weights after `step` are to be evaluated: the base, the last, and every so many."""
+        every = self.evaluate.every
+        return step in (0, last_step) or (every is not None and step % every == 0)
+
+    def run(self, weight_version: int) -> Mapping[str, float]:
+        """`pass@k` for each k, the same on all ranks; all ranks must call it."""
+        collector = self.collector
+        groups = collector.sample(
+            self.problems.prompts,
+            responses=self.evaluate.samples,
+            weight_version=weight_version,
+            seed=self.seed,
+        )
+        correct = collector.share([int(sum(group.rewards)) for group in collector.score(groups)])
+        return {f"pass@{k}": mean_pass_at_k(correct, self.evaluate.samples, k) for k in self.evaluate.k}

@@ -1,0 +1,1 @@
+"""Experience: prompts to scored groups of responses, shared by all ranks."""

@@ -1,0 +1,35 @@
+"""What a rollout batch looks like, as metrics."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from megatron_rapo.reward.outcome import Outcome
+from megatron_rapo.reward.scoring import ScoredGroup
+
+
+def summarise(groups: Sequence[ScoredGroup]) -> Mapping[str, float]:
+    """Rewards, outcomes as shares of all responses, lengths, and how many groups can teach by comparison."""
+    rewards = np.array([group.rewards for group in groups])
+    responses = [response for group in groups for response in group.responses]
+    outcomes = Counter(outcome for group in groups for outcome in group.outcomes)
+    lengths = np.array([len(response.token_ids) for response in responses])
+    return {
+        "reward/mean": float(rewards.mean()),
+        **{f"reward/{outcome}": outcomes[outcome] / len(responses) for outcome in Outcome},
+        "reward/groups_all_fail": float((rewards.max(axis=1) == 0).mean()),
+        "reward/groups_without_variance": float((rewards.std(axis=1) == 0).mean()),
+        "rollout/response_tokens_mean": float(lengths.mean()),
+        "rollout/response_tokens_max": float(lengths.max()),
+        "rollout/truncated": sum(response.truncated for response in responses) / len(responses),
+    }
+
+
+def count_tokens(groups: Sequence[ScoredGroup]) -> tuple[int, int]:
+    """Response tokens, and all tokens that the trainer sees (each response with its prompt)."""
+    response = sum(len(response.token_ids) for group in groups for response in group.responses)
+    prompt = sum(len(group.prompt.token_ids) * len(group.responses) for group in groups)
+    return response, response + prompt

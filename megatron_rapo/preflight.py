@@ -1,0 +1,96 @@
+"""What can be checked of a run before anything is started, and the plan that `--dry-run` prints."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megatron_rapo.config import FileData, RunConfig
+from megatron_rapo.config.write import to_toml
+from megatron_rapo.errors import RapoError
+from megatron_rapo.model.architecture import Architecture, read_architecture
+from megatron_rapo.scaling.memory import estimate_memory
+from megatron_rapo.weights.hf_files import HFTensors
+
+
+def check(config: RunConfig) -> Architecture:
+    """Checks what needs no process: model, layout, data files, run directory.
+
+    Raises:
+        RapoError: the run could not work.
+    """
+    architecture = planned_architecture(config)
+    for path in _model_paths(config):
+        if not path.is_dir():
+            raise RapoError(f"model directory {path} does not exist; download the model there")
+        if read_architecture(path) != architecture:
+            raise RapoError(
+                f"model {path} is not of the architecture of {config.model.config or config.model.path}"
+            )
+        with HFTensors(path):
+            pass
+    for data_path in _data_paths(config):
+        if not data_path.is_file():
+            raise RapoError(f"data file {data_path} does not exist; correct data.path")
+    _check_directory(config.run.directory)
+    return architecture
+
+
+def planned_architecture(config: RunConfig) -> Architecture:
+    """The model's architecture (from `model.config` where that is given), checked against the layout."""
+    architecture = read_architecture(config.model.config or config.model.path)
+    architecture.check_layout(config.parallel)
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest > architecture.max_positions:
+        raise RapoError(
+            f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds the model's "
+            f"max_position_embeddings = {architecture.max_positions}; lower one of them"
+        )
+    return architecture
+
+
+def describe_plan(config: RunConfig) -> str:
+    """The resolved configuration, the layout, the memory of a rank, and what is not on this machine yet."""
+    architecture = planned_architecture(config)
+    layout = config.parallel
+    updates = config.run.steps * config.updates_per_step
+    responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
+    missing = [path for path in [*_model_paths(config), *_data_paths(config)] if not path.exists()]
+    lines = [
+        to_toml(config),
+        "# Layout",
+        f"{layout.world_size} trainer ranks: TP {layout.tensor_parallel} × PP {layout.pipeline_parallel}"
+        f" × CP {layout.context_parallel} × DP {layout.data_parallel}"
+        + (f", VPP {layout.virtual_pipeline_parallel}" if layout.virtual_pipeline_parallel else "")
+        + (", sequence parallel" if layout.sequence_parallel else ""),
+        f"{architecture.family} of {architecture.parameters:,} parameters in {architecture.layers} layers",
+        f"{responses} responses a step in {config.updates_per_step} updates; {updates} updates in all",
+        "",
+        "# Memory of a trainer rank (estimate, without the allocator's and NCCL's own)",
+        *estimate_memory(config, architecture).lines(),
+        *(f"\nnot on this machine, so not checked: {path}" for path in missing),
+    ]
+    return "\n".join(lines)
+
+
+def _model_paths(config: RunConfig) -> list[Path]:
+    paths = [config.model.path]
+    if config.model.reference_path is not None:
+        paths.append(config.model.reference_path)
+    return paths
+
+
+def _data_paths(config: RunConfig) -> list[Path]:
+    sources = [config.data, config.evaluate.data if config.evaluate else None]
+    return [source.path for source in sources if isinstance(source, FileData)]
+
+
+def _check_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RapoError(
+            f"run.directory = {directory} cannot be made: {error.strerror}; choose another place"
+        ) from error
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise RapoError(f"run.directory = {directory} is not writable; choose another place")
