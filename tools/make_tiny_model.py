@@ -11,7 +11,6 @@ ceiling. The same seed on the same machine gives the same bits.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from tiny_model.demonstrations import Demonstrations
 from tiny_model.measuring import count_correct, pass_at_k
 from tiny_model.tokenizer import build_tokenizer
 from tiny_model.training import Recipe, build_model, train
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 from megatron_rapo.config import CountdownData
 from megatron_rapo.data.tasks import countdown
@@ -50,18 +49,14 @@ def main() -> None:
     report(model, tokenizer)
 
 
-def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
+def save(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, output: Path) -> None:
     """Writes an HF model directory: configuration, bf16 safetensors, tokenizer."""
     model.generation_config.update(do_sample=True, temperature=1.0)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    # The class that every release of transformers knows; 5.x would write its own new name.
-    path = output / "tokenizer_config.json"
-    settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-def report(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def report(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer) -> None:
     """Prints pass@k on test problems, from bf16 weights as they were saved, computed in fp32."""
     problems = countdown.generate(TASK, TEST_SEED, "test", PROBLEMS)
     counts = count_correct(model.float(), tokenizer, problems, SAMPLES)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 from megatron_rapo.data.tasks import countdown
 from megatron_rapo.data.tasks.problem import Problem
@@ -16,9 +16,7 @@ MAX_RESPONSE_TOKENS = 32
 _SEQUENCES_AT_ONCE = 1024
 
 
-def sample(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: Sequence[str]
-) -> list[str]:
+def sample(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, questions: Sequence[str]) -> list[str]:
     """One response to each question, at temperature 1 from the whole distribution."""
     prompts = tokenizer(list(questions), padding=True, padding_side="left", return_tensors="pt")
     with torch.no_grad():
@@ -39,7 +37,7 @@ def sample(
 
 def count_correct(
     model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Qwen2Tokenizer,
     problems: Sequence[Problem],
     samples: int,
 ) -> list[int]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # type: ignore[import-untyped]
-from transformers import PreTrainedTokenizerFast
+from transformers import Qwen2Tokenizer
 
-PAD, EOS = "<pad>", "<eos>"
+PAD, EOS = "<|pad|>", "<|endoftext|>"
 CHARACTERS = "\n *+-/()=:0123456789{}\\bdeox,"
 
+_BYTE_LEVEL = str.maketrans({"\n": "Ċ", " ": "Ġ"})  # how byte-level BPE writes what is not printable
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Pad is token 0, end of sequence 1, then `CHARACTERS` in order. Any other character is an error."""
-    vocabulary = {token: index for index, token in enumerate([PAD, EOS, *CHARACTERS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
+
+def build_tokenizer() -> Qwen2Tokenizer:
+    """Pad is token 0, end of sequence 1, then `CHARACTERS` in order.
+
+    It is Qwen2's own byte-level BPE, without merges: transformers loads no other class beside a Qwen2
+    model, whatever the files say. That class leaves out characters that have no token.
+    """
+    tokens = [PAD, EOS, *CHARACTERS.translate(_BYTE_LEVEL)]
+    return Qwen2Tokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=[],
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=EOS,
+        clean_up_tokenization_spaces=False,
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from tiny_model.demonstrations import Demonstration, Demonstrations
 
@@ -51,7 +51,7 @@ class Recipe:
         return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps) * (0.05 + 0.95 * cosine)
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     """A randomly initialised Qwen2 of 0.6M parameters; TP 4 and PP 2 × VPP 2 divide its shapes."""
     return Qwen2ForCausalLM(
         Qwen2Config(
@@ -72,7 +72,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
 
 def train(
     model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Qwen2Tokenizer,
     demonstrations: Demonstrations,
     recipe: Recipe,
     seed: int,
@@ -98,7 +98,7 @@ def train(
     model.eval()
 
 
-def collate(batch: list[Demonstration], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+def collate(batch: list[Demonstration], tokenizer: Qwen2Tokenizer) -> tuple[Tensor, Tensor]:
     """Token ids and labels, `[batch, longest]` int64, padded on the right.
 
     Labels are the response's tokens with its end of sequence; prompts and padding are not learned.

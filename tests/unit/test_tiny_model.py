@@ -1,0 +1,175 @@
+"""The shipped base model, and the tool that makes it."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_rapo.config import ArithmeticData, CountdownData
+from megatron_rapo.data.tasks import arithmetic, countdown
+from megatron_rapo.data.tasks.problem import split_of
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "examples" / "models" / "tiny-countdown"
+
+sys.path.insert(0, str(ROOT / "tools"))  # the tool is a script beside the package, not a part of it
+import make_tiny_model  # noqa: E402
+from tiny_model.demonstrations import Demonstration, Demonstrations  # noqa: E402
+from tiny_model.measuring import count_correct, pass_at_k  # noqa: E402
+from tiny_model.tokenizer import build_tokenizer  # noqa: E402
+from tiny_model.training import Recipe, build_model, collate, train  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(SHIPPED)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_shipped_weights_are_small_bf16_and_finite():
+    path = SHIPPED / "model.safetensors"
+    assert path.stat().st_size < 3_000_000
+    tensors = load_file(path)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_shipped_shapes_divide_over_tensor_and_virtual_pipeline_ranks():
+    config = json.loads((SHIPPED / "config.json").read_text())
+    assert config["model_type"] == "qwen2"
+    assert config["tie_word_embeddings"] is True
+    for size in ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size"):
+        assert config[size] % 4 == 0, size
+    assert config["num_hidden_layers"] % (2 * 2) == 0
+
+
+def test_shipped_tokenizer_is_the_tools_and_fits_the_model(tokenizer, model):
+    assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
+    assert len(tokenizer) == model.config.vocab_size
+    for config in (model.config, model.generation_config):
+        assert (config.eos_token_id, config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize(
+    ("task", "config"),
+    [
+        (countdown, CountdownData(source="countdown", numbers=4, largest=99, operators="+-*/")),
+        (arithmetic, ArithmeticData(source="arithmetic", terms=6, digits=6)),
+    ],
+)
+def test_tokenizer_holds_every_character_of_the_generated_tasks(tokenizer, task, config):
+    for problem in task.generate(config, seed=1, split="train", count=500):
+        token_ids = tokenizer.encode(problem.question)
+        assert len(token_ids) == len(problem.question)
+        assert tokenizer.decode(token_ids) == problem.question
+
+
+@pytest.mark.parametrize("text", ["(8+3)*2/1=22\n(8+3)*2/1", "\\boxed{-1,234}", " \n  3 :"])
+def test_tokenizer_gives_responses_back_unchanged(tokenizer, text):
+    ended = [*tokenizer.encode(text), tokenizer.eos_token_id, tokenizer.pad_token_id]
+    assert len(ended) == len(text) + 2
+    assert tokenizer.decode(ended, skip_special_tokens=True) == text
+
+
+def test_shipped_model_is_right_sometimes_and_not_always(model, tokenizer):
+    torch.manual_seed(0)
+    problems = countdown.generate(make_tiny_model.TASK, seed=2, split="test", count=32)
+    counts = count_correct(model, tokenizer, problems, samples=16)
+    assert 0.08 <= pass_at_k(counts, 16, 1) <= 0.32
+    assert 0.4 <= pass_at_k(counts, 16, 16) <= 0.92
+
+
+def test_worked_solutions_are_correct_and_never_of_a_test_problem():
+    demonstrations = Demonstrations(numbers=3, largest=25, multiplying=0.3)
+    rng = random.Random(0)
+    for _ in range(300):
+        worked = demonstrations.worked(rng)
+        numbers, target = re.fullmatch(r"([\d ]+)=(\d+):", worked.question).groups()
+        answer = countdown.pose([int(n) for n in numbers.split()], int(target)).answer
+        assert split_of(answer) == "train"
+        assert countdown.is_correct(worked.response, answer)
+        working, expression = worked.response.split("\n")
+        assert eval(expression) == int(target)
+        steps = re.findall(r"(?=(?:^|=)(\d+[-+*]\d+)=(\d+))", working)
+        assert len(steps) == 2
+        assert all(eval(step) == int(total) for step, total in steps)
+
+
+def test_guesses_use_the_numbers_and_are_mostly_wrong():
+    demonstrations = Demonstrations(numbers=3, largest=25, multiplying=0.0)
+    rng = random.Random(0)
+    right = 0
+    for _ in range(500):
+        guess = demonstrations.guess(rng)
+        numbers, target = re.fullmatch(r"([\d ]+)=(\d+):", guess.question).groups()
+        assert sorted(re.findall(r"\d+", guess.response)) == sorted(numbers.split())
+        right += eval(guess.response) == int(target)
+    assert 0 < right < 250
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_mixture_holds_the_asked_share_of_worked_solutions(share):
+    mixture = Demonstrations(3, 25, 0.01).mixture(random.Random(0), share)
+    worked = sum("\n" in next(mixture).response for _ in range(1000))
+    assert abs(worked / 1000 - share) < 0.05
+
+
+def test_multiplying_sets_the_share_of_products():
+    demonstrations = Demonstrations(3, 12, 0.2)
+    rng = random.Random(0)
+    guesses = "".join(demonstrations.guess(rng).response for _ in range(1000))
+    assert abs(guesses.count("*") / 2000 - 0.2) < 0.03
+
+
+def test_labels_are_the_response_and_its_end_alone(tokenizer):
+    batch = [Demonstration("3 7=10:", "3+7"), Demonstration("3 7=4:", "7-3=4\n7-3")]
+    token_ids, labels = collate(batch, tokenizer)
+    for row, item in enumerate(batch):
+        learned = labels[row] != -100
+        assert torch.equal(labels[row][learned], token_ids[row][learned])
+        assert tokenizer.decode(labels[row][learned]) == f"{item.response}<|endoftext|>"
+        assert tokenizer.decode(token_ids[row], skip_special_tokens=True) == item.question + item.response
+
+
+def test_training_learns_and_repeats_bit_for_bit(tokenizer, one_thread):
+    recipe = Recipe(skill_steps=12, habit_steps=4, batch_size=8, warmup_steps=4)
+
+    def trained():
+        torch.manual_seed(0)
+        model = build_model(tokenizer)
+        losses = list(train(model, tokenizer, Demonstrations(3, 9, 0.0), recipe, seed=0))
+        return losses, model.state_dict()
+
+    (losses, first), (again, second) = trained(), trained()
+    assert losses == again
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert abs(losses[0] - math.log(len(tokenizer))) < 0.2
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_pass_at_k_is_the_chance_that_a_draw_of_k_holds_a_correct_one():
+    assert pass_at_k([2, 0], samples=4, k=1) == pytest.approx(0.25)
+    assert pass_at_k([2], samples=4, k=2) == pytest.approx(5 / 6)  # 5 of the 6 pairs
+    assert pass_at_k([1, 4], samples=4, k=4) == 1.0
