@@ -53,6 +53,21 @@ def fail(how: str, failing: int) -> None:
     time.sleep(60)
 
 
+def wait_for_a_rank_that_hangs(folder: Path) -> None:
+    """Rank 1 stays in its rollout; rank 0 waits for it in a collective until that times out."""
+    from megatron_rapo.observe.heartbeat import Heartbeat
+
+    heartbeat = Heartbeat(folder, rank(), world_size=2)
+    if rank() == 1:
+        heartbeat.beat(3, "rollout")
+        (folder / "hangs").touch()
+        time.sleep(60)
+    heartbeat.beat(3, "update")
+    while not (folder / "hangs").exists():
+        time.sleep(0.05)
+    raise RuntimeError("[gloo] Timed out waiting 1800000ms for recv operation to complete")
+
+
 def fail_behind_a_collective() -> None:
     """Rank 1 leaves the group first and tells its reason last, as happens where it closes much in between."""
     import torch

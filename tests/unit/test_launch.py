@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from megatron_rapo.launch import local
 from megatron_rapo.launch.environment import RankEnvironment
 from megatron_rapo.launch.failure import Failure, Kind, WorkerFailed, root_cause
 from megatron_rapo.launch.local import run_local
+from megatron_rapo.observe import describe
 from tests.unit import launched
 
 TORCHRUN = {
@@ -156,6 +158,19 @@ def test_one_failure_ends_all_and_is_told_once(how: str, message: str) -> None:
 def test_the_reason_is_told_and_not_the_broken_collective_of_a_peer() -> None:
     with pytest.raises(WorkerFailed, match=r"^the reason$"):
         run_local(launched.fail_behind_a_collective, (), world_size=2)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_the_rank_that_hung_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WorkerFailed, match=r"rank 0 failed") as caught:
+        run_local(
+            launched.wait_for_a_rank_that_hangs,
+            (tmp_path,),
+            world_size=2,
+            diagnose=lambda: describe(tmp_path),
+        )
+    assert caught.value.failure.kind is Kind.COLLECTIVE
+    assert re.search(r"rank 1: step 3, rollout, for \d+ s", str(caught.value))
 
 
 def test_a_failure_is_seen_although_the_process_cannot_exit() -> None:
