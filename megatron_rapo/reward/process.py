@@ -76,7 +76,7 @@ class VerifierProcess:
     def collect(self) -> Outcome | None:
         """Takes what the process has to say: an outcome, or None if it has just become ready.
 
-        After `CRASH`, `alive` tells whether the process survived it.
+        `alive` then tells whether the process survived it.
 
         Raises:
             RapoError: the process cannot start.
