@@ -18,6 +18,13 @@ def rank() -> int:
     return int(os.environ["RANK"])
 
 
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path}"
+        time.sleep(0.05)
+
+
 def all_reduce_ranks(folder: Path) -> None:
     import torch
     import torch.distributed
@@ -36,7 +43,7 @@ def write_threads(folder: Path) -> None:
 
 
 def leave_a_child(folder: Path) -> None:
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
     (folder / "child").write_text(str(child.pid))
 
 
@@ -50,7 +57,7 @@ def fail(how: str, failing: int) -> None:
         if how == "status":
             os._exit(7)
         os.kill(os.getpid(), getattr(signal, how))
-    time.sleep(60)
+    time.sleep(120)
 
 
 def wait_for_a_rank_that_hangs(folder: Path) -> None:
@@ -61,10 +68,9 @@ def wait_for_a_rank_that_hangs(folder: Path) -> None:
     if rank() == 1:
         heartbeat.beat(3, "rollout")
         (folder / "hangs").touch()
-        time.sleep(60)
+        time.sleep(120)
     heartbeat.beat(3, "update")
-    while not (folder / "hangs").exists():
-        time.sleep(0.05)
+    wait_for(folder / "hangs")
     raise RuntimeError("[gloo] Timed out waiting 1800000ms for recv operation to complete")
 
 
@@ -85,25 +91,28 @@ def fail_behind_a_collective() -> None:
 
 
 def fail_with_a_thread_that_never_ends() -> None:
-    threading.Thread(target=time.sleep, args=(60,)).start()
+    threading.Thread(target=time.sleep, args=(120,)).start()
     raise RapoError("the reason")
 
 
 def fail_while_a_peer_cleans_up(folder: Path) -> None:
     if rank() == 1:
+        wait_for(folder / "open")
         raise RapoError("the reason")
     try:
-        time.sleep(60)
+        (folder / "open").touch()
+        time.sleep(120)
     finally:
         (folder / "closed").touch()
 
 
 def ignore_the_end(folder: Path) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    (folder / f"pid_{rank()}").write_text(str(os.getpid()))
     if rank() == 1:
+        wait_for(folder / "ignores")
         raise RapoError("the reason")
-    time.sleep(60)
+    (folder / "ignores").touch()
+    time.sleep(120)
 
 
 def wait_for_ever(folder: Path) -> None:

@@ -151,7 +151,7 @@ def test_one_failure_ends_all_and_is_told_once(how: str, message: str) -> None:
     started = time.monotonic()
     with pytest.raises(WorkerFailed, match=message) as caught:
         run_local(launched.fail, (how, 1), world_size=2, diagnose=lambda: "the ranks are here")
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
     assert caught.value.failure.rank == 1
 
 
@@ -177,7 +177,7 @@ def test_a_failure_is_seen_although_the_process_cannot_exit() -> None:
     started = time.monotonic()
     with pytest.raises(WorkerFailed, match=r"^the reason$"):
         run_local(launched.fail_with_a_thread_that_never_ends, (), world_size=1)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
 
 
 @pytest.mark.usefixtures("impatient")
@@ -192,7 +192,7 @@ def test_a_rank_that_does_not_end_is_killed(tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(WorkerFailed, match="the reason"):
         run_local(launched.ignore_the_end, (tmp_path,), world_size=2)
-    assert time.monotonic() - started < 25
+    assert time.monotonic() - started < 60
 
 
 def failure(rank: int, kind: Kind, time_s: float) -> Failure:
@@ -234,11 +234,12 @@ def test_ranks_end_with_their_parent(tmp_path: Path, number: signal.Signals, sta
         files = [tmp_path / f"pid_{index}" for index in range(2)]
         deadline = time.monotonic() + 60
         while not all(file.exists() for file in files):
-            assert time.monotonic() < deadline and parent.poll() is None
+            assert time.monotonic() < deadline
+            assert parent.poll() is None
             time.sleep(0.05)
         pids = [int(file.read_text()) for file in files]
         parent.send_signal(number)
-        assert parent.wait(timeout=15) == status
+        assert parent.wait(timeout=30) == status
         assert all(gone(pid) for pid in pids)
     finally:
         parent.kill()
