@@ -15,6 +15,8 @@ _KNOWN_AND_HARMLESS = (
     r"The \.grad attribute of a Tensor that is not a leaf",
     # megatron-core 0.16 with torch 2.13.
     r"`torch\.distributed\.\w+` is deprecated",
+    r"`load_state_dict` is deprecated and will be removed",
+    r"Please use DTensor instead and we are deprecating ShardedTensor",
 )
 for _message in _KNOWN_AND_HARMLESS:
     warnings.filterwarnings("ignore", message=_message)

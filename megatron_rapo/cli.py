@@ -76,12 +76,14 @@ def _train(options: argparse.Namespace) -> None:
 def _start(config: RunConfig) -> None:
     from megatron_rapo.launch.environment import RankEnvironment
     from megatron_rapo.launch.local import run_local
+    from megatron_rapo.observe.closing import closing_summary
     from megatron_rapo.observe.heartbeat import describe
 
     world_size = config.parallel.world_size
     environment = RankEnvironment.read()
     if environment is None:
         run_local(_train_rank, (config,), world_size, diagnose=partial(describe, config.run.directory))
+        print(closing_summary(config.run.directory))
     else:
         environment.check_world_size(world_size)
         _train_rank(config)

@@ -25,13 +25,21 @@ class Evaluator:
         return step in (0, last_step) or (every is not None and step % every == 0)
 
     def run(self, weight_version: int) -> Mapping[str, float]:
-        """`pass@k` for each k, the same on all ranks; all ranks must call it."""
-        collector = self.collector
+        """`pass@k` for each k with its 95% interval (`…_low`, `…_high`), the same on all ranks.
+
+        All ranks must call it.
+        """
+        collector, samples = self.collector, self.evaluate.samples
         groups = collector.sample(
-            self.problems.prompts,
-            responses=self.evaluate.samples,
-            weight_version=weight_version,
-            seed=self.seed,
+            self.problems.prompts, responses=samples, weight_version=weight_version, seed=self.seed
         )
         correct = collector.share([int(sum(group.rewards)) for group in collector.score(groups)])
-        return {f"pass@{k}": mean_pass_at_k(correct, self.evaluate.samples, k) for k in self.evaluate.k}
+        metrics: dict[str, float] = {}
+        for k in self.evaluate.k:
+            estimate = mean_pass_at_k(correct, samples, k, seed=self.seed)
+            metrics |= {
+                f"pass@{k}": estimate.mean,
+                f"pass@{k}_low": estimate.low,
+                f"pass@{k}_high": estimate.high,
+            }
+        return metrics

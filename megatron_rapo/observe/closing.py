@@ -1,0 +1,55 @@
+"""What a finished run came to: rewards and pass@k where it began and where it ended, and its files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+WINDOW = 5  # steps that the reward's beginning and end are averaged over
+
+
+def closing_summary(run_directory: Path) -> str:
+    """The summary of a run from its metrics.jsonl, for people."""
+    lines = (run_directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    metrics = [json.loads(line) for line in lines]
+    parts = [_rewards(metrics), *_pass_at_k(metrics), "", *_files(run_directory)]
+    return "\n".join(part for part in parts if part is not None)
+
+
+def _rewards(metrics: Sequence[Mapping[str, Any]]) -> str | None:
+    rewards = [line["reward/mean"] for line in metrics if line.get("reward/mean") is not None]
+    if not rewards:
+        return None
+    window = min(WINDOW, len(rewards))
+    first, last = (sum(part) / window for part in (rewards[:window], rewards[-window:]))
+    return f"mean reward: {first:.3f} over the first {window} steps, {last:.3f} over the last {window}"
+
+
+def _pass_at_k(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A row for each evaluated step (the base is step 0), a column for each k."""
+    evaluated = [line for line in metrics if any(name.startswith("evaluate/pass@") for name in line)]
+    if not evaluated:
+        return []
+    keys = [name for name in evaluated[0] if re.fullmatch(r"evaluate/pass@\d+", name)]
+    rows = [["held-out problems", *(key.removeprefix("evaluate/") for key in keys)]]
+    for line in evaluated:
+        name = "base" if line["step"] == 0 else f"step {line['step']}"
+        cells = [f"{line[key]:.3f} [{line[f'{key}_low']:.3f}, {line[f'{key}_high']:.3f}]" for key in keys]
+        rows.append([name, *cells])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _files(run_directory: Path) -> list[str]:
+    contents = {
+        "model": "trained policy, as transformers and SGLang load it",
+        "metrics.jsonl": "metrics of each step; TensorBoard in tensorboard/",
+        "checkpoints": "to go on from",
+        "config.toml": "resolved configuration",
+    }
+    return [f"{run_directory / name}  {text}" for name, text in contents.items()]
