@@ -229,7 +229,9 @@ if __name__ == "__main__":
 def test_ranks_end_with_their_parent(tmp_path: Path, number: signal.Signals, status: int) -> None:
     script = tmp_path / "parent.py"
     script.write_text(PARENT.format(tests=str(Path(__file__).parents[2]), folder=str(tmp_path)))
-    parent = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
+    # A killed parent cannot remove its folder of reports; here that goes with the test's.
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL, env=environment)
     try:
         files = [tmp_path / f"pid_{index}" for index in range(2)]
         deadline = time.monotonic() + 60
