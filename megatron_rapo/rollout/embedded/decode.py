@@ -10,11 +10,13 @@ from typing import Any, Literal
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
+from transformers import Cache
 
+from megatron_rapo.rollout.embedded.cache import growing_cache
 from megatron_rapo.rollout.embedded.sampling import draw, uniforms
 
 COMPACT_BELOW = 0.85  # dropping finished rows copies the cache: done once they are this much of the batch
+ROOM = 256  # tokens of a response that the cache has room for before it must grow
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def decode(model: Any, samples: Sequence[Sample], aborted: threading.Event) -> l
     lengths = torch.zeros(len(samples), dtype=torch.int64, device=model.device)
 
     rows = _Rows.of(samples, model.device, model.dtype)
-    logits, cache = _prefill(model, [sample.prompt for sample in samples])
+    logits, cache = _prefill(model, [sample.prompt for sample in samples], longest)
     for step in range(longest):
         if aborted.is_set():
             break
@@ -127,7 +129,9 @@ def decode(model: Any, samples: Sequence[Sample], aborted: threading.Event) -> l
     return _completions(samples, token_ids, log_probs, lengths)
 
 
-def _prefill(model: Any, prompts: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, DynamicCache]:
+def _prefill(
+    model: Any, prompts: Sequence[tuple[int, ...]], max_new_tokens: int
+) -> tuple[torch.Tensor, Cache]:
     """Runs each distinct prompt once, padded on the left.
 
     Returns:
@@ -139,7 +143,7 @@ def _prefill(model: Any, prompts: Sequence[tuple[int, ...]]) -> tuple[torch.Tens
     ids = torch.tensor([(0,) * (width - len(prompt)) + prompt for prompt in distinct], device=model.device)
     real = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in distinct])
     real = real.to(model.device)
-    cache = DynamicCache(config=model.config)
+    cache = growing_cache(model.config.num_hidden_layers, width + min(max_new_tokens, ROOM))
     output = model(
         input_ids=ids,
         attention_mask=real,
@@ -153,7 +157,7 @@ def _prefill(model: Any, prompts: Sequence[tuple[int, ...]]) -> tuple[torch.Tens
     return output.logits[:, -1][prompt_of_row], cache
 
 
-def _forward(model: Any, tokens: torch.Tensor, rows: _Rows, cache: DynamicCache, step: int) -> torch.Tensor:
+def _forward(model: Any, tokens: torch.Tensor, rows: _Rows, cache: Cache, step: int) -> torch.Tensor:
     """Feeds the tokens emitted at `step`; returns the logits `[rows, vocab]` of the next."""
     output = model(
         input_ids=tokens[:, None],

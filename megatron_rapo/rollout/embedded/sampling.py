@@ -49,7 +49,7 @@ def draw(
     Args:
         logits: `[rows, vocab]`, of any floating type.
         temperatures: `[rows]` float32. 0 takes the likeliest token, and its log-prob at temperature 1.
-        uniform: `[rows]` float32 in [0, 1).
+        uniform: `[rows]` float32, multiples of 2⁻²⁴ in [0, 1).
 
     Returns:
         Tokens `[rows]` int64, and their log-probs `[rows]` float32 in nats: NaN where the logits are.
@@ -58,9 +58,8 @@ def draw(
     logits = logits.float()
     log_probs = torch.log_softmax(logits / temperatures.masked_fill(greedy, 1.0).unsqueeze(-1), dim=-1)
     cumulative = log_probs.exp().cumsum(dim=-1)
-    total = cumulative[:, -1]
-    # Kept below the total, so that rounding never reaches past the last token of positive probability.
-    threshold = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    # With uniform ≤ 1 − 2⁻²⁴ the product rounds below the total, so no token of probability 0 is reached.
+    threshold = uniform * cumulative[:, -1]
     sampled = torch.searchsorted(cumulative, threshold.unsqueeze(-1), right=True).squeeze(-1)
     sampled.clamp_(max=logits.shape[-1] - 1)  # past the end only where logits are NaN
     tokens = torch.where(greedy, logits.argmax(dim=-1), sampled)

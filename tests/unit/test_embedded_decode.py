@@ -1,0 +1,144 @@
+"""Decoding, against transformers' own generation and full forwards."""
+
+import threading
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_rapo.rollout.embedded import decode as decoding
+from megatron_rapo.rollout.embedded.decode import Sample
+from megatron_rapo.rollout.embedded.engine import Engine
+from tests.models import EOS, make_hf_model
+
+# Of unequal lengths, the first one twice.
+PROMPTS = [(5, 6, 7), (9,), (20, 21, 22, 23, 24, 25, 26), (5, 6, 7), (30, 40), (2,) * 12]
+
+
+@pytest.fixture(scope="module", params=["qwen2", "qwen3", "llama"])
+def models(request, tmp_path_factory):
+    """The engine, and transformers' model of the same weights."""
+    path = make_hf_model(tmp_path_factory.mktemp("model"), family=request.param, initializer_range=0.2)
+    return Engine(path, "cpu", "float32"), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def sample(prompt, seed=0, *, max_new_tokens=20, temperature=1.0, stop_ids=(EOS,)):
+    return Sample(tuple(prompt), max_new_tokens, temperature, frozenset(stop_ids), seed)
+
+
+def run(engine, samples):
+    return engine.generate(samples, threading.Event())
+
+
+def log_probs_of(model, prompt, response, temperature=1.0):
+    """Each response token's log-prob, by one full forward."""
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].double()
+    return torch.log_softmax(logits / temperature, -1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+
+
+def test_greedy_is_what_transformers_generates(models):
+    engine, reference = models
+    completions = run(engine, [sample(prompt, temperature=0.0, max_new_tokens=40) for prompt in PROMPTS])
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        expected = reference.generate(
+            torch.tensor([prompt]),
+            do_sample=False,
+            max_new_tokens=40,
+            attention_mask=torch.ones(1, len(prompt)),
+        )[0, len(prompt) :].tolist()
+        assert completion.token_ids == expected
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+def test_log_probs_are_those_of_a_full_forward(models, temperature):
+    engine, reference = models
+    options = {"temperature": temperature, "max_new_tokens": 60, "stop_ids": range(1, 6)}
+    samples = [sample(prompt, i, **options) for i in range(8) for prompt in PROMPTS]
+    completions = run(engine, samples)
+    assert len({len(completion.token_ids) for completion in completions}) > 8  # rows left at many steps
+    for one, completion in zip(samples, completions, strict=True):
+        expected = log_probs_of(reference, one.prompt, completion.token_ids, temperature)
+        torch.testing.assert_close(torch.tensor(completion.log_probs).double(), expected, atol=1e-4, rtol=0)
+
+
+def test_first_tokens_follow_the_models_distribution(models):
+    engine, reference = models
+    prompt, rows, temperature = PROMPTS[0], 8192, 0.8
+    samples = [sample(prompt, seed, max_new_tokens=1, temperature=temperature) for seed in range(rows)]
+    tokens = torch.tensor([completion.token_ids[0] for completion in run(engine, samples)])
+    with torch.inference_mode():
+        logits = reference(torch.tensor([prompt])).logits[0, -1].double()
+    expected = rows * torch.softmax(logits / temperature, -1)
+    counts = torch.bincount(tokens, minlength=len(expected)).double()
+    common = expected >= 5
+    observed, expected = (torch.cat([x[common], x[~common].sum()[None]]) for x in (counts, expected))
+    statistic = ((observed - expected) ** 2 / expected.clamp(min=1e-9)).sum()
+    degrees = len(expected) - 1
+    assert statistic < degrees + 4 * (2 * degrees) ** 0.5
+
+
+def test_a_response_does_not_depend_on_its_batch(models):
+    engine, _ = models
+    samples = [sample(prompt, 100 + i, max_new_tokens=30) for i in range(4) for prompt in PROMPTS]
+    together = run(engine, samples)
+    for one, completion in zip(samples, together, strict=True):
+        [alone] = run(engine, [one])
+        assert alone.token_ids == completion.token_ids
+    assert run(engine, samples) == together  # bit for bit
+
+
+def test_requests_larger_than_a_batch_are_decoded_in_pieces(models, monkeypatch):
+    engine, _ = models
+    samples = [sample(prompt, i) for i in range(4) for prompt in PROMPTS]
+    whole = [completion.token_ids for completion in run(engine, samples)]
+    monkeypatch.setattr("megatron_rapo.rollout.embedded.engine.MAX_ROWS", 7)
+    assert [completion.token_ids for completion in run(engine, samples)] == whole
+
+
+def test_the_cache_grows_beyond_its_first_room(models, monkeypatch):
+    engine, _ = models
+    samples = [sample(prompt, 0, max_new_tokens=50, stop_ids=()) for prompt in PROMPTS]
+    roomy = [completion.token_ids for completion in run(engine, samples)]
+    monkeypatch.setattr(decoding, "ROOM", 2)
+    assert [completion.token_ids for completion in run(engine, samples)] == roomy
+
+
+def test_each_row_ends_by_its_own_limit_and_stop_tokens(models):
+    engine, _ = models
+    free = run(engine, [sample(PROMPTS[0], 3, stop_ids=())])[0].token_ids
+    stop = free[6]
+    short, long, stopped = run(
+        engine,
+        [
+            sample(PROMPTS[0], 3, stop_ids=(), max_new_tokens=4),
+            sample(PROMPTS[0], 3, stop_ids=(), max_new_tokens=9),
+            sample(PROMPTS[0], 3, stop_ids=(stop, 60)),
+        ],
+    )
+    assert (short.token_ids, short.finish) == (free[:4], "length")
+    assert (long.token_ids, long.finish) == (free[:9], "length")
+    assert (stopped.token_ids, stopped.finish) == (free[: free.index(stop) + 1], "stop")
+    assert len(stopped.log_probs) == len(stopped.token_ids)
+
+
+def test_an_abort_ends_responses_as_they_are(models):
+    engine, _ = models
+    aborted = threading.Event()
+    aborted.set()
+    [completion] = engine.generate([sample(PROMPTS[0])], aborted)
+    assert (completion.token_ids, completion.finish) == ([], "abort")
+
+
+def test_broken_weights_are_an_error(models, monkeypatch):
+    engine, _ = models
+    parameter = next(engine._model.parameters())
+    whole = parameter.detach().clone()
+    with torch.no_grad():
+        parameter.fill_(torch.nan)
+    try:
+        with pytest.raises(FloatingPointError, match="not finite"):
+            run(engine, [sample(PROMPTS[0])])
+    finally:
+        with torch.no_grad():
+            parameter.copy_(whole)
