@@ -40,6 +40,13 @@ class GenerateRequest(_Request):
     return_logprob: bool = False
     rid: str | None = None
 
+    @property
+    def batched(self) -> bool:
+        """Whether it is a list of prompts, which is answered with a list."""
+        if self.text is not None:
+            return isinstance(self.text, list)
+        return bool(self.input_ids) and isinstance(self.input_ids[0], list)  # type: ignore[index]
+
 
 class UpdateWeightsRequest(_Request):
     """`flush_cache` is granted either way: nothing is cached beyond a request."""
@@ -92,14 +99,14 @@ def to_samples(request: GenerateRequest, engine: Engine) -> list[Sample]:
 def _prompts(request: GenerateRequest, engine: Engine) -> list[tuple[int, ...]]:
     if (request.text is None) == (request.input_ids is None):
         raise RapoError("send either text or input_ids")
-    if request.input_ids is not None:
-        nested = request.input_ids and isinstance(request.input_ids[0], list)
-        prompts: Any = request.input_ids if nested else [request.input_ids]
-    else:
+    given: Any = request.input_ids if request.text is None else request.text
+    prompts = given if request.batched else [given]
+    if not prompts:
+        raise RapoError("there is no prompt; send at least one")
+    if request.text is not None:
         if engine.tokenizer is None:
             raise RapoError(f"{engine.model_path} has no tokenizer; send input_ids")
-        texts = [request.text] if isinstance(request.text, str) else request.text
-        prompts = engine.tokenizer(texts)["input_ids"]
+        prompts = engine.tokenizer(prompts)["input_ids"]
     return [tuple(prompt) for prompt in prompts]
 
 
@@ -145,8 +152,7 @@ def to_answer(
             pairs = zip(completion.log_probs, completion.token_ids, strict=True)
             meta_info["output_token_logprobs"] = [[log_prob, token, None] for log_prob, token in pairs]
         answers.append({"text": texts[i], "output_ids": completion.token_ids, "meta_info": meta_info})
-    single = isinstance(request.text, str) or (request.input_ids and isinstance(request.input_ids[0], int))
-    return answers[0] if single and len(answers) == 1 else answers
+    return answers if request.batched or len(answers) > 1 else answers[0]
 
 
 def _texts(samples: list[Sample], completions: list[Completion], engine: Engine) -> list[str]:
