@@ -107,19 +107,19 @@ class EngineClient:
         Generation pauses and the cache is flushed first: an update that itself flushes the cache just after
         a request has ended can kill SGLang 0.5.21.
         """
-        await self._request("POST", "/pause_generation", {"mode": "retract"}, timeout=CONTROL_TIMEOUT_S)
-        flush = f"/flush_cache?timeout={FLUSH_TIMEOUT_S}"
-        await self._request("POST", flush, {}, timeout=CONTROL_TIMEOUT_S + FLUSH_TIMEOUT_S)
         body = {
             "model_path": str(model_path.resolve()),
             "weight_version": weight_version,
             "flush_cache": False,
             "abort_all_requests": False,
         }
+        await self._request("POST", "/pause_generation", {"mode": "retract"}, timeout=CONTROL_TIMEOUT_S)
         try:
+            flush = f"/flush_cache?timeout={FLUSH_TIMEOUT_S}"
+            await self._request("POST", flush, {}, timeout=CONTROL_TIMEOUT_S + FLUSH_TIMEOUT_S)
             result = await self._json("POST", "/update_weights_from_disk", body, timeout=self._timeout)
         except RapoError:
-            with suppress(RapoError):  # the refusal is what to report, not that the server is gone too
+            with suppress(RapoError):  # this failure is the one to report, even if the server is gone by now
                 await self._continue()
             raise
         await self._continue()

@@ -161,7 +161,8 @@ async def _on_refusal(request: Request, error: Exception) -> Response:
 async def _on_malformed(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     problems = [
-        f"{'.'.join(map(str, e['loc']))} = {str(e.get('input'))[:100]}: {e['msg']}" for e in error.errors()[:5]
+        f"{'.'.join(map(str, e['loc']))} = {str(e.get('input'))[:100]}: {e['msg']}"
+        for e in error.errors()[:5]
     ]
     return _error("; ".join(problems), 400)
 

@@ -1,0 +1,372 @@
+"""The pool, against a stand-in server that records what it is asked and answers as it is told."""
+
+import json
+import threading
+import time
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.errors import RapoError
+from megatron_rapo.rollout.pool import EnginePool, sample_seed
+
+VOCAB = 50
+
+
+class StandIn:
+    """Speaks the contract; a response to a prompt is [first token of the prompt, seed % 50]."""
+
+    def __init__(self):
+        self.version = "3"
+        self.asked = []  # (path, body) in order
+        self.keys = []  # the authorization of each request
+        self.change = lambda answers: answers  # what a test does to /generate's answers
+        self.answers = {}  # path → (status, bytes), in place of the usual
+        self.drop_connections = False
+        self.delay = 0.0
+
+    def generate(self, body):
+        answers = []
+        for prompt, params in zip(body["input_ids"], body["sampling_params"], strict=True):
+            tokens = [prompt[0], params["sampling_seed"] % VOCAB]
+            meta = {
+                "finish_reason": {"type": "stop", "matched": tokens[-1]},
+                "weight_version": self.version,
+                "output_token_logprobs": [[-0.25 * (i + 1), token, None] for i, token in enumerate(tokens)],
+            }
+            answers.append({"text": "", "output_ids": tokens, "meta_info": meta})
+        return self.change(answers)
+
+    def answer(self, path, body):
+        if path == "/generate":
+            return self.generate(body)
+        if path == "/update_weights_from_disk":
+            self.version = body["weight_version"]
+            return {"success": True, "message": ""}
+        return {"weight_version": self.version} if path == "/model_info" else {}
+
+
+class Handler(BaseHTTPRequestHandler):
+    def serve(self):
+        stand_in = self.server.stand_in
+        body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or "null")
+        stand_in.asked.append((self.path, body))
+        stand_in.keys.append(self.headers["authorization"])
+        time.sleep(stand_in.delay)
+        if stand_in.drop_connections:
+            self.connection.close()
+            return
+        path = self.path.split("?")[0]
+        status, data = stand_in.answers.get(path) or (200, json.dumps(stand_in.answer(path, body)).encode())
+        self.send_response(status)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        with suppress(BrokenPipeError):  # who asked no longer waits
+            self.wfile.write(data)
+
+    do_GET = do_POST = serve
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def stand_ins(count):
+    servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(count)]
+    threads = [threading.Thread(target=server.serve_forever, args=(0.01,)) for server in servers]
+    for server, thread in zip(servers, threads, strict=True):
+        server.stand_in = StandIn()
+        thread.start()
+    try:
+        yield (
+            [server.stand_in for server in servers],
+            [f"http://127.0.0.1:{server.server_address[1]}" for server in servers],
+        )
+    finally:
+        for server, thread in zip(servers, threads, strict=True):
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+
+@pytest.fixture
+def engine():
+    """One stand-in and a pool of it."""
+    with stand_ins(1) as ([stand_in], urls), make_pool(urls) as pool:
+        yield stand_in, pool
+
+
+def make_pool(urls, **options):
+    defaults = {"vocab_size": VOCAB, "prompts_per_request": 2, "request_timeout": 5}
+    return EnginePool(urls, **{**defaults, **options})
+
+
+def make_prompts(count):
+    return [Prompt(index=100 + i, question="", token_ids=(i, 7), answer="") for i in range(count)]
+
+
+def generate(pool, prompts=None, **options):
+    defaults = {
+        "responses_per_prompt": 3,
+        "max_response_tokens": 8,
+        "temperature": 0.5,
+        "weight_version": 3,
+        "seed": 11,
+    }
+    return pool.generate(make_prompts(1) if prompts is None else prompts, **{**defaults, **options})
+
+
+def test_groups_come_in_prompt_order_from_all_servers():
+    prompts = make_prompts(7)
+    with stand_ins(3) as (servers, urls), make_pool(urls) as pool:
+        servers[0].delay = 0.3  # the first request is answered last
+        groups = generate(pool, prompts)
+        assert [len(server.asked) for server in servers] == [2, 1, 1]
+    assert [group.prompt for group in groups] == prompts
+    for group in groups:
+        assert len(group.responses) == 3
+        for number, response in enumerate(group.responses):
+            expected = [group.prompt.token_ids[0], sample_seed(11, group.prompt.index, number) % VOCAB]
+            assert response.token_ids.tolist() == expected
+            assert response.log_probs.tolist() == [-0.25, -0.5]
+            assert (response.token_ids.dtype, response.log_probs.dtype) == (np.int32, np.float32)
+            assert (response.weight_version, response.finish_reason) == (3, "stop")
+
+
+def test_requests_run_at_the_same_time():
+    with stand_ins(1) as ([server], urls), make_pool(urls, prompts_per_request=1) as pool:
+        server.delay = 0.5
+        started = time.monotonic()
+        generate(pool, make_prompts(6))
+        assert time.monotonic() - started < 2
+
+
+def test_a_request_repeats_its_prompts_and_asks_for_full_support(engine):
+    stand_in, pool = engine
+    generate(pool, make_prompts(2))
+    [(path, body)] = stand_in.asked
+    assert path == "/generate"
+    assert body["input_ids"] == [[0, 7]] * 3 + [[1, 7]] * 3
+    assert body["return_logprob"] is True
+    seeds = [params.pop("sampling_seed") for params in body["sampling_params"]]
+    assert len(set(seeds)) == 6
+    assert (
+        body["sampling_params"] == [{"max_new_tokens": 8, "temperature": 0.5, "top_p": 1.0, "top_k": -1}] * 6
+    )
+
+
+def test_responses_do_not_depend_on_how_prompts_are_spread():
+    prompts = make_prompts(9)
+    outcomes = []
+    for servers, size, heads in [(1, 9, 1), (2, 2, 1), (2, 1, 3)]:
+        groups = {}
+        with stand_ins(servers) as (_, urls):
+            for head in range(heads):
+                with make_pool(urls, prompts_per_request=size, head=head) as pool:
+                    for group in generate(pool, prompts[head::heads]):
+                        groups[group.prompt.index] = [r.token_ids.tolist() for r in group.responses]
+        outcomes.append(groups)
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
+def test_heads_begin_at_different_servers():
+    with stand_ins(2) as (servers, urls):
+        for head in range(2):
+            with make_pool(urls, head=head) as pool:
+                generate(pool)
+        assert [len(server.asked) for server in servers] == [1, 1]
+
+
+def test_seeds_differ_by_step_prompt_and_response_and_fit_31_bits():
+    seeds = {sample_seed(s, p, r) for s in range(10) for p in range(50) for r in range(16)}
+    assert len(seeds) >= 7998  # 8,000 draws of 2³¹ collide 0.015 times on average
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert max(seeds) > 2**30
+    assert sample_seed(1, 23, 4) == 53843662  # the same in every version and on every machine
+
+
+def one(change):
+    """Applies a change to the last of the answers."""
+
+    def apply(answers):
+        change(answers[-1], answers[-1]["meta_info"])
+        return answers
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda a, m: m.update(weight_version="4"), "version '4' in place of 3"),
+        (lambda a, m: m.update(weight_version="default"), "version 'default' in place of 3"),
+        (
+            lambda a, m: m.update(weight_versions=[{"version": "3"}, {"version": "2"}]),
+            "version '2' in place of 3",
+        ),
+        (lambda a, m: m.update(finish_reason={"type": "abort", "message": "gone"}), "gone"),
+        (lambda a, m: m["output_token_logprobs"].pop(), "2 tokens and 1 log-probs"),
+        (lambda a, m: m["output_token_logprobs"].reverse(), "not of the same tokens"),
+        (lambda a, m: m["output_token_logprobs"][0].__setitem__(0, float("nan")), "not finite"),
+        (lambda a, m: m["output_token_logprobs"][0].__setitem__(0, float("-inf")), "not finite"),
+        (lambda a, m: m["output_token_logprobs"][0].__setitem__(0, None), "not finite"),
+        (lambda a, m: m.pop("output_token_logprobs"), "lacks what SGLang sends"),
+        (lambda a, m: m.pop("weight_version"), "lacks what SGLang sends"),
+        (lambda a, m: a.pop("output_ids"), "lacks what SGLang sends"),
+        (lambda a, m: a.update(meta_info=None), "lacks what SGLang sends"),
+        (
+            lambda a, m: (a.update(output_ids=[50]), m.update(output_token_logprobs=[[-1, 50, None]])),
+            "from 50 to 50, but the policy's vocabulary has 50",
+        ),
+        (
+            lambda a, m: (a.update(output_ids=[-1]), m.update(output_token_logprobs=[[-1, -1, None]])),
+            "from -1 to -1",
+        ),
+        (lambda a, m: (a.update(output_ids=[]), m.update(output_token_logprobs=[])), "sent 0 tokens"),
+        (
+            lambda a, m: (a.update(output_ids=[1] * 9), m.update(output_token_logprobs=[[-1, 1, None]] * 9)),
+            "sent 9 tokens where 1 to 8",
+        ),
+    ],
+)
+def test_a_response_that_cannot_be_trained_on_is_refused(engine, change, named):
+    stand_in, pool = engine
+    generate(pool)
+    stand_in.change = one(change)
+    with pytest.raises(RapoError, match=r"http://127\.0\.0\.1") as refused:
+        generate(pool)
+    assert named in str(refused.value)
+
+
+def test_a_truncated_response_is_kept_as_such(engine):
+    stand_in, pool = engine
+    stand_in.change = one(lambda a, m: m.update(finish_reason={"type": "length", "length": 8}))
+    [group] = generate(pool)
+    assert [response.truncated for response in group.responses] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("answer", "named"),
+    [
+        ((500, b'{"error": "out of memory"}'), ["status 500", "out of memory"]),
+        ((401, b""), ["RAPO_ENGINE_API_KEY"]),
+        ((200, b"<html>"), ["not JSON", "<html>"]),
+        ((200, b'{"text": ""}'), ["not a list of 3 responses"]),
+        ((200, b"[]"), ["not a list of 3 responses"]),
+    ],
+)
+def test_an_unusable_answer_is_named(engine, answer, named):
+    stand_in, pool = engine
+    stand_in.answers["/generate"] = answer
+    with pytest.raises(RapoError) as failed:
+        generate(pool)
+    assert all(text in str(failed.value) for text in ["/generate", "http://127.0.0.1", *named])
+
+
+def test_a_lost_connection_is_named_with_its_reason():
+    with stand_ins(1) as ([server], urls):
+        server.drop_connections = True
+        with make_pool(urls) as pool, pytest.raises(RapoError, match=r"/generate.*connection was lost"):
+            generate(pool)
+        pool = make_pool(urls, diagnose=lambda url: f"{url} ran out of memory")
+        with pool, pytest.raises(RapoError, match="ran out of memory"):
+            generate(pool)
+
+
+def test_a_server_that_is_not_there_is_named():
+    with stand_ins(1) as (_, urls):
+        pass
+    with (
+        make_pool(urls) as pool,
+        pytest.raises(RapoError, match=r"cannot connect .*check that the server runs"),
+    ):
+        generate(pool)
+
+
+def test_a_late_answer_is_an_error_with_the_time_waited():
+    with stand_ins(1) as ([server], urls), make_pool(urls, request_timeout=0.3) as pool:
+        server.delay = 1.5
+        started = time.monotonic()
+        with pytest.raises(RapoError, match=r"not answered within 0.3 s.*request_timeout_s"):
+            generate(pool)
+        assert time.monotonic() - started < 1.2
+
+
+def test_a_failure_does_not_wait_for_the_other_servers():
+    with stand_ins(2) as (servers, urls), make_pool(urls, prompts_per_request=1) as pool:
+        servers[0].answers["/generate"] = (500, b"broken")
+        servers[1].delay = 2
+        started = time.monotonic()
+        with pytest.raises(RapoError, match="broken"):
+            generate(pool, make_prompts(2))
+        assert time.monotonic() - started < 1.5
+
+
+def test_an_update_reaches_all_servers_in_the_safe_order(tmp_path):
+    with stand_ins(2) as (servers, urls), make_pool(urls) as pool:
+        pool.update_weights(tmp_path, 12)
+        for server in servers:
+            assert [path for path, _ in server.asked] == [
+                "/pause_generation",
+                "/flush_cache?timeout=10",
+                "/update_weights_from_disk",
+                "/continue_generation",
+                "/model_info",
+            ]
+            assert server.asked[0][1] == {"mode": "retract"}
+            assert server.asked[2][1] == {
+                "model_path": str(tmp_path),
+                "weight_version": "12",
+                "flush_cache": False,
+                "abort_all_requests": False,
+            }
+        assert generate(pool, weight_version=12)
+
+
+def test_the_path_of_an_update_is_absolute(engine, monkeypatch, tmp_path):
+    stand_in, pool = engine
+    monkeypatch.chdir(tmp_path)
+    pool.update_weights(Path("weights"), 1)
+    assert stand_in.asked[2][1]["model_path"] == str(tmp_path / "weights")
+
+
+@pytest.mark.parametrize(
+    ("path", "answer", "named"),
+    [
+        ("/flush_cache", (400, b"busy"), "busy"),
+        ("/update_weights_from_disk", (400, b'{"success": false, "message": "no shape"}'), "no shape"),
+        ("/update_weights_from_disk", (200, b'{"success": false, "message": "no shape"}'), "no shape"),
+        ("/model_info", (200, b'{"weight_version": "11"}'), "version '11' after an update to 12"),
+        ("/model_info", (200, b"{}"), "no weight_version"),
+    ],
+)
+def test_an_update_that_failed_is_an_error_and_leaves_no_server_paused(engine, path, answer, named, tmp_path):
+    stand_in, pool = engine
+    stand_in.answers[path] = answer
+    with pytest.raises(RapoError) as failed:
+        pool.update_weights(tmp_path, 12)
+    assert named in str(failed.value)
+    paths = [path for path, _ in stand_in.asked]
+    assert paths.count("/pause_generation") == paths.count("/continue_generation") == 1
+
+
+def test_it_waits_until_servers_are_healthy():
+    with stand_ins(1) as ([server], urls), make_pool(urls) as pool:
+        server.answers["/health"] = (503, b"")
+        threading.Timer(0.5, server.answers.clear).start()
+        pool.wait_until_healthy(10)
+        assert len(server.asked) > 2
+        server.answers["/health"] = (503, b"")
+        with pytest.raises(RapoError, match=r"not ready within 0.3 s \(status 503\)"):
+            pool.wait_until_healthy(0.3)
+
+
+def test_the_key_of_the_environment_is_sent(monkeypatch):
+    monkeypatch.setenv("RAPO_ENGINE_API_KEY", "secret")
+    with stand_ins(1) as ([server], urls), make_pool(urls) as pool:
+        generate(pool)
+    assert server.keys == ["Bearer secret"]
