@@ -61,7 +61,7 @@ class EngineClient:
     async def until_healthy(self, timeout: float) -> None:
         """Waits until the server is ready, `timeout` seconds at most."""
         deadline = time.monotonic() + timeout
-        while problem := await self._health_problem():
+        while problem := await self._health_problem(deadline - time.monotonic()):
             if self._diagnose and (reason := self._diagnose(self.url)):
                 raise RapoError(f"{self.url} did not become ready: {reason}")
             if time.monotonic() > deadline:
@@ -71,9 +71,10 @@ class EngineClient:
                 )
             await asyncio.sleep(POLL_S)
 
-    async def _health_problem(self) -> str | None:
+    async def _health_problem(self, remaining: float) -> str | None:
+        patience = max(POLL_S, min(HEALTH_TIMEOUT_S, remaining))
         try:
-            response = await self._http.get(f"{self.url}/health", timeout=HEALTH_TIMEOUT_S)
+            response = await self._http.get(f"{self.url}/health", timeout=patience)
         except httpx.HTTPError as error:
             return _named(error)
         return None if response.status_code == 200 else f"status {response.status_code}"

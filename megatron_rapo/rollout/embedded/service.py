@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megatron_rapo.errors import RapoError
 from megatron_rapo.rollout.embedded.decode import Completion, Sample
@@ -33,7 +33,7 @@ class Service:
         self._admitting = asyncio.Event()
         self._admitting.set()
         self._requests: dict[str, threading.Event] = {}  # unanswered ones, each with what aborts it
-        self._working = 0  # calls that the worker has not finished
+        self._jobs: set[Future[Any]] = set()  # what the worker has not finished
 
     def load(self, make_engine: Callable[[], Engine]) -> Future[None]:
         """Starts to load the engine; returns at once."""
@@ -67,6 +67,7 @@ class Service:
             await self._admitting.wait()
             return await self._work(lambda: (engine.generate(samples, aborted), engine.weight_version))
         finally:
+            aborted.set()  # cancelled, too: nobody waits for what the worker still decodes
             del self._requests[key]
 
     async def update_weights(self, path: Path, weight_version: str | None) -> None:
@@ -78,9 +79,9 @@ class Service:
         """Waits until the worker has nothing to do; False if it still has after `timeout` seconds."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
-        while self._working and loop.time() < deadline:
+        while self._jobs and loop.time() < deadline:
             await asyncio.sleep(0.01)
-        return not self._working
+        return not self._jobs
 
     def pause(self) -> None:
         """Holds back requests that the worker does not have yet."""
@@ -102,8 +103,7 @@ class Service:
         self._worker.shutdown(cancel_futures=True)
 
     async def _work(self, job: Callable[[], T]) -> T:
-        self._working += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._worker, job)
-        finally:
-            self._working -= 1
+        future = self._worker.submit(job)
+        self._jobs.add(future)
+        future.add_done_callback(self._jobs.discard)
+        return await asyncio.wrap_future(future)
