@@ -138,8 +138,9 @@ def open_job(config: RunConfig) -> Iterator[Job]:
         with observer.phase("build models"):
             total_updates = config.run.steps * config.updates_per_step
             policy = Policy(config.model, config.optimizer, architecture, placement, total_updates)
-            wants_reference = config.algorithm.divergence != "none"
-            reference = Reference(config.model, architecture, placement) if wants_reference else None
+            reference = (
+                Reference(config.model, architecture, placement) if config.algorithm.wants_reference else None
+            )
         if placement.is_main:
             print(prompts.report)
         yield Job(
@@ -157,6 +158,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
                 temperature=config.rollout.temperature,
                 vocabulary=len(tokenizer),
                 group=placement.tensor_group,
+                context_group=placement.context_group,
             ),
             transport=DiskTransport(
                 config.run.directory / "weights",

@@ -12,11 +12,12 @@ from typing import Any
 
 from pydantic import model_validator
 
+from megatron_rapo.config.algorithm import Algorithm
 from megatron_rapo.config.data import Data
 from megatron_rapo.config.running import Checkpoint, Evaluate, Observe, Run
 from megatron_rapo.config.sampling import Reward, Rollout
 from megatron_rapo.config.section import Section
-from megatron_rapo.config.training import Algorithm, Model, Optimizer, Parallel
+from megatron_rapo.config.training import Model, Optimizer, Parallel
 
 
 class RunConfig(Section):

@@ -1,4 +1,4 @@
-"""The options of the trainer: model, layout, objective, optimizer."""
+"""The options of the trainer: model, layout, optimizer."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ class Model(Section):
         "none",
         description="Activation recomputation: `full` keeps only each layer's input and repeats its forward "
         "in the backward.",
+    )
+    reference_in_host_memory: bool = Field(
+        False,
+        description="Keep the reference's body, and its hidden states of the rollout batch, in host memory "
+        "between their uses: frees GPU memory for some copying.",
     )
     vocabulary_multiple: PositiveInt = Field(
         1,
@@ -79,55 +84,6 @@ class Parallel(Section):
         elif self.virtual_pipeline_parallel == 1:
             inert["virtual_pipeline_parallel"] = "one chunk a stage is the plain pipeline"
         return inert
-
-
-class Algorithm(Section):
-    """The RAPO objective: clipped policy gradient − α · divergence + β · entropy."""
-
-    clip_low: NonNegativeFloat = Field(0.2, lt=1, description="The ratio is clipped below at 1 − this.")
-    clip_high: NonNegativeFloat = Field(0.2, description="The ratio is clipped above at 1 + this.")
-    divergence: Literal["forward_exact", "k3", "none"] = Field(
-        "forward_exact",
-        description="`forward_exact`: KL(flattened reference ‖ policy), exact over the vocabulary (RAPO); "
-        "`k3`: the usual sampled estimate against the reference; `none`: no reference at all.",
-    )
-    divergence_coefficient: NonNegativeFloat = Field(5e-3, description="α.")
-    flatten_floor: Fraction = Field(
-        0.5,
-        description="φ0 in φ(r) = φ0 + (1 − φ0) · clip(r, 0, 1), the power that flattens the reference for a "
-        "response with reward r. 1 never flattens.",
-    )
-    entropy_coefficient: NonNegativeFloat = Field(1e-3, description="β.")
-    loss_aggregation: Literal["token_mean", "sequence_mean", "constant"] = Field(
-        "token_mean",
-        description="`token_mean`: over all response tokens of the minibatch; `sequence_mean`: over each "
-        "response's tokens, then over responses; `constant`: sum over tokens divided by "
-        "responses × max_response_tokens (Dr. GRPO).",
-    )
-    minibatch_prompts: PositiveInt | None = Field(
-        None,
-        description="Prompts of one optimizer update; must divide rollout.prompts_per_step. "
-        "Default: all of them, one update a step.",
-    )
-    max_tokens_per_microbatch: PositiveInt = Field(
-        16384, description="Token budget (padded) of one packed microbatch, over all its CP ranks."
-    )
-
-    def without_effect(self) -> dict[str, str]:
-        if self.divergence == "none":
-            return dict.fromkeys(["divergence_coefficient", "flatten_floor"], 'divergence is "none"')
-        if self.divergence == "k3":
-            return {"flatten_floor": 'divergence = "k3" is against the unflattened reference'}
-        return {}
-
-    @model_validator(mode="after")
-    def _check(self) -> Algorithm:
-        if self.divergence != "none" and self.divergence_coefficient == 0:
-            raise ValueError(
-                f'divergence_coefficient = 0 makes "{self.divergence}" cost time without effect; '
-                'set divergence = "none"'
-            )
-        return self
 
 
 class Optimizer(Section):

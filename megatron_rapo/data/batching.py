@@ -24,7 +24,7 @@ class Sample:
         engine_log_probs: `[response]` float32, as sampled.
         reward: of the response.
         advantage: of the response.
-        token_weight: weight of each response token in the minibatch's loss.
+        token_weight: weight of each response token in the minibatch's loss; 0: it is masked out.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -45,11 +45,13 @@ class Microbatch:
         token_ids, position_ids, targets: int64.
         weights: fp32, of the token in the minibatch's loss; 0 where the target is no response token.
         rewards, advantages, engine_log_probs: fp32, of the predicted token.
+        sequences: int64, which of the packed sequences the position belongs to.
         lengths: padded length of each sequence, over all CP ranks.
         old_log_probs: fp32, under the policy that starts the step; None: the policy has not moved yet.
         reference_hidden: `[tokens / CP (/ TP under sequence parallelism), hidden]`, the reference's final
             hidden states, from which its head makes logits.
-        reference_log_probs: fp32, under the reference.
+        reference_log_probs, flattened_log_probs: `[response tokens]` fp32, under the reference as it is, and
+            flattened by the response's reward.
     """
 
     token_ids: Tensor
@@ -59,10 +61,12 @@ class Microbatch:
     rewards: Tensor
     advantages: Tensor
     engine_log_probs: Tensor
+    sequences: Tensor
     lengths: list[int]
     old_log_probs: Tensor | None = None
     reference_hidden: Tensor | None = None
     reference_log_probs: Tensor | None = None
+    flattened_log_probs: Tensor | None = None
 
     @property
     def is_response(self) -> Tensor:
@@ -165,6 +169,7 @@ def pack(
     floats = {
         name: np.zeros(total, np.float32) for name in ("weights", "rewards", "advantages", "engine_log_probs")
     }
+    sequences = np.repeat(np.arange(len(lengths)), lengths)
     start = 0
     for sample, length in zip(samples, lengths, strict=False):
         tokens = len(sample.token_ids)
@@ -178,5 +183,6 @@ def pack(
         floats["engine_log_probs"][response] = sample.engine_log_probs
         start += length
     mine = rank_major_order(lengths, context_ranks)[context_rank].numpy()
-    tensors = {name: torch.from_numpy(array[mine]).to(device) for name, array in (integers | floats).items()}
+    arrays: dict[str, np.ndarray] = {**integers, **floats, "sequences": sequences}
+    tensors = {name: torch.from_numpy(array[mine]).to(device) for name, array in arrays.items()}
     return Microbatch(lengths=lengths, **tensors)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from megatron_rapo.config import Evaluate
 from megatron_rapo.data.prompts import PromptSet
 from megatron_rapo.evaluate.pass_at_k import mean_pass_at_k
@@ -36,7 +38,7 @@ class Evaluator:
         correct = collector.share([int(sum(group.rewards)) for group in collector.score(groups)])
         metrics: dict[str, float] = {}
         for k in self.evaluate.k:
-            estimate = mean_pass_at_k(correct, samples, k, seed=self.seed)
+            estimate = mean_pass_at_k(np.array(correct), samples, k, seed=self.seed)
             metrics |= {
                 f"pass@{k}": estimate.mean,
                 f"pass@{k}_low": estimate.low,

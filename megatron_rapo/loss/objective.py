@@ -1,13 +1,15 @@
-"""The RAPO objective of one microbatch, composed of its parts.
+"""The objective of one microbatch, composed of its parts.
 
-    loss = Σ_t weight_t · ( −surrogate_t + α · divergence_t − β · entropy_t )
+    loss = Σ_t weight_t · ( −u_t · surrogate_t + α · divergence_t − β · entropy_t )
 
-over response tokens (RAPO, arXiv 2510.03865). The weights make it a plain sum over microbatches and ranks.
+over response tokens (RAPO, arXiv 2510.03865), u the importance weight. The token weights were made of the
+whole minibatch, so the loss is a plain sum over microbatches and ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
@@ -15,18 +17,66 @@ from torch import Tensor
 
 from megatron_rapo.config import Algorithm
 from megatron_rapo.data.batching import Microbatch
-from megatron_rapo.loss.divergence import flattening, k3
-from megatron_rapo.loss.policy_gradient import clipped_surrogate
-from megatron_rapo.loss.token_statistics import TokenStatistics, VocabularyShard, token_statistics
+from megatron_rapo.loss.audit import AUDIT_PARTS, audit_metrics, audit_parts
+from megatron_rapo.loss.chunked import Head, ReferenceStates, chunked_loss, chunked_statistics
+from megatron_rapo.loss.divergence import DIVERGENCES, LOG_RATIO_BOUNDS, AtToken, Needs, flattening
+from megatron_rapo.loss.policy_gradient import clipped_surrogate, importance_weight, with_sequence_value
+from megatron_rapo.loss.statistics import TokenStatistics
+from megatron_rapo.loss.vocabulary import VocabularyShard
+
+
+@dataclass(frozen=True)
+class HeadStates:
+    """A model at the response tokens: hidden states `[tokens, hidden]`, head `[vocabulary / TP, hidden]`."""
+
+    hidden: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A microbatch's response tokens; every field `[tokens]` or None."""
+
+    weights: Tensor
+    advantages: Tensor
+    engine_log_probs: Tensor
+    old_log_probs: Tensor | None
+    flattened_log_probs: Tensor | None
+    reference_log_probs: Tensor | None
+    sequence_log_ratios: Tensor | None
+
+    def rows(self, rows: slice) -> _Tokens:
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value[rows] for name, value in parts.items() if value is not None})
 
 
 class Objective:
-    """Computes a microbatch's share of the loss from its logits."""
+    """Computes a microbatch's share of the loss from final hidden states."""
 
-    METRICS = ("total", "policy", "divergence", "entropy", "clipped", "mismatch", "weight")
+    # Weighted sums that every update reports, besides the audit's.
+    PARTS = (
+        "total",
+        "policy",
+        "divergence",
+        "entropy",
+        "clipped",
+        "mismatch",
+        "importance",
+        "importance_square",
+        "importance_corrected",
+        "log_ratio_clamped",
+        "not_finite",
+        "weight",
+    )
 
     def __init__(
-        self, algorithm: Algorithm, *, temperature: float, vocabulary: int, group: dist.ProcessGroup
+        self,
+        algorithm: Algorithm,
+        *,
+        temperature: float,
+        vocabulary: int,
+        group: dist.ProcessGroup,
+        context_group: dist.ProcessGroup | None = None,
     ) -> None:
         """
         Args:
@@ -34,91 +84,196 @@ class Objective:
             temperature: of the rollouts.
             vocabulary: real tokens; head rows behind them have no probability.
             group: the tensor-parallel group.
+            context_group: the context-parallel group; ratio = "sequence" sums over it.
         """
         self.algorithm = algorithm
         self.temperature = temperature
         self.vocabulary = vocabulary
         self.group = group
+        self.context_group = context_group
+        self.needs, self._divergence = DIVERGENCES[algorithm.divergence]
+        self.parts = self.PARTS + (AUDIT_PARTS if algorithm.audit_estimators else ())
 
     @property
-    def wants_reference_logits(self) -> bool:
-        """Whether the divergence is over the reference's whole distribution."""
-        return self.algorithm.divergence == "forward_exact"
+    def wants_reference_hidden(self) -> bool:
+        """Whether the loss needs the reference's whole distribution, so its hidden states."""
+        return self.needs in (Needs.FORWARD, Needs.REVERSE) or self.algorithm.audit_estimators
 
-    @property
-    def wants_reference_log_probs(self) -> bool:
-        """Whether the divergence needs the reference's log-prob of the sampled token alone."""
-        return self.algorithm.divergence == "k3"
+    def head(self, weight: Tensor) -> Head:
+        """How a head's logits are read."""
+        shard = VocabularyShard.of(weight.size(0), self.vocabulary, self.group)
+        return Head(weight, shard, self.temperature, self.algorithm.loss_chunk_tokens)
 
-    def statistics(self, logits: Tensor, targets: Tensor) -> TokenStatistics:
-        """Log-prob and entropy at `targets` `[tokens]` under `logits` `[tokens, vocabulary / TP]`."""
-        shard = VocabularyShard.of(logits.size(-1), self.vocabulary, self.group)
-        return token_statistics(logits, targets, shard, self.temperature)
+    def log_probs(self, states: HeadStates, targets: Tensor) -> Tensor:
+        """`[tokens]`, log-probs of the targets."""
+        return chunked_statistics(states.hidden, targets, self.head(states.weight)).log_prob
+
+    def reference_log_probs(self, states: HeadStates, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
+        """The reference's log-probs of a microbatch's response tokens: as it is, and flattened."""
+        chosen = microbatch.is_response
+        reference = self._reference_states(states, microbatch, forward=True, reverse=True)
+        statistics = chunked_statistics(
+            states.hidden, microbatch.targets[chosen], self.head(states.weight), reference
+        )
+        assert statistics.reference_log_prob is not None and statistics.flattened_log_prob is not None
+        return statistics.reference_log_prob, statistics.flattened_log_prob
 
     def __call__(
-        self, microbatch: Microbatch, logits: Tensor, reference_logits: Tensor | None
+        self, microbatch: Microbatch, policy: HeadStates, reference: HeadStates | None
     ) -> tuple[Tensor, Tensor]:
         """The microbatch's share of the loss.
 
         Args:
-            microbatch: its n response tokens are what counts.
-            logits: `[tokens / CP, vocabulary / TP]`.
-            reference_logits: `[n, vocabulary / TP]` of the response tokens, if wanted.
+            microbatch: its response tokens are what counts.
+            policy: at these tokens; the loss is differentiable in both of its tensors.
+            reference: at these tokens, if `wants_reference_hidden`.
 
         Returns:
-            The loss (a sum), and `[len(METRICS)]` weighted sums in fp64.
+            The loss (a sum), and `[len(parts)]` weighted sums in fp64.
         """
-        algorithm, chosen = self.algorithm, microbatch.is_response
-        weights = microbatch.weights[chosen]
-        shard = VocabularyShard.of(logits.size(-1), self.vocabulary, self.group)
-        phi = (
-            flattening(microbatch.rewards[chosen], algorithm.flatten_floor)
-            if reference_logits is not None
-            else None
+        chosen = microbatch.is_response
+        tokens = _Tokens(
+            weights=microbatch.weights[chosen],
+            advantages=microbatch.advantages[chosen],
+            engine_log_probs=microbatch.engine_log_probs[chosen],
+            old_log_probs=_chosen(microbatch.old_log_probs, chosen),
+            flattened_log_probs=microbatch.flattened_log_probs,
+            reference_log_probs=microbatch.reference_log_probs,
+            sequence_log_ratios=self._sequence_log_ratios(microbatch, policy),
         )
-        statistics = token_statistics(
-            logits[chosen], microbatch.targets[chosen], shard, self.temperature, reference_logits, phi
-        )
-        log_probs = statistics.log_prob
-        # On the step's first update the policy is the one that the step began with.
-        old = log_probs.detach() if microbatch.old_log_probs is None else microbatch.old_log_probs[chosen]
+        sums = torch.zeros(len(self.parts), dtype=torch.float64, device=chosen.device)
+
+        def token_loss(statistics: TokenStatistics, rows: slice) -> Tensor:
+            loss, parts = self._token_loss(statistics, tokens.rows(rows))
+            weights = tokens.weights[rows].double()
+            with torch.no_grad():
+                sums.add_(torch.stack([(weights * parts[name]).sum() for name in self.parts]))
+            return tokens.weights[rows] * loss
+
+        states = None
+        if reference is not None and self.wants_reference_hidden:
+            audit = self.algorithm.audit_estimators
+            states = self._reference_states(
+                reference,
+                microbatch,
+                forward=audit or self.needs is Needs.FORWARD,
+                reverse=audit or self.needs is Needs.REVERSE,
+            )
+        head = self.head(policy.weight)
+        loss = chunked_loss(policy.hidden, microbatch.targets[chosen], head, token_loss, states)
+        return loss, sums
+
+    def metrics(self, sums: Tensor) -> Mapping[str, float]:
+        """Metrics of one update from its summed `[len(parts)]`: the loss, and weighted means."""
+        values = dict(zip(self.parts, sums.tolist(), strict=True))
+        weight = values["weight"] or 1.0  # nothing counts where every response is masked
+        means = {name: value / weight for name, value in values.items()}
+        metrics = {"loss/total": values["total"]}
+        names = ("policy", "divergence", "entropy", "clipped", "log_ratio_clamped", "not_finite")
+        metrics |= {f"loss/{name}": means[name] for name in names}
+        metrics |= {
+            "mismatch/log_prob_mean": means["mismatch"],
+            "importance/mean": means["importance"],
+            "importance/corrected": means["importance_corrected"],
+            # Kish: (Σ w)² / (n Σ w²), the share of the samples that the reweighted ones are worth.
+            "importance/effective_samples": means["importance"] ** 2 / (means["importance_square"] or 1.0),
+        }
+        return metrics | (audit_metrics(means) if self.algorithm.audit_estimators else {})
+
+    def _token_loss(self, statistics: TokenStatistics, tokens: _Tokens) -> tuple[Tensor, dict[str, Tensor]]:
+        """Each token's loss without its weight, and what is reported of it, `[tokens]` each."""
+        algorithm, log_prob = self.algorithm, statistics.log_prob
+        # Until the step's first update the policy is the one that the step began with.
+        old = log_prob.detach() if tokens.old_log_probs is None else tokens.old_log_probs
+        log_ratio = log_prob - old
+        if tokens.sequence_log_ratios is not None:
+            log_ratio = with_sequence_value(log_prob, tokens.sequence_log_ratios)
         surrogate = clipped_surrogate(
-            log_probs, old, microbatch.advantages[chosen], algorithm.clip_low, algorithm.clip_high
+            log_ratio,
+            tokens.advantages,
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+            clip_dual=algorithm.clip_dual,
         )
-        divergence = self._divergence(statistics, microbatch, chosen)
-        per_token = (
-            -surrogate.value
+        correction = importance_weight(
+            old, tokens.engine_log_probs, algorithm.importance_correction, algorithm.importance_cap
+        )
+        at_token = AtToken(
+            log_prob=log_prob,
+            old_log_prob=old,
+            forward_kl=statistics.forward_kl,
+            reverse_kl=statistics.reverse_kl,
+            flattened_log_prob=_first(statistics.flattened_log_prob, tokens.flattened_log_probs),
+            reference_log_prob=_first(statistics.reference_log_prob, tokens.reference_log_probs),
+        )
+        divergence = self._divergence(at_token)
+        policy = -correction * surrogate.value
+        loss = (
+            policy
             + algorithm.divergence_coefficient * divergence
             - algorithm.entropy_coefficient * statistics.entropy
         )
-        loss = (weights * per_token).sum()
-        mismatch = (old - microbatch.engine_log_probs[chosen]).abs()
-        parts = (
-            per_token,
-            -surrogate.value,
-            divergence,
-            statistics.entropy,
-            surrogate.clipped,
-            mismatch,
-            torch.ones_like(weights),
-        )
         with torch.no_grad():
-            sums = torch.stack([(weights.double() * part).sum() for part in parts])
-        return loss, sums
+            uncorrected = (old - tokens.engine_log_probs).exp()
+            parts = {
+                "total": loss,
+                "policy": policy,
+                "divergence": divergence,
+                "entropy": statistics.entropy,
+                "clipped": surrogate.clipped,
+                "mismatch": (old - tokens.engine_log_probs).abs(),
+                "importance": uncorrected,
+                "importance_square": uncorrected.square(),
+                "importance_corrected": (correction != 1.0) & (correction != uncorrected),
+                "log_ratio_clamped": self._clamped(at_token),
+                "not_finite": ~log_prob.isfinite(),
+                "weight": torch.ones_like(loss),
+            }
+            if algorithm.audit_estimators:
+                parts |= audit_parts(at_token)
+        return loss, parts
 
-    def _divergence(self, statistics: TokenStatistics, microbatch: Microbatch, chosen: Tensor) -> Tensor:
-        if self.algorithm.divergence == "none":
-            return torch.zeros_like(statistics.log_prob)
-        if self.algorithm.divergence == "k3":
-            assert microbatch.reference_log_probs is not None, "annotate the batch with the reference first"
-            return k3(statistics.log_prob, microbatch.reference_log_probs[chosen])
-        assert statistics.forward_kl is not None, "the exact forward KL needs reference logits"
-        return statistics.forward_kl
+    def _clamped(self, at_token: AtToken) -> Tensor:
+        """Whether a sampled divergence's log-ratio was clamped."""
+        sampled = {
+            Needs.LOG_PROB: at_token.reference_log_prob,
+            Needs.FLATTENED_LOG_PROB: at_token.flattened_log_prob,
+        }
+        reference = sampled.get(self.needs)
+        if reference is None:
+            return torch.zeros_like(at_token.log_prob)
+        log_rho = reference - at_token.log_prob
+        low, high = LOG_RATIO_BOUNDS
+        return (log_rho < low) | (log_rho > high)
 
-    @classmethod
-    def metrics(cls, sums: Tensor) -> Mapping[str, float]:
-        """Metrics of one update from its summed `[len(METRICS)]`: the loss, and weighted means."""
-        values = dict(zip(cls.METRICS, sums.tolist(), strict=True))
-        weight = values.pop("weight")
-        total = values.pop("total")
-        return {"loss/total": total} | {f"loss/{name}": value / weight for name, value in values.items()}
+    def _reference_states(
+        self, states: HeadStates, microbatch: Microbatch, *, forward: bool, reverse: bool
+    ) -> ReferenceStates:
+        phi = flattening(microbatch.rewards[microbatch.is_response], self.algorithm.phi_floor)
+        return ReferenceStates(states.hidden, states.weight, phi, forward, reverse)
+
+    def _sequence_log_ratios(self, microbatch: Microbatch, policy: HeadStates) -> Tensor | None:
+        """Of each response token, its response's mean log π / π_old; None where ratios are of tokens.
+
+        Costs a pass over the head, but on the step's first update, where every ratio is 1.
+        """
+        if self.algorithm.ratio == "token":
+            return None
+        chosen = microbatch.is_response
+        if microbatch.old_log_probs is None:
+            return torch.zeros_like(microbatch.weights[chosen])
+        log_ratio = self.log_probs(policy, microbatch.targets[chosen]) - microbatch.old_log_probs[chosen]
+        sequence = microbatch.sequences[chosen]
+        totals = log_ratio.new_zeros(2, len(microbatch.lengths))
+        totals.index_add_(1, sequence, torch.stack([log_ratio, torch.ones_like(log_ratio)]))
+        if self.context_group is not None:
+            dist.all_reduce(totals, group=self.context_group)
+        return (totals[0] / totals[1].clamp(min=1.0))[sequence]
+
+
+def _chosen(values: Tensor | None, chosen: Tensor) -> Tensor | None:
+    return None if values is None else values[chosen]
+
+
+def _first(*values: Tensor | None) -> Tensor | None:
+    return next((value for value in values if value is not None), None)

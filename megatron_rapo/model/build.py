@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megatron_rapo.config import Model, Parallel
 from megatron_rapo.model.architecture import Architecture
@@ -62,7 +65,22 @@ def transformer_config(
     )
 
 
-def build_chunks(architecture: Architecture, model: Model, layout: Parallel) -> list[GPTModel]:
+class Body(GPTModel):
+    """A GPTModel that ends in final hidden states: its head is applied in the loss, chunk by chunk."""
+
+    def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        # Last: [tokens, 1, hidden] becomes [1, tokens, hidden], as Megatron returns logits.
+        return hidden_states.transpose(0, 1).contiguous() if self.post_process else hidden_states
+
+    @property
+    def head_weight(self) -> Tensor:
+        """`[padded vocabulary / TP, hidden]`, of the last chunk; under tied embeddings the embedding."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def build_chunks(architecture: Architecture, model: Model, layout: Parallel) -> list[Body]:
     """This rank's model chunks (one, or VPP of them), on its device, with uninitialised weights.
 
     All ranks of the layout must call it together.
@@ -77,8 +95,8 @@ def build_chunks(architecture: Architecture, model: Model, layout: Parallel) -> 
 
 def _build_chunk(
     architecture: Architecture, config: TransformerConfig, vocabulary_multiple: int, vp_stage: int | None
-) -> GPTModel:
-    chunk = GPTModel(
+) -> Body:
+    chunk = Body(
         config=config,
         transformer_layer_spec=block_spec(config, vp_stage),
         vocab_size=architecture.padded_vocabulary(vocabulary_multiple, config.tensor_model_parallel_size),

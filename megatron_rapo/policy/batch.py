@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
-from megatron_rapo.config import RunConfig
+from megatron_rapo.config import Algorithm, RunConfig
 from megatron_rapo.data.batching import Microbatch, Sample, pack, padded_length, plan_microbatches
-from megatron_rapo.loss.advantages import group_advantages
+from megatron_rapo.loss.advantages import ADVANTAGES, overlong_penalty
 from megatron_rapo.loss.aggregation import token_weights
 from megatron_rapo.parallel.device import device
 from megatron_rapo.parallel.placement import Placement
@@ -25,8 +26,10 @@ def build_minibatches(
     rank's tokens, become tensors.
     """
     size = config.minibatch_prompts
+    advantages = batch_advantages(groups, config)
     minibatches = [
-        make_samples(groups[start : start + size], config) for start in range(0, len(groups), size)
+        make_samples(groups[start : start + size], advantages[start : start + size], config)
+        for start in range(0, len(groups), size)
     ]
     layout = config.parallel
     plans = [
@@ -55,16 +58,32 @@ def build_minibatches(
     ]
 
 
-def make_samples(groups: Sequence[ScoredGroup], config: RunConfig) -> list[Sample]:
-    """The training samples of one minibatch: advantages over groups, token weights over all of it."""
+def batch_advantages(groups: Sequence[ScoredGroup], config: RunConfig) -> npt.NDArray[np.float64]:
+    """`[groups, responses]`, advantages over the whole rollout batch."""
+    algorithm, limit = config.algorithm, config.rollout.max_response_tokens
     rewards = np.array([group.rewards for group in groups])
-    advantages = group_advantages(rewards)
-    responses = [(group, number) for group in groups for number in range(len(group.responses))]
-    weights = token_weights(
-        [len(group.responses[number].token_ids) for group, number in responses],
-        config.algorithm.loss_aggregation,
-        config.rollout.max_response_tokens,
-    )
+    if algorithm.overlong_buffer_tokens is not None:
+        lengths = np.array([[len(r.token_ids) for r in group.responses] for group in groups])
+        rewards = rewards + overlong_penalty(lengths, algorithm.overlong_buffer_tokens, limit)
+    return ADVANTAGES[algorithm.advantage](rewards)
+
+
+def make_samples(
+    groups: Sequence[ScoredGroup], advantages: npt.NDArray[np.float64], config: RunConfig
+) -> list[Sample]:
+    """The training samples of one minibatch, with token weights over all of it."""
+    responses = [
+        (group, number, float(advantages[index, number]))
+        for index, group in enumerate(groups)
+        for number in range(len(group.responses))
+    ]
+    kept = np.array([_counts(group, number, config.algorithm) for group, number, _ in responses])
+    lengths = np.array([len(group.responses[number].token_ids) for group, number, _ in responses])
+    weights = np.zeros(len(responses))
+    if kept.any():
+        weights[kept] = token_weights(
+            lengths[kept].tolist(), config.algorithm.loss_aggregation, config.rollout.max_response_tokens
+        )
     return [
         Sample(
             token_ids=np.concatenate(
@@ -72,14 +91,24 @@ def make_samples(groups: Sequence[ScoredGroup], config: RunConfig) -> list[Sampl
             ),
             prompt_tokens=len(group.prompt.token_ids),
             engine_log_probs=group.responses[number].log_probs,
-            reward=float(reward),
-            advantage=float(advantage),
+            reward=group.rewards[number],
+            advantage=advantage,
             token_weight=float(weight),
         )
-        for (group, number), reward, advantage, weight in zip(
-            responses, rewards.flat, advantages.flat, weights, strict=True
-        )
+        for (group, number, advantage), weight in zip(responses, weights, strict=True)
     ]
+
+
+def _counts(group: ScoredGroup, number: int, algorithm: Algorithm) -> bool:
+    """Whether a response takes part in the loss."""
+    if algorithm.mask_truncated and group.responses[number].truncated:
+        return False
+    alike = len(set(group.rewards)) == 1
+    if algorithm.groups_without_variance == "drop":
+        return not alike
+    if algorithm.groups_without_variance == "keep_failed":
+        return not alike or group.rewards[0] == 0.0
+    return True
 
 
 def _common_length(

@@ -12,7 +12,6 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
@@ -20,10 +19,11 @@ from torch import Tensor
 from megatron_rapo.config import Model, Optimizer
 from megatron_rapo.data.batching import Microbatch
 from megatron_rapo.errors import RapoError
-from megatron_rapo.loss.objective import Objective
+from megatron_rapo.loss.objective import HeadStates, Objective
 from megatron_rapo.model.architecture import Architecture
-from megatron_rapo.model.build import DTYPES, build_chunks
+from megatron_rapo.model.build import DTYPES, Body, build_chunks
 from megatron_rapo.parallel.placement import Placement
+from megatron_rapo.policy.hidden_states import shared_tokens, whole_tokens
 from megatron_rapo.policy.pipeline import run_forward, run_forward_backward
 from megatron_rapo.policy.reference import Reference
 from megatron_rapo.weights.load import load_weights
@@ -52,7 +52,7 @@ class Policy:
         """
         self.architecture = architecture
         self.placement = placement
-        self.chunks: list[GPTModel] = build_chunks(architecture, model, placement.layout)
+        self.chunks: list[Body] = build_chunks(architecture, model, placement.layout)
         load_weights(self.chunks, architecture, model.path, placement.tensor_rank)
         self.wrapped = _wrap(self.chunks, optimizer)
         self.optimizer = _megatron_optimizer(self.wrapped, optimizer, DTYPES[model.dtype])
@@ -68,13 +68,19 @@ class Policy:
             return
         microbatches = [microbatch for minibatch in minibatches for microbatch in minibatch]
 
-        def log_probs(microbatch: Microbatch, logits: Tensor) -> Tensor:
-            return objective.statistics(logits, microbatch.targets).log_prob
+        def log_probs(microbatch: Microbatch, hidden: Tensor) -> Tensor:
+            states = HeadStates(whole_tokens(hidden, self.placement), self.head_weight)
+            return objective.log_probs(states, microbatch.targets)
 
         for microbatch, values in zip(
             microbatches, run_forward(self.wrapped, microbatches, log_probs), strict=False
         ):
             microbatch.old_log_probs = values
+
+    @property
+    def head_weight(self) -> Tensor:
+        """This rank's rows of the head; on the last stage."""
+        return self.chunks[-1].head_weight
 
     def update(
         self, minibatches: Sequence[Sequence[Microbatch]], objective: Objective, reference: Reference | None
@@ -97,28 +103,34 @@ class Policy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-        def loss(microbatch: Microbatch, logits: Tensor) -> tuple[Tensor, Tensor]:
-            reference_logits = None
-            if reference is not None and objective.wants_reference_logits:
-                reference_logits = reference.response_logits(microbatch)
-            return objective(microbatch, logits, reference_logits)
-
-        sums = run_forward_backward(self.wrapped, minibatch, loss)
-        total = torch.stack(sums).sum(0) if sums else torch.zeros(len(Objective.METRICS), dtype=torch.float64)
-        total = self.placement.sum_from_last_stage(total.to(minibatch[0].token_ids.device))
-        metrics = dict(Objective.metrics(total))
-
+        metrics = self.accumulate_gradients(minibatch, objective, reference)
         self.schedule.step(increment=1)
         _, gradient_norm, _ = self.optimizer.step()
         metrics["optimizer/gradient_norm"] = float(gradient_norm)
         metrics["optimizer/learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise RapoError(
-                    f"{name} = {value}: training has diverged; go on from an earlier checkpoint with a lower "
-                    "optimizer.learning_rate"
-                )
+        _check_finite(metrics)
         return metrics
+
+    def accumulate_gradients(
+        self, minibatch: Sequence[Microbatch], objective: Objective, reference: Reference | None
+    ) -> dict[str, float]:
+        """Forward and backward of one minibatch, gradients reduced over all ranks; its metrics."""
+
+        def loss(microbatch: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            states = HeadStates(
+                shared_tokens(hidden, self.placement)[microbatch.is_response], self.head_weight
+            )
+            pull = None
+            if reference is not None and objective.wants_reference_hidden:
+                pull = reference.states(microbatch)
+            return objective(microbatch, states, pull)
+
+        sums = run_forward_backward(self.wrapped, minibatch, loss)
+        device = minibatch[0].token_ids.device
+        total = torch.zeros(len(objective.parts), dtype=torch.float64, device=device)
+        for part in sums:
+            total += part
+        return dict(objective.metrics(self.placement.sum_from_last_stage(total)))
 
     def go_to_update(self, update: int) -> None:
         """Sets the learning rate's schedule to where it stands after `update` updates."""
@@ -132,7 +144,22 @@ class Policy:
                 chunk.start_param_sync(force_sync=True)
 
 
-def _wrap(chunks: Sequence[GPTModel], optimizer: Optimizer) -> list[DistributedDataParallel]:
+def _check_finite(metrics: Mapping[str, float]) -> None:
+    if metrics["loss/not_finite"] > 0:
+        raise RapoError(
+            f"{metrics['loss/not_finite']:.2%} of the response tokens have NaN or infinite logits: the "
+            "policy's weights are damaged or have diverged; go on from an earlier checkpoint with a lower "
+            "optimizer.learning_rate"
+        )
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise RapoError(
+                f"{name} = {value}: training has diverged; go on from an earlier checkpoint with a lower "
+                "optimizer.learning_rate"
+            )
+
+
+def _wrap(chunks: Sequence[Body], optimizer: Optimizer) -> list[DistributedDataParallel]:
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=optimizer.distributed,

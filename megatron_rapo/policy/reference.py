@@ -4,79 +4,75 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_rapo.config import Model
 from megatron_rapo.data.batching import Microbatch
-from megatron_rapo.loss.objective import Objective
+from megatron_rapo.errors import RapoError
+from megatron_rapo.loss.objective import HeadStates, Objective
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.build import build_chunks
+from megatron_rapo.parallel.device import device
 from megatron_rapo.parallel.placement import Placement
+from megatron_rapo.policy.hidden_states import whole_tokens
 from megatron_rapo.policy.pipeline import run_forward
 from megatron_rapo.weights.load import load_weights
-
-
-class _HeadAside(torch.nn.Module):
-    """Stands in for the output layer: hands hidden states through, and keeps the head's weight for later."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(
-        self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
-    ) -> tuple[Tensor, None]:
-        return hidden, None
 
 
 class Reference:
     """A frozen model under the policy's layout.
 
     Its body makes final hidden states; logits, which are V / hidden times larger, are made of them only for
-    the tokens and at the moment that the loss needs them.
+    the tokens and at the moment that the loss needs them. The body may wait in host memory meanwhile.
     """
 
     def __init__(self, model: Model, architecture: Architecture, placement: Placement) -> None:
-        """Builds the model and loads `model.reference_path` (default `model.path`)."""
+        """Builds the model and loads `model.reference_path` (default `model.path`).
+
+        Raises:
+            RapoError: the weights do not load, or `model.reference_in_host_memory` has no effect.
+        """
         self.placement = placement
+        self._in_host_memory = model.reference_in_host_memory
+        if self._in_host_memory and device().type == "cpu":
+            raise RapoError(
+                "model.reference_in_host_memory = true has no effect where the trainer computes on the CPU; "
+                "remove it"
+            )
         self.chunks = build_chunks(architecture, model, placement.layout)
         load_weights(self.chunks, architecture, model.reference_path or model.path, placement.tensor_rank)
         for chunk in self.chunks:
             chunk.requires_grad_(False)
             chunk.eval()
-        last = self.chunks[-1]
-        if last.post_process:
-            tied = last.share_embeddings_and_output_weights
-            self._head = (
-                last.shared_embedding_or_output_weight() if tied else last.output_layer.weight
-            ).detach()
-            last.output_layer = _HeadAside(self._head)
+        # The head is needed in every update, so it stays on the device even while the body is away.
+        self._head = self.chunks[-1].head_weight.detach() if placement.is_last_stage else None
+        self._leave_device()
 
     def annotate(self, minibatches: Sequence[Sequence[Microbatch]], objective: Objective) -> None:
         """Leaves on the last stage's microbatches what the objective wants of the reference."""
         microbatches = [microbatch for minibatch in minibatches for microbatch in minibatch]
-        hidden_states = run_forward(self.chunks, microbatches, lambda _, hidden: hidden)
+        for chunk in self.chunks:
+            chunk.to(device())
+        hidden_states = run_forward(self.chunks, microbatches, lambda _, hidden: self._kept(hidden))
+        self._leave_device()
         for microbatch, hidden in zip(microbatches, hidden_states, strict=False):
-            if objective.wants_reference_logits:
-                microbatch.reference_hidden = hidden
-            else:
-                logits = self._logits(self._gathered(hidden))
-                microbatch.reference_log_probs = objective.statistics(logits, microbatch.targets).log_prob
+            microbatch.reference_hidden = hidden
+            if not objective.wants_reference_hidden:
+                plain, flattened = objective.reference_log_probs(self.states(microbatch), microbatch)
+                microbatch.reference_log_probs, microbatch.flattened_log_probs = plain, flattened
+                microbatch.reference_hidden = None
 
-    def response_logits(self, microbatch: Microbatch) -> Tensor:
-        """`[response tokens, vocabulary / TP]`, from the annotation."""
+    def states(self, microbatch: Microbatch) -> HeadStates:
+        """The reference at a microbatch's response tokens, from the annotation."""
         assert microbatch.reference_hidden is not None, "annotate the batch with the reference first"
-        return self._logits(self._gathered(microbatch.reference_hidden)[microbatch.is_response])
+        assert self._head is not None, "only the last pipeline stage has the head"
+        hidden = whole_tokens(microbatch.reference_hidden.to(device()), self.placement)
+        return HeadStates(hidden[microbatch.is_response], self._head)
 
-    @torch.no_grad()
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return torch.nn.functional.linear(hidden, self._head)
+    def _kept(self, hidden: Tensor) -> Tensor:
+        return hidden.cpu() if self._in_host_memory else hidden
 
-    @torch.no_grad()
-    def _gathered(self, hidden: Tensor) -> Tensor:
-        """All of a context-parallel rank's tokens, which sequence parallelism shards over TP."""
-        if not self.placement.layout.sequence_parallel:
-            return hidden
-        return gather_from_sequence_parallel_region(hidden, group=self.placement.tensor_group)
+    def _leave_device(self) -> None:
+        if self._in_host_memory:
+            for chunk in self.chunks:
+                chunk.to("cpu")

@@ -17,6 +17,7 @@ from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.model.build import build_chunks
 from megatron_rapo.parallel.context import gather_tokens, rank_major_order
 from megatron_rapo.parallel.placement import Placement, arrange, process_groups
+from megatron_rapo.policy.hidden_states import whole_tokens
 from megatron_rapo.policy.pipeline import run_forward
 from megatron_rapo.weights.export import write_hf_model
 from megatron_rapo.weights.load import load_weights
@@ -48,7 +49,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
-        }
+        },
     },
     "qwen2-mha": {"num_key_value_heads": 4},
 }
@@ -91,7 +92,11 @@ def _measure_case(path: Path, parallel: Parallel) -> dict[str, Any]:
     chunks = build_chunks(architecture, Model(path=path, dtype="float32"), parallel)
     load_weights(chunks, architecture, path, placement.tensor_rank)
     microbatches = _microbatches(placement)
-    outputs = run_forward(chunks, microbatches, lambda microbatch, logits: (microbatch, logits))
+
+    def logits(microbatch: Microbatch, hidden: torch.Tensor) -> tuple[Microbatch, torch.Tensor]:
+        return microbatch, whole_tokens(hidden, placement) @ chunks[-1].head_weight.T
+
+    outputs = run_forward(chunks, microbatches, logits)
     difference = torch.tensor(-1.0)
     if placement.is_last_stage:
         difference = torch.tensor(_largest_difference(path, placement, outputs))

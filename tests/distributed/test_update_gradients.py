@@ -20,7 +20,6 @@ from megatron_rapo.data.batching import Sample, pack, padded_length, plan_microb
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.parallel.placement import arrange, process_groups
-from megatron_rapo.policy.pipeline import run_forward_backward
 from megatron_rapo.policy.policy import Policy
 from megatron_rapo.policy.reference import Reference
 from megatron_rapo.weights.export import hf_tensors
@@ -177,14 +176,7 @@ def _loss_and_gradient(
     reference = Reference(model, architecture, placement) if divergence != "none" else None
     if reference is not None:
         reference.annotate([minibatch], objective)
-
-    def loss(microbatch: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        exact = reference is not None and objective.wants_reference_logits
-        return objective(microbatch, logits, reference.response_logits(microbatch) if exact else None)
-
-    sums = run_forward_backward(policy.wrapped, minibatch, loss)
-    total = torch.stack(sums).sum(0) if sums else torch.zeros(len(Objective.METRICS), dtype=torch.float64)
-    value = Objective.metrics(placement.sum_from_last_stage(total))["loss/total"]
+    value = policy.accumulate_gradients(minibatch, objective, reference)["loss/total"]
 
     mine = dict(hf_tensors(policy.chunks, architecture, placement, value=lambda p: p.main_grad))
     if placement.data_rank or placement.context_rank:

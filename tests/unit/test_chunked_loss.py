@@ -1,0 +1,86 @@
+"""The chunked loss against autograd over full logits, in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_rapo.loss.chunked import Head, ReferenceStates, chunked_loss, chunked_statistics
+from megatron_rapo.loss.vocabulary import VocabularyShard
+from tests.unit.one_rank import one_rank
+
+TOKENS, HIDDEN, ROWS, VOCABULARY, TEMPERATURE = 11, 6, 23, 19, 0.7
+FIELDS = ("log_prob", "entropy", "forward_kl", "reverse_kl")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group(tmp_path_factory: pytest.TempPathFactory):
+    with one_rank(tmp_path_factory.mktemp("store")):
+        yield
+
+
+def inputs(dtype=torch.float64):
+    torch.manual_seed(0)
+    hidden = torch.randn(TOKENS, HIDDEN, dtype=dtype, requires_grad=True)
+    weight = torch.randn(ROWS, HIDDEN, dtype=dtype, requires_grad=True)
+    targets = torch.randint(0, VOCABULARY, (TOKENS,))
+    reference = ReferenceStates(
+        torch.randn(TOKENS, HIDDEN, dtype=dtype),
+        torch.randn(ROWS, HIDDEN, dtype=dtype),
+        torch.rand(TOKENS, dtype=dtype),
+        forward=True,
+        reverse=True,
+    )
+    coefficients = torch.randn(len(FIELDS), TOKENS, dtype=dtype)
+    return hidden, weight, targets, reference, coefficients
+
+
+def head_of(weight, chunk_tokens=4):
+    shard = VocabularyShard.of(ROWS, VOCABULARY, torch.distributed.group.WORLD)
+    return Head(weight, shard, TEMPERATURE, chunk_tokens)
+
+
+def plain(hidden, weight, targets, reference):
+    log_policy = ((hidden @ weight.T)[:, :VOCABULARY] / TEMPERATURE).log_softmax(-1)
+    log_reference = ((reference.hidden @ reference.weight.T)[:, :VOCABULARY] / TEMPERATURE).log_softmax(-1)
+    flattened = (reference.flattening[:, None] * log_reference).log_softmax(-1)
+    at = targets[:, None]
+    return {
+        "log_prob": log_policy.gather(1, at).squeeze(1),
+        "entropy": -(log_policy.exp() * log_policy).sum(-1),
+        "forward_kl": (flattened.exp() * (flattened - log_policy)).sum(-1),
+        "reverse_kl": (log_policy.exp() * (log_policy - log_reference)).sum(-1),
+        "flattened_log_prob": flattened.gather(1, at).squeeze(1),
+        "reference_log_prob": log_reference.gather(1, at).squeeze(1),
+    }
+
+
+def test_statistics_equal_full_logits():
+    hidden, weight, targets, reference, _ = inputs()
+    found = chunked_statistics(hidden, targets, head_of(weight), reference)
+    for name, expected in plain(hidden, weight, targets, reference).items():
+        torch.testing.assert_close(getattr(found, name), expected.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("used", [FIELDS[:1], FIELDS[1:2], FIELDS[2:3], FIELDS[3:], FIELDS[:3], FIELDS])
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 100])
+def test_gradients_equal_autograd(used, chunk_tokens):
+    hidden, weight, targets, reference, coefficients = inputs()
+
+    def total(values, rows):
+        return sum(
+            (coefficients[i, rows] * values[name] ** 2 for i, name in enumerate(FIELDS) if name in used),
+            torch.zeros((), dtype=torch.float64),
+        )
+
+    loss = chunked_loss(
+        hidden, targets, head_of(weight, chunk_tokens), lambda s, rows: total(s._asdict(), rows), reference
+    )
+    (3.0 * loss).backward()
+    found = hidden.grad.clone(), weight.grad.clone()
+    hidden.grad = weight.grad = None
+    expected = total(plain(hidden, weight, targets, reference), slice(None)).sum()
+    (3.0 * expected).backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(found, (hidden.grad, weight.grad), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
