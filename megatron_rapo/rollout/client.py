@@ -32,9 +32,8 @@ def http_client() -> httpx.AsyncClient:
     return httpx.AsyncClient(
         headers={"Authorization": f"Bearer {key}"} if key else {},
         trust_env=False,  # the environment's proxy is for the outside world
-        timeout=httpx.Timeout(
-            None, connect=CONNECT_TIMEOUT_S
-        ),  # `EngineClient` bounds each request as a whole
+        # `EngineClient` bounds each request as a whole.
+        timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
         # None is kept: one that the server closes between two steps would look like a crash.
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
     )

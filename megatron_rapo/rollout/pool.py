@@ -115,11 +115,13 @@ class EnginePool:
             seed: of this batch; another one for each step gives a repeated prompt other responses.
 
         Returns:
-            A group for each prompt, in the order of the prompts.
+            A group for each prompt, in the order of the prompts. What is drawn does not depend on how prompts
+            are spread over heads, requests and servers, beyond the rounding of logits in another batch.
 
         Raises:
             RapoError: a server failed, or sent what cannot be trained on.
         """
+        self._check(prompts)
         size = self._prompts_per_request
         sampling = _Sampling(responses_per_prompt, max_response_tokens, temperature, weight_version, seed)
         requests = (
@@ -129,6 +131,18 @@ class EnginePool:
             for i, start in enumerate(range(0, len(prompts), size))
         )
         return [group for groups in self._runner.run(_all(requests)) for group in groups]
+
+    def _check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuses unknown token ids here: where one reaches SGLang 0.5.21, the whole server ends."""
+        for prompt in prompts:
+            if not prompt.token_ids:
+                raise RapoError(f"prompt {prompt.index} is empty; look at its row and at the template")
+            for token in (min(prompt.token_ids), max(prompt.token_ids)):
+                if not 0 <= token < self._vocab_size:
+                    raise RapoError(
+                        f"prompt {prompt.index} has token id {token}, but the policy's vocabulary has "
+                        f"{self._vocab_size}; use the tokenizer of the model that is trained"
+                    )
 
     async def _request(
         self, client: EngineClient, prompts: Sequence[Prompt], sampling: _Sampling

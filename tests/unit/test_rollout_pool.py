@@ -189,6 +189,16 @@ def test_seeds_differ_by_step_prompt_and_response_and_fit_31_bits():
     assert sample_seed(1, 23, 4) == 53843662  # the same in every version and on every machine
 
 
+@pytest.mark.parametrize(
+    ("token_ids", "named"), [((1, 50), "token id 50"), ((-1, 2), "token id -1"), ((), "is empty")]
+)
+def test_a_prompt_outside_the_vocabulary_is_not_sent(engine, token_ids, named):
+    stand_in, pool = engine
+    with pytest.raises(RapoError, match=f"prompt 9 .*{named}"):
+        generate(pool, [*make_prompts(1), Prompt(9, "", token_ids, "")])
+    assert stand_in.asked == []
+
+
 def one(change):
     """Applies a change to the last of the answers."""
 

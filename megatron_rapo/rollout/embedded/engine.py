@@ -44,6 +44,8 @@ class Engine:
         """
         if not (model_path / "config.json").is_file():
             raise RapoError(f"{model_path} has no config.json; give a Hugging Face model folder")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise RapoError("--device cuda: torch finds no CUDA device on this machine; use cpu")
         transformers_logging.disable_progress_bar()
         self.model_path = model_path
         self.weight_version = "default"
