@@ -7,18 +7,23 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rapo.checkpoint.adam_repair import repair_adam_checkpoints
+from megatron_rapo.checkpoint.bucket_repair import repair_bucket_padding
 from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.config import RunConfig
 from megatron_rapo.errors import RapoError
+from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.policy import Policy
 
 # How optimizer shards are written so that they reload under another DP, TP and PP.
@@ -29,6 +34,9 @@ SHARDING = {
     "singleton_local_shards": False,
 }
 
+# What dist_checkpointing raises of a checkpoint that it cannot read; a lost peer is none of these.
+UNREADABLE = (CheckpointException, CheckpointingException, OSError, EOFError, pickle.UnpicklingError)
+
 
 class CheckpointStore:
     """The checkpoints of one run."""
@@ -37,6 +45,7 @@ class CheckpointStore:
         self.config = config
         self.directory = config.run.directory / "checkpoints"
         repair_adam_checkpoints()
+        repair_bucket_padding()
 
     def newest(self) -> Path | None:
         """The last complete checkpoint."""
@@ -47,35 +56,25 @@ class CheckpointStore:
         """Saves weights, optimizer and state; keeps the newest `checkpoint.keep`. All ranks must call it.
 
         Raises:
-            RapoError: it cannot be written (a full disk, say); earlier checkpoints are untouched.
+            RapoError: it cannot be written (a full disk, say); earlier checkpoints are untouched. Every rank
+                raises it, unless rank 0 failed while others wait for it inside dist_checkpointing.
         """
         placement = policy.placement
         final = self.directory / f"step_{state.step:06d}"
         partial = final.with_name(f".partial_{final.name}")
         policy.synchronise_parameters()
-        try:
-            if placement.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            dist.barrier(group=placement.host_group)
-            dist_checkpointing.save(
-                _sharded_state(policy, is_loading=False), str(partial), content_metadata=SHARDING
-            )
-            if placement.is_main:
-                record = {"state": asdict(state), "must_match": self._must_match()}
-                (partial / "run.json").write_text(json.dumps(record, indent=1))
-                shutil.rmtree(final, ignore_errors=True)
-                partial.rename(final)
-                self._prune()
-        except Exception as error:
-            # Megatron reports what its writer processes met as various types.
+        failure = _on_main(placement, lambda: _make_empty(partial))
+        if failure is None:
+            failure = _write_shards(policy, partial)
+        if failure is None:
+            failure = _on_main(placement, lambda: self._complete(partial, final, state))
+        if failure is not None:
             if placement.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise RapoError(
-                f"checkpoint {final} cannot be written: {_root(error)}; earlier checkpoints are intact: free "
+                f"checkpoint {final} cannot be written: {failure}; earlier checkpoints are intact: free "
                 "space or mend the folder, then run the same command again to go on from the newest"
-            ) from error
-        dist.barrier(group=placement.host_group)
+            )
 
     def load(self, checkpoint: Path, policy: Policy) -> TrainState:
         """Fills the policy, saved under whatever layout, from a checkpoint. All ranks must call it.
@@ -83,26 +82,42 @@ class CheckpointStore:
         Raises:
             RapoError: the checkpoint is of another run, or damaged.
         """
+        remedy = "remove it to go on from the one before"
         try:
             record = json.loads((checkpoint / "run.json").read_text())
-            state, saved = TrainState(**record["state"]), record["must_match"]
+            state, saved, files = TrainState(**record["state"]), record["must_match"], record["files"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RapoError(f"checkpoint {checkpoint} is damaged (run.json: {error}); remove it") from error
+            raise RapoError(f"checkpoint {checkpoint} is damaged (run.json: {error!r}); {remedy}") from error
         for option, value in self._must_match().items():
             if saved.get(option) != value:
                 raise RapoError(
                     f"checkpoint {checkpoint} was made with {option} = {saved.get(option)!r}, this run has "
                     f"{value!r}; restore it, or choose another run.directory"
                 )
+        found = _file_sizes(checkpoint)
+        for name, size in files.items():
+            if found.get(name) != size:
+                raise RapoError(
+                    f"checkpoint {checkpoint} is damaged: {name} has {found.get(name, 0)} of {size} bytes; "
+                    f"{remedy}"
+                )
         try:
             loaded = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(checkpoint))
-        except Exception as error:
-            raise RapoError(f"checkpoint {checkpoint} cannot be read: {_root(error)}; remove it") from error
+        except UNREADABLE as error:
+            raise RapoError(f"checkpoint {checkpoint} cannot be read: {_reason(error)}; {remedy}") from error
         for key, chunk in zip(_chunk_keys(policy), policy.chunks, strict=True):
             chunk.load_state_dict(loaded[key], strict=True)
         policy.optimizer.load_state_dict(loaded["optimizer"])
         policy.go_to_update(state.step * self.config.updates_per_step)
         return state
+
+    def _complete(self, partial: Path, final: Path, state: TrainState) -> None:
+        """Adds run.json, which makes a checkpoint of it, moves it into place, and removes old ones."""
+        record = {"state": asdict(state), "must_match": self._must_match(), "files": _file_sizes(partial)}
+        (partial / "run.json").write_text(json.dumps(record, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        self._prune()
 
     def _must_match(self) -> dict[str, Any]:
         """What would silently change the meaning of the saved state if it changed."""
@@ -139,8 +154,63 @@ def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
     return state
 
 
-def _root(error: BaseException) -> str:
-    """The innermost cause, which names what happened."""
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
+def _write_shards(policy: Policy, directory: Path) -> str | None:
+    """Writes weights and optimizer; what failed, on all ranks or on rank 0 alone.
+
+    Raises:
+        Exception: anything but a folder that cannot be written to, such as a lost peer.
+    """
+    placement = policy.placement
+    try:
+        state = _sharded_state(policy, is_loading=False)
+        dist_checkpointing.save(state, str(directory), content_metadata=SHARDING)
+    except CheckpointException as error:
+        # All ranks raise it together, but the reasons are told to rank 0 alone.
+        return placement.share_from_main(_reason(error))
+    except (OSError, RuntimeError):
+        # Rank 0's own files: the others wait for it inside, and end with it. torch.save's RuntimeError does
+        # not tell a full disk from anything else, so the folder is asked.
+        if placement.is_main and (refusal := _refusal(directory)):
+            return refusal
+        raise
+    return None
+
+
+def _refusal(directory: Path) -> str | None:
+    """Why the folder takes no more files, or None if it does."""
+    probe = directory / "probe"
+    try:
+        probe.write_bytes(bytes(1 << 20))
+        probe.unlink()
+    except OSError as error:
+        return _reason(error)
+    return None
+
+
+def _on_main(placement: Placement, work: Callable[[], None]) -> str | None:
+    """Has rank 0 do its part while the others wait; what failed, on all ranks."""
+    failure = None
+    if placement.is_main:
+        try:
+            work()
+        except OSError as error:
+            failure = _reason(error)
+    return placement.share_from_main(failure)
+
+
+def _make_empty(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+
+
+def _file_sizes(directory: Path) -> dict[str, int]:
+    """Bytes of each file that Megatron wrote."""
+    return {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name != "run.json"}
+
+
+def _reason(error: BaseException) -> str:
+    """What happened, in a line; of what happened on several ranks, the first's."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (error, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        return f"{_reason(error)} (rank {rank})"
     return f"{type(error).__name__}: {error}"
