@@ -31,7 +31,7 @@ def check(config: RunConfig) -> Architecture:
             pass
     for data_path in _data_paths(config):
         if not data_path.is_file():
-            raise RapoError(f"data file {data_path} does not exist; correct data.path")
+            raise RapoError(f"data file {data_path} does not exist; correct data.path or evaluate.data.path")
     _check_directory(config.run.directory)
     return architecture
 

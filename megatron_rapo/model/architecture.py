@@ -98,8 +98,8 @@ def read_architecture(path: Path) -> Architecture:
 
     try:
         config = AutoConfig.from_pretrained(file)
-    except (ValueError, OSError, KeyError) as error:
-        raise RapoError(f"model configuration {file} cannot be read: {error}") from error
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise RapoError(f"model configuration {file} cannot be read: {error}; copy it again") from error
     if config.model_type not in FAMILIES:
         raise RapoError(
             f"model {path} is of architecture {config.model_type!r}; supported are {', '.join(FAMILIES)}"

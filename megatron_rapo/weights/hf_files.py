@@ -20,7 +20,7 @@ class HFTensors:
         """Reads which file holds which tensor.
 
         Raises:
-            RapoError: the directory holds no safetensors, or one that its index names is missing.
+            RapoError: the directory holds no safetensors, or its index is malformed or names a missing file.
         """
         self.directory = directory
         self._files: dict[str, str] = {}
@@ -28,7 +28,7 @@ class HFTensors:
         self._stack = ExitStack()
         index = directory / "model.safetensors.index.json"
         if index.is_file():
-            self._files = json.loads(index.read_text())["weight_map"]
+            self._files = _read_index(index)
             for name in sorted(set(self._files.values())):
                 if not (directory / name).is_file():
                     raise RapoError(f"model {directory} lacks {name}, which its index names; copy it again")
@@ -72,3 +72,12 @@ class HFTensors:
             except (SafetensorError, OSError) as error:
                 raise RapoError(f"{self.directory / file} cannot be read ({error}); copy it again") from error
         return self._open[file]
+
+
+def _read_index(file: Path) -> dict[str, str]:
+    """Which file holds which tensor."""
+    try:
+        weight_map = json.loads(file.read_text())["weight_map"]
+        return {str(name): str(part) for name, part in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RapoError(f"{file} is no index of weights ({error!r}); copy it again") from error
