@@ -8,6 +8,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -110,4 +116,17 @@ def _build_chunk(
         rope_scaling_factor=architecture.rope_factor or 1.0,
         vp_stage=vp_stage,
     )
+    _mark_shards(chunk)
     return chunk.to(device())
+
+
+def _mark_shards(chunk: GPTModel) -> None:
+    """Tells Megatron which weights TP cuts, as its initialisation (left out here) would have.
+
+    The global gradient norm counts an unmarked weight on TP rank 0 alone.
+    """
+    for module in chunk.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+            weight, cut = module.weight, int(isinstance(module, RowParallelLinear))
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=cut, stride=1)
