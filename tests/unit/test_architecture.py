@@ -1,0 +1,149 @@
+"""What is read from a HF config.json, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from megatron_rapo.config import Parallel
+from megatron_rapo.errors import RapoError
+from megatron_rapo.model.architecture import read_architecture
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+FAMILIES = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
+
+
+def write(folder: Path, family: str = "qwen2", **options: Any) -> Path:
+    FAMILIES[family][0](**{**SHAPE, **options}).save_pretrained(folder)
+    return folder
+
+
+def change(folder: Path, **options: Any) -> Path:
+    """Options that HF's classes would not write of themselves."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **options}))
+    return folder
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_parameters_are_those_of_the_hf_model(tmp_path: Path, family: str, tied: bool) -> None:
+    if family == "qwen2":  # whose heads always are hidden / heads wide
+        write(tmp_path, family, tie_word_embeddings=tied, head_dim=12)
+    else:
+        write(tmp_path, family, tie_word_embeddings=tied)
+    architecture = read_architecture(tmp_path)
+    model = FAMILIES[family][1](FAMILIES[family][0].from_pretrained(tmp_path))
+    assert architecture.parameters == sum(p.numel() for p in model.parameters())
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    assert architecture.layer_parameters == layer
+    assert (architecture.family, architecture.tied, architecture.layers) == (family, tied, 6)
+    assert (architecture.heads, architecture.kv_heads, architecture.norm_epsilon) == (4, 2, 1e-5)
+
+
+def test_a_config_file_is_as_good_as_its_folder(tmp_path: Path) -> None:
+    write(tmp_path)
+    assert read_architecture(tmp_path / "config.json") == read_architecture(tmp_path)
+
+
+@pytest.mark.parametrize(("multiple", "tensor", "rows"), [(1, 1, 61), (1, 2, 62), (1, 4, 64), (128, 2, 256)])
+def test_vocabulary_is_padded_to_shards(tmp_path: Path, multiple: int, tensor: int, rows: int) -> None:
+    assert read_architecture(write(tmp_path)).padded_vocabulary(multiple, tensor) == rows
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window = true"),
+        ("llama", {"attention_bias": True}, "attention_bias = true"),
+        ("llama", {"mlp_bias": True}, "mlp_bias = true"),
+        ("qwen2", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_type = 'linear'",
+        ),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 5e5,
+                    "factor": 8.0,
+                    "low_freq_factor": 2.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+            "rope scaling other than",
+        ),
+    ],
+)
+def test_what_has_no_counterpart_is_refused(
+    tmp_path: Path, family: str, options: dict[str, Any], message: str
+) -> None:
+    write(tmp_path, family, **options)
+    with pytest.raises(RapoError, match=f"{tmp_path} has {message}.* not supported"):
+        read_architecture(tmp_path)
+
+
+def test_another_family_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(RapoError, match="architecture 'gpt2'; supported are qwen2, qwen3, llama"):
+        read_architecture(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_type": "no-such-model"}'])
+def test_a_malformed_config_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(RapoError, match=r"config\.json cannot be read"):
+        read_architecture(tmp_path)
+
+
+def test_a_missing_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RapoError, match=r"has no config\.json; name a HF model directory in model\.path"):
+        read_architecture(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"tensor_parallel": 3}, "tensor_parallel = 3 does not divide the model's 4 attention heads"),
+        ({"tensor_parallel": 4}, "tensor_parallel = 4 does not divide the model's 2 key-value heads"),
+        ({"pipeline_parallel": 4}, "= 4 does not divide the model's 6 layers; choose a divisor of 6"),
+        (
+            {"pipeline_parallel": 2, "virtual_pipeline_parallel": 2},
+            "virtual_pipeline_parallel = 4 does not divide",
+        ),
+    ],
+)
+def test_a_layout_that_does_not_divide_the_model_is_refused(
+    tmp_path: Path, layout: dict[str, int], message: str
+) -> None:
+    with pytest.raises(RapoError, match=message):
+        read_architecture(write(tmp_path)).check_layout(Parallel(**layout))

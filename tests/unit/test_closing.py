@@ -1,0 +1,50 @@
+"""The closing summary of a run, from its metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_rapo.observe.closing import closing_summary
+
+
+def summary(folder: Path, *lines: dict[str, Any]) -> list[str]:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return closing_summary(folder).splitlines()
+
+
+def test_rewards_are_averaged_over_both_ends(tmp_path: Path) -> None:
+    steps = [{"step": 0}] + [{"step": n, "reward/mean": n / 100} for n in range(1, 21)]
+    assert summary(tmp_path, *steps)[0] == "mean reward: 0.030 over the first 5 steps, 0.180 over the last 5"
+
+
+def test_a_short_run_has_short_windows(tmp_path: Path) -> None:
+    lines = summary(tmp_path, {"step": 1, "reward/mean": 0.25}, {"step": 2, "reward/mean": None})
+    assert lines[0] == "mean reward: 0.250 over the first 1 steps, 0.250 over the last 1"
+
+
+def test_pass_at_k_stands_in_a_row_for_each_evaluation(tmp_path: Path) -> None:
+    def evaluated(step: int, value: float) -> dict[str, Any]:
+        estimates = {
+            f"evaluate/pass@{k}{suffix}": value + shift
+            for k in (1, 16)
+            for suffix, shift in (("", 0), ("_low", -0.1), ("_high", 0.1))
+        }
+        return {"step": step, **estimates}
+
+    lines = summary(tmp_path, evaluated(0, 0.2), {"step": 1, "reward/mean": 0.5}, evaluated(2, 0.6))
+    assert lines[1].split() == ["held-out", "problems", "pass@1", "pass@16"]
+    assert lines[2].split("  ")[0] == "base"
+    assert lines[2].count("0.200 [0.100, 0.300]") == 2
+    assert lines[3].startswith("step 2")
+    assert lines[3].count("0.600 [0.500, 0.700]") == 2
+    assert lines[1].index("pass@16") == lines[3].rindex("0.600"), "columns stand below each other"
+
+
+def test_it_names_what_the_run_left(tmp_path: Path) -> None:
+    text = "\n".join(summary(tmp_path, {"step": 0}))
+    assert "mean reward" not in text
+    assert "held-out" not in text
+    for name in ("model", "metrics.jsonl", "checkpoints", "config.toml"):
+        assert f"{tmp_path / name}  " in text

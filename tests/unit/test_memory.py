@@ -1,0 +1,121 @@
+"""The memory estimate: bytes that follow from the layout alone, and which way each option moves it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rapo.config.load import validate
+from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.scaling.memory import GIB, MemoryEstimate, estimate_memory
+
+QWEN2_7B = Architecture(
+    family="qwen2",
+    layers=28,
+    hidden=3584,
+    heads=28,
+    kv_heads=4,
+    head_dim=128,
+    feed_forward=18944,
+    vocabulary=152064,
+    norm_epsilon=1e-6,
+    rope_theta=1e6,
+    rope_factor=None,
+    max_positions=32768,
+    attention_bias=True,
+    query_key_norm=False,
+    tied=False,
+)
+
+
+def estimate(
+    architecture: Architecture = QWEN2_7B, dtype: str = "bfloat16", recompute: str = "none", **sections: Any
+) -> MemoryEstimate:
+    options: dict[str, Any] = {
+        "run": {"directory": "run", "steps": 1},
+        "model": {"path": "model", "dtype": dtype, "recompute": recompute},
+        "data": {"source": "arithmetic"},
+        "rollout": {"prompts_per_step": 64, "max_prompt_tokens": 1024, "max_response_tokens": 3072},
+        **sections,
+    }
+    return estimate_memory(validate(options, source="test"), architecture)
+
+
+def test_the_7b_model_has_its_published_size() -> None:
+    assert QWEN2_7B.parameters == 7_615_616_512
+
+
+@pytest.mark.parametrize(("dtype", "weights", "optimizer"), [("bfloat16", 2, 12), ("float32", 4, 8)])
+def test_one_rank_holds_every_parameter_and_its_states(dtype: str, weights: int, optimizer: int) -> None:
+    """bf16 weights with fp32 main copies and moments, or fp32 weights with moments alone; fp32 gradients."""
+    found, parameters = estimate(dtype=dtype), QWEN2_7B.parameters - QWEN2_7B.hidden  # less the last norm
+    assert found.weights == found.reference == weights * parameters
+    assert found.gradients == 4 * parameters
+    assert found.optimizer == optimizer * parameters
+
+
+def test_no_reference_takes_no_memory() -> None:
+    found = estimate(algorithm={"divergence": "none"})
+    assert found.reference == found.reference_hidden == 0
+
+
+def test_the_distributed_optimizer_shards_states_over_replicas_alone() -> None:
+    whole, shared = estimate(), estimate(parallel={"data_parallel": 4})
+    kept = estimate(parallel={"data_parallel": 4}, optimizer={"distributed": False})
+    assert shared.optimizer == pytest.approx(whole.optimizer / 4)
+    assert kept.optimizer == whole.optimizer
+    assert (shared.weights, shared.gradients) == (whole.weights, whole.gradients)
+
+
+@pytest.mark.parametrize(
+    ("more", "less"),
+    [
+        ({}, {"parallel": {"tensor_parallel": 2}}),
+        ({"parallel": {"tensor_parallel": 2}}, {"parallel": {"tensor_parallel": 4}}),
+        ({}, {"parallel": {"pipeline_parallel": 2}}),
+        ({"parallel": {"pipeline_parallel": 2}}, {"parallel": {"pipeline_parallel": 4}}),
+        ({}, {"parallel": {"context_parallel": 2}}),
+        (
+            {"parallel": {"tensor_parallel": 2}},
+            {"parallel": {"tensor_parallel": 2, "sequence_parallel": True}},
+        ),
+        ({}, {"recompute": "full"}),
+        ({}, {"algorithm": {"max_tokens_per_microbatch": 4096}}),
+        ({}, {"algorithm": {"divergence": "none"}}),
+    ],
+)
+def test_sharing_and_thrift_lower_the_total(more: dict[str, Any], less: dict[str, Any]) -> None:
+    assert estimate(**less).total < estimate(**more).total
+
+
+def test_tensor_parallelism_halves_what_it_cuts() -> None:
+    one, two = estimate(), estimate(parallel={"tensor_parallel": 2})
+    assert two.weights == pytest.approx(one.weights / 2, rel=1e-3)
+    assert two.logits == pytest.approx(one.logits / 2, rel=1e-3)
+
+
+def test_a_tied_embedding_is_held_once() -> None:
+    table = QWEN2_7B.vocabulary * QWEN2_7B.hidden
+    tied = estimate(replace(QWEN2_7B, tied=True))
+    assert estimate().gradients - tied.gradients == 4 * table
+
+
+def test_the_lines_are_in_gib_and_sum_up() -> None:
+    found = estimate()
+    *parts, total = found.lines()
+    assert float(total.split()[-2]) == pytest.approx(found.total / GIB, abs=0.01)
+    assert sum(float(line.split()[-2]) for line in parts) == pytest.approx(found.total / GIB, abs=0.1)
+
+
+def test_the_examples_fit_their_gpus() -> None:
+    from megatron_rapo.config import load_config
+    from megatron_rapo.preflight import planned_architecture
+
+    configs = Path(__file__).parents[2] / "examples/configs"
+    for name in ("qwen2.5-3b.toml", "qwen2.5-7b.toml"):
+        config = load_config([configs / name])
+        found = estimate_memory(config, planned_architecture(config))
+        assert 1 < found.total / GIB < 80, name

@@ -1,0 +1,63 @@
+"""A rollout batch as metrics."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.experience.summary import count_tokens, summarise
+from megatron_rapo.reward.outcome import Outcome
+from megatron_rapo.reward.scoring import ScoredGroup
+from megatron_rapo.rollout.groups import Response
+
+C, W, T, X = Outcome.CORRECT, Outcome.WRONG, Outcome.TIMEOUT, Outcome.CRASH
+
+
+def group(prompt_tokens: int, *responses: tuple[int, Outcome], truncated: int = 0) -> ScoredGroup:
+    """Responses of the given lengths and outcomes; the first `truncated` were cut."""
+    return ScoredGroup(
+        Prompt(0, "?", tuple(range(prompt_tokens)), "!"),
+        tuple(
+            Response(
+                np.zeros(length, np.int32),
+                np.zeros(length, np.float32),
+                0,
+                "length" if n < truncated else "stop",
+            )
+            for n, (length, _) in enumerate(responses)
+        ),
+        tuple(outcome for _, outcome in responses),
+    )
+
+
+GROUPS = [
+    group(3, (4, C), (6, W)),
+    group(2, (1, C), (9, C), truncated=1),
+    group(5, (2, W), (2, T)),
+    group(1, (8, X), (8, W), truncated=2),
+]
+
+
+def test_rewards_and_outcomes_are_shares_of_all_responses() -> None:
+    found = summarise(GROUPS)
+    assert found["reward/mean"] == found["reward/correct"] == 3 / 8
+    assert found["reward/wrong"] == 3 / 8
+    assert found["reward/timeout"] == found["reward/crash"] == 1 / 8
+
+
+def test_groups_that_teach_nothing_are_counted() -> None:
+    found = summarise(GROUPS)
+    assert found["reward/groups_all_fail"] == 2 / 4
+    assert found["reward/groups_without_variance"] == 3 / 4
+
+
+def test_lengths_and_cut_responses() -> None:
+    found = summarise(GROUPS)
+    assert found["rollout/response_tokens_mean"] == pytest.approx(40 / 8)
+    assert found["rollout/response_tokens_max"] == 9
+    assert found["rollout/truncated"] == 3 / 8
+
+
+def test_the_trainer_sees_each_response_with_its_prompt() -> None:
+    assert count_tokens(GROUPS) == (40, 40 + 2 * (3 + 2 + 5 + 1))
