@@ -60,7 +60,12 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        checks: list[Callable[[], None]] = [self._check_batch, self._check_rewards, self._check_evaluation]
+        checks: list[Callable[[], None]] = [
+            self._check_batch,
+            self._check_warmup,
+            self._check_rewards,
+            self._check_evaluation,
+        ]
         for check in checks:
             check()
         return self
@@ -84,6 +89,14 @@ class RunConfig(Section):
                 f"algorithm.max_tokens_per_microbatch = {self.algorithm.max_tokens_per_microbatch} cannot "
                 f"hold rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens "
                 f"({padded} padded); raise it to {padded}"
+            )
+
+    def _check_warmup(self) -> None:
+        warmup, updates = self.optimizer.warmup_updates, self.run.steps * self.updates_per_step
+        if warmup >= updates:
+            raise ValueError(
+                f"optimizer.warmup_updates = {warmup} leaves none of the run's {updates} updates at the full "
+                "rate; lower it, or raise run.steps"
             )
 
     def _check_rewards(self) -> None:
