@@ -1,0 +1,344 @@
+"""Checkpoints: a run goes on under any layout as if it had never stopped; a failed save harms nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_rapo.checkpoint.state import TrainState
+from megatron_rapo.checkpoint.store import CheckpointStore
+from megatron_rapo.config import Parallel, RunConfig
+from megatron_rapo.config.load import validate
+from megatron_rapo.errors import RapoError
+from megatron_rapo.loss.objective import Objective
+from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.parallel.placement import Placement, arrange, process_groups
+from megatron_rapo.policy.policy import Policy
+from megatron_rapo.weights.export import hf_tensors
+from tests.distributed.jobs import layout, run_job
+from tests.distributed.minibatches import VOCABULARY, make_minibatches
+from tests.models import make_hf_model
+
+# The 61 tokens are padded to 61, 62 or 64 rows: the layouts differ in the very shapes that they save.
+# saved as: model, layout, options; then the layouts that go on from it.
+SAVED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "untied": ("untied", "tp2-pp2", {}),
+    "tied": ("tied", "tp2-pp2", {}),
+    "whole optimizer": ("untied", "tp2-pp2", {"distributed": False}),
+    "bf16": ("untied", "tp2-pp2", {"dtype": "bfloat16"}),
+}
+RELOADED = [
+    ("untied", "tp2-pp2"),
+    ("untied", "pp2-vpp2"),
+    ("untied", "dp4"),
+    ("untied", "tp4"),
+    ("untied", "cp2-pp2"),
+    ("tied", "tp2-pp2"),
+    ("tied", "pp2-vpp2"),
+    ("tied", "tp2-sp"),
+    ("whole optimizer", "tp4"),
+    ("bf16", "dp4"),
+]
+IDS = [f"{saved} as {name}" for saved, name in RELOADED]
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "num_key_value_heads": 4}
+ROOT = os.geteuid() == 0
+SECONDS = 30.0  # within which a failed save must be over
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    base = tmp_path_factory.mktemp("checkpoints")
+    for name in ("tied", "untied"):
+        make_hf_model(base / name, tied=name == "tied", **SMALL)
+    with small_disk(base / "full") if ROOT else no_disk():
+        yield run_job(measure, base, directory=base)
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], check=True, timeout=10)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=10)
+
+
+@contextmanager
+def no_disk() -> Iterator[None]:
+    yield
+
+
+@pytest.mark.parametrize("case", IDS)
+def test_training_goes_on_as_if_it_had_never_stopped(measured: dict[str, Any], case: str) -> None:
+    """The first loss tells of the weights; the later ones, after an update, of moments and step as well."""
+    saved, resumed = measured[case.split(" as ")[0]], measured[case]
+    tolerance = {"rel": 0.02, "abs": 0.02} if saved["bf16"] else {"rel": 1e-5, "abs": 1e-6}
+    assert resumed["loss"] == pytest.approx(saved["loss"], **tolerance)
+    assert resumed["rate"] == saved["rate"]
+
+
+@pytest.mark.parametrize("case", IDS)
+def test_weights_come_back_bit_for_bit(measured: dict[str, Any], case: str) -> None:
+    assert measured[case]["same_weights"] is True
+
+
+def test_the_same_layout_goes_on_bit_for_bit(measured: dict[str, Any]) -> None:
+    assert measured["untied as tp2-pp2"]["loss"] == measured["untied"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("shard cut", r"is damaged: __0_0\.distcp has 100 of \d+ bytes; remove it"),
+        ("shard missing", r"is damaged: __0_0\.distcp has 0 of \d+ bytes; remove it"),
+        ("index missing", r"is damaged: \.metadata has 0 of \d+ bytes; remove it"),
+        ("index overwritten", r"cannot be read: .*; remove it"),
+        ("run.json cut", r"is damaged \(run\.json: .*; remove it"),
+        (
+            "another run's",
+            r"was made with run\.seed = 1234, this run has 7; restore it, or choose another run\.dir",
+        ),
+        ("another optimizer's", r"made with optimizer\.distributed = True, this run has False; restore it"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    measured: dict[str, Any], damage: str, message: str
+) -> None:
+    found = measured["refused"][damage]
+    assert len(found) == 4, "all ranks refuse"
+    assert all(re.search(message, text) for text in found), found
+
+
+@pytest.mark.parametrize("how", ["no folder", "folder vanishes", "full disk"])
+def test_a_failed_save_ends_all_ranks_and_leaves_the_earlier_checkpoint(
+    measured: dict[str, Any], how: str
+) -> None:
+    if how == "full disk" and not ROOT:
+        pytest.skip("mounting a small disk takes root")
+    failed = measured["failed"][how]
+    assert len(set(failed["messages"])) == 1, "all ranks tell the same"
+    assert "cannot be written" in failed["messages"][0]
+    assert "run the same command again" in failed["messages"][0]
+    assert failed["reason"] in failed["messages"][0]
+    assert failed["seconds"] < SECONDS
+    assert failed["left"] == []
+    assert failed["earlier_loads"] is True
+
+
+def test_old_checkpoints_are_removed(measured: dict[str, Any]) -> None:
+    assert measured["kept"] == ["step_000002"]
+
+
+def test_an_incomplete_checkpoint_is_none(tmp_path: Path) -> None:
+    store = CheckpointStore(config(tmp_path, "untied", layout("dp4")))
+    (tmp_path / "run/checkpoints/step_000003").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/.partial_step_000004").mkdir()
+    (tmp_path / "run/checkpoints/.partial_step_000004/run.json").touch()
+    assert store.newest() is None
+
+
+def config(base: Path, model: str, parallel: Parallel, run: str = "run", **options: Any) -> RunConfig:
+    return validate(
+        {
+            "run": {"directory": str(base / run), "steps": 10, "seed": options.get("seed", 1234)},
+            "model": {"path": str(base / model), "dtype": options.get("dtype", "float32")},
+            "parallel": {k: v for k, v in parallel.model_dump().items() if k in parallel.model_fields_set},
+            "data": {"source": "arithmetic"},
+            "rollout": {"prompts_per_step": 4, "max_prompt_tokens": 32, "max_response_tokens": 32},
+            "algorithm": {"divergence": "none", "max_tokens_per_microbatch": 64},
+            "optimizer": {
+                "learning_rate": 4e-3,
+                "min_learning_rate": 1e-4,
+                "decay": "linear",
+                "warmup_updates": 2,
+                "epsilon": 1e-5,
+                "distributed": options.get("distributed", True),
+            },
+            "checkpoint": {"keep": 1},
+        },
+        source="test",
+    )
+
+
+class Trainer:
+    """A policy of the configuration, and what is done with it here."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+        self.placement: Placement = arrange(run.parallel, seed=1)
+        self.architecture = read_architecture(run.model.path)
+        self.policy = Policy(run.model, run.optimizer, self.architecture, self.placement, total_updates=10)
+        self.store = CheckpointStore(run)
+        self.objective = Objective(
+            run.algorithm, temperature=1.0, vocabulary=VOCABULARY, group=self.placement.tensor_group
+        )
+
+    def train(self, updates: range) -> dict[str, list[float]]:
+        """One update a number, on that number's data."""
+        metrics = [
+            self.policy.update(make_minibatches(self.placement, [number]), self.objective, None)
+            for number in updates
+        ]
+        return {
+            "loss": [values["loss/total"] for values in metrics],
+            "rate": [values["optimizer/learning_rate"] for values in metrics],
+        }
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """All HF tensors, on every rank."""
+        mine = dict(hf_tensors(self.policy.chunks, self.architecture, self.placement))
+        shares: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, mine)
+        return {name: tensor for share in shares for name, tensor in share.items()}
+
+
+def measure(base: Path, report: Path) -> None:
+    """In each rank: saves, goes on under other layouts, and meets damaged files and full disks."""
+    results: dict[str, Any] = {}
+    with process_groups(Parallel(data_parallel=4), seed=1) as everyone:
+        weights = {}
+        for saved, (model, name, options) in SAVED.items():
+            trainer = Trainer(config(base, model, layout(name), run=saved, **options))
+            trainer.train(range(1))
+            trainer.store.save(trainer.policy, TrainState(step=1, prompts_drawn=4))
+            weights[saved] = trainer.weights()
+            results[saved] = {**trainer.train(range(1, 4)), "bf16": "dtype" in options}
+        for case, (saved, name) in zip(IDS, RELOADED, strict=True):
+            model, _, options = SAVED[saved]
+            trainer = Trainer(config(base, model, layout(name), run=saved, **options))
+            state = trainer.store.load(trainer.store.newest(), trainer.policy)
+            assert state == TrainState(step=1, prompts_drawn=4)
+            loaded = trainer.weights()
+            same = loaded.keys() == weights[saved].keys() and all(
+                torch.equal(loaded[key], tensor) for key, tensor in weights[saved].items()
+            )
+            results[case] = {**trainer.train(range(1, 4)), "same_weights": same}
+        results["refused"] = _refusals(base)
+        results["failed"] = _failed_saves(base)
+        results["kept"] = _kept(base)
+        if everyone.is_main:
+            report.write_text(json.dumps(results))
+
+
+def _refusals(base: Path) -> dict[str, list[str]]:
+    trainer = Trainer(config(base, "untied", layout("dp4")))
+    messages = {}
+    for damage in ("shard cut", "shard missing", "index missing", "index overwritten", "run.json cut"):
+        checkpoint = _copy(base, damage)
+        if trainer.placement.is_main:
+            _damage(checkpoint, damage)
+        dist.barrier()
+        messages[damage] = _message(lambda c=checkpoint: trainer.store.load(c, trainer.policy))
+    for damage, options in (("another run's", {"seed": 7}), ("another optimizer's", {"distributed": False})):
+        store = CheckpointStore(config(base, "untied", layout("dp4"), run="untied", **options))
+        messages[damage] = _message(lambda s=store: s.load(s.newest(), trainer.policy))
+    return messages
+
+
+def _copy(base: Path, run: str) -> Path:
+    """The untied run's checkpoint as that of another run directory."""
+    copy = base / run / "checkpoints/step_000001"
+    if dist.get_rank() == 0:
+        shutil.copytree(base / "untied/checkpoints/step_000001", copy)
+    dist.barrier()
+    return copy
+
+
+def _damage(checkpoint: Path, damage: str) -> None:
+    if damage == "shard cut":
+        os.truncate(checkpoint / "__0_0.distcp", 100)
+    elif damage == "shard missing":
+        (checkpoint / "__0_0.distcp").unlink()
+    elif damage == "index missing":
+        (checkpoint / ".metadata").unlink()
+    elif damage == "index overwritten":
+        (checkpoint / ".metadata").write_bytes(bytes((checkpoint / ".metadata").stat().st_size))
+    elif damage == "run.json cut":
+        os.truncate(checkpoint / "run.json", 20)
+
+
+def _failed_saves(base: Path) -> dict[str, Any]:
+    """A save that fails beside an earlier checkpoint, which then is loaded."""
+    results = {}
+    for how in ("no folder", "folder vanishes", *(["full disk"] if ROOT else [])):
+        run = "full" if how == "full disk" else how
+        checkpoint = _copy(base, run)
+        trainer = Trainer(config(base, "untied", layout("tp2-pp2"), run=run))
+        trainer.store.load(checkpoint, trainer.policy)
+        reason = _obstruct(base / run / "checkpoints", how)
+        dist.barrier()
+        began = time.monotonic()
+        messages = _message(lambda t=trainer: t.store.save(t.policy, TrainState(2, 8)))
+        seconds = time.monotonic() - began
+        dist.barrier()
+        if dist.get_rank() == 0:
+            _clear(base / run / "checkpoints", how)
+        dist.barrier()
+        newest = trainer.store.newest()
+        results[how] = {
+            "messages": messages,
+            "reason": reason,
+            "seconds": seconds,
+            "left": sorted(path.name for path in checkpoint.parent.glob(".partial*")),
+            "earlier_loads": newest == checkpoint
+            and trainer.store.load(checkpoint, trainer.policy).step == 1,
+        }
+    return results
+
+
+def _obstruct(checkpoints: Path, how: str) -> str:
+    """Makes the next save fail; part of the reason that it must tell."""
+    main = dist.get_rank() == 0
+    if how == "no folder":
+        if main:
+            (checkpoints / ".partial_step_000002").write_text("a file in the folder's place")
+        return "File exists"
+    if how == "folder vanishes":
+        if main:
+            checkpoints.rename(checkpoints.with_name("elsewhere"))
+            checkpoints.write_text("a file in the folder's place")
+        return "Not a directory"
+    if main:
+        free = shutil.disk_usage(checkpoints).free
+        (checkpoints / "filler").write_bytes(bytes(free - (160 << 10)))
+    return "No space left on device"
+
+
+def _clear(checkpoints: Path, how: str) -> None:
+    if how == "no folder":
+        (checkpoints / ".partial_step_000002").unlink()
+    if how == "folder vanishes":
+        checkpoints.unlink()
+        checkpoints.with_name("elsewhere").rename(checkpoints)
+
+
+def _kept(base: Path) -> list[str]:
+    trainer = Trainer(config(base, "untied", layout("tp2"), run="kept"))
+    for step in (1, 2):
+        trainer.store.save(trainer.policy, TrainState(step, 4 * step))
+    return sorted(path.name for path in (base / "kept/checkpoints").iterdir())
+
+
+def _message(work: Any) -> list[str]:
+    """Of the RapoError that the work must raise, from every rank; anything else passes through."""
+    message = "nothing was raised"
+    try:
+        work()
+    except RapoError as error:
+        message = str(error)
+    messages: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    return messages
