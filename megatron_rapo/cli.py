@@ -1,4 +1,4 @@
-"""The command line: `megatron-rapo train`."""
+"""The command line: `megatron-rapo train`, `megatron-rapo certify`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_rapo import __version__
-from megatron_rapo.config import RunConfig, load_config
+from megatron_rapo.config import Algorithm, RunConfig, load_config
 from megatron_rapo.errors import RapoError
 
 
@@ -17,13 +17,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, or 1 after an error, which is printed."""
     options = _parser().parse_args(arguments)
     try:
-        options.command(options)
+        return options.command(options)
     except RapoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,7 +43,35 @@ def _parser() -> argparse.ArgumentParser:
         metavar="CONFIG.toml",
         help="configuration; later files overlay earlier ones",
     )
+    _add_set(train)
     train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved configuration, layout and memory, then stop",
+    )
+    train.set_defaults(command=_train)
+
+    certify = commands.add_parser(
+        "certify",
+        help="prove that loss and gradient do not depend on the layout",
+        description="Runs one batch under many layouts, in fp64 and fp32, on four processes of this machine, "
+        "and compares loss and whole gradient with plain PyTorch.",
+    )
+    certify.add_argument(
+        "configs",
+        nargs="*",
+        type=Path,
+        metavar="CONFIG.toml",
+        help="whose objective and model family to certify; default: RAPO on Qwen2",
+    )
+    _add_set(certify)
+    certify.add_argument("--json", type=Path, metavar="FILE", help="write the certificate there, too")
+    certify.set_defaults(command=_certify)
+    return parser
+
+
+def _add_set(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--set",
         nargs="+",
         action="extend",
@@ -52,25 +79,36 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECTION.KEY=VALUE",
         help="overrides of single options",
     )
-    train.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the resolved configuration, layout and memory, then stop",
-    )
-    train.set_defaults(command=_train)
-    return parser
 
 
-def _train(options: argparse.Namespace) -> None:
+def _certify(options: argparse.Namespace) -> int:
+    from megatron_rapo import preflight
+    from megatron_rapo.certify.certificate import DEFAULT, as_json, certify, table
+
+    algorithm, architecture = Algorithm(), DEFAULT
+    if options.configs:
+        config = load_config(options.configs, options.set)
+        algorithm, architecture = config.algorithm, preflight.planned_architecture(config)
+    elif options.set:
+        raise RapoError("--set needs a configuration to override; name one")
+    results = certify(algorithm, architecture)
+    print(table(results))
+    if options.json is not None:
+        options.json.write_text(as_json(results))
+    return 0 if all(result.passed for result in results) else 1
+
+
+def _train(options: argparse.Namespace) -> int:
     config = load_config(options.configs, options.set)
     # Imported late: torch and Megatron take seconds, which a wrong option must not cost.
     from megatron_rapo import preflight
 
     if options.dry_run:
         print(preflight.describe_plan(config))
-        return
+        return 0
     preflight.check(config)
     _start(config)
+    return 0
 
 
 def _start(config: RunConfig) -> None:

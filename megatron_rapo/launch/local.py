@@ -174,7 +174,10 @@ def _rendezvous(world_size: int) -> Iterator[int]:
 
 def _defaults() -> dict[str, str]:
     """What ranks find in the environment beside their place; what the user set stands."""
-    defaults = {"OMP_NUM_THREADS": "1"}  # More threads than cores cost an order of magnitude.
+    defaults = {
+        "OMP_NUM_THREADS": "1",  # More threads than cores cost an order of magnitude.
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron orders communication before compute by it.
+    }
     if not torch.cuda.is_available():
         defaults["TORCH_COMPILE_DISABLE"] = (
             "1"  # Nothing on CPU gains from it; imports take a third less time.

@@ -28,6 +28,7 @@ def clipped_surrogate(
     With `clip_dual` = c, the surrogate of a negative advantage is at least c A (arXiv 1912.09729).
     """
     ratio = log_ratio.exp()
+    advantages = advantages.to(ratio.dtype)
     bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     unclipped, limited = ratio * advantages, bounded * advantages
     value, clipped = unclipped.minimum(limited), limited < unclipped

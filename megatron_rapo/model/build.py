@@ -22,7 +22,8 @@ from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.layer_spec import block_spec
 from megatron_rapo.parallel.device import device
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# float64 is no option of the configuration: it is for certificates.
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 def transformer_config(

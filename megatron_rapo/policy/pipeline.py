@@ -50,8 +50,8 @@ def run_forward_backward(
     Args:
         chunks: this rank's model chunks, wrapped for data parallelism.
         microbatches: the same number on every rank of the job, of one length where PP > 1.
-        loss: called on the last stage with each microbatch and its logits `[tokens / CP, vocabulary / TP]`;
-            returns the microbatch's share of the loss (a sum, already weighted) and metric sums.
+        loss: called on the last stage with each microbatch and its `[tokens / CP (/ TP), hidden]`; returns
+            the microbatch's share of the loss (a sum, already weighted) and metric sums.
 
     Returns:
         The metric sums, in order, on the last stage; nothing elsewhere.
@@ -61,8 +61,8 @@ def run_forward_backward(
         microbatch = next(iterator)
         output = _forward(chunk, microbatch)
 
-        def reduce(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            value, metrics = loss(microbatch, logits.squeeze(0))
+        def reduce(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            value, metrics = loss(microbatch, hidden.squeeze(0))
             # The token count is Megatron's normaliser; the loss's weights already are one.
             return value, torch.zeros((), dtype=torch.int, device=value.device), metrics
 

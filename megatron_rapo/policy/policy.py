@@ -7,11 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
@@ -23,8 +19,9 @@ from megatron_rapo.loss.objective import HeadStates, Objective
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.build import DTYPES, Body, build_chunks
 from megatron_rapo.parallel.placement import Placement
-from megatron_rapo.policy.hidden_states import shared_tokens, whole_tokens
-from megatron_rapo.policy.pipeline import run_forward, run_forward_backward
+from megatron_rapo.policy.gradients import accumulate_gradients, wrap
+from megatron_rapo.policy.hidden_states import whole_tokens
+from megatron_rapo.policy.pipeline import run_forward
 from megatron_rapo.policy.reference import Reference
 from megatron_rapo.weights.load import load_weights
 
@@ -54,7 +51,7 @@ class Policy:
         self.placement = placement
         self.chunks: list[Body] = build_chunks(architecture, model, placement.layout)
         load_weights(self.chunks, architecture, model.path, placement.tensor_rank)
-        self.wrapped = _wrap(self.chunks, optimizer)
+        self.wrapped = wrap(self.chunks, optimizer)
         self.optimizer = _megatron_optimizer(self.wrapped, optimizer, DTYPES[model.dtype])
         self.schedule = _learning_rate_schedule(self.optimizer, optimizer, total_updates)
         _connect(self.wrapped, self.optimizer, optimizer)
@@ -103,34 +100,14 @@ class Policy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-        metrics = self.accumulate_gradients(minibatch, objective, reference)
+        metrics = dict(accumulate_gradients(self.wrapped, minibatch, objective, reference, self.placement))
+        _check_finite(metrics)
         self.schedule.step(increment=1)
         _, gradient_norm, _ = self.optimizer.step()
         metrics["optimizer/gradient_norm"] = float(gradient_norm)
         metrics["optimizer/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         _check_finite(metrics)
         return metrics
-
-    def accumulate_gradients(
-        self, minibatch: Sequence[Microbatch], objective: Objective, reference: Reference | None
-    ) -> dict[str, float]:
-        """Forward and backward of one minibatch, gradients reduced over all ranks; its metrics."""
-
-        def loss(microbatch: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
-            states = HeadStates(
-                shared_tokens(hidden, self.placement)[microbatch.is_response], self.head_weight
-            )
-            pull = None
-            if reference is not None and objective.wants_reference_hidden:
-                pull = reference.states(microbatch)
-            return objective(microbatch, states, pull)
-
-        sums = run_forward_backward(self.wrapped, minibatch, loss)
-        device = minibatch[0].token_ids.device
-        total = torch.zeros(len(objective.parts), dtype=torch.float64, device=device)
-        for part in sums:
-            total += part
-        return dict(objective.metrics(self.placement.sum_from_last_stage(total)))
 
     def go_to_update(self, update: int) -> None:
         """Sets the learning rate's schedule to where it stands after `update` updates."""
@@ -157,19 +134,6 @@ def _check_finite(metrics: Mapping[str, float]) -> None:
                 f"{name} = {value}: training has diverged; go on from an earlier checkpoint with a lower "
                 "optimizer.learning_rate"
             )
-
-
-def _wrap(chunks: Sequence[Body], optimizer: Optimizer) -> list[DistributedDataParallel]:
-    config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=optimizer.distributed,
-        overlap_grad_reduce=optimizer.overlap_communication,
-        overlap_param_gather=optimizer.overlap_communication,
-    )
-    return [
-        DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=index > 0)
-        for index, chunk in enumerate(chunks)
-    ]
 
 
 def _megatron_optimizer(
@@ -213,14 +177,8 @@ def _learning_rate_schedule(
 def _connect(
     wrapped: Sequence[DistributedDataParallel], megatron_optimizer: Any, optimizer: Optimizer
 ) -> None:
-    """Gives the pipeline schedules what they call at the end of, and around, gradient accumulation."""
-
-    def finalize(model: Any, num_tokens: Tensor | None = None, **groups: Any) -> None:
-        # No token count: the loss's weights have normalised it already.
-        finalize_model_grads(model, None, **groups)
-
+    """Gives the pipeline schedules what they call around gradient accumulation."""
     config = wrapped[0].config
-    config.finalize_model_grads_func = finalize
     config.grad_scale_func = megatron_optimizer.scale_loss
     if optimizer.overlap_communication:
         no_sync = [chunk.no_sync for chunk in wrapped]

@@ -20,6 +20,7 @@ from megatron_rapo.data.batching import Sample, pack, padded_length, plan_microb
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.parallel.placement import arrange, process_groups
+from megatron_rapo.policy.gradients import accumulate_gradients
 from megatron_rapo.policy.policy import Policy
 from megatron_rapo.policy.reference import Reference
 from megatron_rapo.weights.export import hf_tensors
@@ -176,7 +177,8 @@ def _loss_and_gradient(
     reference = Reference(model, architecture, placement) if divergence != "none" else None
     if reference is not None:
         reference.annotate([minibatch], objective)
-    value = policy.accumulate_gradients(minibatch, objective, reference)["loss/total"]
+    metrics = accumulate_gradients(policy.wrapped, minibatch, objective, reference, placement)
+    value = metrics["loss/total"]
 
     mine = dict(hf_tensors(policy.chunks, architecture, placement, value=lambda p: p.main_grad))
     if placement.data_rank or placement.context_rank:

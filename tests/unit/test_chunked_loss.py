@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from megatron_rapo.loss.chunked import Head, ReferenceStates, chunked_loss, chunked_statistics
+from megatron_rapo.loss.rows import Pull
+from megatron_rapo.loss.statistics import ChunkDistribution, Upstream
 from megatron_rapo.loss.vocabulary import VocabularyShard
 from tests.unit.one_rank import one_rank
 
@@ -84,3 +86,61 @@ def test_gradients_equal_autograd(used, chunk_tokens):
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     for mine, theirs in zip(found, (hidden.grad, weight.grad), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["large", "equal", "masked", "one real token"])
+def test_extreme_logits_are_finite_and_right(kind):
+    torch.manual_seed(1)
+    logits = torch.randn(3, ROWS, dtype=torch.float64)
+    reference_logits = torch.randn(3, ROWS, dtype=torch.float64)
+    if kind == "large":
+        logits, reference_logits = 1e4 * logits.sign(), 1e4 * reference_logits.sign()
+    if kind == "equal":
+        logits, reference_logits = torch.full_like(logits, 7.0), torch.full_like(logits, -3.0)
+    vocabulary = 1 if kind == "one real token" else VOCABULARY
+    phi = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    shard = VocabularyShard.of(ROWS, vocabulary, torch.distributed.group.WORLD)
+    targets = torch.zeros(3, dtype=torch.int64)
+    if kind == "masked":
+        logits[:, 3], reference_logits[:, 3] = -torch.inf, -torch.inf
+        phi = phi.clamp(min=0.5)
+    pull = Pull(reference_logits.clone(), phi, forward=True, reverse=True)
+    chunk = ChunkDistribution(logits.clone(), targets, shard, 1.0, pull)
+
+    log_policy = logits[:, :vocabulary].log_softmax(-1)
+    log_reference = reference_logits[:, :vocabulary].log_softmax(-1)
+    flattened = (phi[:, None] * log_reference).log_softmax(-1)
+    differences = (flattened - log_policy).nan_to_num(0.0), (log_policy - log_reference).nan_to_num(0.0)
+    expected = {
+        "log_prob": log_policy[:, 0],
+        "entropy": -(log_policy.exp() * log_policy.clamp(min=-1e30)).sum(-1),
+        "forward_kl": (flattened.exp() * differences[0]).sum(-1),
+        "reverse_kl": (log_policy.exp() * differences[1]).sum(-1),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(chunk.statistics, name), value, rtol=1e-9, atol=1e-9)
+    ones = torch.ones(3, dtype=torch.float64)
+    gradient = chunk.gradient(Upstream(ones, ones, ones, ones))
+    assert gradient.isfinite().all()
+    assert not gradient[:, vocabulary:].any()
+    torch.testing.assert_close(gradient.sum(-1), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_no_tokens_at_all():
+    hidden, weight, targets, _, _ = inputs()
+    empty = hidden.detach()[:0].requires_grad_()
+    loss = chunked_loss(empty, targets[:0], head_of(weight), lambda s, rows: s.log_prob)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert empty.grad.shape == (0, HIDDEN)
+    assert not weight.grad.any()
+    assert chunked_statistics(empty, targets[:0], head_of(weight)).log_prob.shape == (0,)
+
+
+def test_bfloat16_statistics_are_computed_in_fp32():
+    hidden, weight, targets, *_ = inputs(torch.bfloat16)
+    found = chunked_statistics(hidden, targets, head_of(weight))
+    assert found.log_prob.dtype is torch.float32
+    logits = (hidden @ weight.T)[:, :VOCABULARY].float() / TEMPERATURE
+    expected = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(found.log_prob, expected.detach(), rtol=1e-5, atol=1e-5)

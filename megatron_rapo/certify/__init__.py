@@ -1,0 +1,1 @@
+"""The certificate: loss and whole gradient at every layout against plain PyTorch on one process."""

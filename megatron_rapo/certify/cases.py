@@ -1,0 +1,111 @@
+"""What is certified: a batch, the layouts it is run under, and the ways it is cut into microbatches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_rapo.config import Parallel
+from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.reward.outcome import Outcome
+from megatron_rapo.reward.scoring import ScoredGroup
+from megatron_rapo.rollout.groups import Response
+
+RANKS = 4
+# Fewer real tokens than head rows, and an odd number: no TP divides it, and padding must be masked.
+VOCABULARY, ROWS = 59, 61
+MAX_RESPONSE_TOKENS, TEMPERATURE = 24, 0.8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to compute the same loss.
+
+    Attributes:
+        name: for the table.
+        layout: of RANKS ranks.
+        token_budget: of a microbatch; None packs each sequence alone.
+        permuted: whether the groups come in another order.
+    """
+
+    name: str
+    layout: Parallel
+    token_budget: int | None = 96
+    permuted: bool = False
+
+
+def _layout(**options: int | bool) -> Parallel:
+    taken = Parallel(**options).model_parallel  # type: ignore[arg-type]
+    return Parallel(**options, data_parallel=RANKS // taken)  # type: ignore[arg-type]
+
+
+CASES = (
+    Case("DP 4", _layout()),
+    Case("DP 4, permuted", _layout(), permuted=True),
+    Case("DP 4, unpacked", _layout(), token_budget=None),
+    Case("TP 2", _layout(tensor_parallel=2)),
+    Case("TP 2, sequence parallel", _layout(tensor_parallel=2, sequence_parallel=True)),
+    Case("TP 4", _layout(tensor_parallel=4)),
+    Case(
+        "TP 4, sequence parallel, permuted", _layout(tensor_parallel=4, sequence_parallel=True), permuted=True
+    ),
+    Case("PP 2", _layout(pipeline_parallel=2)),
+    Case("PP 4, unpacked", _layout(pipeline_parallel=4), token_budget=None),
+    Case("PP 2, VPP 2", _layout(pipeline_parallel=2, virtual_pipeline_parallel=2)),
+    Case("CP 2", _layout(context_parallel=2)),
+    Case("CP 4", _layout(context_parallel=4), token_budget=64),
+    Case("TP 2, PP 2", _layout(tensor_parallel=2, pipeline_parallel=2)),
+    Case("TP 2, CP 2", _layout(tensor_parallel=2, context_parallel=2), token_budget=192),
+    Case("PP 2, CP 2, permuted", _layout(pipeline_parallel=2, context_parallel=2), permuted=True),
+    Case(
+        "TP 2, PP 2, VPP 2, sequence parallel",
+        _layout(tensor_parallel=2, pipeline_parallel=2, virtual_pipeline_parallel=2, sequence_parallel=True),
+        token_budget=64,
+    ),
+)
+
+
+def small(architecture: Architecture) -> Architecture:
+    """A model of the same family that any of the layouts divides."""
+    return Architecture(
+        family=architecture.family,
+        layers=4,
+        hidden=64,
+        heads=8,
+        kv_heads=4,
+        head_dim=16,
+        feed_forward=96,
+        vocabulary=ROWS,
+        norm_epsilon=architecture.norm_epsilon,
+        rope_theta=architecture.rope_theta,
+        rope_factor=None,
+        max_positions=64,
+        attention_bias=architecture.attention_bias,
+        query_key_norm=architecture.query_key_norm,
+        tied=architecture.tied,
+    )
+
+
+def batch(seed: int = 0) -> list[ScoredGroup]:
+    """Groups of random tokens, of mixed lengths down to one token, with both outcomes in each group."""
+    random = np.random.default_rng(seed)
+
+    def response() -> Response:
+        tokens = int(random.choice([1, *range(2, MAX_RESPONSE_TOKENS + 1)]))
+        return Response(
+            token_ids=random.integers(0, VOCABULARY, tokens).astype(np.int32),
+            # Near what a random model gives, so that ratios lie on both sides of the clip.
+            log_probs=(random.normal(0.0, 0.3, tokens) - np.log(VOCABULARY)).astype(np.float32),
+            weight_version=0,
+            finish_reason="stop",
+        )
+
+    groups = []
+    for index in range(4):
+        token_ids = tuple(int(t) for t in random.integers(0, VOCABULARY, random.integers(2, 9)))
+        outcomes = tuple(Outcome.CORRECT if number <= index % 3 else Outcome.WRONG for number in range(4))
+        prompt = Prompt(index, "", token_ids, "")
+        groups.append(ScoredGroup(prompt, tuple(response() for _ in range(4)), outcomes))
+    return groups

@@ -1,0 +1,148 @@
+"""`megatron-rapo certify`: prepares small models, runs the job, and reports."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from megatron_rapo.certify.cases import MAX_RESPONSE_TOKENS, RANKS, TEMPERATURE, small
+from megatron_rapo.certify.measure import BARS, Result, measure
+from megatron_rapo.certify.plain_model import parameter_shapes
+from megatron_rapo.config import Algorithm, RunConfig, validate
+from megatron_rapo.errors import RapoError
+from megatron_rapo.launch.local import run_local
+from megatron_rapo.model.architecture import Architecture
+
+DEFAULT = Architecture(
+    family="qwen2",
+    layers=4,
+    hidden=64,
+    heads=8,
+    kv_heads=4,
+    head_dim=16,
+    feed_forward=96,
+    vocabulary=61,
+    norm_epsilon=1e-6,
+    rope_theta=1e6,
+    rope_factor=None,
+    max_positions=64,
+    attention_bias=True,
+    query_key_norm=False,
+    tied=False,
+)
+
+
+def certify(
+    algorithm: Algorithm,
+    architecture: Architecture = DEFAULT,
+    run: Callable[[RunConfig, Path], None] = measure,
+) -> list[Result]:
+    """Certifies an objective on a small model of a family, in RANKS processes of this machine.
+
+    Args:
+        algorithm: the objective.
+        architecture: whose family, biases, norms and tying the small model takes.
+        run: what each rank does (tests plant faults here).
+
+    Raises:
+        RapoError: the objective corrects for importance, which the plain reference knows nothing of.
+    """
+    if algorithm.importance_correction != "off" or algorithm.mask_truncated:
+        raise RapoError(
+            "the certificate's plain reference has no importance_correction and no mask_truncated; certify "
+            "with --set algorithm.importance_correction=off algorithm.mask_truncated=false"
+        )
+    with tempfile.TemporaryDirectory(prefix="megatron-rapo-certify-") as name:
+        directory = Path(name)
+        for seed, model in enumerate(("policy", "reference")):
+            _write_model(directory / model, small(architecture), seed)
+        report = directory / "report.json"
+        run_local(run, (_config(directory, algorithm), report), RANKS)
+        return [Result(**line) for line in json.loads(report.read_text())]
+
+
+def table(results: list[Result]) -> str:
+    """The certificate as text."""
+    rows = [("layout", "type", "loss", "loss error", "gradient error", "")]
+    rows += [
+        (
+            result.case,
+            result.dtype,
+            f"{result.loss:.12f}",
+            f"{result.loss_error:.1e}",
+            f"{result.gradient_error:.1e}",
+            "ok" if result.passed else "FAILED",
+        )
+        for result in results
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    failed = sum(not result.passed for result in results)
+    bars = ", ".join(f"{dtype} {bar:.0e}" for dtype, bar in BARS.items())
+    verdict = f"{failed} of {len(results)} FAILED" if failed else f"all {len(results)} passed"
+    return "\n".join([*lines, "", f"{verdict} (relative to plain PyTorch on one process; bars: {bars})"])
+
+
+def as_json(results: list[Result]) -> str:
+    """The certificate as JSON: bars, verdict, and a record a line of the table."""
+    records = [{**asdict(result), "passed": result.passed} for result in results]
+    return json.dumps({"bars": BARS, "passed": all(r.passed for r in results), "results": records}, indent=1)
+
+
+def _config(directory: Path, algorithm: Algorithm) -> RunConfig:
+    own = algorithm.model_dump(exclude_none=True)
+    own.pop("minibatch_prompts", None)
+    return validate(
+        {
+            "run": {"directory": str(directory), "steps": 1},
+            "model": {
+                "path": str(directory / "policy"),
+                "reference_path": str(directory / "reference"),
+                "dtype": "float32",
+            },
+            "data": {"source": "arithmetic"},
+            "rollout": {
+                "prompts_per_step": 4,
+                "responses_per_prompt": 4,
+                "max_prompt_tokens": 8,
+                "max_response_tokens": MAX_RESPONSE_TOKENS,
+                "temperature": TEMPERATURE,
+            },
+            "algorithm": {**own, "max_tokens_per_microbatch": 4096, "loss_chunk_tokens": 16},
+        },
+        source="of the certificate",
+    )
+
+
+def _write_model(directory: Path, architecture: Architecture, seed: int) -> None:
+    """A random model with no two parameters alike, as a HF directory in fp64."""
+    directory.mkdir()
+    a = architecture
+    AutoConfig.for_model(
+        a.family,
+        num_hidden_layers=a.layers,
+        hidden_size=a.hidden,
+        num_attention_heads=a.heads,
+        num_key_value_heads=a.kv_heads,
+        head_dim=a.head_dim,
+        intermediate_size=a.feed_forward,
+        vocab_size=a.vocabulary,
+        rms_norm_eps=a.norm_epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": a.rope_theta},
+        max_position_embeddings=a.max_positions,
+        tie_word_embeddings=a.tied,
+    ).save_pretrained(directory)
+    random = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in parameter_shapes(architecture).items():
+        values = torch.randn(shape, generator=random, dtype=torch.float64) * 0.1
+        # fp32 values, so that both types certify the same model.
+        weights[name] = (values + ("norm" in name)).float().double()
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})

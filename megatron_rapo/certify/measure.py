@@ -1,0 +1,179 @@
+"""Every case's loss and whole gradient against plain PyTorch, on all ranks of one job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_rapo.certify.cases import (
+    CASES,
+    MAX_RESPONSE_TOKENS,
+    RANKS,
+    TEMPERATURE,
+    VOCABULARY,
+    Case,
+    batch,
+)
+from megatron_rapo.certify.plain_loss import plain_loss
+from megatron_rapo.config import Algorithm, Model, Optimizer, Parallel, RunConfig
+from megatron_rapo.loss.objective import Objective
+from megatron_rapo.model.architecture import Architecture, read_architecture
+from megatron_rapo.model.build import DTYPES, build_chunks
+from megatron_rapo.parallel.placement import Placement, arrange, process_groups
+from megatron_rapo.policy.batch import batch_advantages, build_minibatches, make_samples
+from megatron_rapo.policy.gradients import accumulate_gradients, main_gradient, wrap
+from megatron_rapo.policy.reference import Reference
+from megatron_rapo.weights.export import hf_tensors
+from megatron_rapo.weights.load import load_weights
+
+# Norm of the difference over the norm.
+BARS = {"float64": 1e-10, "float32": 1e-5}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the certificate; errors are relative."""
+
+    case: str
+    dtype: str
+    loss: float
+    expected_loss: float
+    loss_error: float
+    gradient_error: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether both errors are within the bar."""
+        return max(self.loss_error, self.gradient_error) <= BARS[self.dtype]
+
+
+def measure(config: RunConfig, report: Path, cases: Sequence[Case] = CASES) -> None:
+    """One rank's part: runs the cases in all dtypes; rank 0 writes the results to `report` as JSON.
+
+    Args:
+        config: its `model.path` and `reference_path` hold the small models; its algorithm is certified.
+        report: a file.
+        cases: what to run.
+    """
+    results: list[Result] = []
+    with process_groups(Parallel(data_parallel=RANKS), config.run.seed) as everyone:
+        for dtype in BARS:
+            expected = _expected(config, DTYPES[dtype]) if everyone.is_main else None
+            for case in cases:
+                loss, gradient = _computed(config, case, dtype)
+                if expected is not None:
+                    results.append(_compare(case, dtype, loss, gradient, *expected))
+        if everyone.is_main:
+            report.write_text(json.dumps([asdict(result) for result in results]))
+
+
+def _expected(config: RunConfig, dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:
+    assert config.model.reference_path is not None
+    architecture = read_architecture(config.model.path)
+    policy, reference = (
+        {name: tensor.to(dtype) for name, tensor in load_file(path / "model.safetensors").items()}
+        for path in (config.model.path, config.model.reference_path)
+    )
+    for tensor in policy.values():
+        tensor.requires_grad_()
+    groups = batch()
+    loss = plain_loss(
+        policy,
+        reference,
+        architecture,
+        make_samples(groups, batch_advantages(groups, config), config),
+        config.algorithm,
+        temperature=TEMPERATURE,
+        vocabulary=VOCABULARY,
+        max_response_tokens=MAX_RESPONSE_TOKENS,
+    )
+    loss.backward()
+    return float(loss), {name: tensor.grad for name, tensor in policy.items() if tensor.grad is not None}
+
+
+def _computed(config: RunConfig, case: Case, dtype: str) -> tuple[float, dict[str, Tensor]]:
+    """Loss, and on rank 0 the gradient by HF name, under the case's layout."""
+    placement = arrange(case.layout, config.run.seed)
+    architecture = read_architecture(config.model.path)
+    # Not validated: float64 is no option of a run.
+    model = config.model.model_copy(update={"dtype": dtype})
+    budget = case.token_budget or _longest(config, case.layout)
+    algorithm = config.algorithm.model_copy(update={"max_tokens_per_microbatch": budget})
+    config = config.model_copy(update={"parallel": case.layout, "algorithm": algorithm})
+
+    chunks = build_chunks(architecture, model, case.layout)
+    load_weights(chunks, architecture, model.path, placement.tensor_rank)
+    wrapped = wrap(chunks, Optimizer(distributed=False))
+    objective = Objective(
+        algorithm,
+        temperature=TEMPERATURE,
+        vocabulary=VOCABULARY,
+        group=placement.tensor_group,
+        context_group=placement.context_group,
+    )
+    groups = batch()[::-1] if case.permuted else batch()
+    minibatches = build_minibatches(groups, config, placement)
+    for microbatch in minibatches[0]:
+        microbatch.old_log_probs = microbatch.engine_log_probs
+    reference = _reference(model, architecture, placement, algorithm)
+    if reference is not None:
+        reference.annotate(minibatches, objective)
+    metrics = accumulate_gradients(wrapped, minibatches[0], objective, reference, placement)
+    gradient = dict(hf_tensors(chunks, architecture, placement, value=main_gradient))
+    return metrics["loss/total"], _collected(gradient, placement)
+
+
+def _reference(
+    model: Model, architecture: Architecture, placement: Placement, algorithm: Algorithm
+) -> Reference | None:
+    return Reference(model, architecture, placement) if algorithm.wants_reference else None
+
+
+def _longest(config: RunConfig, layout: Parallel) -> int:
+    """Tokens of the longest sequence, padded: no two sequences then share a microbatch."""
+    multiple = config.model_copy(update={"parallel": layout}).sequence_multiple
+    lengths = [
+        len(group.prompt.token_ids) + len(response.token_ids)
+        for group in batch()
+        for response in group.responses
+    ]
+    return -(-max(lengths) // multiple) * multiple
+
+
+def _collected(gradient: dict[str, Tensor], placement: Placement) -> dict[str, Tensor]:
+    """All stages' gradients, of the first replica."""
+    mine = gradient if placement.data_rank == placement.context_rank == 0 else {}
+    shares: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(shares, mine, group=placement.host_group)
+    return {name: tensor for share in shares for name, tensor in share.items()}
+
+
+def _compare(
+    case: Case,
+    dtype: str,
+    loss: float,
+    gradient: Mapping[str, Tensor],
+    expected_loss: float,
+    expected: Mapping[str, Tensor],
+) -> Result:
+    if set(gradient) != set(expected):
+        raise ValueError(f"{case.name}: gradients of {sorted(set(gradient) ^ set(expected))} are missing")
+    squares = sum(
+        float((gradient[name].double() - tensor.double()).norm() ** 2) for name, tensor in expected.items()
+    )
+    scale = sum(float(tensor.double().norm() ** 2) for tensor in expected.values())
+    return Result(
+        case=case.name,
+        dtype=dtype,
+        loss=loss,
+        expected_loss=expected_loss,
+        loss_error=abs(loss - expected_loss) / abs(expected_loss),
+        gradient_error=(squares / scale) ** 0.5,
+    )

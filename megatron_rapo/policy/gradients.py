@@ -1,0 +1,82 @@
+"""A minibatch's gradients, reduced over all ranks, and the wrapping of model chunks that reduces them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from torch import Tensor
+
+from megatron_rapo.config import Optimizer
+from megatron_rapo.data.batching import Microbatch
+from megatron_rapo.loss.objective import HeadStates, Objective
+from megatron_rapo.model.build import Body
+from megatron_rapo.parallel.placement import Placement
+from megatron_rapo.policy.hidden_states import shared_tokens
+from megatron_rapo.policy.pipeline import run_forward_backward
+from megatron_rapo.policy.reference import Reference
+
+
+def wrap(chunks: Sequence[Body], optimizer: Optimizer) -> list[DistributedDataParallel]:
+    """Chunks with gradient buffers, which are summed over DP × CP in fp32 at least."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=chunks[0].config.params_dtype is not torch.float64,
+        use_distributed_optimizer=optimizer.distributed,
+        overlap_grad_reduce=optimizer.overlap_communication,
+        overlap_param_gather=optimizer.overlap_communication,
+    )
+    wrapped = [
+        DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    wrapped[0].config.finalize_model_grads_func = _finalize
+    return wrapped
+
+
+def _finalize(model: Any, num_tokens: Tensor | None = None, **groups: Any) -> None:
+    # No token count: the loss's weights have normalised it already.
+    finalize_model_grads(model, None, **groups)
+
+
+def main_gradient(parameter: torch.nn.Parameter) -> Tensor:
+    """The reduced gradient of a wrapped chunk's parameter."""
+    return parameter.main_grad  # type: ignore[attr-defined]
+
+
+def accumulate_gradients(
+    wrapped: Sequence[DistributedDataParallel],
+    minibatch: Sequence[Microbatch],
+    objective: Objective,
+    reference: Reference | None,
+    placement: Placement,
+) -> Mapping[str, float]:
+    """Forward and backward of one minibatch into the gradient buffers; its metrics, the same on all ranks.
+
+    Args:
+        wrapped: this rank's chunks, gradient buffers zeroed.
+        minibatch: annotated with what the objective wants.
+        objective: the loss.
+        reference: which annotated it.
+        placement: of this rank.
+    """
+
+    def loss(microbatch: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = shared_tokens(hidden, placement)[microbatch.is_response]
+        policy = HeadStates(chosen, wrapped[-1].module.head_weight)
+        pull = None
+        if reference is not None and objective.wants_reference_hidden:
+            pull = reference.states(microbatch)
+        return objective(microbatch, policy, pull)
+
+    sums = run_forward_backward(wrapped, minibatch, loss)
+    device = minibatch[0].token_ids.device
+    total = torch.zeros(len(objective.parts), dtype=torch.float64, device=device)
+    for part in sums:
+        total += part
+    return objective.metrics(placement.sum_from_last_stage(total))

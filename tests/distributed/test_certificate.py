@@ -1,0 +1,80 @@
+"""The certificate passes for every objective, and reports planted faults."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_rapo.certify.cases import CASES
+from megatron_rapo.certify.certificate import DEFAULT, as_json, certify, table
+from megatron_rapo.certify.measure import measure
+from megatron_rapo.config import Algorithm, RunConfig
+
+FEW = tuple(
+    case for case in CASES if case.name in ("TP 2, sequence parallel", "CP 4", "TP 2, PP 2", "PP 2, VPP 2")
+)
+TENSOR = tuple(case for case in CASES if case.name in ("DP 4", "TP 2"))
+
+
+def test_rapo_is_certified_at_every_layout() -> None:
+    results = certify(Algorithm())
+    assert len(results) == 2 * len(CASES)
+    assert all(result.passed for result in results), table(results)
+    assert '"passed": true' in as_json(results)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"preset": "gspo", "clip_low": 0.2, "clip_high": 0.2},
+        {"divergence": "reverse_exact", "loss_aggregation": "sequence_mean", "clip_dual": 1.5},
+        {"divergence": "forward_sampled", "advantage": "dgpo", "audit_estimators": True},
+        {"preset": "grpo", "divergence": "k2"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_other_objectives_are_certified(options: dict[str, Any]) -> None:
+    tied = DEFAULT.__class__(**{**vars(DEFAULT), "family": "qwen3", "attention_bias": False})
+    tied = tied.__class__(**{**vars(tied), "query_key_norm": True, "tied": True})
+    results = certify(Algorithm(**options), tied, partial(measure, cases=FEW))
+    assert all(result.passed for result in results), table(results)
+
+
+def test_a_plain_collective_is_reported() -> None:
+    """Without its own backward, hidden states' gradients lack the other ranks' vocabulary."""
+    failed = {r.case for r in certify(Algorithm(), DEFAULT, plain_collective) if not r.passed}
+    assert failed == {"TP 2"}
+
+
+def test_a_normaliser_without_one_ranks_tokens_is_reported() -> None:
+    failed = {r.case for r in certify(Algorithm(), DEFAULT, short_normaliser) if not r.passed}
+    assert failed == {"DP 4", "TP 2"}
+
+
+def plain_collective(config: RunConfig, report: Path) -> None:
+    """Hands hidden states on as they are, as a plain all-reduce under autograd would."""
+    from megatron_rapo.policy import gradients
+
+    gradients.shared_tokens = lambda hidden, placement: hidden
+    measure(config, report, TENSOR)
+
+
+def short_normaliser(config: RunConfig, report: Path) -> None:
+    """On the last rank, the last response's tokens are not counted."""
+    from megatron_rapo.policy import batch
+
+    whole = batch.token_weights
+
+    def short(response_tokens: list[int], *rest: Any) -> np.ndarray:
+        weights = whole(response_tokens, *rest)
+        if torch.distributed.get_rank() == 3:
+            weights *= sum(response_tokens) / sum(response_tokens[:-1])
+        return weights
+
+    batch.token_weights = short
+    measure(config, report, TENSOR)
