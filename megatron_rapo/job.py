@@ -32,6 +32,8 @@ from megatron_rapo.rollout.servers import EmbeddedServers
 from megatron_rapo.weights.export import write_hf_model
 from megatron_rapo.weights.transports.disk import DiskTransport
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
 
 @dataclass
 class Job:
@@ -175,12 +177,15 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     Raises:
         RapoError: the model directory has none that loads.
     """
+    path, remedy = config.model.path, "copy the tokenizer files of the model beside its weights"
+    # Without them transformers makes an empty tokenizer of the family's class, in silence.
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise RapoError(f"model {path} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); {remedy}")
     try:
-        return AutoTokenizer.from_pretrained(config.model.path)
+        return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise RapoError(
-            f"model {config.model.path} has no tokenizer that transformers loads ({error}); copy the "
-            "tokenizer files of the model beside its weights"
+            f"model {path} has no tokenizer that transformers loads ({error}); {remedy}"
         ) from error
 
 
