@@ -62,7 +62,7 @@ def test_reward_rises_clearly(demo: tuple[Path, str]) -> None:
 
 def test_engines_serve_the_trainers_weights(demo: tuple[Path, str]) -> None:
     """Trainer and engine agree on the log-probs of what was sampled, after every update."""
-    mismatches = [line["loss/mismatch"] for line in metrics(demo[0]) if line["step"] > 0]
+    mismatches = [line["mismatch/log_prob_mean"] for line in metrics(demo[0]) if line["step"] > 0]
     assert max(mismatches) < 1e-4
 
 
