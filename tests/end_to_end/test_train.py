@@ -1,0 +1,115 @@
+"""A whole run by the console command, on four ranks, and what it leaves."""
+
+from __future__ import annotations
+
+import math
+import threading
+from pathlib import Path
+
+import torch
+
+from megatron_rapo.config import load_config
+from megatron_rapo.rollout.embedded.decode import Sample
+from megatron_rapo.rollout.embedded.engine import Engine
+from tests.end_to_end.command import MODEL, Command, checkpoints, heartbeats, metrics
+from tests.end_to_end.conftest import EVALUATE, LAYOUT
+
+Finished = tuple[Path, Command]
+
+
+def test_it_succeeds_and_sums_up(finished: Finished) -> None:
+    directory, command = finished
+    assert command.process.returncode == 0, command.stderr
+    assert "mean reward: " in command.stdout
+    assert "held-out problems" in command.stdout
+    assert str(directory / "model") in command.stdout
+
+
+def test_every_step_has_one_line_of_finite_metrics(finished: Finished) -> None:
+    lines = metrics(finished[0])
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    for line in lines:
+        assert all(isinstance(value, int | float) and math.isfinite(value) for value in line.values()), line
+        assert line["log/non_finite"] == 0
+    phases = ("rollout", "reward", "annotate", "update", "publish", "checkpoint")
+    for line in lines[1:]:
+        assert line.keys() >= {f"time/{phase}_s" for phase in phases}
+        assert line.keys() >= {
+            "loss/total",
+            "reward/mean",
+            "optimizer/gradient_norm",
+            "throughput/tokens_per_s",
+        }
+        assert line["optimizer/gradient_norm"] > 0
+        outcomes = sum(line[f"reward/{outcome}"] for outcome in ("correct", "wrong", "timeout", "crash"))
+        assert outcomes == 1
+    assert len({line["loss/total"] for line in lines[1:]}) == 4
+
+
+def test_rewards_differ_within_groups(finished: Finished) -> None:
+    """Else the policy gradient was zero, and this run shows little."""
+    assert min(line["reward/groups_without_variance"] for line in metrics(finished[0])[1:]) < 1
+
+
+def test_engines_sample_from_the_trained_weights(finished: Finished) -> None:
+    """The engine's log-probs are the trainer's at each step: the weights that each update made arrived."""
+    assert all(line["mismatch/log_prob_mean"] < 1e-5 for line in metrics(finished[0])[1:])
+
+
+def test_the_base_and_the_trained_policy_are_evaluated(finished: Finished) -> None:
+    evaluated = {line["step"]: line for line in metrics(finished[0]) if "evaluate/pass@1" in line}
+    assert sorted(evaluated) == [0, 4]
+    for line in evaluated.values():
+        assert line["evaluate/pass@1"] * EVALUATE["problems"] * EVALUATE["samples"] % 1 == 0
+        assert line["evaluate/pass@2_low"] <= line["evaluate/pass@2"] <= line["evaluate/pass@2_high"]
+
+
+def test_tensorboard_has_the_steps(finished: Finished) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished[0] / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss/total")] == [1, 2, 3, 4]
+
+
+def test_the_written_configuration_is_the_runs(finished: Finished) -> None:
+    directory = finished[0]
+    written = load_config([directory / "config.toml"])
+    assert written == load_config([directory.with_name("run.toml")])
+    assert written.parallel.model_dump(include=set(LAYOUT)) == LAYOUT
+
+
+def test_the_final_model_is_one_for_transformers_and_for_engines(finished: Finished) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = finished[0] / "model"
+    model, report = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    moved = [
+        not torch.equal(old, new) for old, new in zip(base.parameters(), model.parameters(), strict=True)
+    ]
+    assert all(moved), "every parameter was trained"
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    prompt = tokenizer("3 5 7=", add_special_tokens=False)["input_ids"]
+    expected = model.generate(
+        torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=tokenizer.eos_token_id
+    )[0, len(prompt) :].tolist()
+    engine = Engine(path, "cpu", "float32")
+    greedy = Sample(tuple(prompt), 12, 0.0, engine.eos_ids, 0)
+    (completion,) = engine.generate([greedy], threading.Event())
+    assert list(completion.token_ids) == expected
+
+
+def test_nothing_unfinished_is_left(finished: Finished) -> None:
+    directory, command = finished
+    assert command.left_processes() == []
+    assert checkpoints(directory) == [f"step_00000{step}" for step in range(1, 5)]
+    assert list((directory / "weights").iterdir()) == []
+    assert not [path for path in directory.rglob("*") if "partial" in path.name]
+    pids = [str(beat["pid"]) for beat in heartbeats(directory)]
+    assert len(pids) == 4
+    shared_memory = Path("/dev/shm")
+    if shared_memory.is_dir():
+        assert not [path for path in shared_memory.iterdir() if any(pid in path.name for pid in pids)]
