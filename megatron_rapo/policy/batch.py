@@ -62,6 +62,9 @@ def batch_advantages(groups: Sequence[ScoredGroup], config: RunConfig) -> npt.ND
     """`[groups, responses]`, advantages over the whole rollout batch."""
     algorithm, limit = config.algorithm, config.rollout.max_response_tokens
     rewards = np.array([group.rewards for group in groups])
+    if not ((rewards >= 0.0) & (rewards <= 1.0)).all():
+        # φ(r) is defined there; the verifiers' rewards are 0 and 1.
+        raise ValueError(f"rewards from {rewards.min()} to {rewards.max()} are not all within [0, 1]")
     if algorithm.overlong_buffer_tokens is not None:
         lengths = np.array([[len(r.token_ids) for r in group.responses] for group in groups])
         rewards = rewards + overlong_penalty(lengths, algorithm.overlong_buffer_tokens, limit)
