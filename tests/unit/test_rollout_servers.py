@@ -29,7 +29,7 @@ def checkpoints(tmp_path_factory):
     return [make_hf_model(root / str(seed), seed=seed, initializer_range=0.2) for seed in range(2)]
 
 
-def start(model, logs, *, count=1, startup_timeout=60.0):
+def start(model, logs, *, count=1, startup_timeout=300.0):
     return EmbeddedServers(
         model,
         count=count,
@@ -45,7 +45,7 @@ def make_pool(servers, **options):
     defaults = {
         "vocab_size": 61,
         "prompts_per_request": 2,
-        "request_timeout": 60,
+        "request_timeout": 300,
         "diagnose": servers.diagnose,
     }
     return EnginePool(servers.urls, **{**defaults, **options})
@@ -113,7 +113,7 @@ def test_a_server_that_cannot_start_is_named_with_its_log(tmp_path):
     started = time.monotonic()
     with pytest.raises(RapoError) as failed, start(tmp_path / "nowhere", tmp_path):
         pass
-    assert time.monotonic() - started < 50  # it did not wait for the whole time
+    assert time.monotonic() - started < 250  # it did not wait for the whole time
     assert "exit code 1" in str(failed.value)
     assert "nowhere has no config.json" in str(failed.value)
     assert processes() == []
@@ -134,7 +134,7 @@ import time
 from pathlib import Path
 from megatron_rapo.rollout.servers import EmbeddedServers
 with EmbeddedServers(Path({str(checkpoints[0])!r}), count=1, device="cpu", dtype="float32", threads=1,
-                     log_directory=Path({str(tmp_path)!r}), startup_timeout=60) as servers:
+                     log_directory=Path({str(tmp_path)!r}), startup_timeout=300) as servers:
     print(servers.urls[0], flush=True)
     time.sleep(120)
 """
@@ -144,8 +144,8 @@ with EmbeddedServers(Path({str(checkpoints[0])!r}), count=1, device="cpu", dtype
         assert url.startswith("http://127.0.0.1:")
         [server] = psutil.Process(parent.pid).children()
         parent.kill()
-        parent.wait(10)
-        server.wait(10)
+        parent.wait(60)
+        server.wait(60)
     finally:
         parent.kill()
         parent.stdout.close()
@@ -161,7 +161,7 @@ def test_beyond_loopback_a_key_is_demanded(checkpoints, host):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert ended.returncode == 1
     assert f"--host {host}" in ended.stderr and "RAPO_ENGINE_API_KEY" in ended.stderr
@@ -175,12 +175,12 @@ def test_by_hand_it_tells_its_address_and_ends_on_a_signal(checkpoints):
         line = process.stdout.readline()
         assert str(checkpoints[0]) in line
         url = line.split()[-1]
-        with EnginePool([url], vocab_size=61, prompts_per_request=8, request_timeout=60) as pool:
-            pool.wait_until_healthy(60)
+        with EnginePool([url], vocab_size=61, prompts_per_request=8, request_timeout=300) as pool:
+            pool.wait_until_healthy(300)
             pool.update_weights(Path(checkpoints[1]), 1)
             assert len(generate(pool)) == len(PROMPTS)
         process.terminate()
-        assert process.wait(10) == -signal.SIGTERM
+        assert process.wait(60) == -signal.SIGTERM
     finally:
         process.kill()
         process.wait()
@@ -194,7 +194,7 @@ def test_a_taken_port_is_named(checkpoints):
             [*MODULE, "--model", str(checkpoints[0]), "--port", port],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
     assert ended.returncode == 1
     assert f"cannot listen on 127.0.0.1 port {port}" in ended.stderr
