@@ -68,7 +68,8 @@ def describe_plan(config: RunConfig) -> str:
         "",
         "# Memory of a trainer rank (estimate, without the allocator's and NCCL's own)",
         *estimate_memory(config, architecture).lines(),
-        *(f"\nnot on this machine, so not checked: {path}" for path in missing),
+        "",
+        *(f"not on this machine, so not checked: {path}" for path in missing),
     ]
     return "\n".join(lines)
 

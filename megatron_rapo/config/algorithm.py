@@ -165,6 +165,11 @@ class Algorithm(Section):
         """Whether there is a reference model at all."""
         return self.divergence != "none"
 
+    @property
+    def wants_reference_hidden(self) -> bool:
+        """Whether the loss needs the reference's whole distribution, so its hidden states."""
+        return self.divergence in ("forward_exact", "reverse_exact") or self.audit_estimators
+
     def without_effect(self) -> dict[str, str]:
         values = {name: getattr(self, name) for name in type(self).model_fields}
         return _without_effect(values)

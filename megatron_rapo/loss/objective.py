@@ -97,7 +97,7 @@ class Objective:
     @property
     def wants_reference_hidden(self) -> bool:
         """Whether the loss needs the reference's whole distribution, so its hidden states."""
-        return self.needs in (Needs.FORWARD, Needs.REVERSE) or self.algorithm.audit_estimators
+        return self.algorithm.wants_reference_hidden
 
     def head(self, weight: Tensor) -> Head:
         """How a head's logits are read."""

@@ -8,11 +8,14 @@ It changes where tensors live, never what is computed.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from megatron_rapo.errors import RapoError
 
 
 def device() -> torch.device:
@@ -20,6 +23,23 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def choose_device() -> None:
+    """Gives each rank of a node a GPU of its own: number LOCAL_RANK, as torchrun and the launcher set it.
+
+    Raises:
+        RapoError: the node has fewer GPUs than ranks.
+    """
+    if not torch.cuda.is_available():
+        return
+    local_rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= devices:
+        raise RapoError(
+            f"local rank {local_rank} has no GPU of its own: this machine shows {devices}; start at most "
+            f"{devices} ranks on it"
+        )
+    torch.cuda.set_device(local_rank)
 
 
 def communication_backend() -> str:

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_rapo.config import Parallel
-from megatron_rapo.parallel.device import communication_backend, install_cpu_adapter
+from megatron_rapo.parallel.device import choose_device, communication_backend, install_cpu_adapter
 
 T = TypeVar("T")
 
@@ -105,6 +105,7 @@ def process_groups(layout: Parallel, seed: int) -> Iterator[Placement]:
     equal the layout's.
     """
     install_cpu_adapter()
+    choose_device()
     timeout = timedelta(seconds=layout.timeout_s)
     dist.init_process_group(communication_backend(), timeout=timeout)
     try:

@@ -20,7 +20,7 @@ class MemoryEstimate:
         gradients: fp32 gradient buffer.
         optimizer: fp32 main weights (beside bf16 ones) and two Adam moments.
         activations: of the microbatches in flight.
-        logits: of one microbatch: logits, their gradient, and fp32 work over the vocabulary shard.
+        loss: a chunk's logits (and the reference's), fp32 work on them, and the head's fp32 gradient.
         reference_hidden: the reference's final hidden states of this rank's share of the rollout batch,
             if every sequence had its full length.
     """
@@ -30,7 +30,7 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     activations: int
-    logits: int
+    loss: int
     reference_hidden: int
 
     @property
@@ -63,15 +63,18 @@ def estimate_memory(config: RunConfig, architecture: Architecture) -> MemoryEsti
     shards = layout.data_parallel * layout.context_parallel if config.optimizer.distributed else 1
     main_weights = 4 if element == 2 else 0
     tokens = algorithm.max_tokens_per_microbatch // layout.context_parallel
-    exact = algorithm.divergence == "forward_exact"
+    # In host memory the body goes; the head stays, for the loss.
+    in_host_memory = config.model.reference_in_host_memory
+    reference = table if in_host_memory else parameters
+    hidden_kept = algorithm.wants_reference_hidden and not in_host_memory
     return MemoryEstimate(
         weights=parameters * element,
-        reference=0 if algorithm.divergence == "none" else parameters * element,
+        reference=reference * element if algorithm.wants_reference else 0,
         gradients=parameters * 4,
         optimizer=parameters * (8 + main_weights) // shards,
         activations=_activations(config, architecture, tokens, layers, element),
-        logits=tokens * vocabulary_rows * (2 * element + (5 if exact else 3) * 4),
-        reference_hidden=_reference_hidden(config, architecture, element) if exact else 0,
+        loss=_loss(config, tokens, vocabulary_rows, element) + table * 4,
+        reference_hidden=_reference_hidden(config, architecture, element) if hidden_kept else 0,
     )
 
 
@@ -87,6 +90,12 @@ def _activations(
         return int(in_flight * layers * whole)
     kept = in_flight * layers * tokens * 2 * hidden / sequence_shards
     return int(kept + whole)  # one layer is alive while it is recomputed
+
+
+def _loss(config: RunConfig, tokens: int, vocabulary_rows: int, element: int) -> int:
+    chunk = min(config.algorithm.loss_chunk_tokens, tokens)
+    both = config.algorithm.wants_reference_hidden
+    return chunk * vocabulary_rows * ((2 if both else 1) * element + (5 if both else 3) * 4)
 
 
 def _reference_hidden(config: RunConfig, architecture: Architecture, element: int) -> int:

@@ -94,7 +94,7 @@ def test_sharing_and_thrift_lower_the_total(more: dict[str, Any], less: dict[str
 def test_tensor_parallelism_halves_what_it_cuts() -> None:
     one, two = estimate(), estimate(parallel={"tensor_parallel": 2})
     assert two.weights == pytest.approx(one.weights / 2, rel=1e-3)
-    assert two.logits == pytest.approx(one.logits / 2, rel=1e-3)
+    assert two.loss == pytest.approx(one.loss / 2, rel=1e-3)
 
 
 def test_a_tied_embedding_is_held_once() -> None:
