@@ -166,10 +166,10 @@ def _write_shards(policy: Policy, directory: Path) -> str | None:
         dist_checkpointing.save(state, str(directory), content_metadata=SHARDING)
     except CheckpointException as error:
         # All ranks raise it together, but the reasons are told to rank 0 alone.
-        return placement.share_from_main(_reason(error))
+        told = (_refusal(directory) or _with_free_space(error, directory)) if placement.is_main else None
+        return placement.share_from_main(told)
     except (OSError, RuntimeError):
-        # Rank 0's own files: the others wait for it inside, and end with it. torch.save's RuntimeError does
-        # not tell a full disk from anything else, so the folder is asked.
+        # Rank 0's own files: the others wait for it inside, and end with it.
         if placement.is_main and (refusal := _refusal(directory)):
             return refusal
         raise
@@ -177,7 +177,7 @@ def _write_shards(policy: Policy, directory: Path) -> str | None:
 
 
 def _refusal(directory: Path) -> str | None:
-    """Why the folder takes no more files, or None if it does."""
+    """Why the folder takes no more files, or None if it does: torch's own errors do not name a full disk."""
     probe = directory / "probe"
     try:
         probe.write_bytes(bytes(1 << 20))
@@ -185,6 +185,11 @@ def _refusal(directory: Path) -> str | None:
     except OSError as error:
         return _reason(error)
     return None
+
+
+def _with_free_space(error: BaseException, directory: Path) -> str:
+    """The reason of a failed write, which may have left some space of a disk that was too small for it."""
+    return f"{_reason(error)}, with {shutil.disk_usage(directory).free >> 20} MiB free on that disk"
 
 
 def _on_main(placement: Placement, work: Callable[[], None]) -> str | None:
