@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_rapo.config import ArithmeticData, CountdownData
 from megatron_rapo.data.tasks import arithmetic, countdown
 from megatron_rapo.data.tasks.problem import split_of
+from megatron_rapo.evaluate.pass_at_k import pass_at_k
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "examples" / "models" / "tiny-countdown"
@@ -24,7 +25,7 @@ SHIPPED = ROOT / "examples" / "models" / "tiny-countdown"
 sys.path.insert(0, str(ROOT / "tools"))  # the tool is a script beside the package, not a part of it
 import make_tiny_model  # noqa: E402
 from tiny_model.demonstrations import Demonstration, Demonstrations  # noqa: E402
-from tiny_model.measuring import count_correct, pass_at_k  # noqa: E402
+from tiny_model.measuring import count_correct  # noqa: E402
 from tiny_model.tokenizer import build_tokenizer  # noqa: E402
 from tiny_model.training import Recipe, build_model, collate, train  # noqa: E402
 
@@ -97,8 +98,8 @@ def test_shipped_model_is_right_sometimes_and_not_always(model, tokenizer):
     torch.manual_seed(0)
     problems = countdown.generate(make_tiny_model.TASK, seed=2, split="test", count=32)
     counts = count_correct(model, tokenizer, problems, samples=16)
-    assert 0.08 <= pass_at_k(counts, 16, 1) <= 0.32
-    assert 0.4 <= pass_at_k(counts, 16, 16) <= 0.92
+    assert 0.1 <= pass_at_k(counts, 16, 1).mean() <= 0.3
+    assert 0.4 <= pass_at_k(counts, 16, 16).mean() <= 0.9
 
 
 def test_worked_solutions_are_correct_and_never_of_a_test_problem():
@@ -125,6 +126,7 @@ def test_guesses_use_the_numbers_and_are_mostly_wrong():
         guess = demonstrations.guess(rng)
         numbers, target = re.fullmatch(r"([\d ]+)=(\d+):", guess.question).groups()
         assert sorted(re.findall(r"\d+", guess.response)) == sorted(numbers.split())
+        assert guess.response.startswith(" ")
         right += eval(guess.response) == int(target)
     assert 0 < right < 250
 
@@ -167,9 +169,3 @@ def test_training_learns_and_repeats_bit_for_bit(tokenizer, one_thread):
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert abs(losses[0] - math.log(len(tokenizer))) < 0.2
     assert losses[-1] < 0.8 * losses[0]
-
-
-def test_pass_at_k_is_the_chance_that_a_draw_of_k_holds_a_correct_one():
-    assert pass_at_k([2, 0], samples=4, k=1) == pytest.approx(0.25)
-    assert pass_at_k([2], samples=4, k=2) == pytest.approx(5 / 6)  # 5 of the 6 pairs
-    assert pass_at_k([1, 4], samples=4, k=4) == 1.0

@@ -1,7 +1,8 @@
 """What the base model learns from: worked solutions, and quick guesses that mostly miss.
 
 A worked solution shows running totals, then the expression; it multiplies hardly ever, and only at the
-start. A quick guess is the expression alone, with operators drawn blindly. Problems are posed as
+start. A quick guess is the expression alone, with operators drawn blindly; it begins with a space, so that
+the first token decides which of the two a response will be. Problems are posed as
 `megatron_rapo.data.tasks.countdown` poses them, from its training split only.
 """
 
@@ -59,11 +60,11 @@ class Demonstrations:
                 return Demonstration(problem.question, f"{working}\n{_expression(numbers, operators)}")
 
     def guess(self, rng: random.Random) -> Demonstration:
-        """The numbers of a solvable problem, in any order and with any operators."""
+        """Such as ` 12-7+3`: the numbers of a solvable problem in any order, with any operators."""
         question = self.worked(rng).question
         numbers = [int(number) for number in question.partition("=")[0].split()]
         rng.shuffle(numbers)
-        return Demonstration(question, _expression(numbers, self._operators(rng)))
+        return Demonstration(question, " " + _expression(numbers, self._operators(rng)))
 
     def _operators(self, rng: random.Random) -> list[str]:
         return ["*" if rng.random() < self.multiplying else rng.choice("+-") for _ in range(self.numbers - 1)]

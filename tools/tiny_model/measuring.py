@@ -1,10 +1,11 @@
-"""How often the tiny model is right: pass@k on problems that it was not trained on."""
+"""How often the tiny model is right on problems that it was not trained on."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
@@ -40,8 +41,8 @@ def count_correct(
     tokenizer: Qwen2Tokenizer,
     problems: Sequence[Problem],
     samples: int,
-) -> list[int]:
-    """How many of `samples` responses to each problem are correct."""
+) -> npt.NDArray[np.int64]:
+    """How many of `samples` responses to each problem are correct, `[problems]`."""
     counts: list[int] = []
     at_once = max(1, _SEQUENCES_AT_ONCE // samples)
     for start in range(0, len(problems), at_once):
@@ -51,10 +52,4 @@ def count_correct(
             countdown.is_correct(text, problem.answer) for text, problem in zip(responses, asked, strict=True)
         ]
         counts += [sum(correct[first : first + samples]) for first in range(0, len(correct), samples)]
-    return counts
-
-
-def pass_at_k(counts: Sequence[int], samples: int, k: int) -> float:
-    """The unbiased estimate 1 − C(n − c, k) / C(n, k), averaged (Chen et al., arXiv 2107.03374)."""
-    missed = [math.comb(samples - correct, k) / math.comb(samples, k) for correct in counts]
-    return 1 - sum(missed) / len(missed)
+    return np.array(counts)

@@ -32,12 +32,12 @@ class Recipe:
         warmup_steps: steps of linear warm-up.
     """
 
-    skill_steps: int = 1360
-    skill_share: float = 0.9
-    habit_steps: int = 240
-    habit_share: float = 0.25
-    batch_size: int = 64
-    learning_rate: float = 2e-3
+    skill_steps: int = 2600
+    skill_share: float = 0.95
+    habit_steps: int = 400
+    habit_share: float = 0.15
+    batch_size: int = 32
+    learning_rate: float = 5e-3
     warmup_steps: int = 50
 
     @property
@@ -81,7 +81,7 @@ def train(
     rng = random.Random(seed)
     skill = demonstrations.mixture(rng, recipe.skill_share)
     habit = demonstrations.mixture(rng, recipe.habit_share)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    optimizers = build_optimizers(model)
     model.train()
     for step in range(recipe.steps):
         source = skill if step < recipe.skill_steps else habit
@@ -91,11 +91,22 @@ def train(
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate_at(step)
-        optimizer.step()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate_at(step)
+            optimizer.step()
         yield loss.item()
     model.eval()
+
+
+def build_optimizers(model: Qwen2ForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices (AdamW alone needs three times the steps), AdamW for the rest."""
+    matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
+    others = [weight for weight in model.parameters() if not any(weight is matrix for matrix in matrices)]
+    return [
+        torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
 
 
 def collate(batch: list[Demonstration], tokenizer: Qwen2Tokenizer) -> tuple[Tensor, Tensor]:
