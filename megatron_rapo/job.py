@@ -43,6 +43,7 @@ class Job:
     observer: Observer
     placement: Placement
     architecture: Architecture
+    vocabulary: int
     prompts: PromptOrder
     collector: Collector
     evaluator: Evaluator | None
@@ -134,9 +135,10 @@ def open_job(config: RunConfig) -> Iterator[Job]:
         with observer.phase("load"):
             architecture = read_architecture(config.model.path)
             tokenizer = load_tokenizer(config)
+            vocabulary = min(len(tokenizer), architecture.vocabulary)
             prompts = _load_training_prompts(config, tokenizer)
         with observer.phase("start engines"):
-            collector = _open_collector(stack, config, placement, tokenizer)
+            collector = _open_collector(stack, config, placement, tokenizer, architecture.vocabulary)
         with observer.phase("build models"):
             total_updates = config.run.steps * config.updates_per_step
             policy = Policy(config.model, config.optimizer, architecture, placement, total_updates)
@@ -150,6 +152,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             observer=observer,
             placement=placement,
             architecture=architecture,
+            vocabulary=vocabulary,
             prompts=PromptOrder(prompts, seed=config.run.seed, shuffle=getattr(config.data, "shuffle", True)),
             collector=collector,
             evaluator=_open_evaluator(config, tokenizer, collector),
@@ -158,7 +161,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             objective=Objective(
                 config.algorithm,
                 temperature=config.rollout.temperature,
-                vocabulary=len(tokenizer),
+                vocabulary=vocabulary,
                 group=placement.tensor_group,
                 context_group=placement.context_group,
             ),
@@ -201,7 +204,11 @@ def _load_training_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase
 
 
 def _open_collector(
-    stack: ExitStack, config: RunConfig, placement: Placement, tokenizer: PreTrainedTokenizerBase
+    stack: ExitStack,
+    config: RunConfig,
+    placement: Placement,
+    tokenizer: PreTrainedTokenizerBase,
+    head_rows: int,
 ) -> Collector:
     """Rank 0 starts the servers that the run is not given; each head opens its own pool and verifier."""
     rollout = config.rollout
@@ -224,7 +231,7 @@ def _open_collector(
     pool = stack.enter_context(
         EnginePool(
             urls,
-            vocab_size=len(tokenizer),
+            vocab_size=head_rows,
             prompts_per_request=rollout.prompts_per_request,
             request_timeout=rollout.request_timeout_s,
             head=placement.data_rank,

@@ -33,7 +33,7 @@ def train(config: RunConfig) -> None:
             with phase("reward"):
                 scored = collector.share(collector.score(groups))
             with phase("annotate"):
-                minibatches = build_minibatches(scored, config, job.placement)
+                minibatches = build_minibatches(scored, config, job.placement, job.vocabulary)
                 job.policy.annotate(minibatches, job.objective)
                 if job.reference is not None:
                     job.reference.annotate(minibatches, job.objective)
@@ -42,5 +42,5 @@ def train(config: RunConfig) -> None:
             with phase("publish"):
                 job.publish(version=step)
             state = TrainState(step, job.prompts.position)
-            job.finish_step(state, {**summarise(scored), **job.throughput(scored), **metrics})
+            job.finish_step(state, {**summarise(scored, job.vocabulary), **job.throughput(scored), **metrics})
         job.end()

@@ -88,7 +88,7 @@ def _expected(config: RunConfig, dtype: torch.dtype) -> tuple[float, dict[str, T
         policy,
         reference,
         architecture,
-        make_samples(groups, batch_advantages(groups, config), config),
+        make_samples(groups, batch_advantages(groups, config), config, VOCABULARY),
         config.algorithm,
         temperature=TEMPERATURE,
         vocabulary=VOCABULARY,
@@ -119,7 +119,7 @@ def _computed(config: RunConfig, case: Case, dtype: str) -> tuple[float, dict[st
         context_group=placement.context_group,
     )
     groups = batch()[::-1] if case.permuted else batch()
-    minibatches = build_minibatches(groups, config, placement)
+    minibatches = build_minibatches(groups, config, placement, VOCABULARY)
     for microbatch in minibatches[0]:
         microbatch.old_log_probs = microbatch.engine_log_probs
     reference = _reference(model, architecture, placement, algorithm)

@@ -11,7 +11,7 @@ from megatron_rapo.reward.outcome import Outcome
 from megatron_rapo.reward.scoring import ScoredGroup
 
 
-def summarise(groups: Sequence[ScoredGroup]) -> Mapping[str, float]:
+def summarise(groups: Sequence[ScoredGroup], vocabulary: int) -> Mapping[str, float]:
     """Rewards, outcomes as shares of all responses, lengths, and how many groups can teach by comparison."""
     rewards = np.array([group.rewards for group in groups])
     responses = [response for group in groups for response in group.responses]
@@ -25,6 +25,7 @@ def summarise(groups: Sequence[ScoredGroup]) -> Mapping[str, float]:
         "rollout/response_tokens_mean": float(lengths.mean()),
         "rollout/response_tokens_max": float(lengths.max()),
         "rollout/truncated": sum(response.truncated for response in responses) / len(responses),
+        "rollout/outside_vocabulary": sum(r.leaves(vocabulary) for r in responses) / len(responses),
     }
 
 

@@ -17,9 +17,11 @@ from megatron_rapo.reward.scoring import ScoredGroup
 
 
 def build_minibatches(
-    groups: Sequence[ScoredGroup], config: RunConfig, placement: Placement
+    groups: Sequence[ScoredGroup], config: RunConfig, placement: Placement, vocabulary: int
 ) -> list[list[Microbatch]]:
     """Minibatches in the groups' order, each as this rank's packed microbatches.
+
+    `vocabulary` is the tokenizer's: a response with another token has no probability, and is masked.
 
     Every rank holds all groups and plans alike, so advantages, token weights and the number of microbatches
     agree without communication. Only this replica's microbatches, and of them only this context-parallel
@@ -28,7 +30,7 @@ def build_minibatches(
     size = config.minibatch_prompts
     advantages = batch_advantages(groups, config)
     minibatches = [
-        make_samples(groups[start : start + size], advantages[start : start + size], config)
+        make_samples(groups[start : start + size], advantages[start : start + size], config, vocabulary)
         for start in range(0, len(groups), size)
     ]
     layout = config.parallel
@@ -72,7 +74,10 @@ def batch_advantages(groups: Sequence[ScoredGroup], config: RunConfig) -> npt.ND
 
 
 def make_samples(
-    groups: Sequence[ScoredGroup], advantages: npt.NDArray[np.float64], config: RunConfig
+    groups: Sequence[ScoredGroup],
+    advantages: npt.NDArray[np.float64],
+    config: RunConfig,
+    vocabulary: int,
 ) -> list[Sample]:
     """The training samples of one minibatch, with token weights over all of it."""
     responses = [
@@ -80,7 +85,7 @@ def make_samples(
         for index, group in enumerate(groups)
         for number in range(len(group.responses))
     ]
-    kept = np.array([_counts(group, number, config.algorithm) for group, number, _ in responses])
+    kept = np.array([_counts(group, number, config.algorithm, vocabulary) for group, number, _ in responses])
     lengths = np.array([len(group.responses[number].token_ids) for group, number, _ in responses])
     weights = np.zeros(len(responses))
     if kept.any():
@@ -102,9 +107,10 @@ def make_samples(
     ]
 
 
-def _counts(group: ScoredGroup, number: int, algorithm: Algorithm) -> bool:
+def _counts(group: ScoredGroup, number: int, algorithm: Algorithm, vocabulary: int) -> bool:
     """Whether a response takes part in the loss."""
-    if algorithm.mask_truncated and group.responses[number].truncated:
+    response = group.responses[number]
+    if response.leaves(vocabulary) or (algorithm.mask_truncated and response.truncated):
         return False
     alike = len(set(group.rewards)) == 1
     if algorithm.groups_without_variance == "drop":

@@ -32,6 +32,13 @@ class Response:
         """Whether the response was cut at the length limit."""
         return self.finish_reason == "length"
 
+    def leaves(self, vocabulary: int) -> bool:
+        """Whether one of its tokens is no token of a tokenizer of that size.
+
+        Models' heads have spare rows, of tokens that do not exist; engines sample them, if hardly ever.
+        """
+        return int(self.token_ids.max()) >= vocabulary
+
 
 @dataclass(frozen=True)
 class RolloutGroup:

@@ -18,6 +18,7 @@ from megatron_rapo.reward.outcome import Outcome
 from megatron_rapo.reward.scoring import ScoredGroup
 from megatron_rapo.rollout.groups import Response
 
+VOCABULARY = 1000
 LENGTHS = [[3, 7], [5, 1], [2, 8], [6, 4]]
 CORRECT = [[True, False], [False, False], [True, True], [False, True]]
 
@@ -62,7 +63,7 @@ def config(parallel: dict[str, Any] | None = None, **algorithm: Any) -> RunConfi
 
 def minibatches(run: RunConfig, data_rank: int = 0, context_rank: int = 0) -> list[list[Microbatch]]:
     placement: Any = SimpleNamespace(data_rank=data_rank, context_rank=context_rank)
-    return build_minibatches(GROUPS, run, placement)
+    return build_minibatches(GROUPS, run, placement, VOCABULARY)
 
 
 def values(microbatches: list[Microbatch], name: str) -> dict[int, list[float]]:
@@ -154,3 +155,13 @@ def test_a_warm_up_that_never_ends_is_refused() -> None:
         RapoError, match=r"warmup_updates = 4 leaves none of the run's 4 updates at the full rate"
     ):
         validate(options, source="test")
+
+
+def test_a_response_with_a_token_that_does_not_exist_is_masked() -> None:
+    """The last group's last response is of token 311, which a tokenizer of 311 tokens lacks."""
+    placement: Any = SimpleNamespace(data_rank=0, context_rank=0)
+    batches = build_minibatches(GROUPS, config(), placement, 311)
+    predicted = {int(t) for microbatches in batches for m in microbatches for t in m.targets[m.is_response]}
+    assert predicted == {1, 11, 101, 111, 201, 211, 301}
+    last = sum(float(m.weights.sum()) for m in batches[1])
+    assert last == pytest.approx(1.0)

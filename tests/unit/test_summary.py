@@ -11,6 +11,7 @@ from megatron_rapo.reward.outcome import Outcome
 from megatron_rapo.reward.scoring import ScoredGroup
 from megatron_rapo.rollout.groups import Response
 
+VOCABULARY = 61
 C, W, T, X = Outcome.CORRECT, Outcome.WRONG, Outcome.TIMEOUT, Outcome.CRASH
 
 
@@ -40,20 +41,20 @@ GROUPS = [
 
 
 def test_rewards_and_outcomes_are_shares_of_all_responses() -> None:
-    found = summarise(GROUPS)
+    found = summarise(GROUPS, VOCABULARY)
     assert found["reward/mean"] == found["reward/correct"] == 3 / 8
     assert found["reward/wrong"] == 3 / 8
     assert found["reward/timeout"] == found["reward/crash"] == 1 / 8
 
 
 def test_groups_that_teach_nothing_are_counted() -> None:
-    found = summarise(GROUPS)
+    found = summarise(GROUPS, VOCABULARY)
     assert found["reward/groups_all_fail"] == 2 / 4
     assert found["reward/groups_without_variance"] == 3 / 4
 
 
 def test_lengths_and_cut_responses() -> None:
-    found = summarise(GROUPS)
+    found = summarise(GROUPS, VOCABULARY)
     assert found["rollout/response_tokens_mean"] == pytest.approx(40 / 8)
     assert found["rollout/response_tokens_max"] == 9
     assert found["rollout/truncated"] == 3 / 8
@@ -61,3 +62,9 @@ def test_lengths_and_cut_responses() -> None:
 
 def test_the_trainer_sees_each_response_with_its_prompt() -> None:
     assert count_tokens(GROUPS) == (40, 40 + 2 * (3 + 2 + 5 + 1))
+
+
+def test_responses_with_tokens_that_do_not_exist_are_counted() -> None:
+    foreign = Response(np.array([3, VOCABULARY], np.int32), np.zeros(2, np.float32), 0, "stop")
+    strange = ScoredGroup(Prompt(0, "?", (1,), "!"), (foreign, foreign), (C, W))
+    assert summarise([*GROUPS, strange], VOCABULARY)["rollout/outside_vocabulary"] == 2 / 10
