@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
@@ -237,9 +236,16 @@ def _peak(name: str, shape: Shape, device: str, exact: bool) -> int:
             before = torch.cuda.memory_allocated()
             run_once(variant, x, exact)
             return torch.cuda.max_memory_allocated() - before - gradients
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, Linux only
+        before = _resident("VmRSS")
         run_once(variant, x, exact)
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - gradients
+        return _resident("VmHWM") - before - gradients
+
+
+def _resident(field: str) -> int:
+    """Bytes, of this process: VmRSS now, VmHWM at the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def logits_given(shape: Shape) -> dict[str, float]:

@@ -137,15 +137,20 @@ class _ChunkedLoss(torch.autograd.Function):
             loss += value
             gradient = chunk.gradient(upstream)
             torch.mm(gradient, weight, out=hidden_gradient[rows])
-            weight_gradient += gradient.T @ hidden[rows]
+            if hidden.dtype is accumulator:
+                weight_gradient.addmm_(gradient.T, hidden[rows])
+            else:
+                weight_gradient += gradient.T @ hidden[rows]
+            del chunk, gradient  # before the next chunk's logits are made
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
+        # In place: a copy of the head's gradient would be as large as the head.
         scale = upstream[0]
-        return hidden_gradient * scale, weight_gradient * scale, None, None, None, None
+        return hidden_gradient.mul_(scale), weight_gradient.mul_(scale), None, None, None, None
 
 
 def _distribution(
