@@ -28,7 +28,14 @@ setup(
         "uvicorn",
     ],
     extras_require={
-        "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff"],
+        "dev": [
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "triton; platform_system == 'Linux'",  # its interpreter checks the GPU kernels without a GPU
+        ],
         "gpu": ["apex", "transformer-engine[pytorch]"],
         "sglang": ["sglang"],
         "vllm": ["vllm"],

@@ -28,7 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rapo.loss.chunked import Head, ReferenceStates, chunked_loss
-from megatron_rapo.loss.rows import GradientTerms, Pull, row_sums, write_gradient
+from megatron_rapo.loss.kernels import row_sums, write_gradient
+from megatron_rapo.loss.rows import GradientTerms, Pull
 from megatron_rapo.loss.statistics import TokenStatistics
 from megatron_rapo.loss.vocabulary import VocabularyShard
 

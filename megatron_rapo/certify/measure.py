@@ -95,7 +95,8 @@ def _expected(config: RunConfig, dtype: torch.dtype) -> tuple[float, dict[str, T
         max_response_tokens=MAX_RESPONSE_TOKENS,
     )
     loss.backward()
-    return float(loss), {name: tensor.grad for name, tensor in policy.items() if tensor.grad is not None}
+    gradients = {name: tensor.grad for name, tensor in policy.items() if tensor.grad is not None}
+    return float(loss.detach()), gradients
 
 
 def _computed(config: RunConfig, case: Case, dtype: str) -> tuple[float, dict[str, Tensor]]:

@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rapo.loss.rows import GradientTerms, Pull, RowSums, row_sums, write_gradient
+from megatron_rapo.loss.kernels import row_sums, write_gradient
+from megatron_rapo.loss.rows import GradientTerms, Pull, RowSums
 from megatron_rapo.loss.vocabulary import VocabularyShard
 
 

@@ -124,6 +124,8 @@ def test_constraints_pin_every_requirement() -> None:
     pins, arguments = constraints(), setup_arguments()
     for text in [*arguments["install_requires"], *arguments["extras_require"]["dev"]]:
         requirement = Requirement(text)
+        if requirement.name == "triton":  # torch's build with CUDA pins its own
+            continue
         pinned = pins.get(canonicalize_name(requirement.name))
         assert pinned is not None, f"constraints.txt does not pin {requirement.name}"
         assert pinned in requirement.specifier, f"{requirement} excludes the pinned {pinned}"

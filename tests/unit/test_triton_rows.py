@@ -1,0 +1,76 @@
+"""The Triton kernels, under Triton's interpreter, against the PyTorch functions that they stand in for."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+
+import pytest
+import torch
+
+COLUMNS = 5000  # more than a block, and no multiple of one
+
+
+@pytest.fixture(scope="module")
+def errors() -> dict[str, float]:
+    pytest.importorskip("triton", reason="needs triton (in the extra `dev` on Linux)")
+    # The interpreter is chosen when triton is imported: in a process of its own.
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply_async(measure).get(timeout=300)
+    finally:
+        del os.environ["TRITON_INTERPRET"]
+
+
+CASES = ["none", "forward", "reverse", "both", "bfloat16", "masked", "no columns"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sums_and_gradient_equal_pytorch(errors: dict[str, float], case: str) -> None:
+    # In bf16 the gradient is rounded on writing, once in either implementation.
+    assert errors[case] <= (1e-2 if case == "bfloat16" else 2e-5)
+
+
+def measure() -> dict[str, float]:
+    """In a process whose Triton interprets: each case's largest relative difference."""
+    return {case: _difference(case) for case in CASES}
+
+
+def _difference(case: str) -> float:
+    from megatron_rapo.loss import rows, triton_rows
+
+    random = torch.Generator().manual_seed(0)
+    dtype = torch.bfloat16 if case == "bfloat16" else torch.float32
+    # A column more than the rows use, as padded vocabularies have it: the stride is not the width.
+    whole, other = (3.0 * torch.randn(3, COLUMNS + 1, generator=random).to(dtype) for _ in "ab")
+    logits, reference = whole[:, :COLUMNS], other[:, :COLUMNS]
+    if case == "masked":
+        logits[:, 7], reference[:, 7] = -torch.inf, -torch.inf
+    if case == "no columns":
+        logits, reference = logits[:, :0], reference[:, :0]
+    forward, reverse = case not in ("none", "reverse"), case in ("reverse", "both", "bfloat16", "masked")
+    phi = torch.tensor([0.3, 0.7, 1.0])
+    pull = rows.Pull(reference, phi, forward, reverse) if forward or reverse else None
+
+    expected, found = (module.row_sums(logits, 0.8, pull) for module in (rows, triton_rows))
+    worst = [_relative(a, b) for a, b in zip(found, expected, strict=True) if b is not None]
+    assert all((a is None) == (b is None) for a, b in zip(found, expected, strict=True))
+
+    one = torch.tensor([0.5, -1.0, 2.0])
+    terms = rows.GradientTerms(expected.maximum, one, 0.1 * one)
+    if forward:
+        terms = terms._replace(powers_maximum=expected.powers_maximum, pull=0.2 * one)
+    if reverse:
+        terms = terms._replace(reference_maximum=expected.reference_maximum, reference_slope=0.3 * one)
+    written = [logits.clone(), logits.clone()]
+    for module, target in zip((rows, triton_rows), written, strict=True):
+        module.write_gradient(target, 0.8, pull, terms)
+    return max([*worst, _relative(written[1], written[0])], default=0.0)
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    if not expected.numel():
+        return 0.0
+    scale = expected.double().abs().max().clamp(min=1e-6)
+    return float((found.double() - expected.double()).abs().max() / scale)
