@@ -142,12 +142,14 @@ class _ChunkedLoss(torch.autograd.Function):
             else:
                 weight_gradient += gradient.T @ hidden[rows]
             del chunk, gradient  # before the next chunk's logits are made
-        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        ctx.gradients = hidden_gradient, weight_gradient
         return loss
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_gradient, weight_gradient = ctx.saved_tensors
+        if ctx.gradients is None:
+            raise RuntimeError("this loss hands its gradient out once; compute it again for another backward")
+        (hidden_gradient, weight_gradient), ctx.gradients = ctx.gradients, None
         # In place: a copy of the head's gradient would be as large as the head.
         scale = upstream[0]
         return hidden_gradient.mul_(scale), weight_gradient.mul_(scale), None, None, None, None

@@ -144,3 +144,33 @@ def test_bfloat16_statistics_are_computed_in_fp32():
     logits = (hidden @ weight.T)[:, :VOCABULARY].float() / TEMPERATURE
     expected = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     torch.testing.assert_close(found.log_prob, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_backward_is_refused():
+    """The gradient is scaled in place: given twice, it would be scaled twice."""
+    hidden, weight, targets, *_ = inputs()
+    loss = chunked_loss(hidden, targets, head_of(weight), lambda s, rows: s.log_prob)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        loss.backward()
+
+
+def test_the_gradient_is_the_loss_s_slope():
+    """gradcheck's central difference; gradcheck itself goes backward twice."""
+    hidden, weight, targets, reference, coefficients = inputs()
+
+    def loss(hidden, weight):
+        def token_loss(s, rows):
+            values = s._asdict()
+            return sum(coefficients[i, rows] * values[name] for i, name in enumerate(FIELDS))
+
+        return chunked_loss(hidden, targets, head_of(weight), token_loss, reference)
+
+    loss(hidden, weight).backward()
+    along, step = [torch.randn_like(hidden), torch.randn_like(weight)], 1e-6
+    with torch.no_grad():
+        ahead, behind = (
+            loss(hidden + sign * step * along[0], weight + sign * step * along[1]) for sign in (1, -1)
+        )
+        slope = (hidden.grad * along[0]).sum() + (weight.grad * along[1]).sum()
+    torch.testing.assert_close((ahead - behind) / (2 * step), slope, rtol=1e-7, atol=1e-9)
