@@ -94,11 +94,6 @@ class MappedParameter:
     fusion: Fusion
     exported: bool
 
-    def slice_size(self, architecture: Architecture, index: int) -> int:
-        """Size of this rank's slice of HF tensor `index` along the cut, padding included."""
-        parts = self.fusion.split(self.parameter, architecture)
-        return parts[index].size(self.cut or 0)
-
 
 def mapped_parameters(chunks: Sequence[GPTModel], architecture: Architecture) -> Iterator[MappedParameter]:
     """Every parameter of this rank's chunks with the HF tensors that it holds slices of.
