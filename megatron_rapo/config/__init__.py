@@ -1,12 +1,15 @@
 """Typed configuration: TOML in, validated and resolved options out."""
 
 from megatron_rapo.config.algorithm import Algorithm
+from megatron_rapo.config.cluster import Slurm
 from megatron_rapo.config.data import ArithmeticData, CountdownData, Data, FileData
+from megatron_rapo.config.evaluation import Evaluate, Setting
 from megatron_rapo.config.load import load_config, validate
-from megatron_rapo.config.running import Checkpoint, Evaluate, Observe, Run
+from megatron_rapo.config.running import Checkpoint, Observe, Run
 from megatron_rapo.config.sampling import Reward, Rollout
 from megatron_rapo.config.schema import RunConfig
 from megatron_rapo.config.training import Model, Optimizer, Parallel
+from megatron_rapo.config.weights import Weights
 from megatron_rapo.config.write import to_toml
 
 __all__ = [
@@ -25,6 +28,9 @@ __all__ = [
     "Rollout",
     "Run",
     "RunConfig",
+    "Setting",
+    "Slurm",
+    "Weights",
     "load_config",
     "to_toml",
     "validate",

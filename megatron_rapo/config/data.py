@@ -8,15 +8,22 @@ from pydantic import Field, model_validator
 
 from megatron_rapo.config.section import PathOption, PositiveInt, Section
 
+_LABEL = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+_LABEL_MEANING = "What evaluations call it. Default: the file's name, or the task's."
+
 
 class FileData(Section):
     """Prompts from a JSONL or Parquet file."""
 
     source: Literal["file"]
+    label: str | None = Field(None, pattern=_LABEL, description=_LABEL_MEANING)
     path: PathOption = Field(description="A .jsonl or .parquet file, one problem a row.")
     prompt_field: str = Field("question", description="Field that holds the problem.")
     answer_field: str = Field(
         "answer", description="Field that holds the gold answer; rows without one are reported and dropped."
+    )
+    id_field: str | None = Field(
+        None, description="Field that names a problem. Default: `id` where a row has it, else its number."
     )
     template: Literal["plain", "chat"] = Field(
         "chat",
@@ -31,6 +38,11 @@ class FileData(Section):
 
     def without_effect(self) -> dict[str, str]:
         return {"system_prompt": 'template is "plain"'} if self.template == "plain" else {}
+
+    @property
+    def name(self) -> str:
+        """What its evaluation is filed under."""
+        return self.label or self.path.stem
 
     @model_validator(mode="after")
     def _check(self) -> FileData:
@@ -54,10 +66,16 @@ class CountdownData(Section):
     """Generated: reach a target with given numbers, each used once, by + − × ÷ and brackets."""
 
     source: Literal["countdown"]
+    label: str | None = Field(None, pattern=_LABEL, description=_LABEL_MEANING)
     numbers: Literal[3, 4] = Field(4, description="How many numbers a problem gives.")
     largest: int = Field(25, ge=2, le=99, description="Numbers are drawn from 1 to this.")
     operators: str = Field("+-*", description="Operators that a problem's hidden solution uses, of `+-*/`.")
     problems: PositiveInt = Field(10_000, description="Size of the training set.")
+
+    @property
+    def name(self) -> str:
+        """What its evaluation is filed under."""
+        return self.label or self.source
 
     @model_validator(mode="after")
     def _check(self) -> CountdownData:
@@ -70,10 +88,16 @@ class ArithmeticData(Section):
     """Generated: integer sums and products, answered in `\\boxed{}`."""
 
     source: Literal["arithmetic"]
+    label: str | None = Field(None, pattern=_LABEL, description=_LABEL_MEANING)
     terms: int = Field(2, ge=2, le=6, description="Numbers a problem combines.")
     digits: int = Field(2, ge=1, le=6, description="Digits of the largest number.")
     operators: str = Field("+-*", description="Operators, of `+-*`.")
     problems: PositiveInt = Field(10_000, description="Size of the training set.")
+
+    @property
+    def name(self) -> str:
+        """What its evaluation is filed under."""
+        return self.label or self.source
 
     @model_validator(mode="after")
     def _check(self) -> ArithmeticData:

@@ -87,6 +87,11 @@ def _section(name: str, section: type[Section], optional: bool) -> str:
     source = section.model_fields.get("source")
     suffix = f", source = {_kind(source.annotation, source.metadata)}" if source else ""
     rows = [_row(option, field) for option, field in section.model_fields.items()]
+    nested = [
+        _section(f"{name}.{option}", table, optional=True)
+        for option, field in section.model_fields.items()
+        for table in _own_tables(field.annotation)
+    ]
     return "\n".join(
         [
             f"## `[{name}]`{suffix.replace('`', '')}\n",
@@ -95,8 +100,14 @@ def _section(name: str, section: type[Section], optional: bool) -> str:
             "|---|---|---|---|",
             *rows,
             "",
+            *nested,
         ]
     )
+
+
+def _own_tables(annotation: Any) -> list[type[Section]]:
+    """The sections that a field's type names, but for those that the page has under a name of their own."""
+    return [section for section in sections_of(annotation) if section not in sections()]
 
 
 def _row(option: str, field: FieldInfo) -> str:
@@ -113,7 +124,7 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
     """A type in plain words: `integer > 0`, `"full"` or `"none"`, list of text."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if sections_of(annotation):
-        return "table like `[data]`"
+        return "table, below" if _own_tables(annotation) else "table like `[data]`"
     if origin is Annotated:
         base, field = arguments
         return _kind(base, [*metadata, *field.metadata])

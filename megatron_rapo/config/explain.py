@@ -43,7 +43,7 @@ def _key(location: tuple[int | str, ...]) -> str:
     """The option's full name. Behind a union's field pydantic names the member, which is no key."""
     key = ""
     for depth, part in enumerate(location):
-        if depth and location[:depth] in (("data",), ("evaluate", "data")):
+        if location[:depth] == ("data",) or (depth == 3 and location[:2] == ("evaluate", "data")):
             continue
         key += f"[{part}]" if isinstance(part, int) else f".{part}"
     return key.removeprefix(".")

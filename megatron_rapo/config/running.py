@@ -1,4 +1,4 @@
-"""The options of a run's course: where it writes, when it saves and evaluates, what it logs."""
+"""The options of a run's course: where it writes, when it saves, what it logs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_rapo.config.data import Data
-from megatron_rapo.config.section import PathOption, PositiveInt, Section
+from megatron_rapo.config.section import PathOption, PositiveFloat, PositiveInt, Section
 
 
 class Run(Section):
@@ -39,33 +38,19 @@ class Checkpoint(Section):
     )
 
 
-class Evaluate(Section):
-    """pass@k on held-out problems, before the first step and after the last; nothing without this table."""
-
-    problems: PositiveInt = Field(64, description="Held-out problems.")
-    samples: PositiveInt = Field(16, description="N: responses a problem.")
-    k: list[PositiveInt] = Field([1, 4, 16], description="The k of pass@k, each at most `samples`.")
-    every: PositiveInt | None = Field(
-        None, description="Also after every so many steps. Default: only before the first and after the last."
-    )
-    data: Data | None = Field(
-        None,
-        description="Where the problems come from. Default: the test split of a generated task; "
-        "training from a file needs one here.",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Evaluate:
-        if not self.k or max(self.k) > self.samples:
-            raise ValueError(f"k = {self.k} needs values from 1 to samples = {self.samples}")
-        return self
-
-
 class Observe(Section):
-    """Where metrics go besides metrics.jsonl and TensorBoard, which are always written."""
+    """Where metrics go besides metrics.jsonl and TensorBoard, which are always written, and their alarm."""
 
     wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases.")
     wandb_project: str | None = Field(None, description="Project in Weights & Biases.")
+    mismatch_alarm: PositiveFloat = Field(
+        0.1,
+        description="Mean absolute difference of trainer's and engines' log-probs at a step's tokens, in "
+        "nats (`mismatch/log_prob_mean`), beyond which more than rounding must be wrong (docs/mismatch.md).",
+    )
+    mismatch_action: Literal["warn", "stop"] = Field(
+        "warn", description="What then happens: a warning at each crossing, or the end of the run."
+    )
 
     def without_effect(self) -> dict[str, str]:
         return {"wandb_project": 'wandb is "off"'} if self.wandb == "off" else {}

@@ -13,11 +13,14 @@ from typing import Any
 from pydantic import model_validator
 
 from megatron_rapo.config.algorithm import Algorithm
+from megatron_rapo.config.cluster import Slurm
 from megatron_rapo.config.data import Data
-from megatron_rapo.config.running import Checkpoint, Evaluate, Observe, Run
+from megatron_rapo.config.evaluation import Evaluate, Setting
+from megatron_rapo.config.running import Checkpoint, Observe, Run
 from megatron_rapo.config.sampling import Reward, Rollout
 from megatron_rapo.config.section import Section
 from megatron_rapo.config.training import Model, Optimizer, Parallel
+from megatron_rapo.config.weights import Weights
 
 
 class RunConfig(Section):
@@ -29,11 +32,13 @@ class RunConfig(Section):
     data: Data
     rollout: Rollout
     reward: Reward = Reward()
+    weights: Weights = Weights()
     algorithm: Algorithm = Algorithm()
     optimizer: Optimizer = Optimizer()
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate | None = None
     observe: Observe = Observe()
+    slurm: Slurm | None = None
 
     @property
     def minibatch_prompts(self) -> int:
@@ -47,9 +52,36 @@ class RunConfig(Section):
 
     @property
     def verifier(self) -> str:
-        """The verifier's name: `reward.verifier`, or the one that belongs to the data."""
+        """The name of the training data's verifier."""
+        return self.verifier_of(self.data)
+
+    def verifier_of(self, data: Data) -> str:
+        """The name of a data set's verifier: `reward.verifier`, or the one that belongs to the source."""
         belonging = {"file": "math", "countdown": "countdown", "arithmetic": "integer"}
-        return self.reward.verifier or belonging[self.data.source]
+        chosen = self.reward.verifier
+        # Countdown's answers are no expressions that could be compared: it goes with its verifier alone.
+        if chosen is None or (data != self.data and "countdown" in (data.source, chosen)):
+            return belonging[data.source]
+        return chosen
+
+    @property
+    def evaluation_data(self) -> list[Data]:
+        """The data sets that are evaluated on."""
+        if self.evaluate is None:
+            return []
+        return [self.data] if self.evaluate.data is None else self.evaluate.data
+
+    @property
+    def evaluation_settings(self) -> list[Setting]:
+        """How they are sampled."""
+        if self.evaluate is None:
+            return []
+        return self.evaluate.settings or [Setting(temperature=self.rollout.temperature)]
+
+    @property
+    def probe_tolerance(self) -> float:
+        """What the engines' greedy log-probs may differ from the trainer's, in nats."""
+        return self.weights.probe_tolerance or {"bfloat16": 0.05, "float32": 1e-3}[self.model.dtype]
 
     @property
     def sequence_multiple(self) -> int:
@@ -65,6 +97,8 @@ class RunConfig(Section):
             self._check_warmup,
             self._check_rewards,
             self._check_evaluation,
+            self._check_colocation,
+            self._check_slurm,
         ]
         for check in checks:
             check()
@@ -109,6 +143,19 @@ class RunConfig(Section):
                 f'reward.verifier = "countdown" cannot check data.source = "{self.data.source}"; remove it'
             )
 
+    def _check_colocation(self) -> None:
+        transport = self.weights.transport
+        if self.rollout.colocated and transport in ("distributed", "shard"):
+            raise ValueError(
+                f'weights.transport = "{transport}" cannot serve rollout.colocated = true: NCCL takes no '
+                'two processes on one GPU; use "tensor"'
+            )
+        if self.optimizer.in_host_memory_during_rollouts and self.model.dtype == "float32":
+            raise ValueError(
+                'optimizer.in_host_memory_during_rollouts = true needs model.dtype = "bfloat16": in float32 '
+                "the optimizer works on the model's own parameters; remove it"
+            )
+
     def _check_evaluation(self) -> None:
         if self.evaluate is None:
             return
@@ -116,12 +163,31 @@ class RunConfig(Section):
             raise ValueError(
                 "evaluate.data is missing: training prompts from a file leave none held out; add it"
             )
-        if self.evaluate.data is not None and (
-            (self.evaluate.data.source == "countdown") != (self.data.source == "countdown")
-        ):
+        best = self.evaluate.best
+        if best is not None and best not in (names := self._evaluation_metrics()):
+            raise ValueError(f"evaluate.best = {best!r} is not measured; choose one of {', '.join(names)}")
+        for setting in self.evaluate.settings:
+            most = setting.max_response_tokens or self.rollout.max_response_tokens
+            if most > self.rollout.max_response_tokens:
+                raise ValueError(
+                    f"evaluate.settings max_response_tokens = {most} exceeds rollout.max_response_tokens = "
+                    f"{self.rollout.max_response_tokens}; lower it, or raise that"
+                )
+
+    def _evaluation_metrics(self) -> list[str]:
+        assert self.evaluate is not None
+        pairs = [(d.name, s.name) for d in self.evaluation_data for s in self.evaluation_settings]
+        prefixes = [""] if len(pairs) == 1 else [f"{data}/{setting}/" for data, setting in pairs]
+        kinds = [f"{kind}@{k}" for kind in ("pass", "maj") for k in self.evaluate.k]
+        return [prefix + kind for prefix in prefixes for kind in kinds]
+
+    def _check_slurm(self) -> None:
+        slurm, layout = self.slurm, self.parallel
+        if slurm is not None and slurm.ranks != layout.world_size:
             raise ValueError(
-                f'evaluate.data.source = "{self.evaluate.data.source}" needs another verifier than '
-                f'data.source = "{self.data.source}"; evaluate on the same kind of task'
+                f"slurm.trainer_nodes = {slurm.trainer_nodes} × slurm.ranks_per_node = "
+                f"{slurm.ranks_per_node} are {slurm.ranks} ranks, but [parallel] lays out "
+                f"{layout.world_size} (TP × PP × CP × DP); make them equal"
             )
 
     def resolved(self) -> dict[str, Any]:

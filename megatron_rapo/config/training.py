@@ -20,9 +20,15 @@ class Model(Section):
     """The policy, the frozen reference, and how they are computed."""
 
     path: PathOption = Field(description="HF model directory: config.json, safetensors, tokenizer files.")
+    checkpoint: PathOption | None = Field(
+        None,
+        description="Megatron checkpoint (torch_dist) whose weights training starts at, such as "
+        "`megatron-rapo convert to-megatron` or another Megatron trainer writes; `path` then gives "
+        "configuration, tokenizer, and what engines start with. Default: the weights of `path`.",
+    )
     reference_path: PathOption | None = Field(
         None,
-        description="HF directory of the reference. Default: `path`: training starts at it.",
+        description="HF directory of the reference. Default: the weights that training starts at.",
     )
     config: PathOption | None = Field(
         None,
@@ -105,6 +111,12 @@ class Optimizer(Section):
     )
     overlap_communication: bool = Field(
         False, description="Overlap gradient and parameter communication with compute; needs distributed."
+    )
+
+    in_host_memory_during_rollouts: bool = Field(
+        False,
+        description="Optimizer state waits in host memory, and gradient buffers are given up, while engines "
+        "sample: room for engines on the same GPUs (rollout.colocated).",
     )
 
     def without_effect(self) -> dict[str, str]:

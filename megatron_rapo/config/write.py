@@ -25,5 +25,9 @@ def _table(values: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
 
 
 def toml_value(value: Any) -> str:
-    """JSON's strings, numbers, booleans and lists are TOML's too, but for one character."""
+    """JSON's strings, numbers, booleans and lists are TOML's too, but for one character and tables."""
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {toml_value(inner)}' for key, inner in value.items())} }}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml_value, value))}]"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -45,6 +45,7 @@ class Microbatch:
         token_ids, position_ids, targets: int64.
         weights: fp32, of the token in the minibatch's loss; 0 where the target is no response token.
         rewards, advantages, engine_log_probs: fp32, of the predicted token.
+        response_positions: int64, of the predicted token in its response.
         sequences: int64, which of the packed sequences the position belongs to.
         lengths: padded length of each sequence, over all CP ranks.
         old_log_probs: fp32, under the policy that starts the step; None: the policy has not moved yet.
@@ -61,6 +62,7 @@ class Microbatch:
     rewards: Tensor
     advantages: Tensor
     engine_log_probs: Tensor
+    response_positions: Tensor
     sequences: Tensor
     lengths: list[int]
     old_log_probs: Tensor | None = None
@@ -139,6 +141,10 @@ def _fill(share: Sequence[int], lengths: Sequence[int], token_budget: int, count
     return bins + [[] for _ in range(count - len(bins))]
 
 
+_INTEGERS = ("token_ids", "position_ids", "targets", "response_positions")
+_FLOATS = ("weights", "rewards", "advantages", "engine_log_probs")
+
+
 def pack(
     samples: Sequence[Sample],
     *,
@@ -165,10 +171,8 @@ def pack(
         lengths.append(min(missing, longest))
         missing -= lengths[-1]
     total = sum(lengths)
-    integers = {name: np.zeros(total, np.int64) for name in ("token_ids", "position_ids", "targets")}
-    floats = {
-        name: np.zeros(total, np.float32) for name in ("weights", "rewards", "advantages", "engine_log_probs")
-    }
+    integers = {name: np.zeros(total, np.int64) for name in _INTEGERS}
+    floats = {name: np.zeros(total, np.float32) for name in _FLOATS}
     sequences = np.repeat(np.arange(len(lengths)), lengths)
     start = 0
     for sample, length in zip(samples, lengths, strict=False):
@@ -177,6 +181,7 @@ def pack(
         integers["targets"][start : start + tokens - 1] = sample.token_ids[1:]
         integers["position_ids"][start : start + length] = np.arange(length)
         response = slice(start + sample.prompt_tokens - 1, start + tokens - 1)
+        integers["response_positions"][response] = np.arange(tokens - sample.prompt_tokens)
         floats["weights"][response] = sample.token_weight
         floats["rewards"][response] = sample.reward
         floats["advantages"][response] = sample.advantage

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from megatron_rapo.data.prompts import Prompt, PromptSet
@@ -25,18 +27,23 @@ class PromptOrder:
         self.position = position
 
     @property
+    def size(self) -> int:
+        """Prompts of an epoch."""
+        return len(self._prompts)
+
+    @property
     def epoch(self) -> int:
         """Full passes over the set that lie behind `position`."""
         return self.position // len(self._prompts)
 
     def draw(self, count: int) -> list[Prompt]:
-        """The next `count` prompts; advances `position`."""
+        """The next `count` prompts, numbered as draws; advances `position`."""
         size = len(self._prompts)
         drawn: list[Prompt] = []
         while len(drawn) < count:
             start = self.position % size
             taken = self._epoch_order()[start : start + count - len(drawn)]
-            drawn += [self._prompts[place] for place in taken]
+            drawn += [replace(self._prompts[place], draw=self.position + i) for i, place in enumerate(taken)]
             self.position += len(taken)
         return drawn
 

@@ -15,12 +15,22 @@ class Prompt:
         question: the problem as its source gives it.
         token_ids: the templated prompt.
         answer: the gold answer, in the verifier's notation.
+        draw: which draw of the run this is (from 0): it tells the prompt from itself in
+            another epoch; 0 where prompts are not drawn from an order.
+        name: what its source calls it; None where it has no name.
     """
 
     index: int
     question: str
     token_ids: tuple[int, ...]
     answer: str
+    draw: int = 0
+    name: str | None = None
+
+    @property
+    def id(self) -> str:
+        """The source's name for it, or else its row."""
+        return str(self.index) if self.name is None else self.name
 
 
 @dataclass(frozen=True)

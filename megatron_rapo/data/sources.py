@@ -25,6 +25,7 @@ class Row:
     index: int
     question: str
     answer: str
+    name: str | None = None
 
 
 def read_file(data: FileData) -> list[Row]:
@@ -32,7 +33,7 @@ def read_file(data: FileData) -> list[Row]:
 
     Raises:
         RapoError: the file is missing or malformed, lacks a configured field in every row, or holds
-            something else than text in the question, or than text or a number in the answer.
+            something else than text in the question, or than text or a number in the answer or the id.
     """
     try:
         records = _read_parquet(data.path) if data.path.suffix == ".parquet" else _read_jsonl(data.path)
@@ -57,7 +58,8 @@ def read_file(data: FileData) -> list[Row]:
                 f"data file {data.path}, row {index}: field '{data.answer_field}' is {answer!r}, no text and "
                 "no number; set data.answer_field to a field with the gold answer alone"
             )
-        rows.append(Row(index, question if question and question.strip() else "", _answer_text(answer)))
+        text = question if question and question.strip() else ""
+        rows.append(Row(index, text, _answer_text(answer), _name(data, index, record)))
     return rows
 
 
@@ -104,6 +106,17 @@ def _require_field(path: Path, option: str, field: str, records: Sequence[Mappin
         raise RapoError(
             f"data file {path} has no field '{field}'; set data.{option} to one of its fields: {present}"
         )
+
+
+def _name(data: FileData, index: int, record: Mapping[str, Any]) -> str | None:
+    """The row's own name: of `id_field`, which every row must have then, or of `id` if it has one."""
+    name = record.get(data.id_field or "id")
+    if data.id_field is not None and (name is None or isinstance(name, bool | list | dict)):
+        raise RapoError(
+            f"data file {data.path}, row {index}: field '{data.id_field}' is {name!r}, neither text nor "
+            "number; set data.id_field to a field that names every row, or remove it"
+        )
+    return None if name is None or isinstance(name, bool | list | dict) else str(name)
 
 
 def _answer_text(answer: str | float | None) -> str:

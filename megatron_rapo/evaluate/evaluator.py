@@ -1,47 +1,135 @@
-"""pass@k on held-out problems, by the engines and verifier of the run."""
+"""Evaluation during training: the same samples each time, by the engines of the run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
-import numpy as np
+import pyarrow
+from transformers import PreTrainedTokenizerBase
 
-from megatron_rapo.config import Evaluate
-from megatron_rapo.data.prompts import PromptSet
-from megatron_rapo.evaluate.pass_at_k import mean_pass_at_k
+from megatron_rapo.config import RunConfig
+from megatron_rapo.evaluate.held_out import HeldOut, load_held_out, setting_records
+from megatron_rapo.evaluate.manifest import Manifest, ModelRecord, SettingRecord, now, software_versions
+from megatron_rapo.evaluate.plan import plan
+from megatron_rapo.evaluate.sampler import Sampler
+from megatron_rapo.evaluate.statistics import COLUMNS, Statistics, summarise
+from megatron_rapo.evaluate.store import SAMPLES, SampleStore, begin, remove
 from megatron_rapo.experience.collector import Collector
+from megatron_rapo.reward.verifier import Verifier
 
 
 class Evaluator:
-    """Samples the held-out problems, always the same and with the same seeds."""
+    """Samples the held-out problems with the same seeds each time; leaves them in `<run>/evaluations`.
 
-    def __init__(self, evaluate: Evaluate, problems: PromptSet, collector: Collector, seed: int) -> None:
-        self.evaluate = evaluate
-        self.problems = problems
+    Args:
+        collector: whose engines are asked; each head samples its share of the problems.
+        verifiers: by name, those of all data sets; this head's own, empty on other ranks.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        collector: Collector,
+        verifiers: Mapping[str, Verifier],
+    ) -> None:
+        assert config.evaluate is not None
+        self.config = config
+        self.evaluate = config.evaluate
+        self.tokenizer = tokenizer
         self.collector = collector
-        self.seed = seed
+        self.verifiers = verifiers
+        self.data_sets = load_held_out(config, tokenizer)
+        self.settings = setting_records(config)
 
-    def due(self, step: int, last_step: int) -> bool:
+    def due(self, step: int) -> bool:
         """Whether the weights after `step` are to be evaluated: the base, the last, and every so many."""
         every = self.evaluate.every
-        return step in (0, last_step) or (every is not None and step % every == 0)
+        return step in (0, self.config.run.steps) or (every is not None and step % every == 0)
 
-    def run(self, weight_version: int) -> Mapping[str, float]:
-        """`pass@k` for each k with its 95% interval (`…_low`, `…_high`), the same on all ranks.
+    def run(self, step: int) -> Mapping[str, float]:
+        """Evaluates the weights after `step`, which the engines must have; the same on all ranks.
 
-        All ranks must call it.
+        All ranks must call it. What an earlier attempt left of this step is sampled anew: its weights may
+        not have been the same to the last bit.
+
+        Returns:
+            `pass@k` and `maj@k` for each k, each with its 95% interval (`…_low`, `…_high`), mean length and
+            share of truncated responses; of several data sets or settings behind `DATA/SETTING/`.
         """
-        collector, samples = self.collector, self.evaluate.samples
-        groups = collector.sample(
-            self.problems.prompts, responses=samples, weight_version=weight_version, seed=self.seed
-        )
-        correct = collector.share([int(sum(group.rewards)) for group in collector.score(groups)])
+        placement = self.collector.placement
+        directory = self.config.run.directory / "evaluations" / f"step_{step:06d}"
+        manifest = self._manifest(step)
+        if placement.is_main:
+            remove(directory)
+            begin(directory, manifest, {held_out.name: held_out.problems for held_out in self.data_sets})
+        placement.share_from_main(None)
         metrics: dict[str, float] = {}
-        for k in self.evaluate.k:
-            estimate = mean_pass_at_k(np.array(correct), samples, k, seed=self.seed)
-            metrics |= {
-                f"pass@{k}": estimate.mean,
-                f"pass@{k}_low": estimate.low,
-                f"pass@{k}_high": estimate.high,
-            }
+        for held_out in self.data_sets:
+            for setting in self.settings:
+                mine = self._sample(held_out, setting, directory, step)
+                samples = pyarrow.concat_tables(placement.share_from_heads(mine))
+                statistics = summarise(
+                    samples,
+                    [prompt.id for prompt in held_out.prompts],
+                    self.evaluate.k,
+                    seed=self.config.run.seed,
+                )
+                several = len(self.data_sets) * len(self.settings) > 1
+                prefix = f"{held_out.name}/{setting.name}/" if several else ""
+                metrics |= {f"{prefix}{name}": value for name, value in _as_metrics(statistics).items()}
+        if placement.is_main:
+            manifest.model_copy(update={"finished": now()}).write(directory)
         return metrics
+
+    def _sample(self, held_out: HeldOut, setting: SettingRecord, directory: Path, step: int) -> pyarrow.Table:
+        """This head's share, stored; the columns that statistics need of it. Nothing on other ranks."""
+        placement, pool = self.collector.placement, self.collector.engines.pool
+        narrow = pyarrow.schema([SAMPLES.field(name) for name in COLUMNS])
+        tables = [narrow.empty_table()]
+        if pool is not None:
+            sampler = Sampler(
+                pool,
+                self.tokenizer,
+                weight_version=step,
+                seed=self.config.run.seed,
+                writer=placement.data_rank,
+            )
+            prompts = held_out.prompts[placement.data_rank :: placement.layout.data_parallel]
+            batches = plan(prompts, self.evaluate.samples, frozenset(), rows=self.evaluate.batch)
+            store = SampleStore(directory / held_out.name / setting.name, held_out.problems)
+            for samples in sampler.draw(batches, setting, self.verifiers[held_out.verifier], store):
+                rows = [{name: getattr(sample, name) for name in COLUMNS} for sample in samples]
+                tables.append(pyarrow.Table.from_pylist(rows, schema=narrow))
+        return pyarrow.concat_tables(tables)
+
+    def _manifest(self, step: int) -> Manifest:
+        run = self.config.run
+        return Manifest(
+            model=ModelRecord(path=str(self.config.model.path), run=str(run.directory), step=step),
+            data=tuple(held_out.record for held_out in self.data_sets),
+            settings=self.settings,
+            samples=self.evaluate.samples,
+            seed=run.seed,
+            verifier={held_out.name: held_out.verifier for held_out in self.data_sets},
+            prompts={held_out.name: held_out.prompts_fingerprint for held_out in self.data_sets},
+            versions=software_versions(),
+            started=now(),
+        )
+
+
+def _as_metrics(statistics: Statistics) -> Mapping[str, float]:
+    metrics: dict[str, float] = {}
+    for name, by_k in (("pass", statistics.pass_at_k), ("maj", statistics.majority_at_k)):
+        for k, estimate in by_k.items():
+            metrics |= {
+                f"{name}@{k}": estimate.mean,
+                f"{name}@{k}_low": estimate.low,
+                f"{name}@{k}_high": estimate.high,
+            }
+    return {
+        **metrics,
+        "response_tokens_mean": statistics.lengths.mean,
+        "truncated": statistics.truncated,
+    }

@@ -27,12 +27,13 @@ class Estimate:
     high: float
 
 
-def pass_at_k(correct: Integers, samples: int, k: int) -> Floats:
+def pass_at_k(correct: Integers, samples: int | Integers, k: int) -> Floats:
     """pass@k of each problem.
 
     Args:
         correct: `[problems]`, how many of a problem's samples are correct.
-        samples: N, samples of each problem.
+        samples: N, samples of each problem; `[problems]` where they have different numbers, which must not
+            have been chosen by their outcomes.
         k: from 1 to N.
 
     Returns:
@@ -42,22 +43,33 @@ def pass_at_k(correct: Integers, samples: int, k: int) -> Floats:
         ValueError: k is not from 1 to N, or a count not from 0 to N.
     """
     counts = np.asarray(correct)
+    if not isinstance(samples, int | np.integer):
+        values = np.empty(len(counts))
+        for number in np.unique(samples):
+            values[samples == number] = pass_at_k(counts[samples == number], int(number), k)
+        return values
     if not 1 <= k <= samples:
         raise ValueError(f"k = {k} is not from 1 to the {samples} samples of a problem")
     if counts.size and not (counts.min() >= 0 and counts.max() <= samples):
         raise ValueError(f"correct = {counts.min()} to {counts.max()} is not from 0 to {samples} samples")
-    solved: Floats = _by_count(samples, k)[counts]
+    solved: Floats = _by_count(int(samples), k)[counts]
     return solved
 
 
 def mean_pass_at_k(
-    correct: Integers, samples: int, k: int, *, seed: int, resamples: int = 10_000, confidence: float = 0.95
+    correct: Integers,
+    samples: int | Integers,
+    k: int,
+    *,
+    seed: int,
+    resamples: int = 10_000,
+    confidence: float = 0.95,
 ) -> Estimate:
     """Mean pass@k over problems, with its interval from `bootstrap_interval`.
 
     Args:
         correct: `[problems]`, how many of a problem's samples are correct.
-        samples: N, samples of each problem.
+        samples: N, as in `pass_at_k`.
         k: from 1 to N.
         seed: the same seed gives the same interval.
         resamples: bootstrap resamples.

@@ -2,61 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_rapo.config import Rollout
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.experience.engines import SharedEngines
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.reward.scoring import ScoredGroup, score_groups
 from megatron_rapo.reward.verifier import Verifier
 from megatron_rapo.rollout.groups import RolloutGroup
-from megatron_rapo.rollout.pool import EnginePool
 
 T = TypeVar("T")
 
 
 class Collector:
-    """Asks engines and verifier on heads; the other ranks of a replica receive what their head got."""
+    """Asks engines and verifier on heads; the other ranks of a replica receive what their head got.
+
+    Attributes:
+        recover: makes engines serve a version of the weights again, on all ranks, where a rollout has lost
+            too many; without it such a rollout is an error.
+    """
 
     def __init__(
         self,
         rollout: Rollout,
         placement: Placement,
         tokenizer: PreTrainedTokenizerBase,
-        pool: EnginePool | None,
+        engines: SharedEngines,
         verifier: Verifier | None,
     ) -> None:
-        """`pool` and `verifier` are this head's own; None on other ranks."""
+        """`verifier` is this head's own; None on other ranks."""
         self.rollout = rollout
         self.placement = placement
         self.tokenizer = tokenizer
-        self.pool = pool
+        self.engines = engines
         self.verifier = verifier
+        self.recover: Callable[[int], object] | None = None
 
     def sample(
         self, prompts: Sequence[Prompt], *, responses: int, weight_version: int, seed: int
     ) -> list[RolloutGroup]:
-        """This head's share of the prompts with their responses; nothing on other ranks.
+        """This head's share of the prompts with their responses; nothing on other ranks. All ranks call it.
+
+        What engines that failed leave open is sampled from those that are left, or that came back.
 
         Args:
             prompts: the same on all ranks.
             responses: of each prompt.
             weight_version: that must have sampled every token.
             seed: of this batch of samples.
+
+        Raises:
+            RapoError: engines refused, or too few are left.
         """
-        if self.pool is None:
-            return []
-        return self.pool.generate(
-            prompts[self.placement.data_rank :: self.placement.layout.data_parallel],
-            responses_per_prompt=responses,
-            max_response_tokens=self.rollout.max_response_tokens,
-            temperature=self.rollout.temperature,
-            weight_version=weight_version,
-            seed=seed,
-        )
+        mine = list(prompts[self.placement.data_rank :: self.placement.layout.data_parallel])
+        groups: dict[int, RolloutGroup] = {}
+
+        def ask() -> int:
+            """Samples what is missing here; how much still is."""
+            pool = self.engines.pool
+            if pool is None:
+                return 0
+            missing = [place for place in range(len(mine)) if place not in groups]
+            found = pool.generate(
+                [mine[place] for place in missing],
+                responses_per_prompt=responses,
+                max_response_tokens=self.rollout.max_response_tokens,
+                temperature=self.rollout.temperature,
+                weight_version=weight_version,
+                seed=seed,
+            )
+            answered = zip(missing, found, strict=True)
+            groups.update((place, group) for place, group in answered if group is not None)
+            return len(mine) - len(groups)
+
+        while self.engines.any_missing(ask()):
+            if self.recover is None:
+                raise self.engines.too_few()
+            self.recover(weight_version)
+        return [groups[place] for place in sorted(groups)]
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
         """Verifies this head's groups; nothing on other ranks."""

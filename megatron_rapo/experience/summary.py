@@ -7,12 +7,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from megatron_rapo.experience.batch import Batch
 from megatron_rapo.reward.outcome import Outcome
 from megatron_rapo.reward.scoring import ScoredGroup
 
 
-def summarise(groups: Sequence[ScoredGroup], vocabulary: int) -> Mapping[str, float]:
-    """Rewards, outcomes as shares of all responses, lengths, and how many groups can teach by comparison."""
+def summarise(batch: Batch, vocabulary: int) -> Mapping[str, float]:
+    """Rewards, outcomes as shares of all responses, lengths, and how many groups can teach by comparison.
+
+    Of the groups that the step trains on; `sampling/…` tells what was drawn for them.
+    """
+    groups = batch.groups
     rewards = np.array([group.rewards for group in groups])
     responses = [response for group in groups for response in group.responses]
     outcomes = Counter(outcome for group in groups for outcome in group.outcomes)
@@ -25,7 +30,9 @@ def summarise(groups: Sequence[ScoredGroup], vocabulary: int) -> Mapping[str, fl
         "rollout/response_tokens_mean": float(lengths.mean()),
         "rollout/response_tokens_max": float(lengths.max()),
         "rollout/truncated": sum(response.truncated for response in responses) / len(responses),
+        "rollout/weight_version": min(response.weight_version for response in responses),
         "rollout/outside_vocabulary": sum(r.leaves(vocabulary) for r in responses) / len(responses),
+        **batch.metrics(),
     }
 
 

@@ -1,4 +1,4 @@
-"""A rank's place in the job, as the launcher (`run_local` or torchrun) tells it through the environment."""
+"""A rank's place in the job, as the launcher (`run_local`, torchrun or srun) tells it in the environment."""
 
 from __future__ import annotations
 
@@ -34,13 +34,17 @@ class RankEnvironment:
 
     @classmethod
     def read(cls, environ: Mapping[str, str] = os.environ) -> RankEnvironment | None:
-        """This process's place, or None where no launcher started it (neither RANK nor WORLD_SIZE is set).
+        """This process's place, or None where no launcher started it.
+
+        Torchrun's variables are read where RANK or WORLD_SIZE is set, else srun's in a step of several tasks;
+        MASTER_ADDR and MASTER_PORT, which srun does not set, must then be in the environment. A batch script
+        and a step of one task (an interactive shell) are no ranks.
 
         Raises:
             RapoError: some variables are missing, are no numbers, or contradict each other.
         """
         if "RANK" not in environ and "WORLD_SIZE" not in environ:
-            return None
+            return cls._read_srun(environ)
         missing = [name for name in _NAMES if not environ.get(name)]
         if missing:
             raise RapoError(
@@ -68,6 +72,28 @@ class RankEnvironment:
                 )
         return place
 
+    @classmethod
+    def _read_srun(cls, environ: Mapping[str, str]) -> RankEnvironment | None:
+        tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+        if "SLURM_STEP_ID" not in environ or tasks == "1":
+            return None
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
+        if missing:
+            raise RapoError(
+                f"srun started {tasks} tasks, but the environment lacks {', '.join(missing)}; export the "
+                "first node's address and a free port of it, or start with `megatron-rapo train --slurm`"
+            )
+        return cls.read(
+            {
+                "RANK": environ["SLURM_PROCID"],
+                "LOCAL_RANK": environ["SLURM_LOCALID"],
+                "WORLD_SIZE": tasks,
+                "LOCAL_WORLD_SIZE": _tasks_of_node(environ),
+                "MASTER_ADDR": environ["MASTER_ADDR"],
+                "MASTER_PORT": environ["MASTER_PORT"],
+            }
+        )
+
     def variables(self) -> dict[str, str]:
         """The environment that `read` understands."""
         return {
@@ -90,3 +116,12 @@ class RankEnvironment:
                 f"WORLD_SIZE={self.world_size} ranks were started, but [parallel] lays out {expected} "
                 f"(TP × PP × CP × DP); start {expected}, or change [parallel]"
             )
+
+
+def _tasks_of_node(environ: Mapping[str, str]) -> str:
+    """Tasks of this node, from srun's `2(x3),1`: three nodes of two tasks, one of one."""
+    counts: list[str] = []
+    for part in environ["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        count, _, repeated = part.partition("(x")
+        counts += [count] * int(repeated.rstrip(")") or 1)
+    return counts[int(environ["SLURM_NODEID"])]

@@ -20,6 +20,7 @@ from megatron_rapo.data.batching import Microbatch
 from megatron_rapo.loss.audit import AUDIT_PARTS, audit_metrics, audit_parts
 from megatron_rapo.loss.chunked import Head, ReferenceStates, chunked_loss, chunked_statistics
 from megatron_rapo.loss.divergence import DIVERGENCES, LOG_RATIO_BOUNDS, AtToken, Needs, flattening
+from megatron_rapo.loss.mismatch import Mismatch
 from megatron_rapo.loss.policy_gradient import clipped_surrogate, importance_weight, with_sequence_value
 from megatron_rapo.loss.statistics import TokenStatistics
 from megatron_rapo.loss.vocabulary import VocabularyShard
@@ -40,6 +41,7 @@ class _Tokens:
     weights: Tensor
     advantages: Tensor
     engine_log_probs: Tensor
+    response_positions: Tensor
     old_log_probs: Tensor | None
     flattened_log_probs: Tensor | None
     reference_log_probs: Tensor | None
@@ -60,7 +62,6 @@ class Objective:
         "divergence",
         "entropy",
         "clipped",
-        "mismatch",
         "importance",
         "importance_square",
         "importance_corrected",
@@ -104,10 +105,6 @@ class Objective:
         shard = VocabularyShard.of(weight.size(0), self.vocabulary, self.group)
         return Head(weight, shard, self.temperature, self.algorithm.loss_chunk_tokens)
 
-    def log_probs(self, states: HeadStates, targets: Tensor) -> Tensor:
-        """`[tokens]`, log-probs of the targets."""
-        return chunked_statistics(states.hidden, targets, self.head(states.weight)).log_prob
-
     def reference_log_probs(self, states: HeadStates, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
         """The reference's log-probs of a microbatch's response tokens: as it is, and flattened."""
         chosen = microbatch.is_response
@@ -120,7 +117,7 @@ class Objective:
 
     def __call__(
         self, microbatch: Microbatch, policy: HeadStates, reference: HeadStates | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Mismatch]:
         """The microbatch's share of the loss.
 
         Args:
@@ -129,26 +126,31 @@ class Objective:
             reference: at these tokens, if `wants_reference_hidden`.
 
         Returns:
-            The loss (a sum), and `[len(parts)]` weighted sums in fp64.
+            The loss (a sum), `[len(parts)]` weighted sums in fp64, and how far engine and trainer are apart.
         """
         chosen = microbatch.is_response
         tokens = _Tokens(
             weights=microbatch.weights[chosen],
             advantages=microbatch.advantages[chosen],
             engine_log_probs=microbatch.engine_log_probs[chosen],
+            response_positions=microbatch.response_positions[chosen],
             old_log_probs=_chosen(microbatch.old_log_probs, chosen),
             flattened_log_probs=microbatch.flattened_log_probs,
             reference_log_probs=microbatch.reference_log_probs,
             sequence_log_ratios=self._sequence_log_ratios(microbatch, policy),
         )
         sums = torch.zeros(len(self.parts), dtype=torch.float64, device=chosen.device)
+        mismatch = Mismatch(chosen.device)
 
         def token_loss(statistics: TokenStatistics, rows: slice) -> Tensor:
-            loss, parts = self._token_loss(statistics, tokens.rows(rows))
-            weights = tokens.weights[rows].double()
+            chunk = tokens.rows(rows)
+            loss, parts = self._token_loss(statistics, chunk)
             with torch.no_grad():
+                weights = chunk.weights.double()
                 sums.add_(torch.stack([(weights * parts[name]).sum() for name in self.parts]))
-            return tokens.weights[rows] * loss
+                old = _old_log_prob(statistics, chunk)
+                mismatch.add(old, chunk.engine_log_probs, chunk.weights, chunk.response_positions)
+            return chunk.weights * loss
 
         states = None
         if reference is not None and self.wants_reference_hidden:
@@ -161,7 +163,7 @@ class Objective:
             )
         head = self.head(policy.weight)
         loss = chunked_loss(policy.hidden, microbatch.targets[chosen], head, token_loss, states)
-        return loss, sums
+        return loss, sums, mismatch
 
     def metrics(self, sums: Tensor) -> Mapping[str, float]:
         """Metrics of one update from its summed `[len(parts)]`: the loss, and weighted means."""
@@ -172,7 +174,6 @@ class Objective:
         names = ("policy", "divergence", "entropy", "clipped", "log_ratio_clamped", "not_finite")
         metrics |= {f"loss/{name}": means[name] for name in names}
         metrics |= {
-            "mismatch/log_prob_mean": means["mismatch"],
             "importance/mean": means["importance"],
             "importance/corrected": means["importance_corrected"],
             # Kish: (Σ w)² / (n Σ w²), the share of the samples that the reweighted ones are worth.
@@ -183,8 +184,7 @@ class Objective:
     def _token_loss(self, statistics: TokenStatistics, tokens: _Tokens) -> tuple[Tensor, dict[str, Tensor]]:
         """Each token's loss without its weight, and what is reported of it, `[tokens]` each."""
         algorithm, log_prob = self.algorithm, statistics.log_prob
-        # Until the step's first update the policy is the one that the step began with.
-        old = log_prob.detach() if tokens.old_log_probs is None else tokens.old_log_probs
+        old = _old_log_prob(statistics, tokens)
         log_ratio = log_prob - old
         if tokens.sequence_log_ratios is not None:
             log_ratio = with_sequence_value(log_prob, tokens.sequence_log_ratios)
@@ -221,7 +221,6 @@ class Objective:
                 "divergence": divergence,
                 "entropy": statistics.entropy,
                 "clipped": surrogate.clipped,
-                "mismatch": (old - tokens.engine_log_probs).abs(),
                 "importance": uncorrected,
                 "importance_square": uncorrected.square(),
                 "importance_corrected": (correction != 1.0) & (correction != uncorrected),
@@ -262,13 +261,19 @@ class Objective:
         chosen = microbatch.is_response
         if microbatch.old_log_probs is None:
             return torch.zeros_like(microbatch.weights[chosen])
-        log_ratio = self.log_probs(policy, microbatch.targets[chosen]) - microbatch.old_log_probs[chosen]
+        now = chunked_statistics(policy.hidden, microbatch.targets[chosen], self.head(policy.weight))
+        log_ratio = now.log_prob - microbatch.old_log_probs[chosen]
         sequence = microbatch.sequences[chosen]
         totals = log_ratio.new_zeros(2, len(microbatch.lengths))
         totals.index_add_(1, sequence, torch.stack([log_ratio, torch.ones_like(log_ratio)]))
         if self.context_group is not None:
             dist.all_reduce(totals, group=self.context_group)
         return (totals[0] / totals[1].clamp(min=1.0))[sequence]
+
+
+def _old_log_prob(statistics: TokenStatistics, tokens: _Tokens) -> Tensor:
+    """Under the policy that the step began with: until the step's first update, this one."""
+    return statistics.log_prob.detach() if tokens.old_log_probs is None else tokens.old_log_probs
 
 
 def _chosen(values: Tensor | None, chosen: Tensor) -> Tensor | None:

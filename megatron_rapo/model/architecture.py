@@ -94,11 +94,12 @@ def read_architecture(path: Path) -> Architecture:
     file = path if path.suffix == ".json" else path / "config.json"
     if not file.is_file():
         raise RapoError(f"model {path} has no config.json; name a HF model directory in model.path")
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(file)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
         raise RapoError(f"model configuration {file} cannot be read: {error}; copy it again") from error
     if config.model_type not in FAMILIES:
         raise RapoError(

@@ -15,17 +15,29 @@ def closing_summary(run_directory: Path) -> str:
     """The summary of a run from its metrics.jsonl, for people."""
     lines = (run_directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     metrics = [json.loads(line) for line in lines]
-    parts = [_rewards(metrics), *_pass_at_k(metrics), "", *_files(run_directory)]
-    return "\n".join(part for part in parts if part is not None)
+    return "\n".join([*metrics_summary(metrics), "", *_files(run_directory)])
 
 
-def _rewards(metrics: Sequence[Mapping[str, Any]]) -> str | None:
+def metrics_summary(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines for people: mean reward at both ends, and pass@k in a row for each evaluation; what there is."""
+    ends = reward_ends(metrics)
+    rewards = []
+    if ends is not None:
+        window, first, last = ends
+        rewards = [
+            f"mean reward: {first:.3f} over the first {window} steps, {last:.3f} over the last {window}"
+        ]
+    return rewards + _pass_at_k(metrics)
+
+
+def reward_ends(metrics: Sequence[Mapping[str, Any]]) -> tuple[int, float, float] | None:
+    """Steps averaged over, and the mean reward over the first and the last so many; None without rewards."""
     rewards = [line["reward/mean"] for line in metrics if line.get("reward/mean") is not None]
     if not rewards:
         return None
     window = min(WINDOW, len(rewards))
     first, last = (sum(part) / window for part in (rewards[:window], rewards[-window:]))
-    return f"mean reward: {first:.3f} over the first {window} steps, {last:.3f} over the last {window}"
+    return window, first, last
 
 
 def _pass_at_k(metrics: Sequence[Mapping[str, Any]]) -> list[str]:

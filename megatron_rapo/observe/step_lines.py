@@ -23,7 +23,7 @@ class StepLines:
         Raises:
             RapoError: a line before the last is no JSON object with a step.
         """
-        self.history = [] if resume_step is None else _lines_up_to(path, resume_step)
+        self.history = [] if resume_step is None else read_step_lines(path, resume_step)
         if path.exists():
             partial = path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(line) + "\n" for line in self.history), encoding="utf-8")
@@ -50,7 +50,12 @@ class StepLines:
         self._file.close()
 
 
-def _lines_up_to(path: Path, last_step: int) -> list[dict[str, Any]]:
+def read_step_lines(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
+    """The lines up to `last_step` (None: all), oldest first; none where there is no file.
+
+    Raises:
+        RapoError: a line before the last is no JSON object with a step.
+    """
     if not path.exists():
         return []
     lines = []
@@ -60,7 +65,7 @@ def _lines_up_to(path: Path, last_step: int) -> list[dict[str, Any]]:
             break  # The run was killed while it wrote this line: its step was not finished.
         try:
             values = json.loads(line)
-            kept = values["step"] <= last_step
+            kept = last_step is None or values["step"] <= last_step
         except (ValueError, TypeError, KeyError) as error:
             raise RapoError(
                 f"{path} line {number} is no step of a run ({error!r}); mend or remove that line"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,6 +41,13 @@ def choose_device() -> None:
             f"{devices} ranks on it"
         )
     torch.cuda.set_device(local_rank)
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this rank has had allocated on its GPU; on CPU, that its process has held."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def communication_backend() -> str:

@@ -86,11 +86,26 @@ class Placement:
         dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]  # type: ignore[return-value]
 
+    def largest(self, mine: float) -> float:
+        """The largest of all ranks' values, on all ranks."""
+        value = torch.tensor(mine, dtype=torch.float64)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.host_group)
+        return float(value)
+
     def sum_from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums over DP × CP what the last stages hold, for all stages. `values` `[n]`, in place."""
+        """Sums over DP × CP what the last stages hold, for all stages, in place."""
+        return self._reduce_from_last_stage(values, dist.ReduceOp.SUM)
+
+    def max_from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
+        """The maximum over DP × CP of what the last stages hold, for all stages, in place."""
+        return self._reduce_from_last_stage(values, dist.ReduceOp.MAX)
+
+    def _reduce_from_last_stage(
+        self, values: torch.Tensor, operation: dist.ReduceOp.RedOpType
+    ) -> torch.Tensor:
         if not self.is_last_stage:
             values.zero_()
-        dist.all_reduce(values, group=self.gradient_group)
+        dist.all_reduce(values, operation, group=self.gradient_group)
         if self.layout.pipeline_parallel > 1:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(values, src=last, group=self.pipeline_group)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_rapo.config import Optimizer
 from megatron_rapo.data.batching import Microbatch
+from megatron_rapo.loss.mismatch import Mismatch
 from megatron_rapo.loss.objective import HeadStates, Objective
 from megatron_rapo.model.build import Body
 from megatron_rapo.parallel.placement import Placement
@@ -55,8 +56,8 @@ def accumulate_gradients(
     objective: Objective,
     reference: Reference | None,
     placement: Placement,
-) -> Mapping[str, float]:
-    """Forward and backward of one minibatch into the gradient buffers; its metrics, the same on all ranks.
+) -> tuple[Mapping[str, float], Mismatch]:
+    """Forward and backward of one minibatch into the gradient buffers.
 
     Args:
         wrapped: this rank's chunks, gradient buffers zeroed.
@@ -64,19 +65,26 @@ def accumulate_gradients(
         objective: the loss.
         reference: which annotated it.
         placement: of this rank.
+
+    Returns:
+        The minibatch's metrics, and how far engine and trainer are apart on it; the same on all ranks.
     """
 
-    def loss(microbatch: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(microbatch: Microbatch, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, Mismatch]]:
         chosen = shared_tokens(hidden, placement)[microbatch.is_response]
         policy = HeadStates(chosen, wrapped[-1].module.head_weight)
         pull = None
         if reference is not None and objective.wants_reference_hidden:
             pull = reference.states(microbatch)
-        return objective(microbatch, policy, pull)
+        value, sums, mismatch = objective(microbatch, policy, pull)
+        return value, (sums, mismatch)
 
-    sums = run_forward_backward(wrapped, minibatch, loss)
+    reports = run_forward_backward(wrapped, minibatch, loss)
     device = minibatch[0].token_ids.device
     total = torch.zeros(len(objective.parts), dtype=torch.float64, device=device)
-    for part in sums:
-        total += part
-    return objective.metrics(placement.sum_from_last_stage(total))
+    mismatch = Mismatch(device)
+    for sums, of_microbatch in reports:
+        total += sums
+        mismatch.merge(of_microbatch)
+    mismatch.reduce(placement)
+    return objective.metrics(placement.sum_from_last_stage(total)), mismatch

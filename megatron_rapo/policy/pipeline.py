@@ -13,7 +13,6 @@ from torch import Tensor
 from megatron_rapo.data.batching import Microbatch
 
 T = TypeVar("T")
-Loss = Callable[[Microbatch, Tensor], tuple[Tensor, Tensor]]
 
 
 def run_forward(
@@ -43,28 +42,30 @@ def run_forward(
 
 
 def run_forward_backward(
-    chunks: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], loss: Loss
-) -> list[Tensor]:
+    chunks: Sequence[torch.nn.Module],
+    microbatches: Sequence[Microbatch],
+    loss: Callable[[Microbatch, Tensor], tuple[Tensor, T]],
+) -> list[T]:
     """Runs forward and backward; gradients are summed over microbatches, DP and CP.
 
     Args:
         chunks: this rank's model chunks, wrapped for data parallelism.
         microbatches: the same number on every rank of the job, of one length where PP > 1.
         loss: called on the last stage with each microbatch and its `[tokens / CP (/ TP), hidden]`; returns
-            the microbatch's share of the loss (a sum, already weighted) and metric sums.
+            the microbatch's share of the loss (a sum, already weighted) and what is reported of it.
 
     Returns:
-        The metric sums, in order, on the last stage; nothing elsewhere.
+        The reports, in order, on the last stage; nothing elsewhere.
     """
 
     def forward_step(iterator: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         microbatch = next(iterator)
         output = _forward(chunk, microbatch)
 
-        def reduce(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            value, metrics = loss(microbatch, hidden.squeeze(0))
+        def reduce(hidden: Tensor) -> tuple[Tensor, Tensor, T]:
+            value, report = loss(microbatch, hidden.squeeze(0))
             # The token count is Megatron's normaliser; the loss's weights already are one.
-            return value, torch.zeros((), dtype=torch.int, device=value.device), metrics
+            return value, torch.zeros((), dtype=torch.int, device=value.device), report
 
         return output, reduce
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,12 @@ from torch import Tensor
 from megatron_rapo.config import Model, Optimizer
 from megatron_rapo.data.batching import Microbatch
 from megatron_rapo.errors import RapoError
-from megatron_rapo.loss.objective import HeadStates, Objective
+from megatron_rapo.loss.chunked import Head, chunked_statistics
+from megatron_rapo.loss.mismatch import Mismatch
+from megatron_rapo.loss.objective import Objective
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.build import DTYPES, Body, build_chunks
+from megatron_rapo.parallel.device import device
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.gradients import accumulate_gradients, wrap
 from megatron_rapo.policy.hidden_states import whole_tokens
@@ -46,11 +49,20 @@ class Policy:
         """Builds the model, loads the HF weights of `model.path`, and prepares the optimizer.
 
         All ranks must call it together. `total_updates` is where the learning rate's decay ends.
+
+        Raises:
+            RapoError: the weights do not load, or `optimizer.in_host_memory_during_rollouts` has no effect.
         """
+        self._gives_way, self._gave_way = optimizer.in_host_memory_during_rollouts, False
+        if self._gives_way and device().type == "cpu":
+            raise RapoError(
+                "optimizer.in_host_memory_during_rollouts = true has no effect where the trainer computes on "
+                "the CPU; remove it"
+            )
         self.architecture = architecture
         self.placement = placement
         self.chunks: list[Body] = build_chunks(architecture, model, placement.layout)
-        load_weights(self.chunks, architecture, model.path, placement.tensor_rank)
+        load_weights(self.chunks, architecture, model.checkpoint or model.path, placement.tensor_rank)
         self.wrapped = wrap(self.chunks, optimizer)
         self.optimizer = _megatron_optimizer(self.wrapped, optimizer, DTYPES[model.dtype])
         self.schedule = _learning_rate_schedule(self.optimizer, optimizer, total_updates)
@@ -64,15 +76,22 @@ class Policy:
         if len(minibatches) == 1:
             return
         microbatches = [microbatch for minibatch in minibatches for microbatch in minibatch]
-
-        def log_probs(microbatch: Microbatch, hidden: Tensor) -> Tensor:
-            states = HeadStates(whole_tokens(hidden, self.placement), self.head_weight)
-            return objective.log_probs(states, microbatch.targets)
-
         for microbatch, values in zip(
-            microbatches, run_forward(self.wrapped, microbatches, log_probs), strict=False
+            microbatches, self.log_probs(microbatches, objective.head), strict=False
         ):
             microbatch.old_log_probs = values
+
+    def log_probs(self, microbatches: Sequence[Microbatch], head: Callable[[Tensor], Head]) -> list[Tensor]:
+        """`[tokens / CP]` log-probs of each microbatch's targets, on the last stage; nothing elsewhere.
+
+        `head` says how this rank's rows of the head are read. All ranks must call it together.
+        """
+
+        def collect(microbatch: Microbatch, hidden: Tensor) -> Tensor:
+            states = whole_tokens(hidden, self.placement)
+            return chunked_statistics(states, microbatch.targets, head(self.head_weight)).log_prob
+
+        return run_forward(self.wrapped, microbatches, collect)
 
     @property
     def head_weight(self) -> Tensor:
@@ -85,29 +104,51 @@ class Policy:
         """One optimizer update a minibatch.
 
         Returns:
-            Metrics, averaged over the updates; the same on all ranks.
+            Metrics, averaged over the updates (those of the mismatch over all tokens); the same on all ranks.
 
         Raises:
             RapoError: a loss or gradient is not finite.
         """
-        updates = [self._update(minibatch, objective, reference) for minibatch in minibatches]
-        return {name: sum(metrics[name] for metrics in updates) / len(updates) for name in updates[0]}
+        updates, mismatch = [], Mismatch(device())
+        for minibatch in minibatches:
+            metrics, of_minibatch = self._update(minibatch, objective, reference)
+            updates.append(metrics)
+            mismatch.merge(of_minibatch)
+        averaged = {name: sum(metrics[name] for metrics in updates) / len(updates) for name in updates[0]}
+        return {**averaged, **mismatch.metrics()}
 
     def _update(
         self, minibatch: Sequence[Microbatch], objective: Objective, reference: Reference | None
-    ) -> dict[str, float]:
+    ) -> tuple[dict[str, float], Mismatch]:
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-        metrics = dict(accumulate_gradients(self.wrapped, minibatch, objective, reference, self.placement))
+        found, mismatch = accumulate_gradients(self.wrapped, minibatch, objective, reference, self.placement)
+        metrics = dict(found)
         _check_finite(metrics)
         self.schedule.step(increment=1)
         _, gradient_norm, _ = self.optimizer.step()
         metrics["optimizer/gradient_norm"] = float(gradient_norm)
         metrics["optimizer/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         _check_finite(metrics)
-        return metrics
+        return metrics, mismatch
+
+    def make_room(self) -> None:
+        """Before rollouts: optimizer state to host memory, gradient buffers away, if the options say so."""
+        if self._gives_way and not self._gave_way:
+            self.optimizer.offload_to_cpu()
+            for chunk in self.wrapped:
+                chunk.offload_grad_buffers()
+            self._gave_way = True
+
+    def take_room(self) -> None:
+        """After rollouts: everything is where it computes again."""
+        if self._gave_way:
+            self.optimizer.restore_from_cpu()
+            for chunk in self.wrapped:
+                chunk.restore_grad_buffers()
+            self._gave_way = False
 
     def go_to_update(self, update: int) -> None:
         """Sets the learning rate's schedule to where it stands after `update` updates."""

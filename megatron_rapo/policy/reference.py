@@ -27,7 +27,7 @@ class Reference:
     """
 
     def __init__(self, model: Model, architecture: Architecture, placement: Placement) -> None:
-        """Builds the model and loads `model.reference_path` (default `model.path`).
+        """Builds the model and loads `model.reference_path` (default: what the policy starts at).
 
         Raises:
             RapoError: the weights do not load, or `model.reference_in_host_memory` has no effect.
@@ -40,7 +40,8 @@ class Reference:
                 "remove it"
             )
         self.chunks = build_chunks(architecture, model, placement.layout)
-        load_weights(self.chunks, architecture, model.reference_path or model.path, placement.tensor_rank)
+        weights = model.reference_path or model.checkpoint or model.path
+        load_weights(self.chunks, architecture, weights, placement.tensor_rank)
         for chunk in self.chunks:
             chunk.requires_grad_(False)
             chunk.eval()

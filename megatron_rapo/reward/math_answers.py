@@ -6,6 +6,7 @@ Imported in verifier processes only: SymPy can hang or eat memory on what a poli
 from __future__ import annotations
 
 import logging
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +15,8 @@ from math_verify import parse, verify
 
 RESPONSE_TAIL = 4096
 """Characters at a response's end in which its final answer must stand; bounds the extraction's time."""
+
+_INTEGER = re.compile(r"-?[0-9]{1,100}")
 
 # math-verify warns that its own time limits are off. They are: this process is killed instead, which also
 # ends what a signal handler cannot interrupt, such as one long multiplication of big integers.
@@ -36,11 +39,24 @@ def is_correct(response: str, answer: str) -> bool:
         Exception: whatever SymPy raises where it cannot compare the two.
     """
     gold = _parse_gold(answer)
-    predicted = _parse(response[-RESPONSE_TAIL:])
+    predicted = _parse_tail(response[-RESPONSE_TAIL:])
+    if _is_integer(gold) and _is_integer(predicted):
+        return int(gold[-1]) == int(predicted[-1])  # SymPy would simplify their difference, at length
     # SymPy tries some equalities at random points; seeded, the same two texts always compare the same.
     sympy.core.random.seed(0)
     # A parse is [expression, text]. Reversed, equal texts are found first, before any algebra.
     return verify(gold[::-1], predicted[::-1], timeout_seconds=None, raise_on_error=True)
+
+
+def final_answer(response: str) -> str | None:
+    """The response's final answer as text, by the same rules; None where there is none."""
+    found = _parse_tail(response[-RESPONSE_TAIL:])
+    return str(found[-1]) if found else None
+
+
+@lru_cache(maxsize=1)  # of the response that was just verified
+def _parse_tail(text: str) -> list[Any]:
+    return _parse(text)
 
 
 @lru_cache(maxsize=4096)
@@ -49,6 +65,11 @@ def _parse_gold(answer: str) -> list[Any]:
     if not gold:
         raise ValueError(f"the gold answer {answer!r} holds nothing to compare with")
     return gold
+
+
+def _is_integer(found: list[Any]) -> bool:
+    """Whether the answer is written as plain digits."""
+    return bool(found) and isinstance(found[-1], str) and _INTEGER.fullmatch(found[-1]) is not None
 
 
 def _parse(text: str) -> list[Any]:

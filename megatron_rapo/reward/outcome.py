@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -16,6 +17,18 @@ class Outcome(StrEnum):
     WRONG = "wrong"
     TIMEOUT = "timeout"
     CRASH = "crash"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """One verified response.
+
+    Attributes:
+        extracted: its final answer as the verifier read it; None where it found none, or did not finish.
+    """
+
+    outcome: Outcome
+    extracted: str | None = None
 
 
 def reward_of(outcome: Outcome) -> float:

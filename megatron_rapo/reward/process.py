@@ -11,7 +11,7 @@ import sys
 import time
 
 from megatron_rapo.errors import RapoError
-from megatron_rapo.reward.outcome import Outcome
+from megatron_rapo.reward.outcome import Outcome, Verification
 from megatron_rapo.reward.worker import READY, STARTUP_LIMIT_S
 
 _REAP_LIMIT_S = 30.0  # seconds for the kernel to end a process after SIGKILL
@@ -73,8 +73,8 @@ class VerifierProcess:
         self._verifying = True
         self.deadline = time.monotonic() + self._time_limit_s
 
-    def collect(self) -> Outcome | None:
-        """Takes what the process has to say: an outcome, or None if it has just become ready.
+    def collect(self) -> Verification | None:
+        """Takes what the process has to say: a verification, or None if it has just become ready.
 
         `alive` then tells whether the process survived it.
 
@@ -91,11 +91,11 @@ class VerifierProcess:
         if not self._ready:
             raise self._cannot_start(why)
         self._verifying = False
-        if word is Outcome.CRASH:
+        if word.outcome is Outcome.CRASH:
             logger.info("a verification raised %s", why)
         return word
 
-    def expire(self) -> Outcome:
+    def expire(self) -> Verification:
         """Kills the process, which has passed its deadline.
 
         Raises:
@@ -104,7 +104,7 @@ class VerifierProcess:
         self.kill()
         if not self._ready:
             raise self._cannot_start(f"it did not start within {STARTUP_LIMIT_S:.0f} s")
-        return Outcome.TIMEOUT
+        return Verification(Outcome.TIMEOUT)
 
     @property
     def alive(self) -> bool:
@@ -117,13 +117,13 @@ class VerifierProcess:
         self._process.kill()
         self._process.wait(_REAP_LIMIT_S)
 
-    def _collect_death(self) -> Outcome:
+    def _collect_death(self) -> Verification:
         status = self._process.wait(_REAP_LIMIT_S)
         self.connection.close()
         if not self._ready:
             raise self._cannot_start(f"it ended with status {status}")
         logger.info("a verifier process died with status %d", status)
-        return Outcome.TIMEOUT if status == -signal.SIGALRM else Outcome.CRASH
+        return Verification(Outcome.TIMEOUT if status == -signal.SIGALRM else Outcome.CRASH)
 
     def _cannot_start(self, why: str) -> RapoError:
         return RapoError(

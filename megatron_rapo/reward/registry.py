@@ -11,6 +11,8 @@ VERIFIERS = {
 }
 """Name (`reward.verifier`) to the `module:function` that decides; function(response, answer) → bool.
 
+A module may also have `final_answer(response)` → the answer as it reads it, or None.
+
 Addresses, not functions: only verifier processes import them, each the one that it needs.
 """
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from multiprocessing import connection
 from types import TracebackType
 
-from megatron_rapo.reward.outcome import Outcome
+from megatron_rapo.reward.outcome import Outcome, Verification
 from megatron_rapo.reward.process import VerifierProcess
 from megatron_rapo.reward.registry import verifier_address
 
@@ -41,13 +41,17 @@ class Verifier:
             for _ in range(workers):
                 self._processes.append(VerifierProcess(self._address, time_limit_s))
             while not all(process.ready for process in self._processes):
-                self._next_outcomes()
+                self._next_verifications()
         except BaseException:
             self.close()
             raise
 
     def score(self, items: Sequence[tuple[str, str]]) -> list[Outcome]:
-        """Verifies (response text, gold answer) pairs; the outcomes in the items' order.
+        """The outcomes of `verify`."""
+        return [verification.outcome for verification in self.verify(items)]
+
+    def verify(self, items: Sequence[tuple[str, str]]) -> list[Verification]:
+        """Verifies (response text, gold answer) pairs, in the items' order.
 
         Raises:
             RapoError: a process that was to replace a killed one cannot start.
@@ -55,20 +59,20 @@ class Verifier:
         """
         if not self._processes:
             raise RuntimeError("this Verifier is closed; score inside its `with` block")
-        outcomes: dict[int, Outcome] = {}
+        verified: dict[int, Verification] = {}
         waiting = deque(range(len(items)))
         verifying: dict[VerifierProcess, int] = {}
         try:
-            while len(outcomes) < len(items):
+            while len(verified) < len(items):
                 for process in list(self._processes):
                     if waiting and process.idle and self._submit(process, items[waiting[0]]):
                         verifying[process] = waiting.popleft()
-                for process, outcome in self._next_outcomes():
-                    outcomes[verifying.pop(process)] = outcome
+                for process, verification in self._next_verifications():
+                    verified[verifying.pop(process)] = verification
         except BaseException:
             self.close()
             raise
-        return [outcomes[index] for index in range(len(items))]
+        return [verified[index] for index in range(len(items))]
 
     def close(self) -> None:
         """Ends every process; may be called again."""
@@ -92,24 +96,24 @@ class Verifier:
             return False
         return True
 
-    def _next_outcomes(self) -> list[tuple[VerifierProcess, Outcome]]:
+    def _next_verifications(self) -> list[tuple[VerifierProcess, Verification]]:
         """Waits until a process has spoken or has passed its deadline, and replaces those that ended."""
         busy = [process for process in self._processes if not process.idle]
         soonest = min(process.deadline for process in busy)
         spoken = connection.wait([process.connection for process in busy], soonest - time.monotonic())
-        outcomes = []
+        verified = []
         for process in busy:
             if process.connection in spoken:
-                outcome = process.collect()
+                verification = process.collect()
             elif time.monotonic() >= process.deadline:
-                outcome = process.expire()
+                verification = process.expire()
             else:
                 continue
-            if outcome is not None:
-                outcomes.append((process, outcome))
+            if verification is not None:
+                verified.append((process, verification))
             if not process.alive:
                 self._replace(process)
-        return outcomes
+        return verified
 
     def _replace(self, process: VerifierProcess) -> None:
         process.kill()

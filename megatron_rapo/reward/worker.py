@@ -1,7 +1,7 @@
 """The verifier process: `python -m megatron_rapo.reward.worker FD MODULE:FUNCTION TIME_LIMIT_S`.
 
 Over the inherited socket FD it sends `(READY, "")` or `(FAILED, why)` once, then receives (response, answer)
-and sends (outcome, why) for each, until the other end is closed. It holds no state that a SIGKILL could
+and sends (verification, why) for each, until the other end is closed. It holds no state that a SIGKILL could
 damage. It enforces no limits of its own but those that keep it from outliving or starving the trainer.
 """
 
@@ -13,8 +13,9 @@ import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import NamedTuple
 
-from megatron_rapo.reward.outcome import Outcome
+from megatron_rapo.reward.outcome import Outcome, Verification
 
 READY = "ready"
 FAILED = "failed"
@@ -24,9 +25,15 @@ STARTUP_LIMIT_S = 300.0
 
 _ORPHAN_GRACE_S = 2.0  # the trainer kills at the limit; past this much more there is no trainer
 _LONGEST_REASON = 500  # characters; SymPy's messages can hold whole expressions
+_LONGEST_EXTRACTED = 200  # characters
 _MEMORY_LIMIT = 4 * 2**30  # bytes of address space; SymPy itself needs 0.1 GiB
 
-Check = Callable[[str, str], bool]
+
+class Check(NamedTuple):
+    """What decides, and what tells the answer that it read (its module's `final_answer`, if there is one)."""
+
+    is_correct: Callable[[str, str], bool]
+    final_answer: Callable[[str], str | None]
 
 
 def main(arguments: list[str]) -> None:
@@ -63,7 +70,8 @@ def _die_in(seconds: float) -> None:
 def _start(connection: Connection, address: str) -> Check | None:
     module, _, function = address.partition(":")
     try:
-        check: Check = getattr(importlib.import_module(module), function)
+        imported = importlib.import_module(module)
+        check = Check(getattr(imported, function), getattr(imported, "final_answer", lambda response: None))
     except Exception as error:  # whatever keeps it from starting is the trainer's to report
         connection.send((FAILED, repr(error)))
         return None
@@ -71,13 +79,15 @@ def _start(connection: Connection, address: str) -> Check | None:
     return check
 
 
-def _verify(check: Check, response: str, answer: str) -> tuple[Outcome, str]:
+def _verify(check: Check, response: str, answer: str) -> tuple[Verification, str]:
     try:
-        return (Outcome.CORRECT if check(response, answer) else Outcome.WRONG), ""
+        outcome = Outcome.CORRECT if check.is_correct(response, answer) else Outcome.WRONG
+        extracted = check.final_answer(response)
+        return Verification(outcome, extracted[:_LONGEST_EXTRACTED] if extracted else None), ""
     except MemoryError:
         raise  # a process that ran out of memory once is not used again
     except Exception as error:
-        return Outcome.CRASH, f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
+        return Verification(Outcome.CRASH), f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
 
 
 if __name__ == "__main__":

@@ -3,109 +3,254 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 
-from megatron_rapo.errors import RapoError
-from megatron_rapo.rollout.api_key import API_KEY_VARIABLE, api_key_from_environment
+from megatron_rapo.errors import EngineLost, RapoError
+from megatron_rapo.rollout.exchange import Diagnose, Exchange, NoSuchRoute
 
-Diagnose = Callable[[str], str | None]
-"""Says what is known of the server at a URL once a request to it has failed: None if nothing."""
-
-CONNECT_TIMEOUT_S = 10.0
 HEALTH_TIMEOUT_S = 5.0
 POLL_S = 0.1  # between two questions whether the server is ready
 CONTROL_TIMEOUT_S = 60.0  # for requests that are answered at once
-FLUSH_TIMEOUT_S = 10  # that a server may take to become idle
-EXCERPT = 500  # characters of an answer that an error shows
+FLUSH_TIMEOUT_S = 10.0  # that a server may take to become idle
+
+MemoryTag = Literal["weights", "kv_cache"]
 
 
-def http_client() -> httpx.AsyncClient:
-    """Connections to engines, with the API key of the environment if there is one."""
-    key = api_key_from_environment()
-    return httpx.AsyncClient(
-        headers={"Authorization": f"Bearer {key}"} if key else {},
-        trust_env=False,  # the environment's proxy is for the outside world
-        # `EngineClient` bounds each request as a whole.
-        timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
-        # None is kept: one that the server closes between two steps would look like a crash.
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-    )
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine says of itself.
+
+    Attributes:
+        model_path: the folder that it was started with, or last loaded.
+        weight_version: of its weights, as it spells it; `default` until the first update.
+        tensor_parallel: the ranks that its weights are spread over.
+        dtype: of its weights; `auto` is the checkpoint's.
+        takes_slices: whether it has `/update_weights_from_shards`, an extension of SGLang's contract.
+        update_sessions: whether updates stand between begin and end (SGLang from 0.5.21 on).
+    """
+
+    model_path: str
+    weight_version: str
+    tensor_parallel: int
+    dtype: str
+    takes_slices: bool
+    update_sessions: bool
 
 
 class EngineClient:
-    """Requests to one server. Each is bounded in time and fails with a `RapoError`.
+    """Requests to one server. Each is bounded in time.
+
+    All raise `EngineLost` where the server is gone, late, fails inside or sends what no engine sends, and a
+    plain `RapoError` where it refuses. Answers are never streamed: a group counts once it is complete, and an
+    event a token costs more than the token.
 
     Args:
         http: where connections come from; shared by the clients of a pool.
         url: the server's address, http://HOST:PORT.
-        timeout: seconds for the answer to one `generate` or `update_weights_from_disk`.
+        timeout: seconds for the answer to one `generate`, `post` or `update_weights_from_disk`.
         diagnose: asked for the reason when the connection fails.
     """
 
     def __init__(
         self, http: httpx.AsyncClient, url: str, *, timeout: float, diagnose: Diagnose | None = None
     ) -> None:
-        self.url = url.rstrip("/")
-        self._http = http
+        self._exchange = Exchange(http, url, diagnose)
         self._timeout = timeout
-        self._diagnose = diagnose
+        self._sessions: bool | None = None  # None: not asked yet
+        self._sizes: dict[str | None, int] = {}  # prompts of each request under way that has an id
+
+    @property
+    def url(self) -> str:
+        """The server's address."""
+        return self._exchange.url
 
     async def until_healthy(self, timeout: float) -> None:
         """Waits until the server is ready, `timeout` seconds at most."""
         deadline = time.monotonic() + timeout
-        while problem := await self._health_problem(deadline - time.monotonic()):
-            if self._diagnose and (reason := self._diagnose(self.url)):
-                raise RapoError(f"{self.url} did not become ready: {reason}")
+        while problem := await self._exchange.health_problem(
+            max(POLL_S, min(HEALTH_TIMEOUT_S, deadline - time.monotonic()))
+        ):
+            if reason := self._exchange.diagnosis():
+                raise EngineLost(f"{self.url} did not become ready: {reason}")
             if time.monotonic() > deadline:
-                raise RapoError(
+                raise EngineLost(
                     f"{self.url} was not ready within {timeout:g} s ({problem}); look into the server's log, "
                     "or raise rollout.startup_timeout_s"
                 )
             await asyncio.sleep(POLL_S)
 
-    async def _health_problem(self, remaining: float) -> str | None:
-        patience = max(POLL_S, min(HEALTH_TIMEOUT_S, remaining))
+    async def silence(self, patience: float) -> str | None:
+        """Why the server says nothing to a question that costs it nothing; None if it answers, in any way.
+
+        SGLang answers /health by generating, which waits while kernels are compiled or memory is released.
+        """
         try:
-            response = await self._http.get(f"{self.url}/health", timeout=patience)
-        except httpx.HTTPError as error:
-            return _named(error)
-        return None if response.status_code == 200 else f"status {response.status_code}"
+            await self._exchange.status("GET", "/model_info", timeout=min(HEALTH_TIMEOUT_S, patience))
+        except EngineLost as error:
+            return str(error)
+        return None
+
+    async def info(self) -> EngineInfo:
+        """What the server is, and which weights it has now."""
+        model = await self._ask("GET", "/model_info")
+        server = await self._ask("GET", "/server_info")
+        try:
+            return EngineInfo(
+                model_path=str(model["model_path"]),
+                weight_version=str(model["weight_version"]),
+                tensor_parallel=int(server["tp_size"]),
+                dtype=str(server["dtype"]),
+                takes_slices=bool(server.get("takes_slices", False)),
+                update_sessions=await self._has_sessions(),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            answers = {"/model_info": model, "/server_info": server}
+            raise self._exchange.malformed("", f"something that lacks {error}", answers) from None
 
     async def weight_version(self) -> str:
         """The version of the weights that the server has now, as it spells it."""
-        info = await self._json("GET", "/model_info", timeout=CONTROL_TIMEOUT_S)
+        info = await self._ask("GET", "/model_info")
         try:
             return str(info["weight_version"])
         except (KeyError, TypeError):
-            raise self._malformed("/model_info", "no weight_version", info) from None
+            raise self._exchange.malformed("/model_info", "no weight_version", info) from None
+
+    async def weights_checksum(self) -> tuple[str, dict[str, int]] | None:
+        """The version of the weights, and `tensor_checksum` of each under its HF name, in the engine's type.
+
+        None from an engine that has no such route: it is the embedded server's own.
+        """
+        path = "/weights_checksum"
+        try:
+            answer = await self._ask("GET", path, timeout=self._timeout)
+        except NoSuchRoute:
+            return None
+        try:
+            checksums = {name: int(value) for name, value in answer["checksums"].items()}
+            return str(answer["weight_version"]), checksums
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise self._exchange.malformed(path, "no checksums", answer) from None
 
     async def generate(
-        self, input_ids: Sequence[Sequence[int]], sampling_params: Sequence[dict[str, Any]]
+        self,
+        input_ids: Sequence[Sequence[int]],
+        sampling_params: Sequence[dict[str, Any]],
+        rid: str | None = None,
     ) -> list[dict[str, Any]]:
         """One response a prompt, in order, with log-probs: SGLang's answers as they are.
 
         Args:
             input_ids: the prompts' token ids.
             sampling_params: one for each prompt.
+            rid: what `abort` knows the request by, while it is under way.
         """
         body = {"input_ids": input_ids, "sampling_params": sampling_params, "return_logprob": True}
-        answers = await self._json("POST", "/generate", body, timeout=self._timeout)
+        if rid is not None:
+            body["rid"] = rid
+            self._sizes[rid] = len(input_ids)
+        try:
+            answers = await self.post("/generate", body)
+        finally:
+            self._sizes.pop(rid, None)
         if not isinstance(answers, list) or len(answers) != len(input_ids):
-            raise self._malformed("/generate", f"not a list of {len(input_ids)} responses", answers)
+            raise self._exchange.malformed("/generate", f"not a list of {len(input_ids)} responses", answers)
         return answers
 
-    async def update_weights_from_disk(self, model_path: Path, weight_version: str) -> None:
-        """Loads the safetensors checkpoint in `model_path`, a folder that the server can read.
+    async def abort(self, rid: str | None = None) -> None:
+        """Ends a request, or all, with what they have: their finish_reason is `abort`."""
+        if rid is None:
+            return await self._tell("/abort_request", {"abort_all": True})
+        # SGLang knows each prompt of a batch by an id of its own, and the batch by none.
+        for number in range(self._sizes.get(rid, 0)):
+            await self._tell("/abort_request", {"rid": f"{rid}_{number}"})
+        return None
 
-        Generation pauses and the cache is flushed first: an update that itself flushes the cache just after
-        a request has ended can kill SGLang 0.5.21.
+    async def pause(self, mode: Literal["abort", "retract", "in_place"]) -> None:
+        """Holds generation back. Requests under way are ended, or go on after `continue_generation`."""
+        await self._tell("/pause_generation", {"mode": mode})
+
+    async def continue_generation(self) -> None:
+        """Undoes `pause`."""
+        await self._tell("/continue_generation", {})
+
+    async def flush_cache(self) -> None:
+        """Forgets the keys and values of earlier requests, once the server is idle or paused.
+
+        Asked again and again, FLUSH_TIMEOUT_S seconds at most: where SGLang itself is told to wait, it waits
+        for requests that a pause holds back.
+        """
+        deadline = time.monotonic() + FLUSH_TIMEOUT_S
+        while True:
+            try:
+                return await self._tell("/flush_cache", {})
+            except EngineLost:
+                raise
+            except RapoError:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(POLL_S)
+
+    async def release_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Gives memory back; the server must be idle or paused. Released weights are lost."""
+        await self._tell("/release_memory_occupation", {"tags": list(tags)})
+
+    async def resume_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Takes it again. Weights hold nothing of use until an update has brought all of them."""
+        await self._tell("/resume_memory_occupation", {"tags": list(tags)})
+
+    async def post(self, path: str, body: Any, *, timeout: float | None = None) -> Any:
+        """The JSON answer to a JSON body, for the routes of weights.
+
+        Args:
+            path: of the route, `/update_weights_from_tensor` say.
+            body: its fields.
+            timeout: seconds; those of the client where None.
+        """
+        limit = self._timeout if timeout is None else timeout
+        return await self._exchange.json("POST", path, body, timeout=limit)
+
+    async def begin_update(self) -> None:
+        """Makes the server ready for weights: requests wait, no cache is left, the update is open.
+
+        In this order, since SGLang 0.5.21 can die of an update that itself flushes the cache just after a
+        request has ended. What fails is undone.
+        """
+        try:
+            await self._quiesce()
+            if await self._has_sessions():
+                await self._begin_session()
+        except RapoError:
+            await self.abandon_update()
+            raise
+
+    async def end_update(self) -> None:
+        """Closes the update, and lets requests through again."""
+        try:
+            if await self._has_sessions():
+                await self.post("/end_weight_update", {})
+        except RapoError:
+            await self._try_to_continue()
+            raise
+        await self.continue_generation()
+
+    async def abandon_update(self) -> None:
+        """After a failure: `end_update` as far as the server takes part. The failure is the one to report."""
+        if self._sessions is not False:
+            with suppress(RapoError):
+                await self.post("/end_weight_update", {})
+        await self._try_to_continue()
+
+    async def update_weights_from_disk(self, model_path: Path, weight_version: str) -> None:
+        """A whole update: loads the safetensors checkpoint in `model_path`, which the server can read.
+
+        It takes no session: SGLang prepares and finishes a checkpoint's weights by itself.
         """
         body = {
             "model_path": str(model_path.resolve()),
@@ -113,73 +258,46 @@ class EngineClient:
             "flush_cache": False,
             "abort_all_requests": False,
         }
-        await self._request("POST", "/pause_generation", {"mode": "retract"}, timeout=CONTROL_TIMEOUT_S)
+        path = "/update_weights_from_disk"
         try:
-            flush = f"/flush_cache?timeout={FLUSH_TIMEOUT_S}"
-            await self._request("POST", flush, {}, timeout=CONTROL_TIMEOUT_S + FLUSH_TIMEOUT_S)
-            result = await self._json("POST", "/update_weights_from_disk", body, timeout=self._timeout)
+            await self._quiesce()
+            answer = await self.post(path, body)
+            if not isinstance(answer, dict) or "success" not in answer:
+                raise self._exchange.malformed(path, "no success", answer)
         except RapoError:
-            with suppress(RapoError):  # this failure is the one to report, even if the server is gone by now
-                await self._continue()
+            await self._try_to_continue()
             raise
-        await self._continue()
-        if not isinstance(result, dict) or result.get("success") is not True:
-            raise self._malformed("/update_weights_from_disk", "no success", result)
+        await self.continue_generation()
 
-    async def _continue(self) -> None:
-        await self._request("POST", "/continue_generation", {}, timeout=CONTROL_TIMEOUT_S)
+    async def _quiesce(self) -> None:
+        await self.pause("retract")
+        await self.flush_cache()
 
-    async def _json(self, method: str, path: str, body: Any = None, *, timeout: float) -> Any:
-        response = await self._request(method, path, body, timeout=timeout)
+    async def _try_to_continue(self) -> None:
+        with suppress(RapoError):  # the server may be gone by now
+            await self.continue_generation()
+
+    async def _has_sessions(self) -> bool:
+        if self._sessions is None:
+            # A route that wants POST answers GET with 405.
+            status = await self._exchange.status("GET", "/begin_weight_update", timeout=CONTROL_TIMEOUT_S)
+            self._sessions = status != 404
+        return self._sessions
+
+    async def _begin_session(self) -> None:
+        path, body = "/begin_weight_update", {"selector": "all"}
         try:
-            return response.json()
-        except ValueError:
-            raise self._malformed(path, "not JSON", response.text) from None
+            await self.post(path, body)
+        except EngineLost:
+            raise
+        except RapoError:  # one is open: the trainer that began it is gone
+            with suppress(RapoError):  # the embedded server reports what that one lacked
+                await self.post("/end_weight_update", {})
+            await self.post(path, body)
 
-    async def _request(self, method: str, path: str, body: Any, *, timeout: float) -> httpx.Response:
-        what = f"{method} {self.url}{path}"
-        try:
-            async with asyncio.timeout(timeout):  # httpx bounds the pauses between bytes, not the whole
-                response = await self._http.request(method, self.url + path, json=body)
-        except TimeoutError:
-            raise self._failure(
-                f"{what} was not answered within {timeout:g} s",
-                "raise rollout.request_timeout_s, or ask for less at once (rollout.prompts_per_request)",
-            ) from None
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise self._failure(
-                f"{what}: cannot connect ({_named(error)})",
-                "check that the server runs and that the address is right",
-            ) from error
-        except httpx.HTTPError as error:
-            raise self._failure(
-                f"{what}: the connection was lost ({_named(error)})", "look into the server's log"
-            ) from error
-        if response.status_code == 401:
-            raise RapoError(
-                f"{what} answered 401: the server demands an API key; set {API_KEY_VARIABLE} to it"
-            )
-        if response.status_code != 200:
-            raise RapoError(
-                f"{what} answered status {response.status_code}: {_excerpt(response.text)}; "
-                "the reason stands in the answer or in the server's log"
-            )
-        return response
+    async def _ask(self, method: str, path: str, *, timeout: float = CONTROL_TIMEOUT_S) -> Any:
+        return await self._exchange.json(method, path, timeout=timeout)
 
-    def _failure(self, what: str, remedy: str) -> RapoError:
-        reason = self._diagnose(self.url) if self._diagnose else None
-        return RapoError(f"{what}; {reason or remedy}")
-
-    def _malformed(self, path: str, what: str, answer: Any) -> RapoError:
-        text = answer if isinstance(answer, str) else json.dumps(answer)
-        return RapoError(
-            f"{self.url}{path} answered {what}: {_excerpt(text)}; is this an SGLang server, 0.5.14 or later?"
-        )
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _excerpt(text: str) -> str:
-    return text if len(text) <= EXCERPT else f"{text[:EXCERPT]}… ({len(text)} characters)"
+    async def _tell(self, path: str, body: Any, *, timeout: float = CONTROL_TIMEOUT_S) -> None:
+        """Posts what is answered with no more than a status."""
+        await self._exchange.request("POST", path, body, timeout=timeout)

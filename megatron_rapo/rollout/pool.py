@@ -3,45 +3,52 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from megatron_rapo.data.prompts import Prompt
-from megatron_rapo.errors import RapoError
-from megatron_rapo.rollout.client import Diagnose, EngineClient, http_client
+from megatron_rapo.errors import EngineLost, RapoError
+from megatron_rapo.rollout.client import EngineClient, MemoryTag
+from megatron_rapo.rollout.dispatch import Dispatch
+from megatron_rapo.rollout.exchange import Diagnose, http_client
 from megatron_rapo.rollout.groups import RolloutGroup
-from megatron_rapo.rollout.responses import to_response
+from megatron_rapo.rollout.loop import BackgroundLoop, all_of
+from megatron_rapo.rollout.member import Member
+from megatron_rapo.rollout.membership import Membership
+from megatron_rapo.rollout.requests import GroupRequest, Sampling, check_prompts, split
+from megatron_rapo.rollout.revival import Reviver
+from megatron_rapo.rollout.watch import watch
 
 T = TypeVar("T")
-
-
-def sample_seed(seed: int, prompt_index: int, response: int) -> int:
-    """The seed of one response: a pure function of the run's seed for this step, the prompt and its number.
-
-    It does not depend on which data-parallel head asks, in which request, or of which server. 31 bits, since
-    SGLang keeps seeds as int32.
-    """
-    digest = hashlib.blake2b(f"{seed}/{prompt_index}/{response}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") >> 1
+MEMORY: Sequence[MemoryTag] = ("weights", "kv_cache")
 
 
 class EnginePool:
     """Servers that sample from the same policy, behind plain calls; a context manager.
 
-    Each data-parallel head has a pool of its own over the same addresses. Requests go to the servers in turn,
-    all at once.
+    Each data-parallel head has a pool of its own over the same addresses, and finds out by itself which
+    engines fail: one that does is out, and what it was asked goes to the others. Engines come back only
+    where weights are published: the main rank's pool revives them, sends them the weights, and all heads
+    then `use` those that have them.
 
     Args:
         urls: addresses of the servers, http://HOST:PORT.
         vocab_size: of the policy; token ids outside it are refused.
-        prompts_per_request: prompts that share one HTTP request.
-        request_timeout: seconds for one request's answer.
+        prompts_per_request: most prompts that share one HTTP request.
+        request_timeout: seconds for one request's answer; an engine that takes longer is lost.
         head: the data-parallel head's number: heads begin at different servers.
-        diagnose: says why the server at a URL is gone, where that can be known (`EmbeddedServers.diagnose`).
+        requests_per_engine: most requests of this head under way at one engine.
+        minimum_engines: with fewer live ones, sampling ends early and weights are not published.
+        health_interval: seconds between two looks at each engine's health; None: it is not looked at.
+        reviver: brings lost engines back; the main rank's pool has one.
+        diagnose: says why the server at a URL is gone, where that can be known (`LocalServers.diagnose`).
+
+    Attributes:
+        resent: requests that were sent again so far, since the engine that had them was lost.
     """
 
     def __init__(
@@ -52,18 +59,31 @@ class EnginePool:
         prompts_per_request: int,
         request_timeout: float,
         head: int = 0,
+        requests_per_engine: int = 32,
+        minimum_engines: int = 1,
+        health_interval: float | None = None,
+        reviver: Reviver | None = None,
         diagnose: Diagnose | None = None,
     ) -> None:
         if not urls:
             raise ValueError("a pool needs at least one server")
+        self.resent = 0
         self._vocab_size = vocab_size
         self._prompts_per_request = prompts_per_request
         self._head = head
-        self._runner = asyncio.Runner()
+        self._requests_per_engine = requests_per_engine
+        self._updating = False
+        self._resting: set[str] = set()  # engines that gave their memory back
         self._http = http_client()
-        self._clients = [
-            EngineClient(self._http, url, timeout=request_timeout, diagnose=diagnose) for url in urls
-        ]
+        self._members = Membership(
+            urls,
+            lambda url: EngineClient(self._http, url, timeout=request_timeout, diagnose=diagnose),
+            minimum=minimum_engines,
+            reviver=reviver,
+        )
+        self._loop = BackgroundLoop("engine pool")
+        if health_interval is not None:
+            self._loop.start(watch(self._to_watch, health_interval))
 
     def __enter__(self) -> Self:
         return self
@@ -71,28 +91,53 @@ class EnginePool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._runner.run(self._http.aclose())
-        self._runner.close()
+        self._loop.run(self._http.aclose())
+        self._loop.close()
+
+    # Who takes part
+
+    @property
+    def urls(self) -> list[str]:
+        """Addresses of the live engines, in order."""
+        return [member.url for member in self._members.live]
+
+    @property
+    def membership(self) -> int:
+        """Another number once an engine has left or come back, also one that came back at its old address."""
+        return self._members.changes
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Why each engine that is out is out, by address."""
+        return self._members.failures
 
     def wait_until_healthy(self, timeout: float) -> None:
         """Waits until every server is ready.
 
         Raises:
-            RapoError: one is not within `timeout` seconds, or is known to have ended.
+            RapoError: one is not within `timeout` seconds, is known to have ended, or serves another model.
         """
-        self._runner.run(_all(client.until_healthy(timeout) for client in self._clients))
+        self._loop.run(self._members.until_healthy(timeout))
 
-    def update_weights(self, model_path: Path, weight_version: int) -> None:
-        """Makes every server load a checkpoint, and reads back that it has.
+    def use(self, urls: Sequence[str]) -> None:
+        """Takes part with these engines alone from now on: those that have the newest weights."""
+        self._loop.run(self._members.use(urls))
+
+    def revive(self, lost: Mapping[str, str] | None = None) -> None:
+        """Brings back engines that were lost, for the weight update that follows.
+
+        A restart takes its time: as long as enough engines are live it goes on in the background, and the
+        engine takes part from a later `revive` on.
 
         Args:
-            model_path: HF folder with safetensors, which the servers can read.
-            weight_version: what these weights are called from now on.
+            lost: engines that other heads lost, with the reasons.
 
         Raises:
-            RapoError: a server refused them, or has another version afterwards.
+            RapoError: too few are live, and no more can be brought back.
         """
-        self._runner.run(_all(_update(client, model_path, weight_version) for client in self._clients))
+        self._loop.run(self._members.revive(lost or {}))
+
+    # Responses
 
     def generate(
         self,
@@ -103,106 +148,225 @@ class EnginePool:
         temperature: float,
         weight_version: int,
         seed: int,
-    ) -> list[RolloutGroup]:
-        """Samples responses to each prompt, with full support (no top-p, no top-k).
+        top_p: float = 1.0,
+        top_k: int = -1,
+        first_response: int = 0,
+    ) -> list[RolloutGroup | None]:
+        """Samples responses to each prompt; `Sampling` says how.
 
         Args:
-            prompts: each with its index, which its responses' seeds come from.
-            responses_per_prompt: responses of one group.
-            max_response_tokens: where a response is cut.
-            temperature: which log-probs include.
-            weight_version: that must have sampled every token.
-            seed: of this batch; another one for each step gives a repeated prompt other responses.
+            prompts: each with its index and draw, which its responses' seeds come from.
 
         Returns:
-            A group for each prompt, in the order of the prompts. What is drawn does not depend on how prompts
-            are spread over heads, requests and servers, beyond the rounding of logits in another batch.
+            A group for each prompt, in the order of the prompts; None where too few engines were left. What
+            is drawn does not depend on how prompts are spread over heads, requests and servers, nor on which
+            of these failed, beyond the rounding of logits in another batch.
 
         Raises:
-            RapoError: a server failed, or sent what cannot be trained on.
+            RapoError: a server refused, or sent what cannot be trained on.
         """
-        self._check(prompts)
-        size = self._prompts_per_request
-        sampling = _Sampling(responses_per_prompt, max_response_tokens, temperature, weight_version, seed)
-        requests = (
-            self._request(
-                self._clients[(self._head + i) % len(self._clients)], prompts[start : start + size], sampling
-            )
-            for i, start in enumerate(range(0, len(prompts), size))
+        check_prompts(prompts, self._vocab_size)
+        sampling = Sampling(
+            responses_per_prompt,
+            max_response_tokens,
+            temperature,
+            weight_version,
+            seed,
+            top_p,
+            top_k,
+            first_response,
         )
-        return [group for groups in self._runner.run(_all(requests)) for group in groups]
-
-    def _check(self, prompts: Sequence[Prompt]) -> None:
-        """Refuses unknown token ids here: where one reaches SGLang 0.5.21, the whole server ends."""
-        for prompt in prompts:
-            if not prompt.token_ids:
-                raise RapoError(f"prompt {prompt.index} is empty; look at its row and at the template")
-            for token in (min(prompt.token_ids), max(prompt.token_ids)):
-                if not 0 <= token < self._vocab_size:
-                    raise RapoError(
-                        f"prompt {prompt.index} has token id {token}, but the policy's vocabulary has "
-                        f"{self._vocab_size}; use the tokenizer of the model that is trained"
-                    )
-
-    async def _request(
-        self, client: EngineClient, prompts: Sequence[Prompt], sampling: _Sampling
-    ) -> list[RolloutGroup]:
-        repeats = sampling.responses_per_prompt
-        answers = await client.generate(
-            [prompt.token_ids for prompt in prompts for _ in range(repeats)],
-            [sampling.params(prompt, i) for prompt in prompts for i in range(repeats)],
+        # By the engines of the start, live or not: a request is the same whatever fails.
+        size = min(self._prompts_per_request, max(1, -(-len(prompts) // self._members.size)))
+        requests, live = split(prompts, sampling, size), self._members.live
+        first = self._head % max(1, len(live))
+        work = Dispatch(
+            requests,
+            live[first:] + live[:first],
+            self._send,
+            per_engine=self._requests_per_engine,
+            minimum=self._members.minimum,
         )
-        responses = [
-            to_response(
-                answer,
-                weight_version=sampling.weight_version,
-                vocab_size=self._vocab_size,
-                max_tokens=sampling.max_response_tokens,
-                source=client.url,
+        self._loop.run(work.run())
+        self.resent += work.resent
+        groups: list[RolloutGroup | None] = []
+        for request, answer in zip(requests, work.answers, strict=True):
+            groups += answer if answer is not None else [None] * len(request.prompts)
+        return groups
+
+    async def _send(self, member: Member, request: GroupRequest) -> list[RolloutGroup]:
+        async def groups() -> list[RolloutGroup]:
+            answers = await member.client.generate(request.input_ids, request.sampling_params)
+            return request.groups(answers, self._vocab_size, member.url)
+
+        return await member.ask(groups())
+
+    # Weights
+
+    def release_memory(self) -> None:
+        """Has every live engine give back the memory of weights and cache; one that is lost then is out.
+
+        Raises:
+            RapoError: an engine refused.
+        """
+
+        async def release(member: Member) -> None:
+            with suppress(EngineLost):
+                await member.ask(member.client.release_memory(MEMORY))
+                self._resting.add(member.url)
+
+        self._loop.run(all_of(release(member) for member in self._members.live))
+
+    def resume_memory(self) -> None:
+        """Has those engines take it again, for a weight update that brings everything.
+
+        Raises:
+            EngineLost: an engine was lost meanwhile, and is out.
+            RapoError: an engine refused.
+        """
+
+        async def resume(member: Member) -> None:
+            await member.ask(member.client.resume_memory(MEMORY))
+            self._resting.discard(member.url)
+
+        resting = [member for member in self._members.live if member.url in self._resting]
+        self._loop.run(all_of(resume(member) for member in resting))
+
+    def tensor_parallel(self) -> list[int]:
+        """How many ranks each live engine spreads its weights over, in the order of `urls`."""
+        infos = self._loop.run(self._of_each(lambda client: client.info()))
+        return [info.tensor_parallel for info in infos]
+
+    def take_slices(self) -> bool:
+        """Whether every live engine takes slices of tensors from several trainer ranks."""
+        return all(info.takes_slices for info in self._loop.run(self._of_each(lambda client: client.info())))
+
+    def weights_checksums(self, dtype: str) -> dict[str, dict[str, int]]:
+        """The checksum of each tensor, by URL, of the live engines that tell them and compute in `dtype`.
+
+        Raises:
+            EngineLost: an engine was lost meanwhile, and is out.
+        """
+
+        async def checksums(client: EngineClient) -> dict[str, int] | None:
+            found = await client.weights_checksum()
+            return found[1] if found is not None and (await client.info()).dtype == dtype else None
+
+        every = zip(self.urls, self._loop.run(self._of_each(checksums)), strict=True)
+        return {url: found for url, found in every if found is not None}
+
+    def begin_update(self) -> None:
+        """Pauses generation, empties the cache and opens an update, in every live engine.
+
+        Where too few are live, others are brought back first.
+
+        Raises:
+            EngineLost: an engine was lost meanwhile, and is out. `abandon_update`, then begin again.
+            RapoError: an engine refused, or too few can be brought back.
+        """
+        self._updating = True
+        self.revive()
+        self._loop.run(self._of_each(lambda client: client.begin_update()))
+
+    def post(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> Future[list[Any]]:
+        """Sends each live engine a body, without waiting.
+
+        Args:
+            path: the route.
+            bodies: one for each of `urls`, in that order.
+
+        Returns:
+            The answers, in that order. The first failure is raised at once: an engine that is lost
+            (`EngineLost`) can hold up the others for ever.
+        """
+        members = self._members.live
+        if len(bodies) != len(members):
+            failed: Future[list[Any]] = Future()
+            failed.set_exception(
+                EngineLost(f"{len(bodies)} bodies for {len(members)} live engines: one was lost meanwhile")
             )
-            for answer in answers
-        ]
-        return [
-            RolloutGroup(prompt, tuple(responses[i * repeats : (i + 1) * repeats]))
-            for i, prompt in enumerate(prompts)
-        ]
+            return failed
+        return self._loop.start(
+            all_of(
+                member.ask(member.client.post(path, body))
+                for member, body in zip(members, bodies, strict=True)
+            )
+        )
+
+    def end_update(self, weight_version: int) -> None:
+        """Closes the update in every live engine, lets it generate, and reads the version back.
+
+        Raises:
+            EngineLost, RapoError: as `begin_update`; or an engine has another version.
+        """
+
+        async def end(client: EngineClient) -> None:
+            await client.end_update()
+            await _check_version(client, weight_version)
+
+        self._loop.run(self._of_each(end))
+        self._updating = False
+
+    def abandon_update(self) -> None:
+        """After a failure: lets the live engines generate again, as far as they can."""
+
+        async def abandon() -> None:
+            work = [member.client.abandon_update() for member in self._members.live]
+            await asyncio.gather(*work)
+
+        self._loop.run(abandon())
+        self._updating = False
+
+    def update_weights(self, model_path: Path, weight_version: int) -> None:
+        """Makes every live server load a checkpoint, and reads back that it has.
+
+        A server that is lost meanwhile is out; where too few are left then, others are brought back and
+        load it as well.
+
+        Args:
+            model_path: HF folder with safetensors, which the servers can read.
+            weight_version: what these weights are called from now on.
+
+        Raises:
+            RapoError: a server refused them or has another version afterwards, or too few are left.
+        """
+        self._updating = True
+        try:
+            self._loop.run(self._update_from_disk(model_path, weight_version))
+        finally:
+            self._updating = False
+
+    async def _update_from_disk(self, model_path: Path, weight_version: int) -> None:
+        updated: set[Member] = set()
+
+        async def load(client: EngineClient) -> None:
+            await client.update_weights_from_disk(model_path, str(weight_version))
+            await _check_version(client, weight_version)
+
+        async def update(member: Member) -> None:
+            try:
+                await member.ask(load(member.client))
+                updated.add(member)
+            except EngineLost:
+                pass  # it is out, which does not keep others from loading
+
+        await self._members.revive({})
+        while behind := [member for member in self._members.live if member not in updated]:
+            await all_of(update(member) for member in behind)
+            if len(self._members.live) < self._members.minimum:
+                await self._members.revive({})
+
+    async def _of_each(self, ask: Callable[[EngineClient], Coroutine[Any, Any, T]]) -> list[T]:
+        return await all_of(member.ask(ask(member.client)) for member in self._members.live)
+
+    def _to_watch(self) -> list[Member]:
+        """Those that must answer now. In an update engines may be silent; its requests have time limits."""
+        return [] if self._updating else self._members.live
 
 
-@dataclass(frozen=True)
-class _Sampling:
-    """The arguments of one `generate`."""
-
-    responses_per_prompt: int
-    max_response_tokens: int
-    temperature: float
-    weight_version: int
-    seed: int
-
-    def params(self, prompt: Prompt, response: int) -> dict[str, Any]:
-        return {
-            "max_new_tokens": self.max_response_tokens,
-            "temperature": self.temperature,
-            "top_p": 1.0,
-            "top_k": -1,
-            "sampling_seed": sample_seed(self.seed, prompt.index, response),
-        }
-
-
-async def _update(client: EngineClient, model_path: Path, weight_version: int) -> None:
-    await client.update_weights_from_disk(model_path, str(weight_version))
+async def _check_version(client: EngineClient, weight_version: int) -> None:
     if (found := await client.weight_version()) != str(weight_version):
         raise RapoError(
             f"{client.url} has weights version {found!r} after an update to {weight_version}: "
             "another run updates the same server; give every run its own"
         )
-
-
-async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results in order. The first failure ends the rest, and is raised as it is."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

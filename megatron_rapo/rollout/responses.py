@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rapo.errors import RapoError
+from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.rollout.groups import Response
 
 
@@ -23,7 +23,9 @@ def to_response(
         source: the server's address, for errors.
 
     Raises:
-        RapoError: the response was aborted, sampled by other weights, or is not what was asked for.
+        EngineLost: the response is none, was aborted, or sampled by other weights: the engine may be used
+            again once it has these.
+        RapoError: it is not what was asked for.
     """
     try:
         meta = answer["meta_info"]
@@ -35,13 +37,13 @@ def to_response(
         versions = [meta["weight_version"]]
         versions += [span["version"] for span in meta.get("weight_versions") or []]
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise RapoError(
+        raise EngineLost(
             f"{source} sent a response that lacks what SGLang sends ({error!r}): {str(answer)[:500]}; "
             "is this an SGLang server, 0.5.14 or later?"
         ) from error
     _check_versions(versions, weight_version, source)
     if finish not in ("stop", "length"):
-        raise RapoError(
+        raise EngineLost(
             f"{source} ended a response with finish_reason {meta['finish_reason']}, neither stop nor length; "
             "look into the server's log for why it was cut off"
         )
@@ -65,7 +67,7 @@ def to_response(
 def _check_versions(versions: list[Any], expected: int, source: str) -> None:
     for version in versions:
         if str(version) != str(expected):
-            raise RapoError(
+            raise EngineLost(
                 f"{source} sampled with weights version {version!r} in place of {expected}: it missed the "
-                "last update, or another run updates the same server; give every run its own servers"
+                "last update, was started anew, or another run updates it; give every run its own servers"
             )

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_rapo.checksum import tensor_checksum
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.parallel.placement import Placement
-from megatron_rapo.weights.parameter_map import mapped_parameters
+from megatron_rapo.weights.gather import StageWeights
+from megatron_rapo.weights.hf_directory import save_tensors, write_companions
+from megatron_rapo.weights.tensor_table import tensor_table
 
 FILE_BYTES = 4 << 30
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 
 
 def hf_tensors(
@@ -44,21 +34,17 @@ def hf_tensors(
     All TP ranks of the stage must exhaust it together. `value` says what of a parameter is exported: itself,
     or a tensor of its shape (its gradient, say).
     """
-    group = placement.tensor_group
-    for mapped in mapped_parameters(chunks, architecture):
-        if not mapped.exported:
+    weights = StageWeights(chunks, architecture, placement, value)
+    for tensor in tensor_table(architecture, placement.layout):
+        if tensor.stage != placement.pipeline_rank:
             continue
-        parts = mapped.fusion.split(value(mapped.parameter), architecture)
-        for name, part in zip(mapped.hf, parts, strict=True):
-            whole = part
-            if mapped.cut is not None and group.size() > 1:
-                shards = [torch.empty_like(part) for _ in range(group.size())]
-                dist.all_gather(shards, part.contiguous(), group=group)
-                whole = torch.cat(shards, dim=mapped.cut)
-            if name in ("model.embed_tokens.weight", "lm_head.weight"):
-                whole = whole[: architecture.vocabulary]
-            if placement.tensor_rank == 0:
-                yield name, whole.to("cpu", copy=True).contiguous()
+        whole = None
+        if placement.tensor_rank == 0:
+            local = weights.local(tensor.name)
+            whole = torch.empty(tensor.shape, dtype=local.dtype, device=local.device)
+        weights.gather(tensor, whole)
+        if whole is not None:
+            yield tensor.name, whole.cpu()
 
 
 def write_hf_model(
@@ -67,7 +53,7 @@ def write_hf_model(
     placement: Placement,
     directory: Path,
     companions_of: Path,
-) -> None:
+) -> dict[str, int]:
     """Writes a HF model directory that transformers and SGLang load; replica 0's stages write in parallel.
 
     Args:
@@ -76,28 +62,32 @@ def write_hf_model(
 
     All ranks must call it.
 
+    Returns:
+        The checksum of each tensor, on all ranks.
+
     Raises:
         RapoError: the directory cannot be written; nothing is left of it.
     """
     partial = directory.with_name(directory.name + ".partial")
     failure: str | None = None
     files: dict[str, str] = {}
+    checksums: dict[str, int] = {}
     if placement.is_main:
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier(group=placement.host_group)
     if placement.data_rank == 0 and placement.context_rank == 0:
-        tensors = hf_tensors(chunks, architecture, placement)
+        tensors = _summed(hf_tensors(chunks, architecture, placement), checksums)
         try:
             files = _write_files(tensors, partial, stage=placement.pipeline_rank)
         except OSError as error:
             failure = f"{error.strerror or error}"
             for _ in tensors:  # the other TP ranks of the stage are still gathering
                 pass
-    written: list[tuple[dict[str, str], str | None]] = [({}, None)] * dist.get_world_size()
-    dist.all_gather_object(written, (files, failure), group=placement.host_group)
-    failure = next((text for _, text in written if text), None)
+    written: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(written, (files, checksums, failure), group=placement.host_group)
+    failure = next((text for _, _, text in written if text), None)
     if placement.is_main and failure is None:
-        weight_map = {name: file for part, _ in written for name, file in part.items()}
+        weight_map = {name: file for part, _, _ in written for name, file in part.items()}
         failure = _finish_directory(partial, directory, weight_map, companions_of)
     failure = placement.share_from_main(failure)
     if failure is not None:
@@ -106,6 +96,14 @@ def write_hf_model(
         raise RapoError(
             f"model cannot be written to {directory}: {failure}; free space or choose another place"
         )
+    return {name: value for _, part, _ in written for name, value in part.items()}
+
+
+def _summed(tensors: Iterator[tuple[str, Tensor]], checksums: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, while their checksums are taken."""
+    for name, tensor in tensors:
+        checksums[name] = tensor_checksum(tensor)
+        yield name, tensor
 
 
 def _write_files(tensors: Iterator[tuple[str, Tensor]], directory: Path, stage: int) -> dict[str, str]:
@@ -118,10 +116,7 @@ def _write_files(tensors: Iterator[tuple[str, Tensor]], directory: Path, stage: 
             return
         directory.mkdir(parents=True, exist_ok=True)
         file = f"model-stage{stage:02d}-{len(set(files.values())):05d}.safetensors"
-        try:
-            save_file(pending, directory / file, metadata={"format": "pt"})
-        except Exception as error:  # safetensors reports a full disk as its own error type
-            raise OSError(None, str(error)) from error
+        save_tensors(pending, directory / file)
         files.update(dict.fromkeys(pending, file))
         pending.clear()
 
@@ -138,11 +133,7 @@ def _finish_directory(
 ) -> str | None:
     """Adds index and companion files, and moves the directory into place; returns what failed."""
     try:
-        index = {"metadata": {}, "weight_map": weight_map}
-        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-        for name in COMPANIONS:
-            if (companions_of / name).is_file():
-                shutil.copyfile(companions_of / name, partial / name)
+        write_companions(partial, companions_of, weight_map)
         if directory.exists():
             shutil.rmtree(directory)
         partial.rename(directory)

@@ -46,6 +46,10 @@ class HFTensors:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._files)
+
     def shape(self, name: str) -> list[int]:
         """Shape of the whole tensor."""
         return list(self._slices(name).get_shape())
@@ -56,6 +60,11 @@ class HFTensors:
         if dimension is None:
             return slices[:]
         return slices[start:stop] if dimension == 0 else slices[:, start:stop]
+
+    def close_files(self) -> None:
+        """Unmaps the files, whose pages count as this process's memory once read; `read` opens them again."""
+        self._open.clear()
+        self._stack.close()
 
     def _slices(self, name: str) -> Any:
         if name not in self._files:

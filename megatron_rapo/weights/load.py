@@ -1,9 +1,14 @@
-"""HF safetensors into this rank's shards: only the slices that it needs are read, one tensor at a time."""
+"""A HF model or a Megatron checkpoint into this rank's shards, one tensor at a time.
+
+Of safetensors, only the slices that the rank needs are read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -12,20 +17,47 @@ from torch import Tensor
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.weights.hf_files import HFTensors
+from megatron_rapo.weights.megatron_files import MegatronTensors, is_checkpoint
 from megatron_rapo.weights.parameter_map import MappedParameter, mapped_parameters
+
+
+class WholeTensors(Protocol):
+    """A model's tensors under their HF names."""
+
+    directory: Path
+
+    def shape(self, name: str) -> list[int]:
+        """Shape of the whole tensor."""
+
+    def read(self, name: str, dimension: int | None, start: int, stop: int) -> Tensor:
+        """`name`, or its part `start:stop` of `dimension`."""
+
+
+@contextmanager
+def open_tensors(path: Path, architecture: Architecture) -> Iterator[WholeTensors]:
+    """The tensors of a HF model directory or of a Megatron checkpoint, whichever `path` is.
+
+    Raises:
+        RapoError: files are missing or damaged, or the checkpoint is of another architecture.
+    """
+    if is_checkpoint(path):
+        yield MegatronTensors(path, architecture)
+    else:
+        with HFTensors(path) as tensors:
+            yield tensors
 
 
 def load_weights(
     chunks: Sequence[GPTModel], architecture: Architecture, directory: Path, tensor_rank: int
 ) -> None:
-    """Fills every parameter of this rank's chunks from a HF model directory.
+    """Fills every parameter of this rank's chunks from a HF model directory or a Megatron checkpoint.
 
     Padded vocabulary rows become zero. A rank holds no more than one tensor's slices beside its parameters.
 
     Raises:
         RapoError: weights are missing, damaged, or of another shape than the architecture's.
     """
-    with HFTensors(directory) as tensors, torch.no_grad():
+    with open_tensors(directory, architecture) as tensors, torch.no_grad():
         for mapped in mapped_parameters(chunks, architecture):
             parts = [
                 _local_part(tensors, mapped, architecture, index, tensor_rank)
@@ -35,7 +67,7 @@ def load_weights(
 
 
 def _local_part(
-    tensors: HFTensors, mapped: MappedParameter, architecture: Architecture, index: int, tensor_rank: int
+    tensors: WholeTensors, mapped: MappedParameter, architecture: Architecture, index: int, tensor_rank: int
 ) -> Tensor:
     name, local = mapped.hf[index], mapped.fusion.split(mapped.parameter, architecture)[index]
     whole = tensors.shape(name)

@@ -120,5 +120,69 @@ def mapped_parameters(chunks: Sequence[GPTModel], architecture: Architecture) ->
             yield MappedParameter(parameter, hf, rule.cut, rule.fusion, exported=rule is not TIED_HEAD)
 
 
+@dataclass(frozen=True)
+class StoredParameter:
+    """A parameter of the whole model, as Megatron checkpoints store it.
+
+    Attributes:
+        key: its name there. All layers share one: the checkpoint stacks them.
+        layer: its place in the stack, or None for the model's ends.
+        shape: of this layer's part, vocabulary rows unpadded.
+        hf: the HF tensors that it is a fusion of, with their shapes.
+    """
+
+    key: str
+    layer: int | None
+    shape: tuple[int, ...]
+    hf: dict[str, tuple[int, ...]]
+    fusion: Fusion
+
+
+def stored_parameters(architecture: Architecture) -> Iterator[StoredParameter]:
+    """Every parameter of the whole model, layer after layer: what a checkpoint of it holds."""
+    shapes = hf_shapes(architecture)
+    embedding, *last = [(None, rule) for rule in ENDS if rule.hf[0] in shapes]
+    layers = [(layer, rule) for layer in range(architecture.layers) for rule in LAYER if rule.hf[0] in shapes]
+    for layer, rule in [embedding, *layers, *last]:
+        # Checkpoints know Transformer Engine's names whatever the layers were made of.
+        name = rule.transformer_engine or rule.megatron
+        rows = sum(shapes[tensor][0] for tensor in rule.hf)
+        prefix = "" if layer is None else f"model.layers.{layer}."
+        yield StoredParameter(
+            key=name if layer is None else f"decoder.layers.{name}",
+            layer=layer,
+            shape=(rows, *shapes[rule.hf[0]][1:]),
+            hf={prefix + tensor: shapes[tensor] for tensor in rule.hf},
+            fusion=rule.fusion,
+        )
+
+
+def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Shapes of the HF tensors that the architecture has, by the names of the table."""
+    hidden, feed_forward, dim = architecture.hidden, architecture.feed_forward, architecture.head_dim
+    query, key_value = architecture.heads * dim, architecture.kv_heads * dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (query, hidden),
+        "self_attn.k_proj.weight": (key_value, hidden),
+        "self_attn.v_proj.weight": (key_value, hidden),
+        "self_attn.o_proj.weight": (hidden, query),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (feed_forward, hidden),
+        "mlp.up_proj.weight": (feed_forward, hidden),
+        "mlp.down_proj.weight": (hidden, feed_forward),
+        "model.embed_tokens.weight": (architecture.vocabulary, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not architecture.tied:
+        shapes["lm_head.weight"] = (architecture.vocabulary, hidden)
+    if architecture.attention_bias:
+        for name, rows in (("q", query), ("k", key_value), ("v", key_value)):
+            shapes[f"self_attn.{name}_proj.bias"] = (rows,)
+    if architecture.query_key_norm:
+        shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (dim,)
+    return shapes
+
+
 def _local_name(rule: Rule) -> str:
     return rule.transformer_engine if rule.transformer_engine and uses_transformer_engine() else rule.megatron

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_rapo.data.batching import Microbatch, Sample, pack, padded_length, plan_microbatches
+from megatron_rapo.parallel.device import device
 from megatron_rapo.parallel.placement import Placement
 
 # Fewer real tokens than head rows, so that padded rows must be masked out.
@@ -54,6 +55,7 @@ def _microbatches(
             total_tokens=token_budget,
             context_rank=placement.context_rank,
             context_ranks=layout.context_parallel,
+            device=device(),
         )
         for chosen in plan
     ]

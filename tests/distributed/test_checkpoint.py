@@ -21,12 +21,14 @@ from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.checkpoint.store import CheckpointStore
 from megatron_rapo.config import Parallel, RunConfig
 from megatron_rapo.config.load import validate
+from megatron_rapo.convert.to_hf import convert_to_hf
 from megatron_rapo.errors import RapoError
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.parallel.placement import Placement, arrange, process_groups
 from megatron_rapo.policy.policy import Policy
 from megatron_rapo.weights.export import hf_tensors
+from megatron_rapo.weights.hf_files import HFTensors
 from tests.distributed.jobs import layout, run_job
 from tests.distributed.minibatches import VOCABULARY, make_minibatches
 from tests.models import make_hf_model
@@ -93,6 +95,11 @@ def test_training_goes_on_as_if_it_had_never_stopped(measured: dict[str, Any], c
 @pytest.mark.parametrize("case", IDS)
 def test_weights_come_back_bit_for_bit(measured: dict[str, Any], case: str) -> None:
     assert measured[case]["same_weights"] is True
+
+
+@pytest.mark.parametrize("saved", sorted(SAVED))
+def test_a_checkpoint_becomes_a_hf_model_without_its_ranks(measured: dict[str, Any], saved: str) -> None:
+    assert measured["converted"][saved] is True
 
 
 def test_the_same_layout_goes_on_bit_for_bit(measured: dict[str, Any]) -> None:
@@ -226,11 +233,24 @@ def measure(base: Path, report: Path) -> None:
                 torch.equal(loaded[key], tensor) for key, tensor in weights[saved].items()
             )
             results[case] = {**trainer.train(range(1, 4)), "same_weights": same}
+        results["converted"] = _converted(base, weights) if everyone.is_main else None
         results["refused"] = _refusals(base)
         results["failed"] = _failed_saves(base)
         results["kept"] = _kept(base)
         if everyone.is_main:
             report.write_text(json.dumps(results))
+
+
+def _converted(base: Path, weights: dict[str, dict[str, torch.Tensor]]) -> dict[str, bool]:
+    """Whether each run's checkpoint, converted by one process, has the weights that its ranks had."""
+    same = {}
+    for saved, expected in weights.items():
+        convert_to_hf(base / saved, base / f"{saved} converted")
+        with HFTensors(base / f"{saved} converted") as tensors:
+            same[saved] = tensors.names() == expected.keys() and all(
+                torch.equal(tensors.read(name, None, 0, 0), tensor) for name, tensor in expected.items()
+            )
+    return same
 
 
 def _refusals(base: Path) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,24 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from safetensors.torch import load_file
 
 from megatron_rapo.config import Model, Parallel
+from megatron_rapo.convert.to_megatron import convert_to_megatron
 from megatron_rapo.data.batching import Microbatch, Sample, pack
-from megatron_rapo.model.architecture import read_architecture
-from megatron_rapo.model.build import build_chunks
+from megatron_rapo.model.architecture import Architecture, read_architecture
+from megatron_rapo.model.build import Body, build_chunks
 from megatron_rapo.parallel.context import gather_tokens, rank_major_order
 from megatron_rapo.parallel.placement import Placement, arrange, process_groups
 from megatron_rapo.policy.hidden_states import whole_tokens
 from megatron_rapo.policy.pipeline import run_forward
+from megatron_rapo.weights.buckets import Bucket
 from megatron_rapo.weights.export import write_hf_model
+from megatron_rapo.weights.gather import StageWeights
 from megatron_rapo.weights.load import load_weights
+from megatron_rapo.weights.stream import Wait, WeightStream
+from megatron_rapo.weights.tensor_table import tensor_table
 from tests.distributed.jobs import layout, run_job
 from tests.models import make_hf_model
 
@@ -53,6 +61,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "qwen2-mha": {"num_key_value_heads": 4},
 }
+BUCKET_BYTES = 2 * 15_000  # less than some tensors, more than others
 # Two microbatches: sequences of odd lengths packed together, and one alone.
 LENGTHS = [[9, 23, 2], [14]]
 
@@ -63,6 +72,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name in {model for model, _ in CASES}:
         family = name.split("-")[0].rstrip("3") if name.startswith("llama") else name.split("-")[0]
         make_hf_model(base / name, family=family, tied="tied" in name, **OVERRIDES.get(name, {}))
+        convert_to_megatron(base / name, base / f"{name} converted")
     return run_job(measure, base, directory=base)
 
 
@@ -74,6 +84,22 @@ def test_logits_equal_those_of_transformers(measured: dict[str, Any], model: str
 @pytest.mark.parametrize(("model", "name"), CASES)
 def test_exported_weights_are_bit_equal(measured: dict[str, Any], model: str, name: str) -> None:
     assert measured[f"{model} {name}"]["round_trip"] is True
+
+
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_megatron_itself_loads_the_converted_checkpoint(
+    measured: dict[str, Any], model: str, name: str
+) -> None:
+    """Megatron's loader, and this package's, which reads slices: both against what the HF model gave."""
+    assert measured[f"{model} {name}"]["megatron_loads"] is True
+    assert measured[f"{model} {name}"]["package_loads"] is True
+
+
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_streamed_weights_are_bit_equal(measured: dict[str, Any], model: str, name: str) -> None:
+    stream = measured[f"{model} {name}"]["stream"]
+    assert stream["same"] is True
+    assert stream["buckets"] > 4, "too few buckets to pass each slot more than once"
 
 
 def measure(base: Path, report: Path) -> None:
@@ -105,8 +131,57 @@ def _measure_case(path: Path, parallel: Parallel) -> dict[str, Any]:
     exported = path.parent / "exported"
     write_hf_model(chunks, architecture, placement, exported, companions_of=path)
     round_trip = _same_weights(path, exported) if placement.is_main else None
-    dist.barrier()
-    return {"difference": float(difference), "round_trip": round_trip}
+    checkpoint = path.with_name(f"{path.name} converted")
+    return {
+        "difference": float(difference),
+        "round_trip": round_trip,
+        "stream": _stream(path, architecture, chunks, placement),
+        "megatron_loads": _same_parameters(chunks, lambda: _load_as_megatron_does(chunks, checkpoint)),
+        "package_loads": _same_parameters(
+            chunks, lambda: load_weights(chunks, architecture, checkpoint, placement.tensor_rank)
+        ),
+    }
+
+
+def _load_as_megatron_does(chunks: list[Body], checkpoint: Path) -> None:
+    asked = {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
+    state = dist_checkpointing.load(asked, str(checkpoint / "release"))
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[f"model{number}"], strict=True)
+
+
+def _same_parameters(chunks: list[Body], load: Callable[[], None]) -> bool:
+    """Whether `load` gives the parameters, overwritten before, their values again; of all ranks."""
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    before = [parameter.detach().clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.data.fill_(7.0)
+    load()
+    same = all(torch.equal(now, then) for now, then in zip(parameters, before, strict=True))
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, same)
+    return all(answers)
+
+
+def _stream(path: Path, architecture: Architecture, chunks: list[Body], placement: Placement) -> Any:
+    """On the main rank: whether what arrives is the HF file, bit by bit, and in how many buckets."""
+    weights = StageWeights(chunks, architecture, placement)
+    table = tensor_table(architecture, placement.layout)
+    here = {t.name for t in table if t.stage == placement.pipeline_rank}
+    assert here == weights.names, "the table says otherwise than the model where tensors are"
+    stream = WeightStream(table, weights, placement, torch.float32, BUCKET_BYTES)
+    if not placement.is_main:
+        stream.run(None)
+        return None
+    received: dict[str, torch.Tensor] = {}
+
+    def deliver(bucket: Bucket, flat: torch.Tensor) -> Wait:
+        return lambda: received.update((t.name, view.clone()) for t, view in bucket.views(flat))
+
+    stream.run(lambda: deliver)
+    expected = load_file(path / "model.safetensors")
+    same = received.keys() == expected.keys() and all(torch.equal(received[n], expected[n]) for n in expected)
+    return {"same": same, "buckets": len(stream.buckets)}
 
 
 def _sequences() -> list[list[np.ndarray]]:

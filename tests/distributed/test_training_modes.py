@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -39,6 +40,7 @@ OBJECTIVE: dict[str, Any] = {
 # Rates and weights that move the loss by tens of percent in three steps, and the ratio beyond its clips.
 RATE, LOWEST, DECAY = 4e-3, 1e-3, 0.1
 STEPS = 3
+MISMATCHES = ("log_prob_mean", "log_prob_max", "kl", "kl/16_63")
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
 
 
@@ -117,6 +119,15 @@ def test_the_clip_takes_as_many_tokens_as_in_plain_pytorch(measured: dict[str, A
     assert found == pytest.approx(expected, abs=0.02)  # a token may stand on the clip's edge
 
 
+@pytest.mark.parametrize("name", EXACT)
+def test_mismatch_is_that_of_the_policy_each_step_began_with(measured: dict[str, Any], name: str) -> None:
+    """Over all of the step's minibatches: their largest, not their mean, and each token by its weight."""
+    for step, expected in zip(
+        measured[name]["mismatch"], measured[name]["expected"]["mismatch"], strict=True
+    ):
+        assert step == pytest.approx(expected, rel=5e-4)
+
+
 @pytest.mark.parametrize("name", list(MODES))
 def test_learning_rates_follow_their_formula(measured: dict[str, Any], name: str) -> None:
     assert measured[name]["rate"] == pytest.approx(measured[name]["expected"]["rate"], rel=1e-9)
@@ -166,6 +177,7 @@ def _train(base: Path, mode: Mode, placement: Placement) -> dict[str, Any]:
         "clipped": [metrics["loss/clipped"] for metrics in steps],
         "norm": [metrics["optimizer/gradient_norm"] for metrics in steps],
         "rate": [metrics["optimizer/learning_rate"] for metrics in steps],
+        "mismatch": [[metrics[f"mismatch/{name}"] for name in MISMATCHES] for metrics in steps],
         "exported": _exported(policy, architecture, placement),
     }
 
@@ -205,10 +217,11 @@ def plain_pytorch(base: Path, mode: Mode) -> dict[str, Any]:
     steps = []
     for step in range(STEPS):
         old = copy.deepcopy(model)
-        updates = []
+        updates, sampled = [], []
         for seed in _seeds(step, mode):
             adam.zero_grad()
-            loss, clipped = _loss(model, old, reference, seed)
+            loss, clipped, log_probs = _loss(model, old, reference, seed)
+            sampled.append(log_probs)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_gradient)
             rate = learning_rate(options, seed + 1, total)
@@ -216,9 +229,25 @@ def plain_pytorch(base: Path, mode: Mode) -> dict[str, Any]:
                 group["lr"] = rate
             adam.step()
             updates.append({"loss": loss.item(), "clipped": clipped, "norm": float(norm), "rate": rate})
-        steps.append({key: sum(u[key] for u in updates) / len(updates) for key in updates[0]})
+        averaged: dict[str, Any] = {key: sum(u[key] for u in updates) / len(updates) for key in updates[0]}
+        steps.append({**averaged, "mismatch": _mismatch(_seeds(step, mode), sampled)})
     exported = sum(float(p.detach().double().square().sum()) for p in model.parameters())
     return {**{key: [metrics[key] for metrics in steps] for key in steps[0]}, "exported": exported}
+
+
+def _mismatch(seeds: list[int], sampled: list[np.ndarray]) -> list[float]:
+    """`MISMATCHES` of the seeds' samples, by numpy; `sampled` are each seed's log-probs of all responses."""
+    samples = [sample for seed in seeds for sample in make_samples(seed)]
+    delta = np.concatenate(sampled) - np.concatenate([sample.engine_log_probs for sample in samples])
+    weight = np.concatenate([np.full(len(s.engine_log_probs), s.token_weight) for s in samples])
+    late = np.concatenate([np.arange(len(s.engine_log_probs)) for s in samples]) >= 16
+    divergence, size = np.exp(delta) - 1 - delta, np.abs(delta)
+    return [
+        float(np.average(size, weights=weight)),
+        float(size.max()),
+        float(np.average(divergence, weights=weight)),
+        float(np.average(divergence[late], weights=weight[late])),
+    ]
 
 
 def learning_rate(options: Optimizer, update: int, total: int) -> float:
@@ -232,8 +261,9 @@ def learning_rate(options: Optimizer, update: int, total: int) -> float:
     return options.min_learning_rate + share * (options.learning_rate - options.min_learning_rate)
 
 
-def _loss(model: Any, old: Any, reference: Any, seed: int) -> tuple[torch.Tensor, float]:
-    loss, clipped, weights = torch.zeros(()), 0.0, 0.0
+def _loss(model: Any, old: Any, reference: Any, seed: int) -> tuple[torch.Tensor, float, np.ndarray]:
+    """The minibatch's loss, its clipped share, and the log-probs under `old` of all its responses."""
+    loss, clipped, weights, sampled = torch.zeros(()), 0.0, 0.0, []
     low, high = 1 - OBJECTIVE["clip_low"], 1 + OBJECTIVE["clip_high"]
     for sample in make_samples(seed):
         ids = torch.from_numpy(sample.token_ids).long()
@@ -248,6 +278,7 @@ def _loss(model: Any, old: Any, reference: Any, seed: int) -> tuple[torch.Tensor
         with torch.no_grad():
             log_reference = log_softmax(reference)
             old_log_prob = log_softmax(old).gather(1, chosen)
+        sampled.append(old_log_prob.squeeze(1).numpy())
         ratio = (log_policy.gather(1, chosen) - old_log_prob).exp().squeeze(1)
         plain, bounded = ratio * sample.advantage, ratio.clamp(low, high) * sample.advantage
         entropy = -(log_policy.exp() * log_policy).sum(-1)
@@ -262,4 +293,4 @@ def _loss(model: Any, old: Any, reference: Any, seed: int) -> tuple[torch.Tensor
         loss = loss + sample.token_weight * per_token.sum()
         clipped += sample.token_weight * float((bounded < plain).sum())
         weights += sample.token_weight * len(per_token)
-    return loss, clipped / weights
+    return loss, clipped / weights, np.concatenate(sampled)

@@ -70,6 +70,14 @@ def test_whole_gradient_equals_plain_pytorch(measured: dict[str, Any], case: str
     assert measured[case]["gradient_error"] <= 1e-5
 
 
+@pytest.mark.parametrize("case", IDS)
+def test_mismatch_equals_numpy(measured: dict[str, Any], case: str) -> None:
+    """Its mean, maximum and KL, over all tokens and by position."""
+    expected = measured[case]["expected_mismatch"]
+    assert {name.rpartition("/")[2] for name in expected} > {"0_15", "16_63"}
+    assert measured[case]["mismatch"] == pytest.approx(expected, rel=1e-4)
+
+
 def samples() -> list[Sample]:
     """A minibatch of mixed lengths; the weights are arbitrary, so that any aggregation is covered."""
     random = np.random.default_rng(0)
@@ -86,13 +94,13 @@ def samples() -> list[Sample]:
     ]
 
 
-def plain_pytorch(path: Path, divergence: str) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradient by HF name."""
+def plain_pytorch(path: Path, divergence: str) -> tuple[float, dict[str, torch.Tensor], dict[str, float]]:
+    """Loss, gradient by HF name, and mismatch."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     reference = AutoModelForCausalLM.from_pretrained(f"{path}-reference", dtype=torch.float32)
-    loss = torch.zeros(())
+    loss, log_probs = torch.zeros(()), []
     for sample in samples():
         ids = torch.from_numpy(sample.token_ids).long()
         predicts = slice(sample.prompt_tokens - 1, -1)
@@ -102,6 +110,7 @@ def plain_pytorch(path: Path, divergence: str) -> tuple[float, dict[str, torch.T
             log_reference = (logits / TEMPERATURE).log_softmax(-1)
         chosen = ids[sample.prompt_tokens :, None]
         log_prob = log_policy.gather(1, chosen).squeeze(1)
+        log_probs.append(log_prob.detach().numpy())
         entropy = -(log_policy.exp() * log_policy).sum(-1)
         pull = torch.zeros_like(entropy)
         if divergence == "forward_exact":
@@ -115,7 +124,23 @@ def plain_pytorch(path: Path, divergence: str) -> tuple[float, dict[str, torch.T
         per_token = -ratio * sample.advantage + ALPHA * pull - BETA * entropy
         loss = loss + sample.token_weight * per_token.sum()
     loss.backward()
-    return float(loss), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradient = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return float(loss), gradient, plain_mismatch(log_probs)
+
+
+def plain_mismatch(log_probs: list[np.ndarray]) -> dict[str, float]:
+    """Of the samples, each with the trainer's log-probs of its response, by numpy."""
+    lengths = [len(of_sample) for of_sample in log_probs]
+    position = np.concatenate([np.arange(length) for length in lengths])
+    weight = np.repeat([sample.token_weight for sample in samples()], lengths)
+    delta = np.concatenate(log_probs) - np.concatenate([sample.engine_log_probs for sample in samples()])
+    found = {}
+    for where, at in {"": position >= 0, "/0_15": position < 16, "/16_63": position >= 16}.items():
+        d, w = delta[at].astype(np.float64), weight[at]
+        found[f"mismatch/log_prob_mean{where}"] = float(np.average(np.abs(d), weights=w))
+        found[f"mismatch/log_prob_max{where}"] = float(np.abs(d).max())
+        found[f"mismatch/kl{where}"] = float(np.average(np.exp(d) - 1 - d, weights=w))
+    return found
 
 
 def measure(base: Path, report: Path) -> None:
@@ -123,12 +148,12 @@ def measure(base: Path, report: Path) -> None:
     results, expected = {}, {}
     with process_groups(Parallel(data_parallel=4), seed=1) as everyone:
         for case, name in zip(CASES, IDS, strict=True):
-            loss, gradient = _loss_and_gradient(base, *case)
+            loss, gradient, mismatch = _loss_and_gradient(base, *case)
             if not everyone.is_main:
                 continue
             if case[:2] not in expected:
                 expected[case[:2]] = plain_pytorch(base / case[0], case[1])
-            expected_loss, expected_gradient = expected[case[:2]]
+            expected_loss, expected_gradient, expected_mismatch = expected[case[:2]]
             assert set(gradient) == set(expected_gradient)
             difference = sum(float((gradient[k] - g).norm() ** 2) for k, g in expected_gradient.items())
             scale = sum(float(g.norm() ** 2) for g in expected_gradient.values())
@@ -136,6 +161,8 @@ def measure(base: Path, report: Path) -> None:
                 "loss": loss,
                 "expected_loss": expected_loss,
                 "gradient_error": (difference / scale) ** 0.5,
+                "mismatch": mismatch,
+                "expected_mismatch": expected_mismatch,
             }
         if everyone.is_main:
             report.write_text(json.dumps(results))
@@ -143,7 +170,7 @@ def measure(base: Path, report: Path) -> None:
 
 def _loss_and_gradient(
     base: Path, name: str, divergence: Any, budget: int, recompute: Any, layout_name: str
-) -> tuple[float, dict[str, torch.Tensor]]:
+) -> tuple[float, dict[str, torch.Tensor], dict[str, float]]:
     parallel = layout(layout_name)
     placement = arrange(parallel, seed=1)
     path = base / name
@@ -177,7 +204,7 @@ def _loss_and_gradient(
     reference = Reference(model, architecture, placement) if divergence != "none" else None
     if reference is not None:
         reference.annotate([minibatch], objective)
-    metrics = accumulate_gradients(policy.wrapped, minibatch, objective, reference, placement)
+    metrics, mismatch = accumulate_gradients(policy.wrapped, minibatch, objective, reference, placement)
     value = metrics["loss/total"]
 
     mine = dict(hf_tensors(policy.chunks, architecture, placement, value=lambda p: p.main_grad))
@@ -185,4 +212,5 @@ def _loss_and_gradient(
         mine = {}
     shares: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, mine)
-    return value, {name: tensor for share in shares for name, tensor in share.items()}
+    gradient = {name: tensor for share in shares for name, tensor in share.items()}
+    return value, gradient, dict(mismatch.metrics())

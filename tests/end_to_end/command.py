@@ -111,7 +111,15 @@ class Command:
 @contextmanager
 def started(config: Path, *settings: str, environment: dict[str, str] | None = None) -> Iterator[Command]:
     """`megatron-rapo train`, ended at the end of the block if it has not ended by itself."""
-    command = Command(["train", str(config), *(["--set", *settings] if settings else [])], environment)
+    arguments = ["train", str(config), *(["--set", *settings] if settings else [])]
+    with running(*arguments, environment=environment) as command:
+        yield command
+
+
+@contextmanager
+def running(*arguments: str, environment: dict[str, str] | None = None) -> Iterator[Command]:
+    """`megatron-rapo` with these arguments, ended at the end of the block if it has not ended by itself."""
+    command = Command(list(arguments), environment)
     try:
         yield command
     finally:
@@ -138,7 +146,11 @@ def metrics(directory: Path) -> list[dict[str, Any]]:
 
 def without_times(line: dict[str, Any]) -> dict[str, Any]:
     """What must repeat from run to run."""
-    return {name: value for name, value in line.items() if not name.startswith(("time", "throughput/"))}
+    return {
+        name: value
+        for name, value in line.items()
+        if not name.startswith(("time", "throughput/", "memory/", "publish/send_s"))
+    }
 
 
 def checkpoints(directory: Path) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 from tests.end_to_end.command import Command, run, write_config
 
 LAYOUT = {"tensor_parallel": 2, "pipeline_parallel": 2}
-EVALUATE = {"problems": 4, "samples": 2, "k": [1, 2]}
+EVALUATE = {"problems": 4, "samples": 2, "k": [1, 2], "best": "pass@1"}
 
 
 @pytest.fixture(scope="session")

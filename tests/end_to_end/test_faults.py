@@ -18,7 +18,17 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.end_to_end.command import MODEL, Command, checkpoints, heartbeats, run, started, write_config
+from tests.end_to_end.command import (
+    MODEL,
+    Command,
+    checkpoints,
+    heartbeats,
+    metrics,
+    run,
+    started,
+    write_config,
+)
+from tests.leftovers import nothing_left
 from tests.models import make_tokenizer
 
 TWO_STAGES = {"pipeline_parallel": 2, "timeout_s": 60.0}
@@ -162,8 +172,43 @@ def assert_checkpoints_are_whole(directory: Path) -> None:
         assert record["state"]["step"] == int(name.removeprefix("step_"))
 
 
-def test_a_killed_server_ends_the_job(tmp_path: Path) -> None:
-    with training(tmp_path) as (directory, command):
+def test_killed_servers_are_replaced_and_cost_nothing(tmp_path: Path) -> None:
+    """With dynamic sampling, whose rounds every rank must agree on."""
+    rollout = {"embedded_servers": 2, "prompts_per_request": 1}
+    sampling = {"rollout": rollout, "rollout.dynamic_sampling": {"over_sampling": 1.5, "max_rounds": 2}}
+    layout = {"parallel": {"data_parallel": 2, "timeout_s": 60.0}, "run": {"steps": 1000}}
+    with nothing_left(), training(tmp_path, **layout, **sampling) as (directory, command):
+        victim = min(engines(command), key=lambda process: process.pid)
+        victim.send_signal(signal.SIGKILL)
+        command.wait_until(lambda: metrics(directory)[-1]["engines/returned"] >= 1)
+        command.wait_until(lambda: metrics(directory)[-1]["engines/live"] == 2)
+        assert victim not in engines(command)
+        for server in engines(command):  # in the middle of a step there is none: it waits for them
+            server.send_signal(signal.SIGKILL)
+        command.wait_until(lambda: metrics(directory)[-1]["engines/returned"] >= 3)
+        command.wait_until(lambda: metrics(directory)[-1]["engines/live"] == 2)
+        command.process.send_signal(signal.SIGTERM)
+        end(command)
+    assert re.search(r"engine http://\S+ is out \(1 of 2 are left\): ", command.stdout), command.stdout
+    assert re.search(r"engine http://\S+ is back", command.stdout), command.stdout
+    assert command.left_processes() == []
+    for line in metrics(directory)[1:]:
+        responses = line["reward/correct"] + line["reward/wrong"] + line["reward/timeout"]
+        assert responses + line["reward/crash"] == pytest.approx(1.0)
+        assert line["sampling/prompts_drawn"] >= 6
+    last = metrics(directory)[-1]["step"]
+    drawn = sum(line["sampling/prompts_drawn"] for line in metrics(directory)[1:])
+    record = json.loads((directory / f"checkpoints/step_{last:06d}/run.json").read_text())
+    assert record["state"]["prompts_drawn"] == drawn, "a run that resumes goes on behind all that was drawn"
+
+
+def engines(command: Command) -> list[psutil.Process]:
+    return [p for p in command.processes() if "megatron_rapo.rollout.embedded" in p.cmdline()]
+
+
+def test_where_no_server_is_left_the_job_ends(tmp_path: Path) -> None:
+    rollout = {"restarts": 0}
+    with training(tmp_path, rollout=rollout) as (directory, command):
         (server,) = [p for p in command.processes() if "megatron_rapo.rollout.embedded" in p.cmdline()]
         server.send_signal(signal.SIGKILL)
         assert end(command) < SOON

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 from pathlib import Path
 
+import pytest
 import torch
 
 from megatron_rapo.config import load_config
+from megatron_rapo.evaluate.store import Evaluation
 from megatron_rapo.rollout.embedded.decode import Sample
 from megatron_rapo.rollout.embedded.engine import Engine
 from tests.end_to_end.command import MODEL, Command, checkpoints, heartbeats, metrics
@@ -64,6 +67,22 @@ def test_the_base_and_the_trained_policy_are_evaluated(finished: Finished) -> No
         assert line["evaluate/pass@2_low"] <= line["evaluate/pass@2"] <= line["evaluate/pass@2_high"]
 
 
+def test_every_evaluated_sample_is_kept_with_the_run(finished: Finished) -> None:
+    directory, _ = finished
+    for line in metrics(directory):
+        if "evaluate/pass@1" in line:
+            evaluation = Evaluation.open(directory / "evaluations" / f"step_{line['step']:06d}")
+            assert (evaluation.manifest.model.step, evaluation.manifest.finished is None) == (
+                line["step"],
+                False,
+            )
+            counts = evaluation.samples("countdown", "t1").counts()
+            assert counts.samples.tolist() == [EVALUATE["samples"]] * EVALUATE["problems"]
+            assert line["evaluate/pass@1"] == pytest.approx((counts.correct / counts.samples).mean())
+    best = json.loads((directory / "checkpoints" / "best.json").read_text())
+    assert best == {"step": 4, "metric": "pass@1", "value": metrics(directory)[-1]["evaluate/pass@1"]}
+
+
 def test_tensorboard_has_the_steps(finished: Finished) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -105,8 +124,8 @@ def test_the_final_model_is_one_for_transformers_and_for_engines(finished: Finis
 def test_nothing_unfinished_is_left(finished: Finished) -> None:
     directory, command = finished
     assert command.left_processes() == []
-    assert checkpoints(directory) == [f"step_00000{step}" for step in range(1, 5)]
-    assert list((directory / "weights").iterdir()) == []
+    assert checkpoints(directory) == ["best.json", *(f"step_00000{step}" for step in range(1, 5))]
+    assert not (directory / "weights").exists(), "weights were broadcast"
     assert not [path for path in directory.rglob("*") if "partial" in path.name]
     pids = [str(beat["pid"]) for beat in heartbeats(directory)]
     assert len(pids) == 4

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rapo.config import RunConfig, document, load_config, to_toml, validate
@@ -96,7 +96,7 @@ def test_settings_come_after_files_in_their_order(minimal_file: Path) -> None:
         ("optimizer.distributed=false", lambda c: c.optimizer.distributed is False),
         ('rollout.urls=["http://a:1", "http://b:2"]', lambda c: len(c.rollout.urls) == 2),
         ("evaluate.k=[1, 2]", lambda c: c.evaluate.k == [1, 2]),
-        ("evaluate.data.source=countdown", lambda c: c.evaluate.data.source == "countdown"),
+        ("evaluate.data.source=countdown", lambda c: c.evaluate.data[0].source == "countdown"),
     ],
 )
 def test_a_setting_is_a_toml_value_or_plain_text(minimal_file: Path, setting: str, read: Any) -> None:
@@ -175,7 +175,7 @@ def test_errors_name_every_source(minimal_file: Path, tmp_path: Path) -> None:
         (with_options(data__path="x.jsonl"), 'data.path = "x.jsonl" is not an option'),
         (
             with_options(evaluate__data={"source": "countdown", "x": 1}),
-            "evaluate.data.x = 1 is not an option",
+            "evaluate.data[0].x = 1 is not an option",
         ),
     ],
 )
@@ -191,7 +191,7 @@ def test_an_unknown_key_is_refused(values: dict[str, Any], message: str) -> None
         (with_options(rollout={"prompts_per_step": 1}), "rollout.max_response_tokens is missing; set it"),
         (with_options(data={}), "data.source is missing; set it to file, countdown or arithmetic"),
         (with_options(data={"source": "file"}), "data.path is missing; set it"),
-        (with_options(evaluate__data={}), "evaluate.data.source is missing"),
+        (with_options(evaluate__data={}), "evaluate.data[0].source is missing"),
     ],
 )
 def test_a_missing_option_is_named(values: dict[str, Any], message: str) -> None:
@@ -235,6 +235,22 @@ def test_a_missing_option_is_named(values: dict[str, Any], message: str) -> None
             'optimizer.distributed = "yes": must be a valid',
         ),
         (with_options(checkpoint__every=0), "checkpoint.every = 0: must be greater than 0"),
+        (
+            with_options(rollout__embedded_servers=2, rollout__minimum_engines=3),
+            "rollout.minimum_engines = 3 is more than the run's 2 engines",
+        ),
+        (
+            with_options(rollout__sglang={"servers": 2, "tensor_parallel": 2, "gpus": [0, 1, 2, 2]}),
+            "rollout.sglang.gpus = [0, 1, 2, 2] does not name 4 GPUs",
+        ),
+        (
+            with_options(rollout__sglang={"arguments": ["--port=1"]}),
+            "rollout.sglang.arguments = ['--port=1']: --port=1 is set by the run",
+        ),
+        (
+            with_options(rollout__dynamic_sampling={"max_rounds": 1}),
+            "rollout.dynamic_sampling.max_rounds = 1: must be greater than or equal to 2",
+        ),
         (with_options(evaluate__k=[1, 0]), "evaluate.k[1] = 0: must be greater than 0"),
         (with_options(observe__wandb="on"), "observe.wandb = \"on\": must be 'off', 'offline' or 'online'"),
     ],
@@ -280,6 +296,11 @@ def test_a_value_out_of_range_is_refused(values: dict[str, Any], message: str) -
                 "embedded_device": "cpu",
                 "embedded_threads": 1,
             }.items()
+        ),
+        (
+            with_options(rollout__sglang={}, rollout__embedded_servers=2),
+            "rollout.embedded_servers = 2",
+            "[rollout.sglang] starts SGLang servers",
         ),
         *(
             (
@@ -386,8 +407,21 @@ def test_an_option_without_effect_is_refused(values: dict[str, Any], option: str
             "evaluate.data is missing: training prompts from a file leave none held out; add it",
         ),
         (
-            with_options(evaluate={"data": {"source": "arithmetic"}}),
-            'evaluate.data.source = "arithmetic" needs another verifier than data.source = "countdown"',
+            with_options(evaluate={"data": [FILE, {**FILE, "path": "b/a.jsonl"}]}),
+            'evaluate.data names "a" 2 times; leave one, or give them names',
+        ),
+        (with_options(evaluate={"data": []}), "evaluate.data = [] has no problems"),
+        (
+            with_options(evaluate={"best": "pass@2"}),
+            "evaluate.best = 'pass@2' is not measured; choose one of pass@1, pass@4, pass@16, maj@1",
+        ),
+        (
+            with_options(evaluate={"settings": [{"top_p": 0.9}, {"top_p": 0.9}]}),
+            'evaluate.settings names "t1-p0.9" 2 times',
+        ),
+        (
+            with_options(evaluate={"settings": [{"max_response_tokens": 65}]}),
+            "max_response_tokens = 65 exceeds rollout.max_response_tokens = 64; lower it",
         ),
     ],
 )
@@ -443,6 +477,7 @@ def test_the_resolved_configuration_reads_back_as_the_same(values: dict[str, Any
     assert load_config([tmp_path / "resolved.toml"]) == config
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_survives_the_toml_writer(text: str) -> None:
     config = validate(with_options(observe={"wandb": "offline", "wandb_project": text}), source="run.toml")

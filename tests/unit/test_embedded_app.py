@@ -150,8 +150,8 @@ def test_the_eos_token_ends_a_response_unless_ignored(service):
         ({"input_ids": PROMPT, "sampling_params": {"bogus": 1}}, "bogus"),
         ({"input_ids": PROMPT, "sampling_params": {"min_p": 0.1}}, "min_p"),
         ({"input_ids": PROMPT, "stream": True}, "stream"),
-        ({"input_ids": PROMPT, "sampling_params": {"top_p": 0.9}}, "top_p = 0.9"),
-        ({"input_ids": PROMPT, "sampling_params": {"top_k": 20}}, "top_k = 20"),
+        ({"input_ids": PROMPT, "sampling_params": {"top_p": 0}}, "top_p = 0"),
+        ({"input_ids": PROMPT, "sampling_params": {"top_k": 0}}, "top_k = 0"),
         ({"input_ids": PROMPT, "sampling_params": {"temperature": -1}}, "temperature"),
         ({"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 0}}, "max_new_tokens"),
         ({"input_ids": [5, 61]}, "token id 61 is outside the vocabulary of 61"),
@@ -311,14 +311,18 @@ async def until_working(service):
             await asyncio.sleep(0.001)
 
 
-def test_while_paused_nothing_starts(service, checkpoints):
+@pytest.mark.parametrize(("mode", "first"), [("retract", "1"), ("in_place", "default")])
+def test_while_paused_nothing_starts(service, checkpoints, mode, first):
+    """A retracted request is made anew afterwards, one in place comes to its end: never half and half."""
+
     async def scenario():
         async with connect(service) as http:
             running = asyncio.create_task(http.post("/generate", json=LONG))
             await until_working(service)
-            await http.post("/pause_generation", json={"mode": "retract"})
+            await http.post("/pause_generation", json={"mode": mode})
             held = asyncio.create_task(http.post("/generate", json={"input_ids": PROMPT}))
-            assert (await http.get("/flush_cache?timeout=0")).status_code == 400  # one still runs
+            if mode == "in_place":
+                assert (await http.get("/flush_cache?timeout=0")).status_code == 400  # one still runs
             assert (await http.get("/flush_cache?timeout=20")).status_code == 200
             update = {"model_path": str(checkpoints[1]), "weight_version": "1"}
             assert (await http.post("/update_weights_from_disk", json=update)).status_code == 200
@@ -327,9 +331,22 @@ def test_while_paused_nothing_starts(service, checkpoints):
             return [(await one).json() for one in (running, held)]
 
     before, after = asyncio.run(scenario())
-    assert before["meta_info"]["weight_version"] == "default"
+    assert before["meta_info"]["weight_version"] == first
     assert before["meta_info"]["completion_tokens"] == 500
     assert after["meta_info"]["weight_version"] == "1"
+
+
+def test_a_held_request_can_be_aborted(service):
+    async def scenario():
+        async with connect(service) as http:
+            await http.post("/pause_generation", json={"mode": "retract"})
+            held = asyncio.create_task(http.post("/generate", json={**LONG, "rid": "held"}))
+            while not service._requests:
+                await asyncio.sleep(0.001)
+            await http.post("/abort_request", json={"rid": "held"})
+            return (await asyncio.wait_for(held, 20)).json()
+
+    assert asyncio.run(scenario())["meta_info"]["finish_reason"]["type"] == "abort"
 
 
 @pytest.mark.parametrize(

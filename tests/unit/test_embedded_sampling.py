@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_rapo.rollout.embedded.sampling import draw, uniforms
+from megatron_rapo.rollout.embedded.sampling import Truncation, draw, uniforms
 
 
 def splitmix64(state: int) -> int:
@@ -81,3 +81,44 @@ def test_temperature_zero_is_greedy_row_by_row():
 def test_nan_logits_give_nan_log_probs():
     tokens, log_probs = draw(torch.full((3, 5), torch.nan), torch.ones(3), torch.tensor([0.0, 0.5, 0.9]))
     assert torch.isnan(log_probs).all() and (tokens < 5).all()
+
+
+def nucleus(probs: list[float], top_p: float, top_k: int) -> set[int]:
+    """Written down plainly: the k likeliest tokens, then as few of them as hold top_p of their mass."""
+    order = sorted(range(len(probs)), key=lambda token: -probs[token])[:top_k]
+    mass, kept = 0.0, set()
+    for token in order:
+        if kept and mass >= top_p * sum(probs[t] for t in order):
+            break
+        kept.add(token)
+        mass += probs[token]
+    return kept
+
+
+def test_truncated_draws_follow_the_distribution_of_the_tokens_that_are_kept():
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 2
+    probs = torch.softmax(logits.double(), dim=-1)
+    rows = 10_000
+    limits = [(0.9, 12), (1.0, 3), (0.7, 5), (0.01, 12), (1.0, 2**62)]
+    for top_p, top_k in limits:
+        truncation = Truncation(torch.full((rows,), top_p), torch.full((rows,), top_k))
+        tokens, log_probs = draw(
+            logits.expand(rows, -1), torch.ones(rows), uniforms(torch.arange(rows), 0), truncation
+        )
+        kept = sorted(nucleus(probs.tolist(), top_p, top_k))
+        assert set(tokens.tolist()) == set(kept)
+        expected = probs[kept] / probs[kept].sum()
+        counts = torch.bincount(tokens, minlength=12)[kept]
+        assert ((counts - rows * expected) ** 2 / (rows * expected)).sum() < 31.3
+        # Of the distribution that was not truncated.
+        torch.testing.assert_close(log_probs, probs.log()[tokens].float())
+
+
+def test_truncation_is_each_rows_own():
+    logits = torch.tensor([0.0, 1.0, 2.0]).expand(300, -1)
+    truncation = Truncation(torch.ones(300), torch.tensor([1, 3]).repeat(150))
+    uniform = uniforms(torch.arange(300), 0)
+    tokens, _ = draw(logits, torch.ones(300), uniform, truncation)
+    free, _ = draw(logits, torch.ones(300), uniform)
+    assert set(tokens[::2].tolist()) == {2}
+    assert torch.equal(tokens[1::2].bincount(), free[1::2].bincount())

@@ -93,8 +93,10 @@ def test_qwen_follows_the_reference_settings(path: Path) -> None:
     assert (algorithm.divergence_coefficient, algorithm.entropy_coefficient) == (5e-3, 1e-3)
     assert isinstance(config.data, FileData)
     assert config.evaluate is not None
-    assert isinstance(config.evaluate.data, FileData)
-    assert config.evaluate.data.path != config.data.path
+    assert config.evaluate.data is not None
+    [held_out] = config.evaluate.data
+    assert isinstance(held_out, FileData)
+    assert held_out.path != config.data.path
 
 
 def constraints() -> dict[str, Version]:

@@ -24,7 +24,7 @@ def group(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
-def microbatch(weights=(0.05, 0.1), dtype=np.float32) -> Microbatch:
+def microbatch(weights=(0.05, 0.1), dtype=np.float32, responses=(6, 9)) -> Microbatch:
     random = np.random.default_rng(0)
     return pack(
         [
@@ -36,7 +36,9 @@ def microbatch(weights=(0.05, 0.1), dtype=np.float32) -> Microbatch:
                 advantage=float(random.normal()),
                 token_weight=weight,
             )
-            for number, (prompt, response, weight) in enumerate([(2, 6, weights[0]), (3, 9, weights[1])])
+            for number, (prompt, response, weight) in enumerate(
+                [(2, responses[0], weights[0]), (3, responses[1], weights[1])]
+            )
         ],
         sequence_multiple=4,
     )
@@ -70,7 +72,7 @@ def test_the_audit_reports_bias_and_variance_of_the_estimators():
     batch, subject = microbatch(), objective(audit_estimators=True)
     chosen = batch.is_response
     policy, reference = states(int(chosen.sum()), 0), states(int(chosen.sum()), 1)
-    _, sums = subject(batch, policy, reference)
+    _, sums, _ = subject(batch, policy, reference)
     metrics = subject.metrics(sums)
 
     weights, phi = batch.weights[chosen].double(), 0.5 + 0.5 * batch.rewards[chosen].double()
@@ -99,7 +101,7 @@ def test_the_audit_reports_bias_and_variance_of_the_estimators():
         assert metrics[f"audit/{name}_variance"] == pytest.approx(variance)
 
 
-def test_mismatch_and_importance_are_reported_whether_or_not_they_are_corrected():
+def test_importance_is_reported_whether_or_not_it_is_corrected():
     batch = microbatch()
     chosen = batch.is_response
     policy = states(int(chosen.sum()), 0)
@@ -113,7 +115,6 @@ def test_mismatch_and_importance_are_reported_whether_or_not_they_are_corrected(
         subject = objective(divergence="none", **options)
         metrics = subject.metrics(subject(batch, policy, None)[1])
         u = ratio.exp()
-        assert metrics["mismatch/log_prob_mean"] == pytest.approx(weighted(weights, ratio.abs()))
         assert metrics["importance/mean"] == pytest.approx(weighted(weights, u))
         effective = weighted(weights, u) ** 2 / weighted(weights, u.square())
         assert metrics["importance/effective_samples"] == pytest.approx(effective)
@@ -121,6 +122,34 @@ def test_mismatch_and_importance_are_reported_whether_or_not_they_are_corrected(
         assert metrics["importance/corrected"] == pytest.approx(
             weighted(weights, touched[correction].double())
         )
+
+
+def test_mismatch_is_that_of_the_policy_that_sampled_by_position_in_the_response():
+    """Also where the policy has moved since; every chunk of the loss counts."""
+    lengths = (70, 1100)
+    batch = microbatch(responses=lengths)
+    chosen = batch.is_response
+    policy = states(int(chosen.sum()), 0)
+    sampled = log_distribution(policy).gather(1, batch.targets[chosen][:, None]).squeeze(1).numpy()
+    position = np.concatenate([np.arange(length) for length in lengths])
+    weight = np.repeat([0.05, 0.1], lengths)
+    engine = batch.engine_log_probs[chosen].double().numpy()
+    for old in (None, sampled - 0.3 * np.sin(position)):
+        if old is not None:
+            batch.old_log_probs = torch.zeros(len(chosen), dtype=torch.float64)
+            batch.old_log_probs[chosen] = torch.from_numpy(old)
+        delta = (sampled if old is None else old) - engine
+        expected = {}
+        stretches = {"0_15": (0, 16), "16_63": (16, 64), "64_255": (64, 256), "256_1023": (256, 1024)}
+        for name, (first, end) in {"": (0, 5000), **stretches, "1024_4095": (1024, 4096)}.items():
+            at = (position >= first) & (position < end)
+            where = f"/{name}" if name else ""
+            expected[f"mismatch/log_prob_mean{where}"] = np.average(np.abs(delta[at]), weights=weight[at])
+            expected[f"mismatch/log_prob_max{where}"] = np.abs(delta[at]).max()
+            k3 = np.exp(delta[at]) - 1 - delta[at]
+            expected[f"mismatch/kl{where}"] = np.average(k3, weights=weight[at])
+        *_, mismatch = objective(divergence="none")(batch, policy, None)
+        assert mismatch.metrics() == pytest.approx(expected, rel=1e-5)
 
 
 def test_clamped_log_ratios_are_counted():
@@ -141,15 +170,18 @@ def test_logits_that_are_not_finite_are_counted(value):
     policy = states(int(batch.is_response.sum()), 0)
     with torch.no_grad():
         policy.hidden[3] = value
-    _, sums = subject(batch, policy, None)
+    _, sums, _ = subject(batch, policy, None)
     assert subject.metrics(sums)["loss/not_finite"] > 0
 
 
 def test_a_microbatch_without_response_tokens_has_no_loss_and_no_gradient():
     batch, subject = microbatch(weights=(0.0, 0.0)), objective()
     policy, reference = states(0, 0), states(0, 1)
-    loss, sums = subject(batch, policy, reference)
+    loss, sums, mismatch = subject(batch, policy, reference)
     loss.backward()
     assert loss.item() == 0.0
     assert not policy.weight.grad.any()
     assert all(math.isfinite(value) for value in subject.metrics(sums).values())
+    assert dict(mismatch.metrics()) == {
+        f"mismatch/{name}": 0.0 for name in ("log_prob_mean", "log_prob_max", "kl")
+    }

@@ -59,3 +59,10 @@ def test_without_shuffling_it_is_the_sets_own_order():
 def test_the_shuffle_is_frozen():
     # Written down once: runs must resume in the same order with later versions of this package and of NumPy.
     assert draw(8, [8, 8], seed=1234) == [[4, 5, 3, 1, 2, 0, 6, 7], [5, 7, 1, 3, 4, 2, 0, 6]]
+
+
+def test_each_draw_has_its_number_also_after_a_resume():
+    order = PromptOrder(prompt_set(4), seed=1, shuffle=True)
+    assert [prompt.draw for prompt in [*order.draw(3), *order.draw(6)]] == list(range(9))
+    resumed = PromptOrder(prompt_set(4), seed=1, shuffle=True, position=7)
+    assert [prompt.draw for prompt in resumed.draw(3)] == [7, 8, 9]

@@ -9,6 +9,8 @@ import pytest
 
 from megatron_rapo.config.data import ArithmeticData, CountdownData, FileData
 from megatron_rapo.data.load import load_prompts
+from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.data.sources import read_file
 from megatron_rapo.data.tasks import arithmetic, countdown
 from megatron_rapo.errors import RapoError
 from tests.models import make_tokenizer
@@ -213,3 +215,17 @@ def test_the_fields_usual_files_load_as_they_are(name, rows, kept):
         assert loaded.report.without_answer == (5054, 5158)
         assert loaded.report.duplicates == ((1769, 4007), (4237, 4465))
         assert loaded[5054].index == 5055
+
+
+def test_a_problem_is_named_by_its_id_or_its_row(tmp_path):
+    path = tmp_path / "named.jsonl"
+    rows = [
+        {"question": "1?", "answer": 1, "id": "one", "nr": 7},
+        {"question": "2?", "answer": 2, "nr": None},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert [row.name for row in read_file(FileData(source="file", path=path))] == ["one", None]
+    assert Prompt(3, "", (1,), "").id == "3"
+    assert Prompt(3, "", (1,), "", name="one").id == "one"
+    with pytest.raises(RapoError, match=r"row 1: field 'nr' is None.*set data.id_field"):
+        read_file(FileData(source="file", path=path, id_field="nr"))

@@ -1,10 +1,7 @@
 """The pool, against a stand-in server that records what it is asked and answers as it is told."""
 
-import json
 import threading
 import time
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -12,93 +9,9 @@ import pytest
 
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import RapoError
-from megatron_rapo.rollout.pool import EnginePool, sample_seed
-
-VOCAB = 50
-
-
-class StandIn:
-    """Speaks the contract; a response to a prompt is [first token of the prompt, seed % 50]."""
-
-    def __init__(self):
-        self.version = "3"
-        self.asked = []  # (path, body) in order
-        self.keys = []  # the authorization of each request
-        self.change = lambda answers: answers  # what a test does to /generate's answers
-        self.answers = {}  # path → (status, bytes), in place of the usual
-        self.drop_connections = False
-        self.go_on = threading.Event()  # held back while it is clear
-        self.go_on.set()
-        self.unready = 0  # questions after its health that it denies
-        self.together = None  # a barrier that this many requests must reach
-
-    def generate(self, body):
-        answers = []
-        for prompt, params in zip(body["input_ids"], body["sampling_params"], strict=True):
-            tokens = [prompt[0], params["sampling_seed"] % VOCAB]
-            meta = {
-                "finish_reason": {"type": "stop", "matched": tokens[-1]},
-                "weight_version": self.version,
-                "output_token_logprobs": [[-0.25 * (i + 1), token, None] for i, token in enumerate(tokens)],
-            }
-            answers.append({"text": "", "output_ids": tokens, "meta_info": meta})
-        return self.change(answers)
-
-    def answer(self, path, body):
-        if path == "/generate":
-            return self.generate(body)
-        if path == "/update_weights_from_disk":
-            self.version = body["weight_version"]
-            return {"success": True, "message": ""}
-        return {"weight_version": self.version} if path == "/model_info" else {}
-
-
-class Handler(BaseHTTPRequestHandler):
-    def serve(self):
-        stand_in = self.server.stand_in
-        body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or "null")
-        stand_in.asked.append((self.path, body))
-        stand_in.keys.append(self.headers["authorization"])
-        if stand_in.together:
-            stand_in.together.wait(timeout=30)
-        stand_in.go_on.wait(timeout=30)
-        if stand_in.drop_connections:
-            self.connection.close()
-            return
-        path = self.path.split("?")[0]
-        status, data = stand_in.answers.get(path) or (200, json.dumps(stand_in.answer(path, body)).encode())
-        if path == "/health" and stand_in.unready:
-            status, stand_in.unready = 503, stand_in.unready - 1
-        self.send_response(status)
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        with suppress(BrokenPipeError):  # who asked no longer waits
-            self.wfile.write(data)
-
-    do_GET = do_POST = serve
-
-    def log_message(self, *_):
-        pass
-
-
-@contextmanager
-def stand_ins(count):
-    servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(count)]
-    threads = [threading.Thread(target=server.serve_forever, args=(0.01,)) for server in servers]
-    for server, thread in zip(servers, threads, strict=True):
-        server.stand_in = StandIn()
-        thread.start()
-    try:
-        yield (
-            [server.stand_in for server in servers],
-            [f"http://127.0.0.1:{server.server_address[1]}" for server in servers],
-        )
-    finally:
-        for server, thread in zip(servers, threads, strict=True):
-            server.stand_in.go_on.set()
-            server.shutdown()
-            server.server_close()
-            thread.join()
+from megatron_rapo.rollout.pool import EnginePool
+from megatron_rapo.rollout.requests import sample_seed
+from tests.stand_in import VOCAB, stand_ins
 
 
 @pytest.fixture
@@ -139,7 +52,7 @@ def test_groups_come_in_prompt_order_from_all_servers():
     for group in groups:
         assert len(group.responses) == 3
         for number, response in enumerate(group.responses):
-            expected = [group.prompt.token_ids[0], sample_seed(11, group.prompt.index, number) % VOCAB]
+            expected = [group.prompt.token_ids[0], sample_seed(11, group.prompt, number) % VOCAB]
             assert response.token_ids.tolist() == expected
             assert response.log_probs.tolist() == [-0.25, -0.5]
             assert (response.token_ids.dtype, response.log_probs.dtype) == (np.int32, np.float32)
@@ -188,12 +101,32 @@ def test_heads_begin_at_different_servers():
         assert [len(server.asked) for server in servers] == [1, 1]
 
 
-def test_seeds_differ_by_step_prompt_and_response_and_fit_31_bits():
-    seeds = {sample_seed(s, p, r) for s in range(10) for p in range(50) for r in range(16)}
+def test_seeds_differ_by_step_prompt_draw_and_response_and_fit_31_bits():
+    prompts = [Prompt(index, "", (1,), "", draw) for index in range(10) for draw in range(5)]
+    seeds = {sample_seed(s, prompt, r) for s in range(10) for prompt in prompts for r in range(16)}
     assert len(seeds) >= 7998  # 8,000 draws of 2³¹ collide 0.015 times on average
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert max(seeds) > 2**30
-    assert sample_seed(1, 23, 4) == 53843662  # the same in every version and on every machine
+    # The same in every version and on every machine.
+    assert sample_seed(1, Prompt(23, "", (1,), "", 5), 4) == 1105569562
+
+
+def test_a_prompt_that_a_batch_holds_twice_is_sampled_anew(engine):
+    stand_in, pool = engine
+    generate(pool, [Prompt(7, "", (1,), "", draw) for draw in (3, 8)])
+    [(_, body)] = stand_in.asked
+    assert len({params["sampling_seed"] for params in body["sampling_params"]}) == 6
+
+
+def test_a_group_that_is_gone_on_with_is_the_one_that_was_asked_for_at_once(engine):
+    stand_in, pool = engine
+    generate(pool, make_prompts(1), responses_per_prompt=5, top_p=0.9, top_k=7)
+    generate(pool, make_prompts(1), responses_per_prompt=2)
+    generate(pool, make_prompts(1), responses_per_prompt=3, first_response=2)
+    whole, start, rest = (body["sampling_params"] for _, body in stand_in.asked)
+    assert [p["sampling_seed"] for p in start + rest] == [p["sampling_seed"] for p in whole]
+    assert {(p["top_p"], p["top_k"]) for p in whole} == {(0.9, 7)}
+    assert {(p["top_p"], p["top_k"]) for p in rest} == {(1.0, -1)}
 
 
 @pytest.mark.parametrize(
@@ -219,22 +152,11 @@ def one(change):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda a, m: m.update(weight_version="4"), "version '4' in place of 3"),
-        (lambda a, m: m.update(weight_version="default"), "version 'default' in place of 3"),
-        (
-            lambda a, m: m.update(weight_versions=[{"version": "3"}, {"version": "2"}]),
-            "version '2' in place of 3",
-        ),
-        (lambda a, m: m.update(finish_reason={"type": "abort", "message": "gone"}), "gone"),
         (lambda a, m: m["output_token_logprobs"].pop(), "2 tokens and 1 log-probs"),
         (lambda a, m: m["output_token_logprobs"].reverse(), "not of the same tokens"),
         (lambda a, m: m["output_token_logprobs"][0].__setitem__(0, float("nan")), "not finite"),
         (lambda a, m: m["output_token_logprobs"][0].__setitem__(0, float("-inf")), "not finite"),
         (lambda a, m: m["output_token_logprobs"][0].__setitem__(0, None), "not finite"),
-        (lambda a, m: m.pop("output_token_logprobs"), "lacks what SGLang sends"),
-        (lambda a, m: m.pop("weight_version"), "lacks what SGLang sends"),
-        (lambda a, m: a.pop("output_ids"), "lacks what SGLang sends"),
-        (lambda a, m: a.update(meta_info=None), "lacks what SGLang sends"),
         (
             lambda a, m: (a.update(output_ids=[50]), m.update(output_token_logprobs=[[-1, 50, None]])),
             "from 50 to 50, but the policy's vocabulary has 50",
@@ -267,60 +189,85 @@ def test_a_truncated_response_is_kept_as_such(engine):
 
 
 @pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda a, m: m.update(weight_version="4"), "version '4' in place of 3"),
+        (lambda a, m: m.update(weight_version="default"), "version 'default' in place of 3"),
+        (
+            lambda a, m: m.update(weight_versions=[{"version": "3"}, {"version": "2"}]),
+            "version '2' in place of 3",
+        ),
+        (lambda a, m: m.update(finish_reason={"type": "abort", "message": "gone"}), "gone"),
+        (lambda a, m: m.pop("output_token_logprobs"), "lacks what SGLang sends"),
+        (lambda a, m: m.pop("weight_version"), "lacks what SGLang sends"),
+        (lambda a, m: a.pop("output_ids"), "lacks what SGLang sends"),
+        (lambda a, m: a.update(meta_info=None), "lacks what SGLang sends"),
+    ],
+)
+def test_an_engine_whose_responses_are_of_other_weights_or_none_is_out(engine, change, named):
+    stand_in, pool = engine
+    stand_in.change = one(change)
+    assert generate(pool) == [None]
+    assert_out(pool, named)
+
+
+def assert_out(pool, *named):
+    """The pool's one engine is out, for a reason that names all this."""
+    assert pool.urls == []
+    [(url, reason)] = pool.failures.items()
+    assert all(text in reason for text in [url, *named])
+    with pytest.raises(RapoError, match="0 of 1 engines are left") as too_few:
+        pool.revive()
+    assert reason in str(too_few.value)
+
+
+@pytest.mark.parametrize(
     ("answer", "named"),
     [
         ((500, b'{"error": "out of memory"}'), ["status 500", "out of memory"]),
-        ((401, b""), ["RAPO_ENGINE_API_KEY"]),
         ((200, b"<html>"), ["not JSON", "<html>"]),
         ((200, b'{"text": ""}'), ["not a list of 3 responses"]),
         ((200, b"[]"), ["not a list of 3 responses"]),
     ],
 )
-def test_an_unusable_answer_is_named(engine, answer, named):
+def test_an_engine_with_an_unusable_answer_is_out(engine, answer, named):
     stand_in, pool = engine
     stand_in.answers["/generate"] = answer
-    with pytest.raises(RapoError) as failed:
-        generate(pool)
-    assert all(text in str(failed.value) for text in ["/generate", "http://127.0.0.1", *named])
+    assert generate(pool) == [None]
+    assert_out(pool, "/generate", *named)
+
+
+@pytest.mark.parametrize(
+    ("answer", "named"), [((401, b""), "RAPO_ENGINE_API_KEY"), ((400, b'{"error": "too long"}'), "too long")]
+)
+def test_a_refusal_ends_the_round_at_once_and_keeps_the_engine(answer, named):
+    with stand_ins(2) as (servers, urls), make_pool(urls, prompts_per_request=1) as pool:
+        servers[0].answers["/generate"] = answer
+        servers[1].go_on.clear()
+        started = time.monotonic()
+        with pytest.raises(RapoError, match=named):
+            generate(pool, make_prompts(2))
+        assert time.monotonic() - started < 20
+        assert pool.urls == urls
 
 
 def test_a_lost_connection_is_named_with_its_reason():
     with stand_ins(1) as ([server], urls):
-        server.drop_connections = True
-        with make_pool(urls) as pool, pytest.raises(RapoError, match=r"/generate.*connection was lost"):
+        server.fault = "closed"
+        with make_pool(urls) as pool:
             generate(pool)
-        pool = make_pool(urls, diagnose=lambda url: f"{url} ran out of memory")
-        with pool, pytest.raises(RapoError, match="ran out of memory"):
+            assert_out(pool, "/generate", "connection was lost")
+        with make_pool(urls, diagnose=lambda url: f"{url} ran out of memory") as pool:
             generate(pool)
+            assert_out(pool, "ran out of memory")
 
 
 def test_a_server_that_is_not_there_is_named():
     with stand_ins(1) as (_, urls):
         pass
-    with (
-        make_pool(urls) as pool,
-        pytest.raises(RapoError, match=r"cannot connect .*check that the server runs"),
-    ):
+    with make_pool(urls) as pool:
         generate(pool)
-
-
-def test_a_late_answer_is_an_error_with_the_time_waited():
-    with stand_ins(1) as ([server], urls), make_pool(urls, request_timeout=0.3) as pool:
-        server.go_on.clear()
-        started = time.monotonic()
-        with pytest.raises(RapoError, match=r"not answered within 0.3 s.*request_timeout_s"):
-            generate(pool)
-        assert time.monotonic() - started < 20
-
-
-def test_a_failure_does_not_wait_for_the_other_servers():
-    with stand_ins(2) as (servers, urls), make_pool(urls, prompts_per_request=1, request_timeout=60) as pool:
-        servers[0].answers["/generate"] = (500, b"broken")
-        servers[1].go_on.clear()
-        started = time.monotonic()
-        with pytest.raises(RapoError, match="broken"):
-            generate(pool, make_prompts(2))
-        assert time.monotonic() - started < 20
+        assert_out(pool, "cannot connect", "check that the server runs")
 
 
 def test_an_update_reaches_all_servers_in_the_safe_order(tmp_path):
@@ -329,7 +276,7 @@ def test_an_update_reaches_all_servers_in_the_safe_order(tmp_path):
         for server in servers:
             assert [path for path, _ in server.asked] == [
                 "/pause_generation",
-                "/flush_cache?timeout=10",
+                "/flush_cache",
                 "/update_weights_from_disk",
                 "/continue_generation",
                 "/model_info",
@@ -361,7 +308,10 @@ def test_the_path_of_an_update_is_absolute(engine, monkeypatch, tmp_path):
         ("/model_info", (200, b"{}"), "no weight_version"),
     ],
 )
-def test_an_update_that_failed_is_an_error_and_leaves_no_server_paused(engine, path, answer, named, tmp_path):
+def test_an_update_that_failed_is_an_error_and_leaves_no_server_paused(
+    engine, path, answer, named, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("megatron_rapo.rollout.client.FLUSH_TIMEOUT_S", 0.2)
     stand_in, pool = engine
     stand_in.answers[path] = answer
     with pytest.raises(RapoError) as failed:

@@ -5,7 +5,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -15,8 +17,12 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import RapoError
+from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.rollout.launchers import EmbeddedLauncher, Launch
 from megatron_rapo.rollout.pool import EnginePool
-from megatron_rapo.rollout.servers import EmbeddedServers
+from megatron_rapo.rollout.revival import Reviver
+from megatron_rapo.rollout.servers import LocalServers
+from tests.leftovers import nothing_left
 from tests.models import make_hf_model
 
 MODULE = [sys.executable, "-m", "megatron_rapo.rollout.embedded"]
@@ -30,15 +36,8 @@ def checkpoints(tmp_path_factory):
 
 
 def start(model, logs, *, count=1, startup_timeout=300.0):
-    return EmbeddedServers(
-        model,
-        count=count,
-        device="cpu",
-        dtype="float32",
-        threads=1,
-        log_directory=logs,
-        startup_timeout=startup_timeout,
-    )
+    launcher = EmbeddedLauncher(model, device="cpu", dtype="float32", threads=1)
+    return LocalServers(launcher, count=count, log_directory=logs, startup_timeout=startup_timeout)
 
 
 def make_pool(servers, **options):
@@ -76,8 +75,6 @@ def processes():
 def test_two_servers_sample_as_one_from_the_published_weights(checkpoints, tmp_path):
     with start(checkpoints[0], tmp_path, count=2) as servers:
         with make_pool(servers) as pool:
-            with pytest.raises(RapoError, match="version 'default' in place of 1"):
-                generate(pool)
             pool.update_weights(checkpoints[1], 1)
             groups = generate(pool)
             assert tokens(generate(pool)) == tokens(groups)
@@ -98,15 +95,94 @@ def test_two_servers_sample_as_one_from_the_published_weights(checkpoints, tmp_p
             torch.testing.assert_close(torch.from_numpy(response.log_probs), expected, atol=1e-4, rtol=0)
 
 
-def test_a_server_killed_in_a_step_is_named_with_its_end(checkpoints, tmp_path):
-    with start(checkpoints[0], tmp_path) as servers, make_pool(servers) as pool:
+@contextmanager
+def revived_pool(model, logs, **options):
+    """Two servers and a pool that brings them back, with the weights as version 1; and its reviver."""
+    with start(model, logs, count=2) as servers:
+        reviver = Reviver(servers, read_architecture(model), restarts=3, startup_timeout=300)
+        with make_pool(servers, prompts_per_request=1, reviver=reviver, **options) as pool:
+            pool.wait_until_healthy(300)
+            pool.update_weights(model, 1)
+            yield pool, reviver
+
+
+def server_at(url):
+    """The process that listens there."""
+    port = int(url.rsplit(":", 1)[1])
+    [found] = [p for p in processes() if any(c.laddr.port == port for c in p.net_connections())]
+    return found
+
+
+def until_two_are_live(pool):
+    deadline = time.monotonic() + 120
+    while len(pool.urls) < 2:
+        assert time.monotonic() < deadline, pool.failures
+        pool.revive()
+        time.sleep(0.1)
+
+
+def test_killed_and_hung_servers_change_no_response_and_come_back(checkpoints, tmp_path):
+    with nothing_left(), revived_pool(checkpoints[0], tmp_path, health_interval=1.0) as (pool, reviver):
+        expected = tokens(generate(pool, responses_per_prompt=64))
+        first, second = pool.urls
+
+        # While it generates: the requests that it has are sent again.
+        threading.Timer(0.05, os.kill, (server_at(first).pid, signal.SIGKILL)).start()
+        assert tokens(generate(pool, responses_per_prompt=64)) == expected
+        generate(pool)  # so that it is asked, should it have been killed too late
+        assert pool.urls == [second]
+        assert "killed by SIGKILL" in pool.failures[first]
+        assert str(tmp_path / "engine-0.log") in pool.failures[first]
+        until_two_are_live(pool)
+        assert pool.urls[1] == second and first not in pool.urls
+
+        # While it loads weights: the other one has them, and this one when it is back.
+        victim = server_at(second)
+        victim.send_signal(signal.SIGSTOP)
+        threading.Timer(0.5, victim.send_signal, (signal.SIGKILL,)).start()
+        pool.update_weights(checkpoints[1], 2)
+        assert second not in pool.urls and len(pool.urls) == 1
+        until_two_are_live(pool)
         pool.update_weights(checkpoints[0], 1)
-        [process] = processes()
-        os.kill(process.pid, signal.SIGKILL)
-        with pytest.raises(RapoError) as failed:
-            generate(pool)
-        assert "killed by SIGKILL" in str(failed.value)
-        assert str(tmp_path / "engine-0.log") in str(failed.value)
+        assert tokens(generate(pool, responses_per_prompt=64)) == expected
+
+        # It stops to answer: noticed long before its request is late.
+        hung = pool.urls[0]
+        server_at(hung).send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        assert tokens(generate(pool, responses_per_prompt=64)) == expected
+        assert time.monotonic() - began < 60
+        assert "silent 3 times in a row" in pool.failures[hung]
+        until_two_are_live(pool)
+        assert reviver.returned == 3
+
+
+def test_a_server_that_finds_its_port_taken_tries_another(checkpoints, tmp_path):
+    class Unlucky(EmbeddedLauncher):
+        """Its servers bind their ports themselves; the first ones too late."""
+
+        def launch(self, number, port, socket_fd):
+            usual = super().launch(number, port, socket_fd).arguments
+            place = usual.index("--socket-fd")
+            asked.append(taken.getsockname()[1] if len(asked) < late else port)
+            return Launch([*usual[:place], "--port", str(asked[-1]), *usual[place + 2 :]])
+
+    launcher = Unlucky(checkpoints[0], device="cpu", dtype="float32", threads=1)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        late, asked = 1, []
+        with LocalServers(launcher, count=1, log_directory=tmp_path, startup_timeout=300) as servers:
+            assert len(asked) == 2
+            assert servers.urls == [f"http://127.0.0.1:{asked[1]}"]
+        late, asked = 9, []
+        with (
+            pytest.raises(
+                RapoError, match="embedded server 0 found its port taken by another process, 3 times"
+            ),
+            LocalServers(launcher, count=1, log_directory=tmp_path, startup_timeout=300),
+        ):
+            pass
+        assert len(asked) == 3
+    assert processes() == []
 
 
 def test_a_server_that_cannot_start_is_named_with_its_log(tmp_path):
@@ -132,9 +208,10 @@ def test_servers_end_when_their_parent_is_killed(checkpoints, tmp_path):
     script = f"""
 import time
 from pathlib import Path
-from megatron_rapo.rollout.servers import EmbeddedServers
-with EmbeddedServers(Path({str(checkpoints[0])!r}), count=1, device="cpu", dtype="float32", threads=1,
-                     log_directory=Path({str(tmp_path)!r}), startup_timeout=300) as servers:
+from megatron_rapo.rollout.launchers import EmbeddedLauncher
+from megatron_rapo.rollout.servers import LocalServers
+launcher = EmbeddedLauncher(Path({str(checkpoints[0])!r}), device="cpu", dtype="float32", threads=1)
+with LocalServers(launcher, count=1, log_directory=Path({str(tmp_path)!r}), startup_timeout=300) as servers:
     print(servers.urls[0], flush=True)
     time.sleep(120)
 """

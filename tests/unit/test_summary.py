@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.experience.batch import Batch
 from megatron_rapo.experience.summary import count_tokens, summarise
 from megatron_rapo.reward.outcome import Outcome
 from megatron_rapo.reward.scoring import ScoredGroup
 from megatron_rapo.rollout.groups import Response
 
-VOCABULARY = 61
+VOCABULARY, VERSION = 61, 7
 C, W, T, X = Outcome.CORRECT, Outcome.WRONG, Outcome.TIMEOUT, Outcome.CRASH
 
 
@@ -23,7 +24,7 @@ def group(prompt_tokens: int, *responses: tuple[int, Outcome], truncated: int = 
             Response(
                 np.zeros(length, np.int32),
                 np.zeros(length, np.float32),
-                0,
+                VERSION,
                 "length" if n < truncated else "stop",
             )
             for n, (length, _) in enumerate(responses)
@@ -41,23 +42,27 @@ GROUPS = [
 
 
 def test_rewards_and_outcomes_are_shares_of_all_responses() -> None:
-    found = summarise(GROUPS, VOCABULARY)
+    found = summarise(Batch(GROUPS, GROUPS, 0), VOCABULARY)
     assert found["reward/mean"] == found["reward/correct"] == 3 / 8
     assert found["reward/wrong"] == 3 / 8
     assert found["reward/timeout"] == found["reward/crash"] == 1 / 8
 
 
 def test_groups_that_teach_nothing_are_counted() -> None:
-    found = summarise(GROUPS, VOCABULARY)
+    found = summarise(Batch(GROUPS, GROUPS, 0), VOCABULARY)
     assert found["reward/groups_all_fail"] == 2 / 4
     assert found["reward/groups_without_variance"] == 3 / 4
 
 
 def test_lengths_and_cut_responses() -> None:
-    found = summarise(GROUPS, VOCABULARY)
+    found = summarise(Batch(GROUPS, GROUPS, 0), VOCABULARY)
     assert found["rollout/response_tokens_mean"] == pytest.approx(40 / 8)
     assert found["rollout/response_tokens_max"] == 9
     assert found["rollout/truncated"] == 3 / 8
+
+
+def test_the_version_that_sampled_is_told() -> None:
+    assert summarise(Batch(GROUPS, GROUPS, 0), VOCABULARY)["rollout/weight_version"] == VERSION
 
 
 def test_the_trainer_sees_each_response_with_its_prompt() -> None:
@@ -67,4 +72,4 @@ def test_the_trainer_sees_each_response_with_its_prompt() -> None:
 def test_responses_with_tokens_that_do_not_exist_are_counted() -> None:
     foreign = Response(np.array([3, VOCABULARY], np.int32), np.zeros(2, np.float32), 0, "stop")
     strange = ScoredGroup(Prompt(0, "?", (1,), "!"), (foreign, foreign), (C, W))
-    assert summarise([*GROUPS, strange], VOCABULARY)["rollout/outside_vocabulary"] == 2 / 10
+    assert summarise(Batch([*GROUPS, strange], GROUPS, 0), VOCABULARY)["rollout/outside_vocabulary"] == 2 / 10

@@ -12,6 +12,7 @@ import time
 import psutil
 import pytest
 
+from megatron_rapo.data.tasks import arithmetic, countdown
 from megatron_rapo.errors import RapoError
 from megatron_rapo.reward import process as process_module
 from megatron_rapo.reward.outcome import Outcome, reward_of
@@ -300,3 +301,33 @@ def test_ctrl_c_does_not_make_workers_print_tracebacks(obedient, capfd):
             os.kill(worker.pid, signal.SIGINT)
         assert verifier.score([("1", "1")]) == [CORRECT]
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_answer_that_was_read_is_told_with_the_outcome():
+    items = [
+        (r"so \boxed{\frac{1}{2}}", "0.5"),
+        ("I give up", "7"),
+        (r"\boxed{" + "1+" * 300 + "1}", "7"),
+    ]
+    with Verifier("math", workers=1, time_limit_s=20.0) as verifier:
+        verified = verifier.verify(items)
+    assert [one.outcome for one in verified] == [CORRECT, WRONG, WRONG]
+    assert [one.extracted for one in verified[:2]] == [r"\frac{1}{2}", None]
+    assert len(verified[2].extracted) == 200
+
+
+@pytest.mark.parametrize(
+    ("module", "response", "expected"),
+    [
+        (countdown, "try 3+4\n3*4-5=7", "3*4-5=7"),
+        (countdown, "8/(3-3)", "8/(3-3)"),
+        (countdown, "I do not know", None),
+        (countdown, "1+" * 200 + "1", None),
+        (arithmetic, r"\boxed{12} no, \boxed{13}", "13"),
+        (arithmetic, r"\boxed{seven}", "seven"),
+        (arithmetic, r"\boxed{12", None),
+        (arithmetic, "12", None),
+    ],
+)
+def test_the_final_answer_of_generated_tasks(module, response, expected):
+    assert module.final_answer(response) == expected

@@ -51,9 +51,15 @@ def is_correct(response: str, answer: str) -> bool:
     expected = _integer(answer)
     if expected is None:
         raise RapoError(f"the gold answer {answer!r} is not an integer; correct it, or use another verifier")
+    content = final_answer(response)
+    return content is not None and _integer(content) == expected
+
+
+def final_answer(response: str) -> str | None:
+    """What the response's last box holds; None where there is no box, or it is not closed."""
     _, box, rest = response.rpartition(_BOX)
     content, closing, _ = rest.partition("}")
-    return bool(box and closing) and _integer(content) == expected
+    return content if box and closing else None
 
 
 def _integer(text: str) -> int | None:

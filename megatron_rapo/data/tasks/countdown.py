@@ -59,8 +59,8 @@ def is_correct(response: str, answer: str) -> bool:
         RapoError: `answer` is not what `generate` writes.
     """
     numbers, target = _read_answer(answer)
-    last_line = response.rstrip()[-_LONGEST_ANSWER - 1 :].rpartition("\n")[2]
-    if len(last_line) > _LONGEST_ANSWER:
+    last_line = _last_line(response)
+    if last_line is None:
         return False
     expression, equals, stated = last_line.translate(_NOTATION).partition("=")
     if equals and stated.strip() != str(target):
@@ -71,6 +71,25 @@ def is_correct(response: str, answer: str) -> bool:
         return used == numbers and value(tokens) == target
     except (MalformedExpression, ZeroDivisionError):
         return False
+
+
+def final_answer(response: str) -> str | None:
+    """The response's last line, where it is an expression (and `= number` perhaps); else None."""
+    last_line = _last_line(response)
+    if last_line is None:
+        return None
+    try:
+        value(tokenize(last_line.translate(_NOTATION).partition("=")[0]))
+    except MalformedExpression:
+        return None
+    except ZeroDivisionError:
+        pass  # an answer, if a wrong one
+    return last_line.strip()
+
+
+def _last_line(response: str) -> str | None:
+    line = response.rstrip()[-_LONGEST_ANSWER - 1 :].rpartition("\n")[2]
+    return line if len(line) <= _LONGEST_ANSWER else None
 
 
 def _read_answer(answer: str) -> tuple[list[int], int]:

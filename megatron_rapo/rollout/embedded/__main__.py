@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import logging
 import os
 import socket
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from megatron_rapo.errors import RapoError
 from megatron_rapo.rollout.api_key import API_KEY_VARIABLE, api_key_from_environment
+from megatron_rapo.rollout.exchange import is_loopback
 
 logger = logging.getLogger("megatron_rapo.rollout.embedded")
 
@@ -28,7 +28,9 @@ def main() -> int:
         threading.Thread(target=_end_with_parent, args=(arguments.parent_pid,), daemon=True).start()
     try:
         _refuse_open_host(arguments.host, arguments.api_key)
-        _serve(arguments, _listen(arguments))
+        listening = _listen(arguments)
+        _refuse_open_host(listening.getsockname()[0], arguments.api_key)  # an inherited one may be anywhere
+        _serve(arguments, listening)
     except RapoError as error:
         logger.error("%s", error)
         return 1
@@ -57,11 +59,7 @@ def _parse() -> argparse.Namespace:
 
 def _refuse_open_host(host: str, api_key: str | None) -> None:
     """Who reaches the server can replace the model: beyond this machine that takes a key."""
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback and not api_key:
+    if not is_loopback(host) and not api_key:
         raise RapoError(
             f"--host {host} can be reached from other machines; set {API_KEY_VARIABLE} (or --api-key), "
             "or listen on 127.0.0.1"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -15,17 +13,19 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from megatron_rapo import __version__
 from megatron_rapo.errors import RapoError
-from megatron_rapo.rollout.embedded.engine import Engine
+from megatron_rapo.rollout.embedded.answers import EngineOf, ServiceOf, json_answer
+from megatron_rapo.rollout.embedded.engine import CannotGenerate
 from megatron_rapo.rollout.embedded.protocol import (
     AbortRequest,
+    ContinueRequest,
     GenerateRequest,
     PauseRequest,
     SamplingParams,
-    UpdateWeightsRequest,
     to_answer,
     to_samples,
 )
 from megatron_rapo.rollout.embedded.service import Service
+from megatron_rapo.rollout.embedded.weight_routes import weight_routes
 
 
 def create_app(service: Service, api_key: str | None) -> FastAPI:
@@ -39,23 +39,14 @@ def create_app(service: Service, api_key: str | None) -> FastAPI:
     app = FastAPI(title="megatron_rapo embedded rollout server", version=__version__, lifespan=lifespan)
     app.state.service, app.state.api_key = service, api_key
     app.include_router(_open_routes)
-    app.include_router(_routes, dependencies=[Depends(_check_key)])
+    for routes in (_routes, weight_routes):
+        app.include_router(routes, dependencies=[Depends(_check_key)])
+    app.add_exception_handler(CannotGenerate, _on_unavailable)
     app.add_exception_handler(RapoError, _on_refusal)
     app.add_exception_handler(RequestValidationError, _on_malformed)
     app.add_exception_handler(StarletteHTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_failure)
     return app
-
-
-def _service(request: Request) -> Service:
-    return request.app.state.service
-
-
-def _engine(request: Request) -> Engine:
-    service = _service(request)
-    if service.engine is None:
-        raise HTTPException(503, "the model is being loaded; ask again")
-    return service.engine
 
 
 def _check_key(request: Request) -> None:
@@ -65,8 +56,6 @@ def _check_key(request: Request) -> None:
         raise HTTPException(401, "send the server's API key as the header Authorization: Bearer KEY")
 
 
-ServiceOf = Annotated[Service, Depends(_service)]
-EngineOf = Annotated[Engine, Depends(_engine)]
 _open_routes, _routes = APIRouter(), APIRouter()
 
 
@@ -95,26 +84,20 @@ async def model_info(engine: EngineOf) -> dict[str, Any]:
 
 @_routes.get("/server_info")
 async def server_info(engine: EngineOf) -> dict[str, Any]:
-    return {"server": "megatron_rapo.rollout.embedded", "version": __version__, **engine.computing()}
+    return {
+        "server": "megatron_rapo.rollout.embedded",
+        "version": __version__,
+        "tp_size": 1,
+        "takes_slices": True,
+        **engine.computing(),
+    }
 
 
 @_routes.post("/generate")
 async def generate(body: GenerateRequest, service: ServiceOf, engine: EngineOf) -> Response:
     samples = to_samples(body, engine)
     completions, version = await service.generate(samples, body.rid)
-    # Encoded here: FastAPI would walk through every token's log-prob first.
-    return _json(to_answer(body, samples, completions, version, engine))
-
-
-@_routes.post("/update_weights_from_disk")
-async def update_weights_from_disk(body: UpdateWeightsRequest, service: ServiceOf, _: EngineOf) -> Response:
-    if body.abort_all_requests:
-        service.abort()
-    try:
-        await service.update_weights(Path(body.model_path), body.weight_version)
-    except RapoError as error:
-        return _json({"success": False, "message": str(error), "num_paused_requests": 0}, status=400)
-    return _json({"success": True, "message": "weights updated", "num_paused_requests": 0})
+    return json_answer(to_answer(body, samples, completions, version, engine))
 
 
 @_routes.api_route("/flush_cache", methods=["GET", "POST"])
@@ -126,14 +109,12 @@ async def flush_cache(service: ServiceOf, timeout: float = 0.0) -> Response:
 
 @_routes.post("/pause_generation")
 async def pause_generation(service: ServiceOf, body: PauseRequest | None = None) -> dict[str, str]:
-    service.pause()
-    if (body or PauseRequest()).mode == "abort":
-        service.abort()
+    service.pause((body or PauseRequest()).mode)
     return {"status": "ok", "message": "generation is paused"}
 
 
 @_routes.post("/continue_generation")
-async def continue_generation(service: ServiceOf) -> dict[str, str]:
+async def continue_generation(service: ServiceOf, body: ContinueRequest | None = None) -> dict[str, str]:
     service.resume()
     return {"status": "ok", "message": "generation goes on"}
 
@@ -146,16 +127,16 @@ async def abort_request(body: AbortRequest, service: ServiceOf) -> Response:
     return Response()
 
 
-def _json(content: Any, status: int = 200) -> Response:
-    return Response(json.dumps(content), status_code=status, media_type="application/json")
-
-
 def _error(message: str, status: int) -> Response:
-    return _json({"error": {"message": message}}, status)
+    return json_answer({"error": {"message": message}}, status)
 
 
 async def _on_refusal(request: Request, error: Exception) -> Response:
     return _error(str(error), 400)
+
+
+async def _on_unavailable(request: Request, error: Exception) -> Response:
+    return _error(str(error), 503)
 
 
 async def _on_malformed(request: Request, error: Exception) -> Response:

@@ -13,9 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 
 from megatron_rapo.rollout.embedded.cache import growing_cache
-from megatron_rapo.rollout.embedded.sampling import draw, uniforms
+from megatron_rapo.rollout.embedded.sampling import Truncation, draw, uniforms
 
 COMPACT_BELOW = 0.85  # dropping finished rows copies the cache: done once they are this much of the batch
+_NO_LIMIT = 2**62
 ROOM = 256  # tokens of a response that the cache has room for before it must grow
 
 
@@ -29,6 +30,7 @@ class Sample:
         temperature: 0 is greedy.
         stop_ids: tokens that end the response and belong to it.
         seed: an int64: with the prompt and the weights it determines the response.
+        top_p, top_k: which tokens may be drawn (`Truncation`); None: no limit.
     """
 
     prompt: tuple[int, ...]
@@ -36,6 +38,8 @@ class Sample:
     temperature: float
     stop_ids: frozenset[int]
     seed: int
+    top_p: float = 1.0
+    top_k: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class _Rows:
     max_new_tokens: torch.Tensor
     temperature: torch.Tensor
     seed: torch.Tensor
+    top_p: torch.Tensor
+    top_k: torch.Tensor
     stop_ids: torch.Tensor  # [rows, most stop ids], filled up with -1
     mask: torch.Tensor  # [rows, 1, 1, positions], added to attention scores: -inf where the prompt is padded
 
@@ -75,6 +81,8 @@ class _Rows:
             max_new_tokens=torch.tensor([sample.max_new_tokens for sample in samples]),
             temperature=torch.tensor([sample.temperature for sample in samples], dtype=torch.float32),
             seed=torch.tensor([sample.seed for sample in samples], dtype=torch.int64),
+            top_p=torch.tensor([sample.top_p for sample in samples], dtype=torch.float32),
+            top_k=torch.tensor([sample.top_k or _NO_LIMIT for sample in samples], dtype=torch.int64),
             stop_ids=pad_sequence(stop_ids, batch_first=True, padding_value=-1),
             mask=torch.zeros(padded.shape, dtype=dtype).masked_fill(padded, -torch.inf)[:, None, None],
         )
@@ -108,11 +116,13 @@ def decode(model: Any, samples: Sequence[Sample], aborted: threading.Event) -> l
     lengths = torch.zeros(len(samples), dtype=torch.int64, device=model.device)
 
     rows = _Rows.of(samples, model.device, model.dtype)
+    truncated = any(sample.top_p < 1 or sample.top_k is not None for sample in samples)
     logits, cache = _prefill(model, [sample.prompt for sample in samples], longest)
     for step in range(longest):
         if aborted.is_set():
             break
-        tokens, token_log_probs = draw(logits, rows.temperature, uniforms(rows.seed, step))
+        truncation = Truncation(rows.top_p, rows.top_k) if truncated else None
+        tokens, token_log_probs = draw(logits, rows.temperature, uniforms(rows.seed, step), truncation)
         token_ids[rows.sample, step] = tokens
         log_probs[rows.sample, step] = token_log_probs
         lengths[rows.sample] += rows.live

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,9 +14,14 @@ from transformers.utils import logging as transformers_logging
 from megatron_rapo.errors import RapoError
 from megatron_rapo.rollout.embedded.attention import DECODING_ATTENTION
 from megatron_rapo.rollout.embedded.decode import Completion, Sample, decode
-from megatron_rapo.rollout.embedded.weights import load_weights
+from megatron_rapo.rollout.embedded.weights import NamedTensors, Weights
 
+MemoryTag = Literal["weights", "kv_cache"]
 MAX_ROWS = 1024  # rows of one decoding batch: larger requests are decoded in pieces, to bound memory
+
+
+class CannotGenerate(RapoError):
+    """Nothing can be sampled now: the weights are not whole, or memory is released."""
 
 
 class Engine:
@@ -24,7 +29,7 @@ class Engine:
 
     Attributes:
         model_path: the folder whose weights it has.
-        weight_version: what those weights are called; `default` until the first update, as in SGLang.
+        weights: what it samples from.
         vocab_size: token ids are below it.
         context_length: most tokens of prompt and response together.
         eos_ids: tokens that end a response.
@@ -48,12 +53,23 @@ class Engine:
             raise RapoError("--device cuda: torch finds no CUDA device on this machine; use cpu")
         transformers_logging.disable_progress_bar()
         self.model_path = model_path
-        self.weight_version = "default"
         self._model = _load_model(model_path, getattr(torch, dtype)).to(device)
+        self.weights = Weights(self._model)
+        self._released: set[MemoryTag] = set()
         self.tokenizer = _load_tokenizer(model_path)
         self.vocab_size: int = self._model.config.vocab_size
         self.context_length: int = self._model.config.max_position_embeddings
         self.eos_ids = self._eos_ids()
+
+    @property
+    def weight_version(self) -> str:
+        """What the weights are called."""
+        return self.weights.version
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._model.device
 
     def computing(self) -> dict[str, Any]:
         """Where and how it computes, for people."""
@@ -75,22 +91,51 @@ class Engine:
         return frozenset(ids)
 
     def generate(self, samples: Sequence[Sample], aborted: threading.Event) -> list[Completion]:
-        """Makes all responses; see `decode`."""
+        """Makes all responses; see `decode`.
+
+        Raises:
+            CannotGenerate: memory is released, or the weights are not whole.
+        """
+        if self._released:
+            released = ", ".join(sorted(self._released))
+            raise CannotGenerate(
+                f"the memory of {released} is released; resume it (/resume_memory_occupation) first"
+            )
+        if problem := self.weights.problem():
+            raise CannotGenerate(problem)
         completions: list[Completion] = []
         for start in range(0, len(samples), MAX_ROWS):
             completions += decode(self._model, samples[start : start + MAX_ROWS], aborted)
         return completions
 
-    def update_weights(self, model_path: Path, weight_version: str | None) -> None:
+    def load_checkpoint(self, model_path: Path, weight_version: str | None) -> None:
         """Takes the weights of another checkpoint of the same architecture; None keeps the version's name.
 
         Raises:
             RapoError: it cannot be loaded; weights and version stay what they were.
         """
-        load_weights(self._model, model_path)
+        self.weights.load_checkpoint(model_path, weight_version)
         self.model_path = model_path
-        if weight_version is not None:
-            self.weight_version = weight_version
+
+    def write_weights(self, named: NamedTensors, weight_version: str | None) -> None:
+        """`Weights.write`; the sender may use its memory anew once this returns."""
+        self.weights.write(named, weight_version)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def release(self, tags: Sequence[MemoryTag]) -> None:
+        """Gives memory back. Between requests there is no cache: its memory goes with each batch."""
+        if "weights" in tags:
+            self.weights.release()
+        self._released |= set(tags)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def resume(self, tags: Sequence[MemoryTag]) -> None:
+        """Takes memory again; weights must be updated as a whole before they are of use."""
+        if "weights" in tags:
+            self.weights.resume()
+        self._released -= set(tags)
 
 
 def _load_model(path: Path, dtype: torch.dtype) -> Any:

@@ -12,26 +12,26 @@ from megatron_rapo.rollout.embedded.decode import Completion, Sample
 from megatron_rapo.rollout.embedded.engine import Engine
 
 
-class _Request(BaseModel):
+class StrictRequest(BaseModel):
     """Unknown fields are refused: a sampling option that is ignored would bias training unseen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class SamplingParams(_Request):
+class SamplingParams(StrictRequest):
     """How one prompt is sampled, with SGLang's defaults."""
 
     max_new_tokens: int = Field(128, ge=1)
     temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
-    top_p: float = 1.0
-    top_k: int = -1
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(-1, ge=-1)
     n: int = Field(1, ge=1)
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
     sampling_seed: int | None = Field(None, ge=0, lt=2**63)
 
 
-class GenerateRequest(_Request):
+class GenerateRequest(StrictRequest):
     """Prompts as text or token ids, one or a list of them, with parameters for all or for each."""
 
     text: str | list[str] | None = None
@@ -48,22 +48,23 @@ class GenerateRequest(_Request):
         return bool(self.input_ids) and isinstance(self.input_ids[0], list)  # type: ignore[index]
 
 
-class UpdateWeightsRequest(_Request):
-    """`flush_cache` is granted either way: nothing is cached beyond a request."""
+class PauseRequest(StrictRequest):
+    """What becomes of requests under way.
 
-    model_path: str
-    weight_version: str | None = None
-    flush_cache: bool = True
-    abort_all_requests: bool = False
+    `abort` ends them as they are, `retract` stops them and makes them anew afterwards, `in_place` lets the
+    one that runs come to its end.
+    """
 
-
-class PauseRequest(_Request):
-    """`abort` ends running requests as they are, `retract` lets the one that runs come to its end."""
-
-    mode: Literal["abort", "retract"] = "abort"
+    mode: Literal["abort", "retract", "in_place"] = "abort"
 
 
-class AbortRequest(_Request):
+class ContinueRequest(StrictRequest):
+    """SGLang's one option; there is no memory to return."""
+
+    torch_empty_cache: bool = True
+
+
+class AbortRequest(StrictRequest):
     """Which requests to abort."""
 
     rid: str | None = None
@@ -90,7 +91,15 @@ def to_samples(request: GenerateRequest, engine: Engine) -> list[Sample]:
         stop_ids = frozenset() if sampling.ignore_eos else engine.eos_ids | frozenset(sampling.stop_token_ids)
         first_seed = secrets.randbits(62) if sampling.sampling_seed is None else sampling.sampling_seed
         samples += [
-            Sample(prompt, sampling.max_new_tokens, sampling.temperature, stop_ids, (first_seed + i) % 2**63)
+            Sample(
+                prompt,
+                sampling.max_new_tokens,
+                sampling.temperature,
+                stop_ids,
+                (first_seed + i) % 2**63,
+                sampling.top_p,
+                top_k=None if sampling.top_k == -1 else sampling.top_k,
+            )
             for i in range(sampling.n)
         ]
     return samples
@@ -121,11 +130,8 @@ def _check(prompt: tuple[int, ...], sampling: SamplingParams, engine: Engine) ->
             f"a prompt of {len(prompt)} tokens and max_new_tokens = {sampling.max_new_tokens} exceed the "
             f"context of {engine.context_length} tokens"
         )
-    if sampling.top_p != 1 or not (sampling.top_k == -1 or sampling.top_k >= engine.vocab_size):
-        raise RapoError(
-            f"top_p = {sampling.top_p}, top_k = {sampling.top_k}: this server samples with full support; "
-            "send top_p = 1 and top_k = -1"
-        )
+    if sampling.top_k == 0:
+        raise RapoError("top_k = 0 leaves no token; send a positive number, or -1 for no limit")
 
 
 def to_answer(

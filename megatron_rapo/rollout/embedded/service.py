@@ -7,14 +7,30 @@ import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 from megatron_rapo.errors import RapoError
+from megatron_rapo.rollout.embedded.broadcast import UpdateGroups
 from megatron_rapo.rollout.embedded.decode import Completion, Sample
 from megatron_rapo.rollout.embedded.engine import Engine
 
 T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class _Request:
+    """A request that has not been answered."""
+
+    aborted: asyncio.Event = field(default_factory=asyncio.Event)
+    """It ends with what it has."""
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Ends what the worker decodes of it: since it is aborted, or to be made anew after a pause."""
+
+    def abort(self) -> None:
+        self.aborted.set()
+        self.stop.set()
 
 
 class Service:
@@ -25,14 +41,16 @@ class Service:
 
     Attributes:
         engine: None until it is loaded.
+        groups: what it has joined to receive weights.
     """
 
     def __init__(self) -> None:
         self.engine: Engine | None = None
+        self.groups = UpdateGroups()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._admitting = asyncio.Event()
         self._admitting.set()
-        self._requests: dict[str, threading.Event] = {}  # unanswered ones, each with what aborts it
+        self._requests: dict[str, _Request] = {}
         self._jobs: set[Future[Any]] = set()  # what the worker has not finished
 
     def load(self, make_engine: Callable[[], Engine]) -> Future[None]:
@@ -52,28 +70,45 @@ class Service:
     async def generate(self, samples: list[Sample], rid: str | None) -> tuple[list[Completion], str]:
         """Makes the responses, once earlier requests are done and the server is not paused.
 
+        A batch that a pause has stopped is made anew, so that one version of the weights has made all of it.
+
         Returns:
             The completions, and the version of the weights that made them.
 
         Raises:
-            RapoError: another request under way has this id.
+            RapoError: another request under way has this id, or the engine cannot generate now.
         """
         engine = self.loaded_engine()
         key = rid or uuid.uuid4().hex
         if key in self._requests:
             raise RapoError(f"rid {key!r} is that of a request under way; send another, or none")
-        aborted = self._requests[key] = threading.Event()
+        request = self._requests[key] = _Request()
         try:
-            await self._admitting.wait()
-            return await self._work(lambda: (engine.generate(samples, aborted), engine.weight_version))
+            while True:
+                await self._admitted(request)
+                completions, version = await self.work(partial(_generate, engine, samples, request.stop))
+                unfinished = any(completion.finish == "abort" for completion in completions)
+                if request.aborted.is_set() or not unfinished:
+                    return completions, version
         finally:
-            aborted.set()  # cancelled, too: nobody waits for what the worker still decodes
+            request.abort()  # cancelled, too: nobody waits for what the worker still decodes
             del self._requests[key]
 
-    async def update_weights(self, path: Path, weight_version: str | None) -> None:
-        """Loads other weights, after the requests that the worker already has."""
-        engine = self.loaded_engine()
-        await self._work(lambda: engine.update_weights(path, weight_version))
+    async def _admitted(self, request: _Request) -> None:
+        """Waits until the request may run; one that is aborted need not wait."""
+        waits = [asyncio.ensure_future(event.wait()) for event in (self._admitting, request.aborted)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def work(self, job: Callable[[], T]) -> T:
+        """Has the worker do this after what it already has to do: for all that touches the engine."""
+        future = self._worker.submit(job)
+        self._jobs.add(future)
+        future.add_done_callback(self._jobs.discard)
+        return await asyncio.wrap_future(future)
 
     async def idle(self, timeout: float) -> bool:
         """Waits until the worker has nothing to do; False if it still has after `timeout` seconds."""
@@ -83,27 +118,34 @@ class Service:
             await asyncio.sleep(0.01)
         return not self._jobs
 
-    def pause(self) -> None:
-        """Holds back requests that the worker does not have yet."""
+    def pause(self, mode: Literal["abort", "retract", "in_place"]) -> None:
+        """Holds back requests that the worker does not have yet; see `PauseRequest` for those that it has."""
         self._admitting.clear()
+        if mode == "abort":
+            self.abort()
+        elif mode == "retract":
+            for request in self._requests.values():
+                request.stop.set()
+                request.stop = threading.Event()
 
     def resume(self) -> None:
         """Lets them through again."""
         self._admitting.set()
 
     def abort(self, rid: str | None = None) -> None:
-        """Ends the request of this id, or all, with what they have; an unknown id is no error."""
-        for key, aborted in self._requests.items():
-            if rid in (None, key):
-                aborted.set()
+        """Ends the request of this id, or all, with what they have; an unknown id is no error.
+
+        KEY_NUMBER is a prompt of a batch: a batch is one, and ends as a whole.
+        """
+        for key, request in self._requests.items():
+            if rid is None or key in (rid, rid.rpartition("_")[0]):
+                request.abort()
 
     def close(self) -> None:
-        """Ends all work and the worker."""
+        """Ends all work. It does not wait: a broadcast that never comes must not keep the process."""
         self.abort()
-        self._worker.shutdown(cancel_futures=True)
+        self._worker.shutdown(wait=False, cancel_futures=True)
 
-    async def _work(self, job: Callable[[], T]) -> T:
-        future = self._worker.submit(job)
-        self._jobs.add(future)
-        future.add_done_callback(self._jobs.discard)
-        return await asyncio.wrap_future(future)
+
+def _generate(engine: Engine, samples: list[Sample], stop: threading.Event) -> tuple[list[Completion], str]:
+    return engine.generate(samples, stop), engine.weight_version

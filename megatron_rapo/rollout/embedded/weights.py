@@ -1,74 +1,205 @@
-"""Loading a checkpoint into a model that is in use: everything is checked before anything changes."""
+"""The weights of a model in use: written a few at a time, served only while all are of one version."""
 
 from __future__ import annotations
 
-import json
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from megatron_rapo.checksum import tensor_checksum
 from megatron_rapo.errors import RapoError
+from megatron_rapo.rollout.embedded.checkpoint import read_checkpoint
+
+NamedTensors = Sequence[tuple[str, torch.Tensor]]
+Slice = tuple[str, int | None, int, int]
+"""Name of a tensor, the dimension that is cut, and which part of it; without a dimension the whole tensor."""
 
 
-def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Copies the safetensors checkpoint in the folder `path` into the model, converting to its type.
+class Weights:
+    """A model's parameters and persistent buffers under their HF names, and what they are called together.
 
-    Raises:
-        RapoError: the checkpoint cannot be read, or its names or shapes are not the model's. The model then
-            has the weights it had.
+    An update is a session of writes. From its first write on the weights are a mixture, until every tensor
+    has been written; a session that ends sooner leaves a mixture behind, which the next one has to replace as
+    a whole.
+
+    Attributes:
+        version: of the weights; `default` until the first update, as in SGLang.
     """
-    parameters = _parameters(model)
-    with ExitStack() as opened:
-        handles = {}
-        for file in _files(path):
-            try:
-                handle = opened.enter_context(safe_open(file, framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise RapoError(f"cannot read the weights in {file}: {error}; write them anew") from error
-            handles.update(dict.fromkeys(handle.keys(), handle))
-        found = {name: tuple(handle.get_slice(name).get_shape()) for name, handle in handles.items()}
-        _compare(found, {name: tuple(values.shape) for name, values in parameters.items()}, path)
-        # Read before the first copy: a file that cannot be read to its end must not leave a mixture.
-        loaded = {name: handle.get_tensor(name) for name, handle in handles.items()}
-    with torch.no_grad():
-        for name, values in loaded.items():
-            parameters[name].copy_(values)
 
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.version = "default"
+        tensors = model.state_dict(keep_vars=True)
+        first: dict[int, str] = {}
+        self._canonical = {name: first.setdefault(id(values), name) for name, values in tensors.items()}
+        """The first name of the matrix that a name, of tied ones, stands for."""
+        self._tensors = {name: tensors[name] for name in first.values()}
+        self._shapes = {name: tuple(values.shape) for name, values in self._tensors.items()}
+        # How many numbers of which tensors are not of the version that others already are of.
+        self._missing: dict[str, int] = {}
+        self._announced: str | None = None  # the version's name once nothing is missing
+        self._in_session = False
+        self._released = False
 
-def _parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by name; a tied matrix once, under its first name."""
-    distinct: dict[int, tuple[str, torch.Tensor]] = {}
-    for name, values in model.state_dict().items():
-        distinct.setdefault(values.data_ptr(), (name, values))
-    return dict(distinct.values())
-
-
-def _files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        names = json.loads(index.read_text())["weight_map"].values()
-        return [path / name for name in sorted(set(names))]
-    single = path / "model.safetensors"
-    if not single.is_file():
-        raise RapoError(
-            f"{path} holds neither {single.name} nor {index.name}; save the weights as safetensors"
+    def problem(self) -> str | None:
+        """Why nothing can be sampled from these weights; None if it can."""
+        if self._released:
+            return "the memory of the weights is released; resume it, and send a whole update"
+        if not self._missing:
+            return None
+        return (
+            f"the weights are not whole: {len(self._missing)} of {len(self._tensors)} tensors have not come "
+            f"({_some(self._missing.keys())}); send a whole update, or restart the server"
         )
-    return [single]
+
+    def begin(self) -> None:
+        """Opens a session. What an earlier one left unfinished must come as a whole now."""
+        if self._in_session:
+            raise RapoError("an update is under way; end it (/end_weight_update) before the next")
+        self._in_session, self._announced = True, None
+        if self._missing:
+            self._missing = self._sizes()
+
+    def end(self) -> None:
+        """Closes the session.
+
+        Raises:
+            RapoError: there is none, or it leaves a mixture behind; it is closed all the same.
+        """
+        if not self._in_session:
+            raise RapoError("no update is under way; begin one (/begin_weight_update)")
+        self._in_session = False
+        if problem := self.problem():
+            raise RapoError(f"the update has ended, but {problem}")
+
+    def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Whether tensors of these names and shapes can be written now.
+
+        Raises:
+            RapoError: no session is open, the weights are released, or a name or shape is not the model's.
+        """
+        if not self._in_session:
+            raise RapoError("weights are taken between /begin_weight_update and /end_weight_update only")
+        if self._released:
+            raise RapoError("the memory of the weights is released; resume it (/resume_memory_occupation)")
+        problems = []
+        for name, shape in shapes.items():
+            if name not in self._canonical:
+                problems.append(f"{name} is not in the model")
+            elif tuple(shape) != (expected := self._shapes[self._canonical[name]]):
+                problems.append(f"{name} has shape {list(shape)} in place of {list(expected)}")
+        if problems:
+            raise RapoError(
+                f"{len(problems)} of {len(shapes)} tensors are not this model's: {'; '.join(problems[:5])}; "
+                "send weights of the architecture that the server was started with"
+            )
+
+    def write(self, named: NamedTensors, version: str | None) -> None:
+        """Takes tensors, in order, converting to the model's type; all are checked before the first.
+
+        Args:
+            named: names and values.
+            version: what the weights are called once all have come; None leaves that to another request.
+        """
+        self.check({name: values.shape for name, values in named})
+        self._put([(name, self._tensors[self._canonical[name]], values) for name, values in named], version)
+
+    def write_slices(
+        self, slices: Sequence[Slice], values: Sequence[torch.Tensor], version: str | None
+    ) -> None:
+        """Takes slices of tensors, as `write` takes whole ones; each number must come once in a session."""
+        places = [self.place(one) for one in slices]
+        named = [(one[0], place, one_s) for one, place, one_s in zip(slices, places, values, strict=True)]
+        self._put(named, version)
+
+    def place(self, one: Slice) -> torch.Tensor:
+        """Where a slice belongs in the model.
+
+        Raises:
+            RapoError: it is of no tensor of this model.
+        """
+        name, dimension, start, stop = one
+        self.check({})
+        if name not in self._canonical:
+            raise RapoError(f"{name} is not in the model; send weights of its architecture")
+        tensor = self._tensors[self._canonical[name]]
+        if dimension is None:
+            return tensor
+        if not (0 <= dimension < tensor.dim() and 0 <= start < stop <= tensor.size(dimension)):
+            raise RapoError(
+                f"{start}:{stop} of dimension {dimension} is no slice of {name}, {list(tensor.shape)}; send "
+                "weights of the architecture that the server was started with"
+            )
+        return tensor.narrow(dimension, start, stop - start)
+
+    def _put(self, named: Sequence[tuple[str, torch.Tensor, torch.Tensor]], version: str | None) -> None:
+        """Copies each value to its place in the tensor of that name."""
+        if named and not self._missing:
+            self._missing = self._sizes()
+        with torch.no_grad():
+            for name, place, values in named:
+                place.copy_(values)
+                tensor = self._canonical[name]
+                self._missing[tensor] = self._missing.get(tensor, 0) - values.numel()
+                if self._missing[tensor] <= 0:
+                    del self._missing[tensor]
+        self._announced = version if version is not None else self._announced
+        if self._announced is not None and not self._missing:
+            self.version, self._announced = self._announced, None
+
+    def load_checkpoint(self, path: Path, version: str | None) -> None:
+        """Takes all tensors of a checkpoint, as one whole update; None keeps the version's name.
+
+        Raises:
+            RapoError: the checkpoint is not of this model; nothing has changed then.
+        """
+        if self._released:
+            raise RapoError("the memory of the weights is released; resume it (/resume_memory_occupation)")
+        loaded = read_checkpoint(path, self._shapes)
+        with torch.no_grad():
+            for name, values in loaded.items():
+                self._tensors[name].copy_(values)
+        self._missing = {}
+        self.version = self.version if version is None else version
+
+    def rename(self, version: str) -> None:
+        """Calls the weights by another name.
+
+        Raises:
+            RapoError: they are not whole, so that no name is theirs.
+        """
+        if problem := self.problem():
+            raise RapoError(problem)
+        self.version = version
+
+    def release(self) -> None:
+        """Gives their memory back."""
+        for values in self._tensors.values():
+            values.data = values.data.new_empty(0)
+        self._released = True
+
+    def resume(self) -> None:
+        """Takes memory again, whose contents are of no use until a whole update has come."""
+        if self._released:
+            for name, values in self._tensors.items():
+                values.data = values.data.new_empty(self._shapes[name])
+            self._released, self._missing = False, self._sizes()
+
+    def _sizes(self) -> dict[str, int]:
+        """How many numbers each tensor has."""
+        return {name: values.numel() for name, values in self._tensors.items()}
+
+    def checksums(self) -> dict[str, int]:
+        """`tensor_checksum` of each tensor, in the model's type; tied ones under their first name.
+
+        Raises:
+            RapoError: the memory is released.
+        """
+        if self._released:
+            raise RapoError("the memory of the weights is released; there is nothing to sum up")
+        return {name: tensor_checksum(values) for name, values in self._tensors.items()}
 
 
-def _compare(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], path: Path) -> None:
-    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    problems += [f"{name} is not in the model" for name in found.keys() - expected.keys()]
-    problems += [
-        f"{name} has shape {list(found[name])} in place of {list(expected[name])}"
-        for name in expected.keys() & found.keys()
-        if found[name] != expected[name]
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:5])
-        raise RapoError(
-            f"the weights in {path} are not this model's ({len(problems)} differences: {shown}); "
-            "publish weights of the architecture that the server was started with"
-        )
+def _some(names: Iterable[str]) -> str:
+    first, more = sorted(names)[:3], sorted(names)[3:]
+    return ", ".join(first) + (", …" if more else "")

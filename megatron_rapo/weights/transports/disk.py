@@ -3,48 +3,59 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.parallel.placement import Placement
+from megatron_rapo.weights.engines import Engines
 from megatron_rapo.weights.export import write_hf_model
-
-
-class Engines(Protocol):
-    """Who receives weights."""
-
-    def update_weights(self, model_path: Path, weight_version: int) -> None:
-        """Loads a HF model directory as version `weight_version`, in every engine, or raises."""
 
 
 class DiskTransport:
     """Writes each version in parallel by the pipeline's stages, has the engines load it, and removes it."""
 
-    def __init__(self, directory: Path, model_path: Path, engines: Engines | None) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[GPTModel],
+        architecture: Architecture,
+        placement: Placement,
+        directory: Path,
+        model_path: Path,
+    ) -> None:
         """
         Args:
+            chunks: this rank's weights.
+            architecture: theirs.
+            placement: this rank's.
             directory: where versions are written.
             model_path: HF directory whose configuration and tokenizer files go with the weights.
-            engines: on rank 0; None elsewhere.
         """
-        self.directory = directory
-        self.model_path = model_path
-        self.engines = engines
+        self._chunks = chunks
+        self._architecture = architecture
+        self._placement = placement
+        self._directory = directory
+        self._model_path = model_path
 
-    def publish(
-        self, chunks: Sequence[GPTModel], architecture: Architecture, placement: Placement, version: int
-    ) -> None:
-        """Makes the engines serve these weights as `version`. All ranks must call it.
+    def send(self, engines: Engines | None, version: int) -> Mapping[str, int]:
+        """Sends the weights as `version`. All ranks call it; `engines` is the main rank's.
+
+        Returns:
+            The checksum of each tensor as it was written.
 
         Raises:
-            RapoError: the folder cannot be written, or an engine refuses.
+            RapoError: the folder cannot be written (on all ranks), or an engine refuses (on the main rank).
+            EngineLost: an engine is gone; on the main rank.
         """
-        folder = self.directory / f"version_{version:06d}"
-        write_hf_model(chunks, architecture, placement, folder, companions_of=self.model_path)
-        if self.engines is not None:
-            self.engines.update_weights(folder, version)
-            shutil.rmtree(folder)
+        folder = self._directory / f"version_{version:06d}"
+        checksums = write_hf_model(
+            self._chunks, self._architecture, self._placement, folder, companions_of=self._model_path
+        )
+        if engines is not None:
+            try:
+                engines.update_weights(folder, version)
+            finally:
+                shutil.rmtree(folder)
+        return checksums

@@ -1,0 +1,100 @@
+"""The options of a SLURM job: which nodes do what."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_rapo.config.section import PositiveInt, Section
+
+Port = Annotated[int, Field(ge=1024, le=65535)]
+
+
+class Slurm(Section):
+    """The job that `megatron-rapo train --slurm` submits; it sets `rollout.urls` to its engines."""
+
+    partition: str | None = Field(None, description="Partition. Default: the cluster's.")
+    account: str | None = Field(None, description="Account. Default: the user's.")
+    time_limit: str = Field(
+        "24:00:00",
+        pattern=r"^((\d+-)?\d+:\d{2}:\d{2}|\d+)$",
+        description="Wall time of one allocation, as `[DAYS-]HOURS:MINUTES:SECONDS` or minutes. Before "
+        "its end the job requeues itself, to go on from its newest checkpoint.",
+    )
+    requeue_before_s: PositiveInt = Field(
+        120, description="Seconds before that end at which the job requeues itself."
+    )
+    trainer_nodes: PositiveInt = Field(1, description="Nodes of trainer ranks, the first of the allocation.")
+    ranks_per_node: PositiveInt = Field(8, description="Trainer ranks of each of them, a GPU each.")
+    gpus_per_node: int = Field(8, ge=0, description="GPUs of each node; 0: all compute on CPUs.")
+    engine_nodes: int = Field(
+        1,
+        ge=0,
+        description="Nodes for engines alone. 0: they run on the trainer's nodes, on GPUs after the ranks'.",
+    )
+    engine_ports: list[Port] = Field(
+        [30000], min_length=1, description="Ports of each node with engines: one engine a port."
+    )
+    gpus_per_engine: PositiveInt = Field(8, description="GPUs of an engine, over which it shards its model.")
+    master_port: Port = Field(29500, description="Port of the trainer's rendezvous, on its first node.")
+    engine: Literal["sglang", "embedded"] = Field("sglang", description="The engines' kind.")
+    engine_python: str | None = Field(
+        None, description="Interpreter of the environment that engines run in. Default: this package's own."
+    )
+    engine_arguments: list[str] = Field([], description="Further arguments of each engine.")
+    sbatch_arguments: list[str] = Field(
+        [], description='Further options of the job, such as `"--qos=high"` or `"--constraint=h100"`.'
+    )
+    srun_arguments: list[str] = Field(
+        [], description="Further options of each step, such as Pyxis' `--container-image=…`."
+    )
+
+    @property
+    def ranks(self) -> int:
+        """Trainer ranks of the job."""
+        return self.trainer_nodes * self.ranks_per_node
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of the job."""
+        return self.trainer_nodes + self.engine_nodes
+
+    @property
+    def engines(self) -> int:
+        """Engines of the job."""
+        return (self.engine_nodes or self.trainer_nodes) * len(self.engine_ports)
+
+    def without_effect(self) -> dict[str, str]:
+        return {"gpus_per_engine": "gpus_per_node is 0"} if self.gpus_per_node == 0 else {}
+
+    @model_validator(mode="after")
+    def _check(self) -> Slurm:
+        self._check_ports()
+        if self.gpus_per_node > 0:
+            self._check_gpus()
+        return self
+
+    def _check_ports(self) -> None:
+        twice = {port for port in self.engine_ports if self.engine_ports.count(port) > 1}
+        if twice:
+            raise ValueError(
+                f"engine_ports = {self.engine_ports} gives two engines of a node one port, {min(twice)}; "
+                "give each its own"
+            )
+        if self.engine_nodes == 0 and self.master_port in self.engine_ports:
+            raise ValueError(
+                f"master_port = {self.master_port} is an engine's on the same node (engine_nodes = 0); "
+                "choose another"
+            )
+
+    def _check_gpus(self) -> None:
+        engines = len(self.engine_ports) * self.gpus_per_engine
+        both = self.ranks_per_node + engines
+        wanted = max(self.ranks_per_node, engines) if self.engine_nodes else both
+        if wanted > self.gpus_per_node:
+            raise ValueError(
+                f"gpus_per_node = {self.gpus_per_node} cannot hold ranks_per_node = {self.ranks_per_node} "
+                f"and {len(self.engine_ports)} engines of gpus_per_engine = {self.gpus_per_engine}"
+                f"{'' if self.engine_nodes else ' beside them (engine_nodes = 0)'}; {wanted} are needed"
+            )

@@ -1,0 +1,169 @@
+"""A HF model directory into a Megatron checkpoint, which loads under any layout."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+from megatron_rapo.convert.destination import new_directory
+from megatron_rapo.convert.progress import Progress
+from megatron_rapo.errors import RapoError
+from megatron_rapo.model.architecture import Architecture, read_architecture
+from megatron_rapo.weights.hf_directory import write_companions
+from megatron_rapo.weights.hf_files import HFTensors
+from megatron_rapo.weights.megatron_files import TRACKER
+from megatron_rapo.weights.parameter_map import StoredParameter, stored_parameters
+
+# Megatron-LM reads it: 3.0 has today's order of query, key and value rows.
+COMMON = {"checkpoint_version": 3.0, "iteration": 0}
+# Tensors of some HF models that hold nothing: transformers computes them, too.
+COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
+# Modules that Megatron asks for an `_extra_state` of when it loads: fp8 scales, or as here nothing.
+STATEFUL_MODULES = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "self_attention.core_attention",
+    "self_attention.q_layernorm",
+    "self_attention.k_layernorm",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+
+
+def convert_to_megatron(source: Path, destination: Path) -> None:
+    """Writes a HF model as Megatron's torch_dist checkpoint, in a folder as Megatron-LM's `--load` takes it.
+
+    Args:
+        source: HF model directory; configuration and tokenizer are carried along.
+        destination: the folder to make: a tracker file, and the checkpoint in `release/`.
+
+    Raises:
+        RapoError: nothing is written, and the message says why.
+    """
+    architecture = read_architecture(source)
+    with HFTensors(source) as tensors:
+        parameters = list(stored_parameters(architecture))
+        _check(tensors, parameters, architecture)
+        planner = _Planner(parameters, tensors, architecture)
+        with new_directory(destination, planner.progress.total) as directory:
+            release = directory / "release"
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                writer = dcp.FileSystemWriter(str(release), single_file_per_rank=True, thread_count=1)
+                _save(writer, planner)
+            save_config(CheckpointingConfig("torch_dist", 1), str(release))
+            torch.save(COMMON, release / "common.pt")
+            write_companions(release, companions_of=source)
+            (directory / TRACKER).write_text("release\n")
+
+
+def _check(tensors: HFTensors, parameters: list[StoredParameter], architecture: Architecture) -> None:
+    """Refuses tensors that are missing, of another shape, or without a counterpart."""
+    expected = {name: shape for parameter in parameters for name, shape in parameter.hf.items()}
+    for name, shape in expected.items():
+        found = tensors.shape(name)
+        if found != list(shape):
+            raise RapoError(
+                f"tensor {name} in {tensors.directory} has shape {found}, config.json makes it "
+                f"{list(shape)}; is config.json that of its weights?"
+            )
+    for name in sorted(tensors.names() - expected.keys()):
+        copy_of_embedding = name == "lm_head.weight" and architecture.tied
+        if not (copy_of_embedding or COMPUTED.search(name)):
+            raise RapoError(
+                f"model {tensors.directory} has tensor {name}, for which {architecture.family} has no place; "
+                "is config.json that of its weights?"
+            )
+
+
+def _save(writer: dcp.FileSystemWriter, planner: _Planner) -> None:
+    try:
+        dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+    except dcp.api.CheckpointException as failed:
+        # torch wraps what happened, and its writer follows a full disk's error with one of its own.
+        error: BaseException | None = next(error for error, _ in failed.failures.values())
+        while error is not None and not isinstance(error, OSError | RapoError):
+            error = error.__context__
+        raise error or failed from failed
+
+
+class _Planner(DefaultSavePlanner):
+    """Tells torch's writer what there is to write, and reads each tensor when its turn comes."""
+
+    def __init__(
+        self, parameters: list[StoredParameter], tensors: HFTensors, architecture: Architecture
+    ) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._parameters = {(p.key, p.layer): p for p in parameters}
+        self._tensors = tensors
+        self._architecture = architecture
+        self._dtypes = {key: _dtype(parameter, tensors) for key, parameter in self._parameters.items()}
+        self.progress = Progress(
+            sum(math.prod(p.shape) * self._dtypes[key].itemsize for key, p in self._parameters.items())
+        )
+
+    def create_local_plan(self) -> SavePlan:
+        items = [self._item(parameter) for parameter in self._parameters.values()]
+        return SavePlan([*items, *map(_empty_item, self._extra_states())])
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type is WriteItemType.BYTE_IO:
+            nothing = io.BytesIO()
+            torch.save([None], nothing)
+            return nothing
+        assert write_item.tensor_data is not None
+        offsets = write_item.tensor_data.chunk.offsets
+        stacked = (write_item.index.fqn, offsets[0]) in self._parameters
+        parameter = self._parameters[write_item.index.fqn, offsets[0] if stacked else None]
+        self._tensors.close_files()
+        parts = [self._tensors.read(name, None, 0, 0) for name in parameter.hf]
+        fused = parameter.fusion.fuse(parts, self._architecture)
+        self.progress.add(fused.nbytes)
+        return fused[None] if stacked else fused
+
+    def _item(self, parameter: StoredParameter) -> WriteItem:
+        layers = self._architecture.layers
+        offsets, whole, part = [0] * len(parameter.shape), list(parameter.shape), list(parameter.shape)
+        if parameter.layer is not None:
+            offsets, whole, part = [parameter.layer, *offsets], [layers, *whole], [1, *part]
+        return WriteItem(
+            index=MetadataIndex(parameter.key, torch.Size(offsets)),
+            type=WriteItemType.SHARD,
+            tensor_data=TensorWriteData(
+                chunk=ChunkStorageMetadata(torch.Size(offsets), torch.Size(part)),
+                properties=TensorProperties(self._dtypes[parameter.key, parameter.layer]),
+                size=torch.Size(whole),
+            ),
+        )
+
+    def _extra_states(self) -> list[str]:
+        layers = self._architecture.layers
+        names = [
+            f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
+            for module in STATEFUL_MODULES
+            for layer in range(layers)
+        ]
+        return [*names, "decoder.final_layernorm._extra_state/shard_0_1"]
+
+
+def _empty_item(name: str) -> WriteItem:
+    return WriteItem(index=MetadataIndex(name), type=WriteItemType.BYTE_IO)
+
+
+def _dtype(parameter: StoredParameter, tensors: HFTensors) -> torch.dtype:
+    """The one type of the tensors that a parameter is fused of."""
+    dtypes = {name: tensors.read(name, 0, 0, 0).dtype for name in parameter.hf}
+    if len(set(dtypes.values())) > 1:
+        raise RapoError(f"tensors of {tensors.directory} differ in type: {dtypes}; save them in one type")
+    return next(iter(dtypes.values()))

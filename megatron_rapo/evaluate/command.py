@@ -1,0 +1,172 @@
+"""`megatron-rapo evaluate` and `compare`: from what was asked to stored numbers and a table."""
+
+from __future__ import annotations
+
+import shutil
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rapo.config import RunConfig, load_config
+from megatron_rapo.config.write import toml_value
+from megatron_rapo.errors import RapoError
+from megatron_rapo.evaluate import comparison_files
+from megatron_rapo.evaluate.compare import compare
+from megatron_rapo.evaluate.frontier import powers_of_two
+from megatron_rapo.evaluate.results import compute, examples_of_failed_extraction, table, write
+from megatron_rapo.evaluate.standalone import evaluate
+from megatron_rapo.evaluate.store import Evaluation
+from megatron_rapo.evaluate.subject import default_name, open_model
+
+GENERATED = ("countdown", "arithmetic")
+
+# Without a configuration: what an evaluation takes no part of, and defaults that suit any model.
+WITHOUT_CONFIGURATION: dict[str, Any] = {
+    "run.directory": "evaluations",
+    "run.steps": 1,
+    "rollout.prompts_per_step": 1,
+    "rollout.max_prompt_tokens": 1024,
+    "rollout.max_response_tokens": 2048,
+    "algorithm.max_tokens_per_microbatch": 2**30,
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line; None is what was not said.
+
+    Attributes:
+        configs: of a run; may be empty.
+        settings: `section.key=value`.
+        model: HF directory, checkpoint or run.
+        data: files, generated tasks, and TOML tables like those of `evaluate.data`.
+        template: of the files.
+        stop_after_correct: correct samples at which a problem is done.
+        out: the evaluation's directory.
+    """
+
+    configs: Sequence[Path] = ()
+    settings: Sequence[str] = ()
+    model: Path | None = None
+    data: Sequence[str] | None = None
+    template: str | None = None
+    samples: int | None = None
+    k: Sequence[int] | None = None
+    max_response_tokens: int | None = None
+    stop_after_correct: int | None = None
+    out: Path | None = None
+
+
+def run(request: Request) -> int:
+    """Evaluates, writes results.json and results.csv, prints the table; 0.
+
+    Raises:
+        RapoError: what was asked for does not work, or something failed meanwhile.
+    """
+    config = _configuration(request)
+    assert config.evaluate is not None
+    out = request.out or _default_directory(request, config)
+    path, record = open_model(config.model.path, out)
+    sampled = config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"directory": out}),
+            "model": config.model.model_copy(update={"path": path}),
+        }
+    )
+    evaluation = evaluate(sampled, record, out, adaptive=request.stop_after_correct)
+    if path != config.model.path:
+        shutil.rmtree(path)  # it can be exported again
+    results = compute(evaluation, config.evaluate.k)
+    write(results, out)
+    print(f"{table(results)}\n\n{examples_of_failed_extraction(evaluation)}", end="")
+    print(f"{out}  samples, results.json, results.csv")
+    return 0
+
+
+def run_compare(
+    base: Path,
+    model: Path,
+    control: Path | None,
+    ks: Sequence[int] | None,
+    diagnosed: int | None,
+    out: Path | None,
+) -> int:
+    """Compares stored evaluations, writes the files, prints what they say; 0.
+
+    Raises:
+        RapoError: one is no evaluation, they cannot be compared, or their models are gone.
+    """
+    first, second = Evaluation.open(base), Evaluation.open(model)
+    comparisons = compare(
+        first,
+        second,
+        ks or powers_of_two(min(first.manifest.samples, second.manifest.samples)),
+        control=None if control is None else Evaluation.open(control),
+    )
+    out = out or model / "comparison"
+    comparison_files.write(comparisons, out)
+    print(f"{second.manifest.model.label} against {first.manifest.model.label}\n")
+    for comparison in comparisons:
+        print(f"{comparison_files.describe(comparison)}\n")
+    files = ["comparison.json", "frontier.csv", "ledger.csv"]
+    if diagnosed is not None:
+        from megatron_rapo.evaluate import diagnosis  # torch and transformers take seconds
+
+        print(diagnosis.run(first, second, limit=diagnosed, directory=out), end="\n\n")
+        files.append("diagnostics.json")
+    print(f"{out}  {', '.join(files)}")
+    return 0
+
+
+def _configuration(request: Request) -> RunConfig:
+    """The configuration with what the command line says beside it."""
+    if not request.configs and (request.model is None or request.data is None):
+        raise RapoError("evaluate needs a configuration, or --model and --data; name them")
+    if request.stop_after_correct is not None and request.stop_after_correct < 2:
+        raise RapoError(
+            f"--stop-after-correct {request.stop_after_correct} tells too little of a problem; give at "
+            "least 2 (16 hardly widens intervals)"
+        )
+    if request.template is not None and request.data is None:
+        raise RapoError(f"--template {request.template} is that of the files of --data; name them, too")
+    asked: dict[str, Any] = {} if request.configs else dict(WITHOUT_CONFIGURATION)
+    if request.model is not None:
+        asked["model.path"] = str(request.model)
+    if request.data is not None:
+        asked["evaluate.data"] = [_source(text, request.template) for text in request.data]
+        if not request.configs:
+            asked |= {f"data.{key}": value for key, value in asked["evaluate.data"][0].items()}
+    if request.max_response_tokens is not None:
+        asked["rollout.max_response_tokens"] = request.max_response_tokens
+    if request.samples is not None:
+        asked["evaluate.samples"] = request.samples
+    if request.k is not None or request.samples is not None:
+        asked["evaluate.k"] = list(request.k or powers_of_two(request.samples or 1))
+    config = load_config(
+        request.configs, [*(f"{key}={toml_value(value)}" for key, value in asked.items()), *request.settings]
+    )
+    if config.evaluate is None:
+        raise RapoError("the configuration has no [evaluate]; add it, or say --data and --samples")
+    return config
+
+
+def _source(text: str, template: str | None) -> dict[str, Any]:
+    """One table of evaluate.data."""
+    if text in GENERATED:
+        return {"source": text}
+    if text.startswith("{"):
+        try:
+            return tomllib.loads(f"table = {text}")["table"]
+        except tomllib.TOMLDecodeError as error:
+            raise RapoError(
+                f"--data {text} is no TOML table ({error}); write it like "
+                '{source = "countdown", numbers = 3}'
+            ) from error
+    return {"source": "file", "path": text, **({"template": template} if template else {})}
+
+
+def _default_directory(request: Request, config: RunConfig) -> Path:
+    parent = config.run.directory / "evaluations" if request.configs else config.run.directory
+    return parent / default_name(config.model.path)

@@ -1,0 +1,103 @@
+"""The data sets of an evaluation, ready to be sampled from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_rapo.config import FileData, RunConfig
+from megatron_rapo.config.data import Data
+from megatron_rapo.data.load import load_prompts
+from megatron_rapo.data.prompts import LoadReport, Prompt
+from megatron_rapo.errors import RapoError
+from megatron_rapo.evaluate.manifest import DataRecord, SettingRecord, fingerprint
+from megatron_rapo.evaluate.store import Problem
+
+GENERATED_PROBLEMS = 64  # of a generated task, where the configuration does not say how many
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One data set.
+
+    Attributes:
+        name: of its folder.
+        verifier: the name of the verifier that belongs to it.
+    """
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    verifier: str
+    report: LoadReport
+
+    @property
+    def problems(self) -> list[Problem]:
+        """As they are stored."""
+        return [Problem(p.id, p.question, p.answer, p.token_ids) for p in self.prompts]
+
+    @property
+    def record(self) -> DataRecord:
+        """As the manifest has it."""
+        return DataRecord(
+            name=self.name,
+            source=self.report.source,
+            problems=len(self.prompts),
+            fingerprint=fingerprint(part for p in self.prompts for part in (p.id, p.question, p.answer)),
+        )
+
+    @property
+    def prompts_fingerprint(self) -> str:
+        """Differs where template or tokenizer do."""
+        return fingerprint(prompt.token_ids for prompt in self.prompts)
+
+
+def load_held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[HeldOut]:
+    """The data sets that the configuration names.
+
+    Raises:
+        RapoError: one cannot be read, has too few usable problems, or has an id twice.
+    """
+    return [_load(config, data, tokenizer) for data in config.evaluation_data]
+
+
+def setting_records(config: RunConfig) -> tuple[SettingRecord, ...]:
+    """The sampling settings that the configuration names."""
+    return tuple(
+        SettingRecord(
+            name=setting.name,
+            temperature=setting.temperature,
+            top_p=setting.top_p,
+            top_k=-1 if setting.top_k is None else setting.top_k,
+            max_response_tokens=setting.max_response_tokens or config.rollout.max_response_tokens,
+        )
+        for setting in config.evaluation_settings
+    )
+
+
+def _load(config: RunConfig, data: Data, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
+    assert config.evaluate is not None
+    count = config.evaluate.problems
+    if count is None and not isinstance(data, FileData):
+        count = GENERATED_PROBLEMS
+    loaded = load_prompts(
+        data,
+        tokenizer,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        seed=config.run.seed,
+        split="test",
+        count=count,
+    )
+    _refuse_duplicates(loaded.prompts, loaded.report.source)
+    return HeldOut(data.name, loaded.prompts, config.verifier_of(data), loaded.report)
+
+
+def _refuse_duplicates(prompts: tuple[Prompt, ...], source: str) -> None:
+    [(name, times)] = Counter(prompt.id for prompt in prompts).most_common(1)
+    if times > 1:
+        rows = [prompt.index for prompt in prompts if prompt.id == name]
+        raise RapoError(
+            f"{source} has the id {name!r} {times} times (rows {', '.join(map(str, rows[:5]))}), so samples "
+            "could not be told apart; mend the ids, or set evaluate.data.id_field to a field that is unique"
+        )

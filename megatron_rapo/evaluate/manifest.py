@@ -1,0 +1,204 @@
+"""What an evaluation is of: model, problems, sampling. It stands in `evaluation.json`, beside the samples."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megatron_rapo.errors import RapoError
+
+FILE = "evaluation.json"
+FORMAT = 1
+LIBRARIES = ("megatron_rapo", "torch", "transformers", "math-verify")
+
+
+class _Record(BaseModel):
+    """Unknown keys are errors: a later format is not read as if it were this one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelRecord(_Record):
+    """Which weights were sampled from.
+
+    Attributes:
+        path: HF directory, checkpoint, or run directory, as it was given.
+        run: the training run's directory, where the weights are of one.
+        step: the step that made them; 0 is the run's base.
+        fingerprint: of the weights (`weights_fingerprint`); None where a run's engines had them from memory.
+    """
+
+    path: str
+    run: str | None = None
+    step: int | None = None
+    fingerprint: str | None = None
+
+    @property
+    def label(self) -> str:
+        """A short name for tables and plots."""
+        if self.run is None:
+            return Path(self.path).name
+        return f"{Path(self.run).name} step {self.step}"
+
+
+class DataRecord(_Record):
+    """One data set of an evaluation.
+
+    Attributes:
+        name: of its folder.
+        source: the file, or the generated task with its seed.
+        problems: how many.
+        fingerprint: of all ids, questions and answers, in order; same fingerprint, same problems.
+    """
+
+    name: str
+    source: str
+    problems: int
+    fingerprint: str
+
+
+class SettingRecord(_Record):
+    """How responses were sampled.
+
+    Log-probs are those of the temperature-scaled distribution, not renormalised for top-p or top-k.
+    """
+
+    name: str
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = -1
+    max_response_tokens: int
+
+
+class Manifest(_Record):
+    """All that one must know of an evaluation to read its samples, or to go on with it.
+
+    Attributes:
+        samples: N: samples of every problem, or the most of any where the budget was adaptive.
+        adaptive: correct samples at which a problem is done, where the budget is adaptive (`sequential`).
+        seed: of the samples' seeds.
+        prompts: the fingerprint of the templated prompts' tokens, by data set.
+        started, finished: UTC, ISO 8601; `finished` is None until every sample is on disk.
+    """
+
+    format: int = FORMAT
+    model: ModelRecord
+    data: tuple[DataRecord, ...]
+    settings: tuple[SettingRecord, ...]
+    samples: int
+    adaptive: int | None = None
+    seed: int
+    verifier: dict[str, str]
+    prompts: dict[str, str]
+    versions: dict[str, str]
+    started: str
+    finished: str | None = None
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """The manifest of an evaluation's directory.
+
+        Raises:
+            RapoError: there is none, or it is not of this format.
+        """
+        file = directory / FILE
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except FileNotFoundError:
+            raise RapoError(
+                f"{directory} is no evaluation: it has no {FILE}; give a directory that "
+                "`megatron-rapo evaluate` wrote, or one of a run's evaluations/"
+            ) from None
+        except (ValidationError, OSError) as error:
+            raise RapoError(
+                f"{file} is not a manifest of format {FORMAT}: {error}; "
+                "evaluate again, into another directory"
+            ) from error
+
+    def going_on_from(self, before: Manifest, directory: Path) -> Manifest:
+        """This evaluation, of which `before` is on disk: it keeps that beginning.
+
+        Raises:
+            RapoError: the samples of both would not belong together, or some would be left without purpose.
+        """
+        mine, theirs = self._identity(), before._identity()
+        for what, old in theirs.items():
+            if what not in mine:
+                raise RapoError(
+                    f"{directory} was begun with {what}, which is not asked for now; name it again beside "
+                    "what is new, or choose another --out"
+                )
+            if mine[what] != old:
+                raise RapoError(
+                    f"{directory} holds an evaluation with another {what} ({old}, now {mine[what]}); restore "
+                    "it to go on there, or choose another --out"
+                )
+        if self.samples < before.samples:
+            raise RapoError(
+                f"{directory} was begun with {before.samples} samples a problem, more than the "
+                f"{self.samples} of now; ask for no fewer, or choose another --out"
+            )
+        return self.model_copy(update={"started": before.started})
+
+    def _identity(self) -> dict[str, object]:
+        """What samples depend on, by name."""
+        return {
+            "model": self.model.fingerprint,
+            "seed": self.seed,
+            "adaptive budget": self.adaptive,
+            **{f"data set {data.name}": data.fingerprint for data in self.data},
+            **{f"prompts of {name}": prompts for name, prompts in self.prompts.items()},
+            **{f"verifier of {name}": verifier for name, verifier in self.verifier.items()},
+            **{f"setting {setting.name}": setting for setting in self.settings},
+        }
+
+    def write(self, directory: Path) -> None:
+        """Writes or replaces it, whole."""
+        partial = directory / f".{FILE}.partial"
+        partial.write_text(self.model_dump_json(indent=1) + "\n")
+        partial.replace(directory / FILE)
+
+
+def software_versions() -> dict[str, str]:
+    """What a sample may depend on beside model, problem and seed."""
+    return {"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}}
+
+
+def now() -> str:
+    """UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def fingerprint(parts: Iterable[object]) -> str:
+    """16 hex digits that differ where a part's text does."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        text = str(part).encode()
+        digest.update(f"{len(text)}:".encode())
+        digest.update(text)
+    return digest.hexdigest()
+
+
+def weights_fingerprint(model: Path) -> str:
+    """Tells apart the weights of HF directories: configuration, sizes, and blocks from all over each file.
+
+    It reads at most 8 MiB a file, so that it takes no time with large models either.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted([*model.glob("config.json"), *model.glob("*.safetensors")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}:".encode())
+        with file.open("rb") as stream:
+            for block in range(_BLOCKS):
+                stream.seek(block * max(size // _BLOCKS, _BLOCK_BYTES))
+                digest.update(stream.read(_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+_BLOCKS, _BLOCK_BYTES = 128, 1 << 16

@@ -1,0 +1,137 @@
+"""An evaluation of its own: a model, its engines and verifiers, and a directory that it goes on in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_rapo.config import RunConfig
+from megatron_rapo.data.tokenizer import load_tokenizer
+from megatron_rapo.evaluate.held_out import HeldOut, load_held_out, setting_records
+from megatron_rapo.evaluate.manifest import FILE, Manifest, ModelRecord, SettingRecord, now, software_versions
+from megatron_rapo.evaluate.plan import Batch, plan
+from megatron_rapo.evaluate.progress import SampleProgress
+from megatron_rapo.evaluate.sampler import Sampler
+from megatron_rapo.evaluate.sequential import Stopping
+from megatron_rapo.evaluate.store import Evaluation, StoredSample, begin
+from megatron_rapo.experience.engines import open_own_engines
+from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.reward.outcome import Outcome
+from megatron_rapo.reward.verifier import Verifier
+
+WEIGHT_VERSION = 0  # engines are given one model, once
+
+
+def evaluate(
+    config: RunConfig, model: ModelRecord, directory: Path, *, adaptive: int | None = None
+) -> Evaluation:
+    """Samples what is missing of the evaluation in `directory`.
+
+    Args:
+        config: `model.path` is the HF directory that is sampled; `evaluate` says what, `rollout` by whom.
+        model: where it came from.
+        directory: a new one, or one in which the same evaluation was begun; more samples, data sets and
+            settings may be asked for than before.
+        adaptive: correct samples at which a problem is done (`sequential`); None: all get all samples.
+
+    Raises:
+        RapoError: the directory holds another evaluation, or something failed; what was sampled stays.
+    """
+    assert config.evaluate is not None
+    tokenizer = load_tokenizer(config.model.path)
+    data_sets = load_held_out(config, tokenizer)
+    evaluation = _open(config, model, data_sets, directory, adaptive)
+    for held_out in data_sets:
+        print(held_out.report)
+    work = [
+        _Work(held_out, setting, evaluation, config.evaluate.batch)
+        for held_out in data_sets
+        for setting in evaluation.manifest.settings
+    ]
+    total = sum(len(one.held_out.prompts) for one in work) * config.evaluate.samples
+    left = sum(one.left() for one in work)
+    if left < total:
+        print(f"{directory} has {total - left:,} of {total:,} samples; going on")
+    if left:
+        progress = SampleProgress(total, present=total - left)
+        with open_own_engines(config, read_architecture(config.model.path)) as pool:
+            # Also where servers run already: what they serve is then what is evaluated, for certain.
+            pool.update_weights(config.model.path, WEIGHT_VERSION)
+            sampler = Sampler(pool, tokenizer, weight_version=WEIGHT_VERSION, seed=config.run.seed)
+            for one in work:
+                with _open_verifier(config, one.held_out) as verifier:
+                    for samples in sampler.draw(one.batches(), one.setting, verifier, one.store):
+                        one.take(samples)
+                        progress.add(samples, f"{one.held_out.name} {one.setting.name}")
+        print(progress.line())
+    if adaptive is not None:
+        drawn = sum(len(one.store.present()) for one in work)
+        print(f"{drawn:,} of {total:,} samples sufficed: {1 - drawn / total:.0%} were saved")
+    return _finish(evaluation)
+
+
+class _Work:
+    """What is to be sampled of one data set at one setting."""
+
+    def __init__(self, held_out: HeldOut, setting: SettingRecord, evaluation: Evaluation, rows: int) -> None:
+        self.held_out = held_out
+        self.setting = setting
+        self.store = evaluation.samples(held_out.name, setting.name)
+        self._samples = evaluation.manifest.samples
+        self._rows = rows
+        self._present = self.store.present()
+        self._stopping: Stopping | None = None
+        if evaluation.manifest.adaptive is not None:
+            self._stopping = Stopping(evaluation.manifest.adaptive)
+            for row in self.store.read(["problem", "sample", "outcome"]).to_pylist():
+                self._stopping.take(row["problem"], row["sample"], row["outcome"] == Outcome.CORRECT)
+
+    def take(self, samples: Sequence[StoredSample]) -> None:
+        """These are on disk now."""
+        if self._stopping is not None:
+            for sample in samples:
+                self._stopping.take(sample.problem, sample.sample, sample.outcome is Outcome.CORRECT)
+
+    def batches(self) -> Iterator[Batch]:
+        """What is missing; of an adaptive budget, as outcomes come in."""
+        is_open = (lambda problem: True) if self._stopping is None else self._stopping.is_open
+        return plan(self.held_out.prompts, self._samples, self._present, rows=self._rows, is_open=is_open)
+
+    def left(self) -> int:
+        """Samples that are missing, at most."""
+        return sum(len(batch.prompts) * batch.count for batch in self.batches())
+
+
+def _open(
+    config: RunConfig, model: ModelRecord, data_sets: list[HeldOut], directory: Path, adaptive: int | None
+) -> Evaluation:
+    """The evaluation in the directory, begun if there is none; refused if it is another one."""
+    assert config.evaluate is not None
+    manifest = Manifest(
+        model=model,
+        data=tuple(held_out.record for held_out in data_sets),
+        settings=setting_records(config),
+        samples=config.evaluate.samples,
+        adaptive=adaptive,
+        seed=config.run.seed,
+        verifier={held_out.name: held_out.verifier for held_out in data_sets},
+        prompts={held_out.name: held_out.prompts_fingerprint for held_out in data_sets},
+        versions=software_versions(),
+        started=now(),
+    )
+    if (directory / FILE).exists():
+        manifest = manifest.going_on_from(Manifest.read(directory), directory)
+    return begin(directory, manifest, {held_out.name: held_out.problems for held_out in data_sets})
+
+
+def _finish(evaluation: Evaluation) -> Evaluation:
+    if evaluation.manifest.finished is None:
+        finished = evaluation.manifest.model_copy(update={"finished": now()})
+        finished.write(evaluation.directory)
+        return Evaluation(evaluation.directory, finished)
+    return evaluation
+
+
+def _open_verifier(config: RunConfig, held_out: HeldOut) -> Verifier:
+    reward = config.reward
+    return Verifier(held_out.verifier, workers=reward.workers, time_limit_s=reward.time_limit_s)

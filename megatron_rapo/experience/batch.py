@@ -1,0 +1,97 @@
+"""The groups that a step trains on: of the prompts drawn, or of those that can teach by comparison."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from megatron_rapo.config.sampling import DynamicSampling
+from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.reward.scoring import ScoredGroup
+
+Score = Callable[[Sequence[Prompt]], list[ScoredGroup]]
+"""Samples and verifies prompts: their groups, in order, the same on all ranks."""
+
+
+class Prompts(Protocol):
+    """An endless order of prompts (`data.order.PromptOrder`)."""
+
+    @property
+    def size(self) -> int:
+        """Different prompts that it has."""
+
+    def draw(self, count: int) -> list[Prompt]:
+        """The next `count`."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step trains on, and what was drawn for it.
+
+    Attributes:
+        groups: exactly as many as were wanted, in the order drawn.
+        drawn: all groups that were sampled; `groups` are of them.
+        rounds: of dynamic sampling; 0 without it.
+    """
+
+    groups: list[ScoredGroup]
+    drawn: list[ScoredGroup]
+    rounds: int
+
+    def metrics(self) -> Mapping[str, float]:
+        """What dynamic sampling cost and did: `reward/mean` is of the chosen groups alone."""
+        if not self.rounds:
+            return {}
+        rewards = [group.rewards for group in self.drawn]
+        return {
+            "sampling/rounds": self.rounds,
+            "sampling/prompts_drawn": len(self.drawn),
+            "sampling/filled_up": sum(not teaches(group) for group in self.groups),
+            "sampling/surplus": sum(map(teaches, self.drawn)) - sum(map(teaches, self.groups)),
+            "sampling/reward_mean_drawn": float(np.mean(rewards)),
+        }
+
+
+def teaches(group: ScoredGroup) -> bool:
+    """Whether the group's responses earned different rewards, so that comparing them tells something."""
+    return len(set(group.rewards)) > 1
+
+
+def collect(prompts: Prompts, wanted: int, score: Score, dynamic: DynamicSampling | None) -> Batch:
+    """The groups of the next `wanted` prompts; with dynamic sampling, of the next that teach.
+
+    Dynamic sampling ends early after `max_rounds`, or once a further round would meet a prompt of this step
+    again: what is missing is then filled up with the first groups drawn that do not teach.
+
+    Args:
+        prompts: what to draw from. All that is drawn counts as drawn, also groups beyond those wanted.
+        wanted: groups of a step.
+        score: samples and verifies.
+        dynamic: how many prompts a round draws, and how many rounds there are; None: one round of `wanted`.
+    """
+    if dynamic is None:
+        groups = score(prompts.draw(wanted))
+        return Batch(groups, groups, rounds=0)
+    # A batch may be larger than the set; then it meets prompts again as it would without dynamic sampling.
+    most = max(wanted, prompts.size)
+    drawn: list[ScoredGroup] = []
+    rounds = 0
+    while (
+        (missing := wanted - sum(map(teaches, drawn))) > 0
+        and rounds < dynamic.max_rounds
+        and len(drawn) < most
+    ):
+        count = min(math.ceil(missing * dynamic.over_sampling), most - len(drawn))
+        drawn += score(prompts.draw(count))
+        rounds += 1
+    return Batch(_choose(drawn, wanted), drawn, rounds)
+
+
+def _choose(drawn: Sequence[ScoredGroup], wanted: int) -> list[ScoredGroup]:
+    """The first `wanted` groups, those that teach before the others; in the order drawn."""
+    ranked = sorted(range(len(drawn)), key=lambda place: not teaches(drawn[place]))  # stable
+    return [drawn[place] for place in sorted(ranked[:wanted])]

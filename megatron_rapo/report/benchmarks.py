@@ -1,0 +1,138 @@
+"""Each data set at each setting: every model's scores, its comparison with the base, and the frontier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_rapo.errors import RapoError
+from megatron_rapo.evaluate.compare import Comparison, compare
+from megatron_rapo.evaluate.frontier import curve, grid, powers_of_two
+from megatron_rapo.evaluate.pass_at_k import Estimate
+from megatron_rapo.evaluate.statistics import COLUMNS, Statistics, summarise
+from megatron_rapo.evaluate.store import Evaluation
+from megatron_rapo.report.contents import Against, Benchmark, Scores
+from megatron_rapo.report.drawing import Line, Plot
+from megatron_rapo.report.figures import figure
+from megatron_rapo.report.sources import EvaluatedModel, benchmark_name, file_name
+from megatron_rapo.report.theme import series_colour
+from megatron_rapo.report.words import crossover_mark
+
+SEED = 0  # of resampling: the same evaluations give the same page
+COLUMNS_OF_K = 6  # what a table has room for
+
+
+def benchmarks_of(models: Sequence[EvaluatedModel], control: Evaluation | None) -> list[Benchmark]:
+    """The benchmarks of the base, in its order, each with all models that have it.
+
+    Args:
+        models: the base first.
+        control: the base, evaluated anew, for the hard subset; None: half of its samples.
+
+    Raises:
+        RapoError: evaluations cannot be compared, or one is not finished.
+    """
+    if not models:
+        return []
+    base, *others = models
+    for model in models:
+        _refuse_unfinished(model.evaluation)
+    found: dict[tuple[str, str], list[Against]] = {pair: [] for pair in base.evaluation}
+    for model in others:
+        ks = powers_of_two(min(base.evaluation.manifest.samples, model.evaluation.manifest.samples))
+        for comparison in compare(base.evaluation, model.evaluation, ks, control=control, seed=SEED):
+            found[comparison.data, comparison.setting].append(Against(model.label, comparison))
+    return [_benchmark(models, *pair, against) for pair, against in found.items()]
+
+
+def _refuse_unfinished(evaluation: Evaluation) -> None:
+    manifest = evaluation.manifest
+    if manifest.finished is None:
+        raise RapoError(
+            f"{evaluation.directory} is not finished; run its `megatron-rapo evaluate` again, which goes on "
+            "where it stopped"
+        )
+    if manifest.adaptive:
+        raise RapoError(
+            f"{evaluation.directory} was sampled with an adaptive budget, so that its counts depend on "
+            "outcomes; report evaluations with a fixed number of samples"
+        )
+
+
+def _benchmark(
+    models: Sequence[EvaluatedModel], data: str, setting: str, against: Sequence[Against]
+) -> Benchmark:
+    evaluation = models[0].evaluation
+    by_model = {entry.model: entry.comparison for entry in against}
+    scores = [_base_scores(models[0], data, setting, list(by_model.values()))]
+    for model in models[1:]:
+        if model.label in by_model:
+            compared = by_model[model.label]
+            statistics = _statistics(model.evaluation, data, setting)
+            scores.append(Scores(model.label, compared.ks, compared.model, statistics))
+    name = benchmark_name(evaluation, data, setting)
+    shown = powers_of_two(min(score.ks[-1] for score in scores))
+    figures = [figure(frontier(name, scores, against), large=True)]
+    return Benchmark(
+        name=name,
+        questions={problem.id: problem.question for problem in evaluation.problems(data)},
+        figures=tuple(figures),
+        shown_k=tuple(reversed(shown[::-1][:: -(-len(shown) // COLUMNS_OF_K)])),
+        scores=tuple(scores),
+        against=tuple(against),
+    )
+
+
+def _base_scores(model: EvaluatedModel, data: str, setting: str, compared: Sequence[Comparison]) -> Scores:
+    """The base's curve as the comparison with most samples has it; computed where there is none."""
+    statistics = _statistics(model.evaluation, data, setting)
+    if compared:
+        longest = max(compared, key=lambda comparison: comparison.ks[-1])
+        return Scores(model.label, longest.ks, longest.base, statistics)
+    counts = model.evaluation.samples(data, setting).counts()
+    ks = grid(int(counts.samples.min()))
+    return Scores(
+        model.label, tuple(ks), tuple(curve(counts.correct, counts.samples, ks, seed=SEED)), statistics
+    )
+
+
+def _statistics(evaluation: Evaluation, data: str, setting: str) -> Statistics:
+    store = evaluation.samples(data, setting)
+    problems = [problem.id for problem in store.problems]
+    return summarise(store.read(COLUMNS), problems, [], seed=SEED, majority_ks=[evaluation.manifest.samples])
+
+
+def frontier(name: str, scores: Sequence[Scores], against: Sequence[Against]) -> Plot:
+    """pass@k over k of all models, the base dashed; a mark where the last one falls behind the base."""
+    lines = [
+        _line(
+            score.model,
+            "base" if place == 0 else series_colour(place - 1),
+            score.ks,
+            score.curve,
+            dashed=place == 0,
+        )
+        for place, score in enumerate(scores)
+    ]
+    return Plot(
+        f"frontier_{file_name(name)}",
+        f"pass@k on {name}",
+        "Chance that one of k samples is correct, mean over problems, with 95% bands.",
+        "k",
+        "",
+        tuple(lines),
+        scale="log2",
+        share=True,
+        marks=crossover_mark(against[-1].comparison.crossover) if against else (),
+    )
+
+
+def _line(label: str, colour: str, ks: Sequence[int], estimates: Sequence[Estimate], *, dashed: bool) -> Line:
+    return Line(
+        label,
+        colour,
+        ks,
+        [estimate.mean for estimate in estimates],
+        [estimate.low for estimate in estimates],
+        [estimate.high for estimate in estimates],
+        dashed=dashed,
+    )

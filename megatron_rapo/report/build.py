@@ -1,0 +1,52 @@
+"""A report from its sources: every part that they have something for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_rapo.evaluate.store import Evaluation
+from megatron_rapo.report.benchmarks import benchmarks_of
+from megatron_rapo.report.browsing import browser_of
+from megatron_rapo.report.configuration import configuration_tables
+from megatron_rapo.report.contents import Report
+from megatron_rapo.report.diagnostics import diagnoses_of
+from megatron_rapo.report.figures import figure
+from megatron_rapo.report.sources import Sources, open_sources
+from megatron_rapo.report.summary import answer, headlines
+from megatron_rapo.report.training import read_training, training_plots
+
+
+def build_report(directories: Sequence[Path], control: Path | None = None) -> Report:
+    """Reads runs and evaluations, and gathers what is told of them.
+
+    Args:
+        directories: of runs and evaluations.
+        control: the base, evaluated anew with another seed, for the hard subset.
+
+    Raises:
+        RapoError: a directory is neither, or damaged, or evaluations cannot be compared.
+    """
+    sources = open_sources(directories)
+    runs = [read_training(path) for path in sources.runs]
+    anew = None if control is None else Evaluation.open(control)
+    benchmarks = benchmarks_of(sources.models, anew)
+    browser, notes = browser_of(sources.models)
+    return Report(
+        title="Exploration report" if sources.models else "Training report",
+        subtitle=_subtitle(sources),
+        answer=answer(runs, benchmarks),
+        headlines=tuple(headlines(benchmarks)),
+        runs=tuple(runs),
+        training=tuple(figure(plot) for plot in training_plots(runs)),
+        benchmarks=tuple(benchmarks),
+        diagnostics=tuple(diagnoses_of(sources.models)),
+        browser=browser,
+        browser_notes=notes,
+        configuration=tuple(configuration_tables(sources)),
+    )
+
+
+def _subtitle(sources: Sources) -> str:
+    names = [path.resolve().name for path in sources.runs] + [model.label for model in sources.models]
+    return " · ".join(dict.fromkeys(names))

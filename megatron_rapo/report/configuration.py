@@ -1,0 +1,88 @@
+"""What was run, and with which software: options of runs and manifests of evaluations, as tables."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rapo.config.write import toml_value
+from megatron_rapo.errors import RapoError
+from megatron_rapo.report.sources import EvaluatedModel, Sources
+
+
+@dataclass(frozen=True)
+class Table:
+    """Options down, runs or evaluations across.
+
+    Attributes:
+        title: what it is about.
+        columns: names of the runs or evaluations.
+        rows: an option and its value in each column, empty where it has none.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def sections(self) -> list[tuple[str, list[tuple[str, tuple[str, ...]]]]]:
+        """The rows by what stands before their option's first dot; those without one first."""
+        grouped: dict[str, list[tuple[str, tuple[str, ...]]]] = {"": []}
+        for option, values in self.rows:
+            section, dot, name = option.partition(".")
+            grouped.setdefault(section if dot else "", []).append((name if dot else option, values))
+        return [(section, rows) for section, rows in grouped.items() if rows]
+
+    @staticmethod
+    def differs(values: Sequence[str]) -> bool:
+        """Whether the columns do not agree."""
+        return len(set(values)) > 1
+
+
+def configuration_tables(sources: Sources) -> list[Table]:
+    """Options of training runs, of evaluations, and versions of software; those that there are."""
+    tables = []
+    if sources.runs:
+        names = [path.resolve().name for path in sources.runs]
+        tables.append(_table("Training", names, [_run_options(path) for path in sources.runs]))
+    if sources.models:
+        names = [model.label for model in sources.models]
+        manifests = [_manifest(model) for model in sources.models]
+        tables.append(_table("Evaluation", names, manifests))
+        versions = [model.evaluation.manifest.versions for model in sources.models]
+        tables.append(_table("Software of the evaluations", names, versions))
+    return tables
+
+
+def _table(title: str, names: Sequence[str], columns: Sequence[Mapping[str, str]]) -> Table:
+    options = dict.fromkeys(option for column in columns for option in column)
+    rows = [(option, tuple(column.get(option, "") for column in columns)) for option in options]
+    return Table(title, tuple(names), tuple(rows))
+
+
+def _run_options(directory: Path) -> dict[str, str]:
+    path = directory / "config.toml"
+    try:
+        return _flat(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RapoError(
+            f"{path} cannot be read: {error}; restore the configuration that the run wrote there"
+        ) from error
+
+
+def _manifest(model: EvaluatedModel) -> dict[str, str]:
+    record = json.loads(model.evaluation.manifest.model_dump_json(exclude={"versions", "format"}))
+    for name in ("data", "settings"):
+        record[name] = {entry.pop("name"): entry for entry in record[name]}
+    return _flat(record)
+
+
+def _flat(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        inner = (*path, name)
+        flat |= _flat(value, inner) if isinstance(value, dict) else {".".join(inner): toml_value(value)}
+    return flat

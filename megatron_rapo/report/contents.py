@@ -1,0 +1,132 @@
+"""What the page shows: numbers that are computed elsewhere, in the form in which they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rapo.evaluate.compare import Comparison
+from megatron_rapo.evaluate.pass_at_k import Estimate
+from megatron_rapo.evaluate.statistics import Statistics
+from megatron_rapo.report.configuration import Table
+from megatron_rapo.report.drawing import Plot
+from megatron_rapo.report.figures import PageFigure
+from megatron_rapo.report.responses import Browser
+from megatron_rapo.report.training import TrainingRun
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A number of the summary: label, value, what stands beside it, and what it says of the model."""
+
+    label: str
+    value: str
+    beside: str
+    verdict: str = ""  # better, worse, unsure, or nothing
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The summary's numbers of one benchmark."""
+
+    benchmark: str
+    tiles: tuple[Tile, ...]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A model on a benchmark.
+
+    Attributes:
+        ks: of the curve.
+        curve: pass@k for each.
+        statistics: everything but pass@k.
+    """
+
+    model: str
+    ks: tuple[int, ...]
+    curve: tuple[Estimate, ...]
+    statistics: Statistics
+
+    def pass_at(self, k: int) -> Estimate:
+        """pass@k."""
+        return self.curve[self.ks.index(k)]
+
+
+@dataclass(frozen=True)
+class Against:
+    """A model's comparison with the base."""
+
+    model: str
+    comparison: Comparison
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One data set at one setting.
+
+    Attributes:
+        questions: by id, in the data set's order.
+        shown_k: those that the tables have room for.
+        scores: of each model, the base first.
+        against: each other model's comparison with the base.
+    """
+
+    name: str
+    questions: Mapping[str, str]
+    figures: tuple[PageFigure, ...]
+    shown_k: tuple[int, ...]
+    scores: tuple[Scores, ...]
+    against: tuple[Against, ...]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Where a model's correct answers come from.
+
+    Attributes:
+        by_position: `[positions]` each: forward_kl, reverse_kl, base_entropy, model_entropy, reaching.
+    """
+
+    benchmark: str
+    model: str
+    figures: tuple[PageFigure, ...]
+    facts: tuple[Tile, ...]
+    by_position: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything on the page. A part without content has no section."""
+
+    title: str
+    subtitle: str
+    answer: str
+    headlines: tuple[Headline, ...] = ()
+    runs: tuple[TrainingRun, ...] = ()
+    training: tuple[PageFigure, ...] = ()
+    benchmarks: tuple[Benchmark, ...] = ()
+    diagnostics: tuple[Diagnosis, ...] = ()
+    browser: Browser | None = None
+    browser_notes: tuple[str, ...] = ()
+    configuration: tuple[Table, ...] = ()
+
+    def plots(self) -> list[Plot]:
+        """What all figures show, in the page's order."""
+        figures = [
+            *self.training,
+            *(figure for benchmark in self.benchmarks for figure in benchmark.figures),
+            *(figure for diagnosis in self.diagnostics for figure in diagnosis.figures),
+        ]
+        return [figure.plot for figure in figures]
+
+    def controls(self) -> list[str]:
+        """What controls the hard subsets."""
+        return list(dict.fromkeys(against.comparison.control for _, against in self.against()))
+
+    def against(self) -> Iterator[tuple[Benchmark, Against]]:
+        """All comparisons with the base."""
+        for benchmark in self.benchmarks:
+            for against in benchmark.against:
+                yield benchmark, against

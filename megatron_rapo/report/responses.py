@@ -1,0 +1,138 @@
+"""The responses that the page holds: read from the stores, row group by row group, and split into tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+
+from megatron_rapo.evaluate.counts import codes
+from megatron_rapo.evaluate.store import SampleStore
+from megatron_rapo.report.selection import Integers, Rule, Samples, choose_rule
+from megatron_rapo.report.tokens import TokenTexts
+from megatron_rapo.reward.outcome import Outcome, reward_of
+
+_OUTCOMES = {outcome.value: place for place, outcome in enumerate(Outcome)}
+_SHOWN = ["problem", "sample", "outcome", "truncated", "text", "token_ids", "log_probs"]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One model's samples of one data set.
+
+    Attributes:
+        model: what the model is called.
+        dataset: what data set and setting are called.
+        token_texts: splits its responses; None where the model's tokenizer is not to be had.
+    """
+
+    model: str
+    dataset: str
+    store: SampleStore
+    token_texts: TokenTexts | None
+
+
+@dataclass(frozen=True)
+class Browser:
+    """What the response browser holds.
+
+    Attributes:
+        rule: how the responses were chosen.
+        shown, sampled: responses in the page, and on disk.
+        data: as `responses.js` reads it.
+    """
+
+    rule: Rule
+    shown: int
+    sampled: int
+    data: dict[str, Any]
+
+
+def browse(parts: Sequence[Sampled]) -> Browser:
+    """Chooses responses over all models and data sets, and reads them."""
+    samples = [_narrow(part.store) for part in parts]
+    rule = choose_rule(samples)
+    models = list(dict.fromkeys(part.model for part in parts))
+    problems: dict[tuple[str, str], dict[str, Any]] = {}
+    for part, narrow in zip(parts, samples, strict=True):
+        sampled = np.bincount(narrow.problem, minlength=len(part.store.problems))
+        for place, problem in enumerate(part.store.problems):
+            entry = problems.setdefault(
+                (part.dataset, problem.id),
+                {
+                    "id": problem.id,
+                    "dataset": part.dataset,
+                    "question": problem.question,
+                    "answer": problem.answer,
+                    "sampled": 0,
+                    "responses": [],
+                },
+            )
+            entry["sampled"] += int(sampled[place])
+        for row in _read_rows(part.store, rule.rows(narrow)):
+            response = _response(row, rule, part.token_texts) | {"model": models.index(part.model)}
+            problems[part.dataset, row["problem"]]["responses"].append(response)
+    shown = [entry for entry in problems.values() if entry["responses"]]
+    for entry in shown:
+        entry["responses"].sort(
+            key=lambda response: (response["model"], _OUTCOMES[response["outcome"]], response["sample"])
+        )
+    return Browser(
+        rule=rule,
+        shown=sum(len(entry["responses"]) for entry in shown),
+        sampled=sum(len(narrow.number) for narrow in samples),
+        data={"models": models, "problems": shown},
+    )
+
+
+def _narrow(store: SampleStore) -> Samples:
+    """All samples, in the order of the parts' rows."""
+    table = store.read(["problem", "sample", "outcome", "length"]).unify_dictionaries()
+    places = {problem.id: place for place, problem in enumerate(store.problems)}
+    return Samples(
+        problem=codes(table["problem"], places),
+        number=table["sample"].to_numpy(),
+        outcome=codes(table["outcome"], _OUTCOMES),
+        length=table["length"].to_numpy(),
+    )
+
+
+def _read_rows(store: SampleStore, rows: Integers) -> list[dict[str, Any]]:
+    """The rows of these numbers, counted through all parts; a row group without one of them is not read."""
+    wanted = np.sort(rows)
+    found: list[dict[str, Any]] = []
+    first = 0
+    for path in store.parts():
+        with pyarrow.parquet.ParquetFile(path) as part:
+            for group in range(part.num_row_groups):
+                stop = first + part.metadata.row_group(group).num_rows
+                inside = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, stop)] - first
+                if len(inside):
+                    found += part.read_row_group(group, columns=_SHOWN).take(inside).to_pylist()
+                first = stop
+    return found
+
+
+def _response(row: dict[str, Any], rule: Rule, token_texts: TokenTexts | None) -> dict[str, Any]:
+    length = len(row["token_ids"])
+    texts = None if token_texts is None else token_texts(row["token_ids"])
+    response: dict[str, Any] = {
+        "sample": row["sample"],
+        "outcome": row["outcome"],
+        "reward": reward_of(Outcome(row["outcome"])),
+        "length": length,
+        "truncated": row["truncated"],
+    }
+    start, left_out = rule.gap(length)
+    if texts is None:  # the text is cut where the tokens would be, in proportion
+        text = row["text"]
+        head, tail = (len(text) * place // max(length, 1) for place in (start, start + left_out))
+        response |= {"tokens": [text[:head], text[tail:]], "log_probs": []}
+        return response | ({"cut_at": 1, "cut": left_out} if left_out else {})
+    log_probs = [round(value, 2) for value in row["log_probs"]]
+    end = start + left_out
+    response |= {"tokens": texts[:start] + texts[end:], "log_probs": log_probs[:start] + log_probs[end:]}
+    return response | ({"cut_at": start, "cut": left_out} if left_out else {})

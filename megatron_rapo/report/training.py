@@ -1,0 +1,147 @@
+"""Training curves: the metrics of a run by step, as plots."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rapo.errors import RapoError
+from megatron_rapo.observe.step_lines import read_step_lines
+from megatron_rapo.report.drawing import Line, Plot
+from megatron_rapo.report.theme import series_colour
+
+WINDOW = 5  # steps of the running mean
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A run's metrics.
+
+    Attributes:
+        name: of its directory.
+        steps: the lines of metrics.jsonl, oldest first.
+    """
+
+    name: str
+    steps: Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric that is shown: its name in metrics.jsonl, title with unit, and whether it is a share of 1."""
+
+    metric: str
+    title: str
+    description: str
+    share: bool = False
+
+
+CURVES = (
+    Curve("reward/mean", "mean reward", "Mean reward of the step's responses.", share=True),
+    Curve(
+        "reward/groups_without_variance",
+        "groups without variance",
+        "Share of prompts whose responses all earn the same, so that their advantages are zero.",
+        share=True,
+    ),
+    Curve("rollout/response_tokens_mean", "response length, tokens", "Mean tokens of a response."),
+    Curve(
+        "rollout/truncated", "truncated responses", "Share of responses cut at the length limit.", share=True
+    ),
+    Curve("loss/entropy", "entropy, nats per token", "Entropy of the policy at response tokens."),
+    Curve(
+        "loss/divergence",
+        "divergence, nats per token",
+        "The objective's divergence from the reference at response tokens, before its coefficient.",
+    ),
+    Curve("loss/total", "loss", "The objective that is minimised, mean of the step's updates."),
+    Curve("loss/clipped", "clipped ratio", "Share of response tokens whose ratio is clipped."),
+    Curve("optimizer/gradient_norm", "gradient norm", "Norm of the whole gradient before clipping."),
+    Curve(
+        "mismatch/log_prob_mean",
+        "engine mismatch, nats",
+        "Mean difference between the trainer's and the engine's log-prob of a sampled token.",
+    ),
+    Curve("throughput/tokens_per_s", "throughput, tokens per s", "Tokens of a step over its duration."),
+    Curve("time/step_s", "time of a step, s", "Duration of a step, all phases."),
+)
+
+
+def read_training(directory: Path) -> TrainingRun:
+    """The metrics of the run in `directory`.
+
+    Raises:
+        RapoError: metrics.jsonl is damaged or has no step.
+    """
+    path = directory / "metrics.jsonl"
+    steps = read_step_lines(path)
+    if not steps:
+        raise RapoError(f"{path} holds no step; report a run that has finished one")
+    return TrainingRun(directory.resolve().name, steps)
+
+
+def training_plots(runs: Sequence[TrainingRun]) -> list[Plot]:
+    """The plots of all curves that a run has logged, pass@k on held-out problems first."""
+    plots = [plot for run in runs if (plot := _held_out(run, alone=len(runs) == 1)) is not None]
+    for curve in CURVES:
+        lines = [
+            line for index, run in enumerate(runs) for line in _lines(run, curve, index, alone=len(runs) == 1)
+        ]
+        if lines:
+            name = f"training_{curve.metric.replace('/', '_')}"
+            plots.append(
+                Plot(name, curve.title, curve.description, "step", "", tuple(lines), share=curve.share)
+            )
+    return plots
+
+
+def _lines(run: TrainingRun, curve: Curve, index: int, alone: bool) -> list[Line]:
+    """The raw values, and over them the running mean of up to WINDOW steps."""
+    points = [(line["step"], line[curve.metric]) for line in run.steps if curve.metric in line]
+    if curve.metric.startswith("time/"):
+        points = [point for point in points if point[0] > 0]  # step 0 trains nothing
+    if all(y is None for _, y in points):
+        return []
+    x, y = [point[0] for point in points], [point[1] for point in points]
+    colour, label = series_colour(index), curve.title if alone else run.name
+    if len(x) <= WINDOW:
+        return [Line(label, colour, x, y)]
+    return [Line(label, colour, x, y, faint=True), Line(label, colour, x, running_mean(y, WINDOW))]
+
+
+def running_mean(values: Sequence[float | None], window: int) -> list[float | None]:
+    """`[values]`: the mean of each value and the `window − 1` before it, gaps left out."""
+    means: list[float | None] = []
+    for stop in range(1, len(values) + 1):
+        known = [value for value in values[max(0, stop - window) : stop] if value is not None]
+        means.append(sum(known) / len(known) if known else None)
+    return means
+
+
+def _held_out(run: TrainingRun, alone: bool) -> Plot | None:
+    """pass@k of the evaluations during training, with its bands."""
+    names = [name for line in run.steps for name in line if re.fullmatch(r"evaluate/pass@\d+", name)]
+    ks = sorted({int(name.rpartition("@")[2]) for name in names})
+    lines = []
+    for index, k in enumerate(ks):
+        metric = f"evaluate/pass@{k}"
+        found = [line for line in run.steps if line.get(metric) is not None]
+        lines.append(
+            Line(
+                f"pass@{k}",
+                series_colour(index),
+                [line["step"] for line in found],
+                [line[metric] for line in found],
+                [line[f"{metric}_low"] for line in found],
+                [line[f"{metric}_high"] for line in found],
+            )
+        )
+    if not lines:
+        return None
+    title = "pass@k on held-out problems" + ("" if alone else f", {run.name}")
+    name = "training_pass_at_k" + ("" if alone else f"_{run.name}")
+    description = "pass@k of the evaluations during training, with 95% intervals."
+    return Plot(name, title, description, "step", "", tuple(lines), share=True)

@@ -1,0 +1,106 @@
+"""Numbers and findings in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from megatron_rapo.evaluate.compare import Comparison
+from megatron_rapo.evaluate.frontier import Crossover, Paired
+from megatron_rapo.evaluate.hard_subset import HardSubset
+from megatron_rapo.evaluate.ledger import Change, Entry
+from megatron_rapo.evaluate.pass_at_k import Estimate
+
+
+def signed(value: Estimate) -> str:
+    """`+0.283 [+0.200, +0.400]`."""
+    return f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]".replace("-", "−")
+
+
+def p_value(value: float) -> str:
+    """`p = 0.013`, `p < 0.001`."""
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+
+
+def verdict(difference: Estimate) -> str:
+    """`better` or `worse` where the interval has one side of 0 only, else `unsure`."""
+    if difference.low > 0:
+        return "better"
+    return "worse" if difference.high < 0 else "unsure"
+
+
+def standing(model: str, test: Paired, base: Estimate, own: Estimate) -> str:
+    """Whether the model is beyond its base at one k, a sentence."""
+    claims = {
+        "better": f"{model} is beyond the base",
+        "worse": f"{model} is behind the base",
+        "unsure": f"{model} and the base are not told apart",
+    }
+    return (
+        f"{claims[verdict(test.difference)]} at k = {test.k:,}: pass@{test.k:,} is {own.mean:.3f} against "
+        f"{base.mean:.3f}, a difference of {signed(test.difference)}, {p_value(test.p_value)}."
+    )
+
+
+def crossover_sentence(model: str, comparison: Comparison) -> str:
+    """Where the model falls behind the base, with the interval."""
+    found, last = comparison.crossover, comparison.ks[-1]
+    resamples = f"the curves cross in {found.share:.0%} of resamples"
+    if not _ever_ahead(comparison):
+        return f"{model} is at no k up to {last:,} ahead of the base ({resamples})."
+    if found.k is None:
+        return f"{model} stays ahead of the base up to k = {last:,} ({resamples})."
+    return f"{model} falls behind the base at k = {found.k:,}, {_interval(found)} ({resamples})."
+
+
+def crossover_mark(found: Crossover) -> tuple[tuple[float, str], ...]:
+    """The mark of a crossover in the frontier, if there is one."""
+    return () if found.k is None else ((float(found.k), f"crossover at k = {found.k:,}"),)
+
+
+def crossover_value(comparison: Comparison) -> tuple[str, str, str]:
+    """Value, explanation and verdict for the summary."""
+    found, last = comparison.crossover, comparison.ks[-1]
+    beside = f"the curves cross in {found.share:.0%} of resamples"
+    if not _ever_ahead(comparison):
+        return "never ahead", beside, "worse"
+    if found.k is None:
+        return "none", f"ahead up to k = {last:,} · {beside}", "better" if found.share < 0.025 else "unsure"
+    return f"k = {found.k:,}", f"{_interval(found)} · {beside}", "worse" if found.share > 0.975 else "unsure"
+
+
+def _ever_ahead(comparison: Comparison) -> bool:
+    return any(own.mean > base.mean for own, base in zip(comparison.model, comparison.base, strict=True))
+
+
+def _interval(found: Crossover) -> str:
+    low, high = ("none" if end is None else f"{end:,}" for end in (found.low, found.high))
+    return f"95% interval {low} to {high}"
+
+
+def ledger_sentence(entries: Sequence[Entry]) -> str:
+    """How many problems are newly solved, lost, kept and unsolved."""
+    counts, sure = ledger_counts(entries)
+    return (
+        f"Of {len(entries):,} problems it newly solves {counts[Change.NEWLY_SOLVED]:,} "
+        f"({sure[Change.NEWLY_SOLVED]:,} significantly), loses {counts[Change.LOST]:,} "
+        f"({sure[Change.LOST]:,} significantly), keeps {counts[Change.KEPT]:,}, and "
+        f"leaves {counts[Change.UNSOLVED]:,} unsolved."
+    )
+
+
+def ledger_counts(entries: Sequence[Entry]) -> tuple[Counter[Change], Counter[Change]]:
+    """Entries by change: all, and the significant ones."""
+    sure = Counter(entry.change for entry in entries if entry.significant)
+    return Counter(entry.change for entry in entries), sure
+
+
+def hard_sentence(hard: HardSubset) -> str:
+    """What the model makes of the hard subset, beside the control."""
+    if hard.control is None or hard.model is None or hard.comparison is None:
+        return "The base solves every problem at least once: there is no hard subset."
+    return (
+        f"On the {len(hard.problems):,} problems of which the base solved 0 of {hard.chosen_by:,} its "
+        f"pass@{hard.k:,} is {hard.model.mean:.3f}; the base, asked again, has {hard.control.mean:.3f}: "
+        f"a difference of {signed(hard.comparison.difference)}, {p_value(hard.comparison.p_value)}."
+    )

@@ -1,0 +1,40 @@
+"""Whether an engine serves the model that is trained."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_rapo.errors import RapoError
+from megatron_rapo.model.architecture import Architecture, read_architecture
+
+
+def check_model(url: str, served: Path, architecture: Architecture) -> None:
+    """Refuses an engine of another model before weights are sent, which can kill it or be read as nonsense.
+
+    Weights may differ, as the next update replaces them.
+
+    Args:
+        url: the engine's address.
+        served: the model folder that the engine names. Where this machine does not have it, nothing is known:
+            the folder of an earlier update is gone, say.
+        architecture: the policy's.
+
+    Raises:
+        RapoError: it serves another model.
+    """
+    if not (served / "config.json").is_file():
+        return
+    try:
+        found = asdict(read_architecture(served))
+    except RapoError as error:
+        raise RapoError(f"{url} serves another model than the one that is trained: {error}") from error
+    wrong = {
+        name: (found[name], value) for name, value in asdict(architecture).items() if found[name] != value
+    }
+    if wrong:
+        shown = ", ".join(f"{name} {theirs} in place of {ours}" for name, (theirs, ours) in wrong.items())
+        raise RapoError(
+            f"{url} serves {served}, another model than the one that is trained ({shown}); serve the model "
+            "of model.path there"
+        )

@@ -1,0 +1,53 @@
+"""Buckets: HF tensors laid one behind the other in one flat buffer, which travels as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_rapo.weights.tensor_table import HFTensor
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Whole tensors of one pipeline stage, without gaps: the layout of SGLang's flattened buckets."""
+
+    tensors: tuple[HFTensor, ...]
+    dtype: torch.dtype
+
+    @property
+    def stage(self) -> int:
+        """The pipeline stage that its tensors come from."""
+        return self.tensors[0].stage
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole bucket."""
+        return sum(tensor.elements for tensor in self.tensors) * self.dtype.itemsize
+
+    def views(self, flat: Tensor) -> Iterator[tuple[HFTensor, Tensor]]:
+        """Each tensor with its place in `flat` `[nbytes]` uint8."""
+        values, start = flat[: self.nbytes].view(self.dtype), 0
+        for tensor in self.tensors:
+            yield tensor, values[start : start + tensor.elements].view(tensor.shape)
+            start += tensor.elements
+
+
+def make_buckets(tensors: Sequence[HFTensor], dtype: torch.dtype, limit: int) -> list[Bucket]:
+    """Consecutive tensors of a stage in buckets of at most `limit` bytes; a larger tensor goes alone."""
+    buckets: list[Bucket] = []
+    pending: list[HFTensor] = []
+    size = 0
+    for tensor in tensors:
+        nbytes = tensor.elements * dtype.itemsize
+        if pending and (size + nbytes > limit or tensor.stage != pending[0].stage):
+            buckets.append(Bucket(tuple(pending), dtype))
+            pending, size = [], 0
+        pending.append(tensor)
+        size += nbytes
+    if pending:
+        buckets.append(Bucket(tuple(pending), dtype))
+    return buckets

@@ -1,0 +1,95 @@
+"""The slices of a stage's tensor-parallel ranks, gathered into whole HF tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.parallel.placement import Placement
+from megatron_rapo.weights.parameter_map import MappedParameter, mapped_parameters
+from megatron_rapo.weights.plan import Transfer
+from megatron_rapo.weights.tensor_table import HFTensor
+
+
+class StageWeights:
+    """This rank's parameters by the HF tensors that they hold slices of."""
+
+    def __init__(
+        self,
+        chunks: Sequence[GPTModel],
+        architecture: Architecture,
+        placement: Placement,
+        value: Callable[[torch.nn.Parameter], Tensor] = torch.Tensor.detach,
+    ) -> None:
+        """`value` says what of a parameter is meant: itself, or a tensor of its shape (its gradient, say)."""
+        self._architecture = architecture
+        self._value = value
+        self._group = placement.tensor_group
+        self._tensor_rank = placement.tensor_rank
+        self._held = {
+            name: (mapped, index)
+            for mapped in mapped_parameters(chunks, architecture)
+            if mapped.exported
+            for index, name in enumerate(mapped.hf)
+        }
+        # A fused parameter is split once for its tensors, which the table has one after the other.
+        self._split: tuple[MappedParameter | None, Sequence[Tensor]] = (None, [])
+
+    @property
+    def names(self) -> set[str]:
+        """The HF tensors that this stage sends."""
+        return set(self._held)
+
+    def local(self, name: str) -> Tensor:
+        """This rank's slice of a tensor, vocabulary padding included."""
+        mapped, index = self._held[name]
+        if self._split[0] is not mapped:
+            self._split = (mapped, mapped.fusion.split(self._value(mapped.parameter), self._architecture))
+        return self._split[1][index]
+
+    def local_part(self, transfer: Transfer) -> Tensor:
+        """The slice that a transfer is of; this rank must be its source."""
+        tensor, part = transfer.tensor, transfer.part
+        local = self.local(tensor.name)
+        if tensor.cut is None:
+            return local
+        start = part.start - local.size(tensor.cut) * self._tensor_rank
+        return local.narrow(tensor.cut, start, len(part))
+
+    def forget(self) -> None:
+        """Lets go of the last split parameter."""
+        self._split = (None, [])
+
+    def gather(self, tensor: HFTensor, out: Tensor | None) -> None:
+        """Puts the whole tensor into `out`, which only the stage's TP rank 0 has. All its TP ranks call it.
+
+        Slices of rows arrive in place; others pass through one tensor's memory.
+        """
+        part, ranks = self.local(tensor.name), self._group.size()
+        if tensor.cut is None or ranks == 1:
+            if out is not None:
+                out.copy_(part if tensor.cut is None else part[: len(out)])
+            return
+        part = part.contiguous()
+        if out is None:
+            dist.gather(part, group=self._group, group_dst=0)
+            return
+        in_place = tensor.cut == 0 and len(out) == ranks * len(part)
+        shards = list(out.chunk(ranks)) if in_place else [torch.empty_like(part) for _ in range(ranks)]
+        dist.gather(part, shards, group=self._group, group_dst=0)
+        if not in_place:
+            _join(shards, tensor.cut, out)
+
+
+def _join(shards: Sequence[Tensor], cut: int, out: Tensor) -> None:
+    """Copies slices side by side; rows beyond the tensor (vocabulary padding) are left out."""
+    start = 0
+    for shard in shards:
+        size = min(shard.size(cut), out.size(cut) - start)
+        out.narrow(cut, start, size).copy_(shard.narrow(cut, 0, size))
+        start += size

@@ -1,0 +1,193 @@
+"""The resharding plan: which trainer rank sends which slice of which tensor to which rank of which engine.
+
+A HF tensor is cut, on either side, into contiguous slices of one and the same dimension (`parameter_map`). So
+a plan is the intersection of two cuts of an interval, for each tensor: arithmetic on the architecture and the
+layouts, made once, without a model or a process.
+
+Expert parallelism would add to `HFTensor` the ranks that hold an expert: everything below asks only for the
+slices of a tensor and their holders.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_rapo.config import Parallel
+from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.weights.tensor_table import VOCABULARY, HFTensor, tensor_table
+
+ENGINE_VOCABULARY_MULTIPLE = 64  # SGLang pads the rows of embedding and head to this before it cuts them
+
+
+@dataclass(frozen=True)
+class Slice:
+    """`start:stop` of a tensor's cut dimension, in the HF tensor's own rows or columns."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start)
+
+    def common(self, other: Slice) -> Slice:
+        """What both hold; its length is 0 where they hold nothing in common."""
+        return Slice(max(self.start, other.start), min(self.stop, other.stop))
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One contiguous slice of one tensor, from one trainer rank to one rank of one engine.
+
+    Attributes:
+        tensor: what it is a slice of.
+        part: which slice of the tensor's cut dimension (0:1 for a tensor that is not cut).
+        source: the trainer's global rank.
+        engine, engine_rank: the engine's number and its tensor-parallel rank.
+    """
+
+    tensor: HFTensor
+    part: Slice
+    source: int
+    engine: int
+    engine_rank: int
+
+    @property
+    def elements(self) -> int:
+        """How many numbers are sent."""
+        cut = self.tensor.cut
+        return (
+            self.tensor.elements
+            if cut is None
+            else self.tensor.elements // self.tensor.shape[cut] * len(self.part)
+        )
+
+
+@dataclass(frozen=True)
+class TrainerSide:
+    """Where the trainer holds slices. Ranks are numbered TP fastest, then CP, DP, PP (`Placement`)."""
+
+    architecture: Architecture
+    layout: Parallel
+    vocabulary_multiple: int
+
+    def slices(self, tensor: HFTensor) -> list[Slice]:
+        """What each tensor-parallel rank holds of a tensor, padding left out."""
+        ranks = self.layout.tensor_parallel
+        if tensor.cut is None:
+            return [Slice(0, 1)] * ranks
+        size = tensor.shape[tensor.cut]
+        if tensor.name in VOCABULARY:
+            padded = self.architecture.padded_vocabulary(self.vocabulary_multiple, ranks)
+            return _equal_slices(size, padded // ranks, ranks)
+        return _equal_slices(size, size // ranks, ranks)
+
+    def rank(self, stage: int, replica: int, tensor_rank: int) -> int:
+        """Global rank. `replica` numbers the copies of the model's stages: CP fastest, then DP."""
+        return tensor_rank + self.layout.tensor_parallel * (replica + self.replicas * stage)
+
+    @property
+    def replicas(self) -> int:
+        """Copies of each shard: DP × CP."""
+        return self.layout.data_parallel * self.layout.context_parallel
+
+
+@dataclass(frozen=True)
+class EngineSide:
+    """Where an engine holds slices: SGLang's cuts, under its own tensor parallelism."""
+
+    architecture: Architecture
+    tensor_parallel: int
+
+    def slices(self, tensor: HFTensor) -> list[Slice]:
+        """What each rank of the engine needs of a tensor."""
+        ranks = self.tensor_parallel
+        if tensor.cut is None:
+            return [Slice(0, 1)] * ranks
+        size = tensor.shape[tensor.cut]
+        if tensor.name in VOCABULARY:
+            padded = -(-size // ENGINE_VOCABULARY_MULTIPLE) * ENGINE_VOCABULARY_MULTIPLE
+            return _equal_slices(size, -(-padded // ranks), ranks)
+        if ".k_proj." in tensor.name or ".v_proj." in tensor.name:
+            return self._key_value_slices()
+        return _equal_slices(size, size // ranks, ranks)
+
+    def _key_value_slices(self) -> list[Slice]:
+        """Whole heads; where there are more ranks than heads, several ranks hold the same one."""
+        heads, dim, ranks = self.architecture.kv_heads, self.architecture.head_dim, self.tensor_parallel
+        if ranks <= heads:
+            return _equal_slices(heads * dim, heads * dim // ranks, ranks)
+        holds = [rank * heads // ranks for rank in range(ranks)]
+        return [Slice(head * dim, (head + 1) * dim) for head in holds]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All transfers of one publication, by tensor in the order of `tensor_table`."""
+
+    transfers: tuple[Transfer, ...]
+
+    def elements_by_source(self) -> Counter[int]:
+        """What each trainer rank sends."""
+        sent: Counter[int] = Counter()
+        for transfer in self.transfers:
+            sent[transfer.source] += transfer.elements
+        return sent
+
+    def describe(self, bytes_per_element: int) -> str:
+        """A line a sender and receiver, for people."""
+        volume: Counter[tuple[int, int, int]] = Counter()
+        pieces: Counter[tuple[int, int, int]] = Counter()
+        for transfer in self.transfers:
+            route = (transfer.source, transfer.engine, transfer.engine_rank)
+            volume[route] += transfer.elements * bytes_per_element
+            pieces[route] += 1
+        return "\n".join(
+            f"trainer rank {source} → engine {engine} rank {rank}: {pieces[source, engine, rank]} slices, "
+            f"{size / 2**20:,.1f} MiB"
+            for (source, engine, rank), size in sorted(volume.items())
+        )
+
+
+def make_plan(
+    architecture: Architecture,
+    layout: Parallel,
+    engines: Sequence[int],
+    vocabulary_multiple: int = 1,
+) -> Plan:
+    """The plan from a trainer's layout to engines of the given tensor-parallel sizes.
+
+    Each engine is served by one replica of the shards, engines by different replicas in turn; a tensor that
+    all tensor-parallel ranks hold whole goes to an engine's ranks from different ones.
+    """
+    trainer = TrainerSide(architecture, layout, vocabulary_multiple)
+    tensors = tensor_table(architecture, layout)
+    return Plan(
+        tuple(
+            transfer
+            for engine, size in enumerate(engines)
+            for tensor in tensors
+            for transfer in _transfers(tensor, trainer, EngineSide(architecture, size), engine)
+        )
+    )
+
+
+def _transfers(
+    tensor: HFTensor, trainer: TrainerSide, engine_side: EngineSide, engine: int
+) -> Iterator[Transfer]:
+    held = trainer.slices(tensor)
+    replica = engine % trainer.replicas
+    for engine_rank, needed in enumerate(engine_side.slices(tensor)):
+        if tensor.cut is None:
+            source = trainer.rank(tensor.stage, replica, engine_rank % len(held))
+            yield Transfer(tensor, needed, source, engine, engine_rank)
+            continue
+        for tensor_rank, holding in enumerate(held):
+            if part := holding.common(needed):
+                source = trainer.rank(tensor.stage, replica, tensor_rank)
+                yield Transfer(tensor, part, source, engine, engine_rank)
+
+
+def _equal_slices(size: int, step: int, ranks: int) -> list[Slice]:
+    return [Slice(min(rank * step, size), min((rank + 1) * step, size)) for rank in range(ranks)]

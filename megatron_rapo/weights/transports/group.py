@@ -1,0 +1,150 @@
+"""The process group of trainer ranks and all ranks of the engines, over which weights travel."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import socket
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from megatron_rapo.errors import EngineLost
+from megatron_rapo.parallel.device import device
+from megatron_rapo.weights.engines import Engines
+
+TIMEOUT_S = 120.0  # for everyone to join, and for each message
+REFUSAL_WAIT_S = 0.5  # an engine that refuses to join says so at once; one that joins answers when all have
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where and as what a group outside of the job's own comes together.
+
+    Trainer ranks are its first ranks, the engines' follow in their order.
+    """
+
+    address: str
+    port: int
+    name: str
+    backend: str
+    trainer_ranks: int
+    engine_ranks: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """All of its ranks."""
+        return self.trainer_ranks + sum(self.engine_ranks)
+
+    @property
+    def first_ranks(self) -> list[int]:
+        """Each engine's first rank."""
+        return list(itertools.accumulate(self.engine_ranks[:-1], initial=self.trainer_ranks))
+
+
+class Invitation:
+    """The main rank's side: it serves the meeting's store, and has asked the engines to come."""
+
+    def __init__(self, engines: Engines, trainer_ranks: int) -> None:
+        """
+        Raises:
+            EngineLost, RapoError: an engine is gone, or refuses at once.
+        """
+        self.urls = list(engines.urls)
+        self._membership = engines.membership
+        address = _address_towards(self.urls)
+        sizes = tuple(engines.tensor_parallel())
+        with socket.create_server((address, 0)) as listener:
+            self.meeting = Meeting(
+                address,
+                listener.getsockname()[1],
+                f"weights-{os.getpid()}-{next(_numbers)}",
+                "nccl" if device().type == "cuda" else "gloo",
+                trainer_ranks,
+                sizes,
+            )
+            self._store = dist.TCPStore(
+                address,
+                self.meeting.port,
+                is_master=True,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=TIMEOUT_S),
+                master_listen_fd=os.dup(listener.fileno()),
+            )
+        common = {
+            "master_address": address,
+            "master_port": self.meeting.port,
+            "world_size": self.meeting.size,
+            "group_name": self.meeting.name,
+            "backend": self.meeting.backend,
+        }
+        self._joined: Future[list[Any]] = engines.post(
+            "/init_weights_update_group",
+            [{**common, "rank_offset": first} for first in self.meeting.first_ranks],
+        )
+        if wait([self._joined], REFUSAL_WAIT_S).done:
+            self._joined.result()  # raises: nobody can have joined without this process
+
+    def holds_for(self, engines: Engines) -> bool:
+        """Whether those that were asked are the live engines still."""
+        return self._membership == engines.membership
+
+    def accepted(self) -> None:
+        """Waits until all engines have joined; this process and the other trainer ranks must have.
+
+        Raises:
+            EngineLost, RapoError: one has not.
+        """
+        try:
+            self._joined.result(TIMEOUT_S)
+        except TimeoutError:
+            raise EngineLost(
+                f"{', '.join(self.urls)} did not join a process group in {TIMEOUT_S} s"
+            ) from None
+
+
+def join(meeting: Meeting, rank: int) -> dist.ProcessGroup:
+    """Joins as the trainer's rank `rank`, the way that SGLang does (`init_custom_process_group`).
+
+    torch makes groups only within the job's own; SGLang goes round that, and both sides must agree.
+
+    Raises:
+        EngineLost: not everyone came in time.
+    """
+    timeout = timedelta(seconds=TIMEOUT_S)
+    try:
+        store = dist.TCPStore(meeting.address, meeting.port, is_master=False, timeout=timeout)
+        group, _ = c10d._new_process_group_helper(
+            meeting.size,
+            rank,
+            [],
+            c10d.Backend(meeting.backend),
+            c10d.PrefixStore(meeting.name, store),
+            group_name=c10d.GroupName(meeting.name),
+            timeout=timeout,
+        )
+    except RuntimeError as error:  # torch's errors of store and backend are of this kind
+        raise EngineLost(f"no process group with the engines: {error}") from error
+    c10d._world.pg_group_ranks[group] = {number: number for number in range(meeting.size)}
+    return group
+
+
+def collect_lost_groups() -> None:
+    """Frees groups that failed: only then do their sockets close, and engines that wait in them get out."""
+    gc.collect()  # the failures' tracebacks refer to them in circles
+
+
+def _address_towards(urls: Sequence[str]) -> str:
+    """This machine's address as the engines see it."""
+    parts = urlsplit(urls[0])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((parts.hostname or "127.0.0.1", parts.port or 80))  # sends nothing
+        return str(probe.getsockname()[0])

@@ -1,0 +1,92 @@
+"""Rollouts that lose too many engines: what is missing is sampled once the engines are back."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from megatron_rapo.config import Rollout
+from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.errors import RapoError
+from megatron_rapo.experience.collector import Collector
+from megatron_rapo.experience.engines import SharedEngines
+from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.rollout.pool import EnginePool
+from megatron_rapo.rollout.revival import Reviver
+from tests.models import make_hf_model
+from tests.stand_in import VOCAB, stand_ins
+
+PROMPTS = [Prompt(10 + i, "", (i, 7), "", draw=i) for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def reviver_of(tmp_path_factory):
+    architecture = read_architecture(make_hf_model(tmp_path_factory.mktemp("model")))
+    return lambda: Reviver(None, architecture, restarts=3, startup_timeout=20)
+
+
+def make_collector(pool, reviver=None):
+    """Of the one rank of a run."""
+    placement = SimpleNamespace(
+        is_main=True,
+        data_rank=0,
+        layout=SimpleNamespace(data_parallel=1),
+        share_from_heads=lambda mine: [mine],
+        share_from_main=lambda mine: mine,
+    )
+    rollout = Rollout(prompts_per_step=8, max_response_tokens=8)
+    engines = SharedEngines(cast(Any, placement), pool, reviver)
+    return Collector(rollout, cast(Any, placement), cast(Any, None), engines, None)
+
+
+def make_pool(urls, reviver=None):
+    return EnginePool(urls, vocab_size=VOCAB, prompts_per_request=1, request_timeout=60, reviver=reviver)
+
+
+def sample(collector):
+    groups = collector.sample(PROMPTS, responses=2, weight_version=3, seed=5)
+    return [(g.prompt, [response.token_ids.tolist() for response in g.responses]) for g in groups]
+
+
+def test_what_is_missing_is_sampled_once_engines_are_back(reviver_of, tmp_path):
+    with stand_ins(1) as (_, urls), make_pool(urls) as pool:
+        undisturbed = sample(make_collector(pool))
+    assert [prompt for prompt, _ in undisturbed] == PROMPTS
+
+    reviver = reviver_of()
+    with stand_ins(2) as (servers, urls), make_pool(urls, reviver) as pool:
+        collector, recovered = make_collector(pool, reviver), []
+
+        def fail_after(server, count):
+            def change(answers):
+                if sum(path == "/generate" for path, _ in server.asked) > count:
+                    raise ConnectionAbortedError  # the request ends without an answer
+                return answers
+
+            server.change = change
+
+        def recover(version):
+            recovered.append(version)
+            for server in servers:
+                fail_after(server, 10**6)
+            collector.engines.revive()
+            pool.update_weights(tmp_path, version)
+
+        collector.recover = recover
+        fail_after(servers[0], 1)
+        fail_after(servers[1], 2)
+        assert sample(collector) == undisturbed
+        assert recovered == [3]
+        assert collector.engines.metrics()["engines/returned"] >= 1
+
+
+def test_without_a_way_back_the_error_names_each_engine():
+    with stand_ins(2) as (servers, urls), make_pool(urls) as pool:
+        for server in servers:
+            server.answers["/generate"] = (500, b"out of memory")
+        with pytest.raises(RapoError, match="too few engines are left") as failed:
+            sample(make_collector(pool))
+        assert all(url in str(failed.value) for url in urls)
+        assert str(failed.value).count("out of memory") == 2

@@ -1,0 +1,195 @@
+"""A model against its base: what is known in closed form, what chance alone does, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_rapo.errors import RapoError
+from megatron_rapo.evaluate.compare import compare
+from megatron_rapo.evaluate.frontier import crossover, curve, grid, paired
+from megatron_rapo.evaluate.hard_subset import hard_subset
+from megatron_rapo.evaluate.ledger import Change, ledger
+from megatron_rapo.evaluate.manifest import ModelRecord, SettingRecord
+from megatron_rapo.evaluate.pass_at_k import pass_at_k
+from tests.unit.stored import store
+
+N = 64
+
+
+def counts(correct: list[int], samples: int = N) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(correct), np.full(len(correct), samples)
+
+
+def test_the_grid_has_both_ends_and_every_power_of_two() -> None:
+    assert {1, 2, 4, 8, 16, 32, 64, 100} <= set(grid(100))
+    assert grid(1) == [1]
+    assert max(grid(1024)) == 1024 and len(grid(1024)) < 90
+
+
+def test_the_curve_is_the_estimators() -> None:
+    correct, samples = counts([0, 3, 64, 10])
+    estimates = curve(correct, samples, [1, 8, 64], seed=0)
+    for k, estimate in zip([1, 8, 64], estimates, strict=True):
+        assert estimate.mean == pytest.approx(pass_at_k(correct, samples, k).mean())
+        assert estimate.low <= estimate.mean <= estimate.high
+
+
+def test_the_crossover_is_where_the_curves_meet() -> None:
+    # The base solves every problem once in 64 samples: pass@k = k/64. The model solves half of them always.
+    base, model = counts([1] * 40), counts([64] * 20 + [0] * 20)
+    found = crossover(base, model, list(range(1, N + 1)), seed=0)
+    assert found.k == 32
+    assert found.low is not None and found.high is not None
+    # The share of problems that the model solves in a resample is binomial(40, 1/2) / 40.
+    assert found.low == pytest.approx(64 * (0.5 - 1.96 * np.sqrt(0.25 / 40)), abs=2)
+    assert found.high == pytest.approx(64 * (0.5 + 1.96 * np.sqrt(0.25 / 40)), abs=2)
+    assert found.share > 0.999
+
+
+@pytest.mark.parametrize("model", [[20] * 40, [0] * 40])
+def test_a_model_that_is_always_or_never_ahead_has_no_crossover(model: list[int]) -> None:
+    ks = [1, 2, 4]  # before both curves reach 1
+    found = crossover(counts([10] * 40), counts(model), ks, seed=0)
+    assert (found.k, found.low, found.high, found.share) == (None, None, None, 0.0)
+
+
+def test_the_paired_test_is_that_of_flipped_signs() -> None:
+    # All of 5 differences positive: of 32 choices of signs, 2 are as extreme.
+    result = paired(counts([0] * 5), counts([64] * 5), 1, seed=0)
+    assert result.difference.mean == 1.0
+    assert result.p_value == pytest.approx(2 / 32, abs=0.01)
+    assert paired(counts([7, 3]), counts([7, 3]), 4, seed=0).p_value == 1.0
+
+
+def test_the_ledger_by_hand() -> None:
+    base, model = counts([0, 4, 2, 0], samples=4), counts([4, 0, 2, 0], samples=4)
+    entries = ledger(["a", "b", "c", "d"], base, model)
+    assert [entry.change for entry in entries] == [
+        Change.NEWLY_SOLVED,
+        Change.LOST,
+        Change.KEPT,
+        Change.UNSOLVED,
+    ]
+    # Of C(8, 4) = 70 ways to spread 4 correct samples over both, 2 are as extreme.
+    assert [entry.p_value for entry in entries] == pytest.approx([2 / 70, 2 / 70, 1, 1])
+    # Benjamini and Hochberg: p times the number of tests by its rank; equals take the larger rank.
+    assert [entry.q_value for entry in entries] == pytest.approx([4 / 70, 4 / 70, 1, 1])
+    assert not any(entry.significant for entry in entries)
+    assert ledger(["a"], *(counts([c], samples=4) for c in (0, 4)))[0].significant
+
+
+def test_the_ledger_declares_few_changes_where_there_are_none() -> None:
+    generator = np.random.default_rng(0)
+    rates = generator.uniform(0, 1, size=400)
+    base, model = ((generator.binomial(N, rates), np.full(400, N)) for _ in range(2))
+    assert sum(entry.significant for entry in ledger([""] * 400, base, model)) <= 2
+
+
+def test_regression_to_the_mean_is_no_gain() -> None:
+    """Base and model are the same: what was chosen for 0 of N is solved again, by both alike."""
+    generator = np.random.default_rng(1)
+    rates = generator.beta(0.3, 3, size=2000)
+    draw = lambda: (generator.binomial(N, rates), np.full(2000, N))  # noqa: E731
+    choosing, control, model = draw(), draw(), draw()
+    ids = [str(i) for i in range(2000)]
+    honest = hard_subset(ids, choosing, control, model, seed=0)
+    assert honest.control is not None and honest.model is not None and honest.comparison is not None
+    assert len(honest.problems) > 200
+    assert honest.model.mean > 0.1  # it "solves" what the base "never" did
+    assert honest.comparison.difference.low < 0 < honest.comparison.difference.high
+    assert honest.comparison.p_value > 0.05
+    # Without a control the same model would look like a discovery.
+    naive = hard_subset(ids, choosing, choosing, model, seed=0)
+    assert naive.comparison is not None and naive.comparison.p_value < 0.001
+
+
+def test_without_hard_problems_there_is_nothing_to_compare() -> None:
+    found = hard_subset(["a"], counts([1]), counts([1]), counts([1]), seed=0)
+    assert (found.problems, found.control, found.comparison) == ((), None, None)
+
+
+def test_stored_evaluations_are_compared(tmp_path: Path) -> None:
+    generator = np.random.default_rng(2)
+    rates = np.array([0.0, 0.1, 0.5, 1.0])[:, None]
+    base = store(tmp_path / "base", generator.random((4, N)) < rates)
+    model = store(tmp_path / "model", generator.random((4, N)) < rates + 0.3, seed=2)
+    [found] = compare(base, model, [1, 4, 128])
+    assert (found.data, found.setting, found.ks[-1]) == ("sums", "t1", N)
+    assert [test.k for test in found.tests] == [1, 4]
+    old, new = (evaluation.samples("sums", "t1").counts() for evaluation in (base, model))
+    assert found.tests[0].difference.mean == pytest.approx((new.correct - old.correct).mean() / N)
+    assert found.ledger[0].change is Change.NEWLY_SOLVED and found.ledger[0].significant
+    assert "p0" in found.hard.problems
+    assert found.hard.k == N // 2  # the base's odd samples
+
+
+def test_evaluations_of_one_seed_share_no_sample_number_in_the_hard_subset(tmp_path: Path) -> None:
+    """The same weights with the same seeds draw the same samples: even ones choose, odd ones judge."""
+    correct = np.zeros((2, N), dtype=bool)
+    correct[0, 1] = True  # never correct in an even sample, so it is chosen; and solved in an odd one
+    base = store(tmp_path / "base", correct)
+    [found] = compare(base, store(tmp_path / "model", correct), [1])
+    assert found.hard.problems == ("p0", "p1")
+    assert found.hard.k == N // 2
+    assert found.hard.control == found.hard.model
+    # With a control of another seed it is the same numbers that choose and judge.
+    [found] = compare(
+        base,
+        store(tmp_path / "again", correct),
+        [1],
+        control=store(tmp_path / "control", correct, seed=5),
+    )
+    assert found.hard.problems == ("p0", "p1") and found.hard.control is not None
+    assert found.control == str(tmp_path / "control")
+
+
+NONE = np.zeros((3, 4), dtype=bool)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fingerprint": "g"}, "evaluated on different problems: sums is s.jsonl"),
+        ({"prompts": {"sums": "q"}}, "differ in the prompts of sums .*evaluate both alike"),
+        ({"verifier": {"sums": "integer"}}, "differ in the verifier of sums"),
+        (
+            {"settings": (SettingRecord(name="t1", temperature=1.0, max_response_tokens=9),)},
+            "differ in setting t1",
+        ),
+        (
+            {"settings": (SettingRecord(name="t2", temperature=2.0, max_response_tokens=8),)},
+            "no data set and setting in common",
+        ),
+        ({"adaptive": True}, "adaptive budget"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    base = store(tmp_path / "base", NONE)
+    other = store(tmp_path / "other", NONE) if "settings" not in changes else None
+    if other is None:
+        (tmp_path / "other").mkdir()
+        name = changes["settings"][0].name  # type: ignore[index]
+        other = store(tmp_path / "other", NONE)
+        (tmp_path / "other" / "sums" / "t1").rename(tmp_path / "other" / "sums" / name)
+    other = type(other)(other.directory, other.manifest.model_copy(update=_as_manifest(other, changes)))
+    with pytest.raises(RapoError, match=message):
+        compare(base, other, [1])
+
+
+def _as_manifest(other: object, changes: dict[str, object]) -> dict[str, object]:
+    if "fingerprint" not in changes:
+        return changes
+    data = other.manifest.data  # type: ignore[attr-defined]
+    return {"data": tuple(record.model_copy(update=changes) for record in data)}
+
+
+def test_what_is_no_control_is_refused(tmp_path: Path) -> None:
+    base, model = store(tmp_path / "base", NONE), store(tmp_path / "model", NONE, seed=2)
+    with pytest.raises(RapoError, match=r"has the seed of .* and no control"):
+        compare(base, model, [1], control=store(tmp_path / "same", NONE))
+    other = store(tmp_path / "other", NONE, seed=3, model=ModelRecord(path="x", fingerprint="v"))
+    with pytest.raises(RapoError, match="is of other weights"):
+        compare(base, model, [1], control=other)

@@ -1,0 +1,197 @@
+"""Diagnostics of correct responses against whole logits of both models; diversity by all subsets."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_rapo.errors import RapoError
+from megatron_rapo.evaluate import diagnosis, diagnostics
+from megatron_rapo.evaluate.diagnostics import Diagnostics, Pair, diagnose
+from megatron_rapo.evaluate.diversity import diversity
+from megatron_rapo.evaluate.manifest import ModelRecord, SettingRecord, weights_fingerprint
+from megatron_rapo.evaluate.store import Problem, SampleStore, StoredSample
+from megatron_rapo.reward.outcome import Outcome
+from tests.models import make_hf_model
+from tests.unit.stored import store
+
+PROMPTS = {"a": (3, 4, 5), "b": (6, 7)}
+RESPONSES = {("a", 0): (8, 9, 10, 11, 12, 13, 1), ("b", 0): (20, 1), ("b", 1): (21, 22, 1)}
+TEMPERATURE = 0.7
+SETTING = SettingRecord(name="t0.7", temperature=TEMPERATURE, max_response_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("base", "model")):
+        make_hf_model(folder / name, seed=seed)
+    return folder / "base", folder / "model"
+
+
+def stored(directory: Path, texts: dict[tuple[str, int], str] | None = None) -> SampleStore:
+    """RESPONSES, all correct, and a wrong one."""
+    store = SampleStore(directory, [Problem(name, "?", "1", ids) for name, ids in PROMPTS.items()])
+    rows = [
+        *((*key, Outcome.CORRECT, ids) for key, ids in RESPONSES.items()),
+        ("a", 1, Outcome.WRONG, (30, 1)),
+    ]
+    store.write(
+        [
+            StoredSample(
+                problem=problem,
+                sample=sample,
+                outcome=outcome,
+                extracted="1",
+                truncated=False,
+                seed=0,
+                text=(texts or {}).get((problem, sample), ""),
+                token_ids=np.array(ids, dtype=np.int32),
+                log_probs=np.zeros(len(ids), dtype=np.float32),
+            )
+            for problem, sample, outcome, ids in rows
+        ]
+    )
+    return store
+
+
+def whole_log_probs(path: Path, key: tuple[str, int], vocabulary: int) -> torch.Tensor:
+    """`[response tokens, vocabulary]`, from one forward through everything."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    prompt, response = PROMPTS[key[0]], RESPONSES[key]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0, :, :vocabulary]
+    return torch.log_softmax(logits[len(prompt) - 1 : -1] / TEMPERATURE, dim=-1)
+
+
+def test_log_probs_divergences_and_entropies_are_those_of_whole_logits(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diagnostics, "CHUNK", 3)
+    pair = Pair(*models)
+    found = diagnose(stored(tmp_path), SETTING, pair, limit=10)
+    assert found is not None and found.responses == 3
+    assert found.reaching == (3, 3, 2, 1, 1, 1, 1)
+    forward = np.full((3, 7), np.nan)
+    base_total, model_total, entropy = [], [], np.full((3, 7), np.nan)
+    reverse = np.full((3, 7), np.nan)
+    for row, (key, ids) in enumerate(RESPONSES.items()):
+        base, model = (whole_log_probs(path, key, pair.vocabulary) for path in models)
+        places = torch.arange(len(ids))
+        base_total.append(float(base[places, list(ids)].sum()))
+        model_total.append(float(model[places, list(ids)].sum()))
+        forward[row, : len(ids)] = torch.nn.functional.kl_div(
+            model, base, log_target=True, reduction="none"
+        ).sum(1)
+        reverse[row, : len(ids)] = torch.nn.functional.kl_div(
+            base, model, log_target=True, reduction="none"
+        ).sum(1)
+        entropy[row, : len(ids)] = torch.distributions.Categorical(logits=model).entropy()
+    assert sorted(found.base_log_prob) == pytest.approx(sorted(base_total), rel=1e-4)
+    assert sorted(found.model_log_prob) == pytest.approx(sorted(model_total), rel=1e-4)
+    assert found.forward_kl == pytest.approx(np.nanmean(forward, axis=0), rel=1e-3)
+    assert found.reverse_kl == pytest.approx(np.nanmean(reverse, axis=0), rel=1e-3)
+    assert found.model_entropy == pytest.approx(np.nanmean(entropy, axis=0), rel=1e-3)
+
+
+def test_a_model_does_not_diverge_from_itself(models: tuple[Path, Path], tmp_path: Path) -> None:
+    found = diagnose(stored(tmp_path), SETTING, Pair(models[0], models[0]), limit=10)
+    assert found is not None
+    assert max(np.abs(found.forward_kl)) == max(np.abs(found.reverse_kl)) == 0
+    assert found.base_log_prob == found.model_log_prob
+
+
+def test_tokens_below_the_floor_are_counted(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, store = Pair(*models), stored(tmp_path)
+    floor = float(whole_log_probs(models[0], ("b", 0), pair.vocabulary)[0, 20]) + 1e-3
+    log_probs = [
+        float(line[token])
+        for key, ids in RESPONSES.items()
+        for line, token in zip(whole_log_probs(models[0], key, pair.vocabulary), ids, strict=True)
+    ]
+    monkeypatch.setattr(diagnostics, "FLOOR", floor)
+    found = diagnose(store, SETTING, pair, limit=10)
+    assert found is not None
+    assert found.tokens_below_floor == pytest.approx(np.mean(np.array(log_probs) < floor))
+    assert found.responses_below_floor >= 1 / 3
+
+
+def test_the_limit_takes_every_problem_first(models: tuple[Path, Path], tmp_path: Path) -> None:
+    found = diagnose(stored(tmp_path), SETTING, Pair(*models), limit=2)
+    assert isinstance(found, Diagnostics)
+    assert found.reaching[:3] == (2, 2, 1)  # the long one of a, and the first of b
+
+
+def test_without_a_correct_response_there_are_no_diagnostics(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    wrong = store(tmp_path, np.zeros((2, 4), dtype=bool)).samples("sums", "t1")
+    assert diagnose(wrong, SETTING, Pair(*models), limit=10) is None
+    assert diversity(wrong).problems == 0
+
+
+def test_models_of_other_vocabularies_are_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
+    make_hf_model(tmp_path / "other", vocab_size=50)
+    with pytest.raises(
+        RapoError, match=r"vocabulary of \d+, .* of 50: the model was not trained from this base"
+    ):
+        Pair(models[0], tmp_path / "other")
+
+
+def test_diversity_is_the_number_of_kinds_among_four(tmp_path: Path) -> None:
+    texts = ["so 1 + 2 = 3", "thus 1+2=3", "2+1=3", "3", "1 + 2 = 3!"]
+    kinds = [0, 0, 1, 2, 0]
+    store = SampleStore(tmp_path, [Problem("a", "?", "3", (1,)), Problem("b", "?", "3", (1,))])
+    store.write(
+        [
+            StoredSample(
+                problem="a" if number < 5 else "b",
+                sample=number,
+                outcome=Outcome.CORRECT,
+                extracted="3",
+                truncated=False,
+                seed=0,
+                text=text,
+                token_ids=np.array([1], dtype=np.int32),
+                log_probs=np.zeros(1, dtype=np.float32),
+            )
+            for number, text in enumerate([*texts, "3"])
+        ]
+    )
+    found = diversity(store)
+    expected = np.mean([len({kinds[place] for place in four}) for four in combinations(range(5), 4)])
+    assert (found.problems, found.answers) == (1, 1.0)
+    assert found.forms == pytest.approx(expected)
+
+
+def test_stored_evaluations_find_their_models(models: tuple[Path, Path], tmp_path: Path) -> None:
+    correct = np.ones((2, 4), dtype=bool)
+    base, model = (
+        store(
+            tmp_path / path.name,
+            correct,
+            model=ModelRecord(path=str(path), fingerprint=weights_fingerprint(path)),
+        )
+        for path in models
+    )
+    said = diagnosis.run(base, model, limit=3, directory=tmp_path / "out")
+    assert "3 correct responses of the model" in said
+    [found] = json.loads((tmp_path / "out" / "diagnostics.json").read_text())
+    assert found["diagnostics"]["responses"] == 3
+    assert found["diversity"]["model"]["problems"] == 2
+    moved = ModelRecord(path=str(models[0]), fingerprint="other")
+    other = type(base)(base.directory, base.manifest.model_copy(update={"model": moved}))
+    with pytest.raises(RapoError, match="has other weights than"):
+        diagnosis.run(other, model, limit=3, directory=tmp_path / "out")
+    gone = ModelRecord(path="model", run=str(tmp_path), step=7)
+    other = type(base)(base.directory, base.manifest.model_copy(update={"model": gone}))
+    with pytest.raises(RapoError, match=r"are not at .*step_000007 any more"):
+        diagnosis.run(other, model, limit=3, directory=tmp_path / "out")

@@ -1,0 +1,185 @@
+"""The report's building blocks: sources, curves, drawings, tokens, and that what others wrote is escaped."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from megatron_rapo.errors import RapoError
+from megatron_rapo.report.build import build_report
+from megatron_rapo.report.drawing import Line, Plot, draw_svg
+from megatron_rapo.report.page import render
+from megatron_rapo.report.sources import open_sources
+from megatron_rapo.report.theme import DARK, LIGHT
+from megatron_rapo.report.tokens import TokenTexts
+from megatron_rapo.report.training import TrainingRun, running_mean, training_plots
+from tests.stored_evaluations import store_evaluation
+
+HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(2)> & "quoted" \u2028 \''
+
+
+def write_run(directory: Path, steps: int = 3) -> Path:
+    directory.mkdir(parents=True)
+    lines = [{"step": step, "reward/mean": step / 10, "loss/total": None} for step in range(1, steps + 1)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (directory / "config.toml").write_text('[run]\nsteps = 3\n[model]\npath = "nowhere"\n')
+    return directory
+
+
+class TestSources:
+    def test_a_runs_evaluations_are_found_and_step_0_is_the_base(self, tmp_path: Path) -> None:
+        run = write_run(tmp_path / "run")
+        for step in (20, 0, 10):
+            store_evaluation(run / f"evaluations/step_{step:06d}", [1, 2], step=step, run=str(run))
+        sources = open_sources([run])
+        assert sources.runs == (run,)
+        assert [model.label for model in sources.models] == ["base", "step 10", "step 20"]
+
+    def test_without_steps_the_first_is_the_base(self, tmp_path: Path) -> None:
+        for name in ("zeta", "alpha"):
+            store_evaluation(tmp_path / name, [1, 2], model=f"/models/{name}")
+        sources = open_sources([tmp_path / "zeta", tmp_path / "alpha"])
+        assert [model.label for model in sources.models] == ["zeta (base)", "alpha"]
+
+    def test_models_of_one_name_are_told_apart(self, tmp_path: Path) -> None:
+        directories = [tmp_path / name for name in ("first", "second", "third")]
+        for directory in directories:
+            store_evaluation(directory, [1, 2], model="/models/same")
+        labels = [model.label for model in open_sources(directories).models]
+        assert labels == ["same (base)", "same (second)", "same (third)"]
+
+    def test_neither_run_nor_evaluation(self, tmp_path: Path) -> None:
+        with pytest.raises(RapoError, match=r"neither a run .* nor an evaluation"):
+            open_sources([tmp_path])
+        with pytest.raises(RapoError, match="is no directory"):
+            open_sources([tmp_path / "absent"])
+
+    def test_the_same_twice_is_refused(self, tmp_path: Path) -> None:
+        store_evaluation(tmp_path / "one", [1, 2])
+        (tmp_path / "link").symlink_to(tmp_path / "one")
+        with pytest.raises(RapoError, match="given twice"):
+            open_sources([tmp_path / "one", tmp_path / "link"])
+
+    @pytest.mark.parametrize("text", ["", '{"step": 1', "no json\n"])
+    def test_a_run_without_a_whole_step_is_refused(self, tmp_path: Path, text: str) -> None:
+        run = write_run(tmp_path / "run")
+        (run / "metrics.jsonl").write_text(text)
+        with pytest.raises(RapoError, match=r"metrics\.jsonl"):
+            build_report([run])
+
+
+class TestCurves:
+    def test_the_running_mean_leaves_gaps_out(self) -> None:
+        assert running_mean([1.0, None, 3.0, 5.0], window=2) == [1.0, 1.0, 3.0, 4.0]
+        assert running_mean([None], window=2) == [None]
+
+    def test_a_metric_that_was_never_finite_has_no_plot(self) -> None:
+        steps = [{"step": 1, "reward/mean": 0.5, "loss/total": None}]
+        assert [plot.name for plot in training_plots([TrainingRun("run", steps)])] == ["training_reward_mean"]
+
+    def test_runs_share_a_plot(self) -> None:
+        steps = [{"step": 1, "reward/mean": 0.5}]
+        (plot,) = training_plots([TrainingRun("one", steps), TrainingRun("two", steps)])
+        assert [line.label for line in plot.lines] == ["one", "two"]
+        assert len({line.colour for line in plot.lines}) == 2
+
+
+class TestDrawing:
+    PLOT = Plot(
+        "name",
+        "title",
+        "description",
+        "k",
+        "pass@k",
+        (Line("base", "base", [1, 2, 4], [0.1, None, 0.5], [0.0, 0.1, 0.4], [0.2, 0.3, 0.6]),),
+        scale="log2",
+        share=True,
+    )
+
+    def test_colours_are_the_themes(self) -> None:
+        svg = draw_svg(self.PLOT, 320, 200).svg
+        assert "stroke: var(--base)" in svg
+        assert not [colour for colour in LIGHT.values() if colour in svg]
+        assert LIGHT.keys() == DARK.keys()
+        assert len(set(LIGHT.values())) == len(LIGHT)
+
+    def test_a_drawing_carries_nothing_into_the_document(self) -> None:
+        wide, narrow = draw_svg(self.PLOT, 320, 200).svg, draw_svg(self.PLOT, 160, 100).svg
+        ids = [set(re.findall(r' id="([^"]+)"', svg)) for svg in (wide, narrow)]
+        assert ids[0].isdisjoint(ids[1])
+        assert "<style" not in wide
+        assert "<?xml" not in wide
+
+    def test_the_pointer_is_told_where_values_are(self) -> None:
+        told = draw_svg(self.PLOT, 320, 200).told
+        left, top, right, bottom = told["box"]
+        assert 0 < left < right <= 320
+        assert 0 <= top < bottom < 200
+        assert told["lines"][0]["y"] == [0.1, None, 0.5]
+
+    def test_a_name_is_no_formula(self) -> None:
+        plot = Plot("n", "t", "d", "x", "y", (Line("a", "base", [1], [1]),), marks=((1.0, "$run_1$"),))
+        assert "$run_1$" in draw_svg(plot, 320, 200).svg
+
+
+class TestTokens:
+    @pytest.mark.parametrize("text", ["2+3*4=14", "(25-3)*2"])
+    def test_texts_join_to_the_whole(self, text: str) -> None:
+        tokenizer = AutoTokenizer.from_pretrained("examples/models/tiny-countdown")
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert TokenTexts(tokenizer)(ids) == [tokenizer.decode([token]) for token in ids]
+
+    def test_a_character_of_several_tokens_stands_at_its_first(self) -> None:
+        texts = ["a", "é", "", "∑", "", "", "😀", "", "", "", "b"]
+        assert TokenTexts(_Bytes())(list("aé∑😀b".encode())) == texts
+
+    def test_half_a_character_stays_as_the_tokenizer_has_it(self) -> None:
+        assert TokenTexts(_Bytes())(list("aé".encode())[:-1]) == ["a", "\ufffd"]
+
+    def test_a_tokenizer_that_strips_a_leading_space(self) -> None:
+        assert TokenTexts(_Words())([0, 1, 0]) == ["one", " two", " one"]
+
+    def test_none_where_tokens_do_not_join(self) -> None:
+        assert TokenTexts(_Reversed())([0, 1]) is None
+
+
+class _Bytes:
+    def decode(self, ids: list[int], **options: bool) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+class _Words:
+    def decode(self, ids: list[int], **options: bool) -> str:
+        return " ".join(["one", "two"][token] for token in ids)
+
+
+class _Reversed:
+    def decode(self, ids: list[int], **options: bool) -> str:
+        return "".join("ab"[token] for token in reversed(ids))
+
+
+def test_what_others_wrote_is_escaped(tmp_path: Path) -> None:
+    store_evaluation(
+        tmp_path / "one",
+        [1],
+        text=HOSTILE + "{answer}",
+        question=HOSTILE + "{place}",
+        model=f"/models/{HOSTILE}",
+    )
+    page = render(build_report([tmp_path / "one"]))
+    assert "alert(1)" in page
+    assert "<script>alert" not in page
+    assert "<img" not in page
+    assert "\u2028" not in re.findall(r'id="responses-data">(.*?)</script>', page)[0]
+
+
+def test_the_page_asks_for_nothing_else(tmp_path: Path) -> None:
+    page = render(build_report([write_run(tmp_path / "run")]))
+    assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', page.replace('xlink:href="#', ""))
+    assert "url(http" not in page
+    assert "default-src 'none'" in html.unescape(page)

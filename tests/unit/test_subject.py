@@ -1,0 +1,59 @@
+"""Which model an evaluation is of, and where it came from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_rapo.errors import RapoError
+from megatron_rapo.evaluate.subject import default_name, open_model
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    folder = run / "checkpoints" / f"step_{step:06d}"
+    folder.mkdir(parents=True)
+    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
+    (folder / "run.json").write_text(json.dumps({"state": {"step": step}}))
+    return folder
+
+
+def test_a_hugging_face_directory_is_taken_as_it_is(tmp_path: Path) -> None:
+    model = tmp_path / "Qwen"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    path, record = open_model(model, tmp_path / "out")
+    assert path == model
+    assert (record.label, record.run, record.step) == ("Qwen", None, None)
+    assert record.fingerprint is not None
+    assert default_name(model) == "Qwen"
+
+
+def test_a_run_stands_for_its_newest_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "one"
+    checkpoint(run, 3)
+    newest = checkpoint(run, 12)
+    exported = tmp_path / "out" / "model-step_000012"  # as an interrupted evaluation left it
+    exported.mkdir(parents=True)
+    (exported / "config.json").write_text("{}")
+    for given in (run, newest):
+        path, record = open_model(given, tmp_path / "out")
+        assert path == exported
+        assert (record.label, record.step) == ("one step 12", 12)
+        assert default_name(given) == "one_step_000012"
+
+
+def test_a_runs_final_model_is_of_its_last_step(tmp_path: Path) -> None:
+    model = tmp_path / "one" / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    (tmp_path / "one" / "config.toml").write_text("[run]\nsteps = 40\n")
+    assert open_model(model, tmp_path / "out")[1].label == "one step 40"
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RapoError, match="does not exist; name a HF directory, a checkpoint or a run"):
+        open_model(tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(RapoError, match="is no Megatron checkpoint"):
+        open_model(tmp_path, tmp_path / "out")

@@ -1,0 +1,108 @@
+"""How fast answers are verified, and how well verifiers agree with the gold answers of data sets.
+
+    python tools/bench_verifier.py DATA_FOLDER [--workers 2]
+
+Each .jsonl file of the folder with the fields `question` and `answer` is one data set: every gold answer is
+put into a box and graded against itself; where rows have a `solution`, that is graded, too. What is not
+graded as correct is listed. Speed is that of ordinary answers, each a response with text around it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_rapo.reward.outcome import Outcome
+from megatron_rapo.reward.verifier import Verifier
+
+RESPONSE = "We compute step by step. First, $a = 3$, so $a^2 + 1 = 10$. " * 20
+HEADER = "| data set | golds against themselves | solutions |\n|---|---|---|"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """(correct, all) of a data set's golds and solutions, and (kind, answer, outcome) of the others."""
+
+    name: str
+    golds: tuple[int, int]
+    solutions: tuple[int, int]
+    disagreements: list[tuple[str, str, Outcome]]
+
+
+def main() -> int:
+    """Prints agreement and speed; 1 where the folder has no data."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="with .jsonl files")
+    parser.add_argument("--workers", type=int, default=2, help="verifier processes")
+    parser.add_argument("--time-limit", type=float, default=5.0, help="seconds for one verification")
+    parser.add_argument("--answers", type=int, default=5000, help="that the speed is measured with")
+    arguments = parser.parse_args()
+    data_sets = dict(_data_sets(arguments.folder))
+    if not data_sets:
+        print(f"{arguments.folder} has no .jsonl file with questions and answers", file=sys.stderr)
+        return 1
+    with Verifier("math", workers=arguments.workers, time_limit_s=arguments.time_limit) as verifier:
+        found = [_agreement(name, rows, verifier) for name, rows in data_sets.items()]
+        print(HEADER)
+        for one in found:
+            print(f"| {one.name} | {_share(one.golds)} | {_share(one.solutions)} |")
+        for one in found:
+            for kind, answer, outcome in one.disagreements:
+                print(f"- {one.name}, {kind} `{answer}`: {outcome}")
+        golds = [row["answer"] for rows in data_sets.values() for row in rows]
+        speed = _speed(golds, arguments.answers, verifier)
+    print(f"\n{speed:,.0f} verifications/s, {arguments.workers} workers")
+    return 0
+
+
+def _data_sets(folder: Path) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    for file in sorted(folder.glob("*.jsonl")):
+        rows = [json.loads(line) for line in file.open(encoding="utf-8")]
+        usable = [row for row in rows if row.get("question") and row.get("answer")]
+        if usable:
+            yield file.stem, usable
+
+
+def _agreement(name: str, rows: Sequence[dict[str, str]], verifier: Verifier) -> Agreement:
+    golds = [("gold", rf"The answer is \boxed{{{row['answer']}}}.", row["answer"]) for row in rows]
+    # Only where the solution states its answer in a box can it be graded like a response.
+    solved = [
+        ("solution", row["solution"], row["answer"]) for row in rows if r"\boxed" in row.get("solution", "")
+    ]
+    disagreements: list[tuple[str, str, Outcome]] = []
+    scores: list[tuple[int, int]] = []
+    for items in (golds, solved):
+        outcomes = verifier.score([(text, answer) for _, text, answer in items])
+        scores.append((sum(outcome is Outcome.CORRECT for outcome in outcomes), len(items)))
+        disagreements += [
+            (kind, answer, outcome)
+            for (kind, _, answer), outcome in zip(items, outcomes, strict=True)
+            if outcome is not Outcome.CORRECT
+        ]
+    return Agreement(name, scores[0], scores[1], disagreements)
+
+
+def _share(score: tuple[int, int]) -> str:
+    return f"{score[0]:,} of {score[1]:,}" if score[1] else "no boxed solutions"
+
+
+def _speed(golds: Sequence[str], count: int, verifier: Verifier) -> float:
+    """Verifications a second of answers from all over the data sets, every other one wrong."""
+    step = max(1, len(golds) // count)
+    chosen = list(golds[::step][:count])
+    answers = [gold if place % 2 else chosen[place - 1] for place, gold in enumerate(chosen)]
+    items = [(rf"{RESPONSE} So \boxed{{{a}}}.", gold) for a, gold in zip(answers, chosen, strict=True)]
+    start = time.perf_counter()
+    verifier.score(items)
+    return len(items) / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

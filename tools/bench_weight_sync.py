@@ -1,0 +1,236 @@
+"""Times the ways of weights from a trainer's layout to an embedded server, beside plain copies of the bytes.
+
+    python tools/bench_weight_sync.py                                 # 1B parameters in bfloat16: 2 GB
+    python tools/bench_weight_sync.py --layouts tp1 tp2 tp2-pp2 --transports distributed tensor
+    python tools/bench_weight_sync.py --json result.json
+
+`send` is the whole publication but for the greedy probe; `packing` gathers and lays out in buckets alone,
+with nothing sent. `floor` moves the same bytes over the same medium in the same run: a gloo
+broadcast to one process (distributed, shard), a copy into shared memory and another out of it (tensor), a
+file written and read (disk). Medians, in turn; a first publication warms up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from random_model import add_size_options, make_random_model
+from torch import multiprocessing
+
+from megatron_rapo.config import Model, Parallel, Weights
+from megatron_rapo.launch.local import run_local
+from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.build import build_chunks
+from megatron_rapo.parallel.placement import process_groups
+from megatron_rapo.publish.opening import open_transport
+from megatron_rapo.rollout.launchers import EmbeddedLauncher
+from megatron_rapo.rollout.pool import EnginePool
+from megatron_rapo.rollout.servers import LocalServers
+from megatron_rapo.weights.gather import StageWeights
+from megatron_rapo.weights.load import load_weights
+from megatron_rapo.weights.stream import Deliver, WeightStream
+from megatron_rapo.weights.tensor_table import tensor_table
+from megatron_rapo.weights.transports.group import Meeting, join
+
+LAYOUTS = {
+    "tp1": Parallel(),
+    "tp2": Parallel(tensor_parallel=2),
+    "pp2": Parallel(pipeline_parallel=2),
+    "tp2-pp2": Parallel(tensor_parallel=2, pipeline_parallel=2),
+}
+PIECE = 256 * 2**20  # bytes of one copy or message of a floor
+TRANSPORTS = ("distributed", "tensor", "shard", "disk")
+ROUNDS = 3
+Seconds = dict[str, float]
+
+
+def main() -> None:
+    """Makes the model, runs every layout, and prints a line a transport."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add_size_options(parser)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=list(TRANSPORTS))
+    parser.add_argument("--bucket-bytes", type=int, default=512 * 2**20)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the server")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        model, report = Path(folder) / "model", Path(folder) / "report.json"
+        gigabytes = 2 * make_random_model(model, options) / 1e9
+        print(f"torch {torch.__version__}, {gigabytes:.2f} GB in bfloat16, medians of {ROUNDS}")
+        launcher = EmbeddedLauncher(model, options.device, "bfloat16", threads=1)
+        with LocalServers(launcher, count=1, log_directory=Path(folder), startup_timeout=300.0) as servers:
+            for name in options.layouts:
+                arguments = (
+                    LAYOUTS[name],
+                    model,
+                    servers.urls,
+                    options.transports,
+                    options.bucket_bytes,
+                    report,
+                )
+                run_local(measure, arguments, LAYOUTS[name].world_size)
+                for transport, seconds in json.loads(report.read_text()).items():
+                    results.append({"layout": name, "transport": transport, "GB": gigabytes, **seconds})
+                    print(line(name, transport, gigabytes, seconds), flush=True)
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+def line(layout: str, transport: str, gigabytes: float, seconds: Seconds) -> str:
+    """A line of the table."""
+    send, floor = seconds["send"], seconds["floor"]
+    return (
+        f"{layout:8} {transport:12} send {send:6.2f} s {gigabytes / send:6.2f} GB/s   "
+        f"packing {seconds['packing']:6.2f} s   floor {floor:6.2f} s   {send / floor:5.2f} × floor"
+    )
+
+
+def measure(
+    layout: Parallel, path: Path, urls: list[str], transports: list[str], bucket_bytes: int, report: Path
+) -> None:
+    """In each rank: every transport's times, written by the main rank."""
+    with ExitStack() as stack:
+        placement = stack.enter_context(process_groups(layout, seed=1))
+        architecture, model = read_architecture(path), Model(path=path)
+        chunks = build_chunks(architecture, model, layout)
+        load_weights(chunks, architecture, path, placement.tensor_rank)
+        pool = None
+        if placement.is_main:
+            vocabulary = architecture.vocabulary
+            pool = stack.enter_context(
+                EnginePool(urls, vocab_size=vocabulary, prompts_per_request=1, request_timeout=300.0)
+            )
+        held = StageWeights(chunks, architecture, placement)
+        table = tensor_table(architecture, layout)
+        packing = WeightStream(table, held, placement, torch.bfloat16, bucket_bytes)
+        times: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in transports}
+        ways = {}
+        for name in transports:
+            options: dict[str, Any] = {} if name == "disk" else {"bucket_bytes": bucket_bytes}
+            weights = Weights.model_validate({"transport": name, **options})
+            ways[name] = open_transport(
+                weights, model, chunks, architecture, placement, report.parent / "weights"
+            )
+        for number in range(ROUNDS + 1):
+            for name, way in ways.items():
+                floor = partial(FLOORS[name], 2 * architecture.parameters, report.parent)
+                found = {
+                    "send": seconds(partial(way.send, pool, number)),
+                    "packing": seconds(partial(packing.run, nowhere if placement.is_main else None)),
+                    "floor": floor() if placement.is_main else 0.0,
+                }
+                for what, value in found.items():
+                    times[name][what].append(value)
+        if placement.is_main:
+            medians = {
+                name: {what: statistics.median(values[1:]) for what, values in kinds.items()}
+                for name, kinds in times.items()
+            }
+            report.write_text(json.dumps(medians))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Of what all ranks do together."""
+    dist.barrier()
+    began = time.perf_counter()
+    work()
+    dist.barrier()
+    return time.perf_counter() - began
+
+
+def nowhere() -> Deliver:
+    """Engines that take everything at once."""
+    return lambda bucket, flat: lambda: None
+
+
+def copy_through_shared_memory(nbytes: int, folder: Path) -> float:
+    """Seconds of a copy in and a copy out."""
+    size = min(nbytes, PIECE)
+    source, shared, sink = (torch.ones(size, dtype=torch.uint8) for _ in range(3))
+    shared.share_memory_()
+    began = time.perf_counter()
+    for _ in range(nbytes // size):
+        shared.copy_(source)
+        sink.copy_(shared)
+    return time.perf_counter() - began
+
+
+def write_and_read(nbytes: int, folder: Path) -> float:
+    """Seconds of a file's way to the disk's cache and back."""
+    piece, file = bytes(PIECE), folder / "floor"
+    began = time.perf_counter()
+    with file.open("wb", buffering=0) as sink:
+        for _ in range(nbytes // PIECE):
+            sink.write(piece)
+    with file.open("rb", buffering=0) as source:
+        while source.read(PIECE):
+            pass
+    took = time.perf_counter() - began
+    file.unlink()
+    return took
+
+
+def broadcast(nbytes: int, folder: Path) -> float:
+    """Seconds of broadcasts over gloo to one other process."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        meeting = Meeting(
+            "127.0.0.1", listener.getsockname()[1], f"floor-{time.monotonic()}", "gloo", 1, (1,)
+        )
+        store = dist.TCPStore(
+            meeting.address,
+            meeting.port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=os.dup(listener.fileno()),
+        )
+    pieces = nbytes // PIECE
+    other = multiprocessing.get_context("spawn").Process(target=receive, args=(meeting, pieces))
+    other.start()
+    group = join(meeting, 0)
+    flat = torch.ones(PIECE, dtype=torch.uint8)
+    group.broadcast(flat, 0).wait()
+    began = time.perf_counter()
+    for _ in range(pieces):
+        group.broadcast(flat, 0).wait()
+    took = time.perf_counter() - began
+    other.join(60)
+    del store  # it served as long as it was referenced
+    return took
+
+
+def receive(meeting: Meeting, pieces: int) -> None:
+    """The other process of `broadcast`."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torch wants one
+    group = join(meeting, 1)
+    flat = torch.empty(PIECE, dtype=torch.uint8)
+    for _ in range(pieces + 1):
+        group.broadcast(flat, 0).wait()
+    os._exit(0)  # gloo's threads are still there: an orderly end would wait for the other side's
+
+
+FLOORS: dict[str, Callable[[int, Path], float]] = {
+    "distributed": broadcast,
+    "shard": broadcast,
+    "tensor": copy_through_shared_memory,
+    "disk": write_and_read,
+}
+
+
+if __name__ == "__main__":
+    main()
