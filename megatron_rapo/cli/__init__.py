@@ -1,0 +1,40 @@
+"""The command line, `megatron-rapo COMMAND`: a module for each command.
+
+Each adds its parser, and imports what it needs only when it runs: torch and Megatron take seconds, which
+a wrong option must not cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from megatron_rapo import __version__
+from megatron_rapo.cli import certify, compare, convert, doctor, evaluate, report, train
+from megatron_rapo.errors import RapoError
+
+COMMANDS = (train, certify, evaluate, compare, report, doctor, convert)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0, or 1 after an error, which is printed."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except RapoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-rapo", description="RAPO at scale: RL with verifiable rewards on Megatron-Core."
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-rapo {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser

@@ -1,0 +1,42 @@
+"""`megatron-rapo convert`: HF models into Megatron checkpoints, and back."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command."""
+    convert = commands.add_parser("convert", help="HF models into Megatron checkpoints, and back")
+    directions = convert.add_subparsers(required=True, metavar="DIRECTION")
+    to_hf = directions.add_parser("to-hf", help="a Megatron checkpoint, such as a run's, into a HF model")
+    to_hf.add_argument("source", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run's directory")
+    to_hf.add_argument(
+        "--model",
+        type=Path,
+        metavar="HF_DIRECTORY",
+        help="whose config.json and tokenizer are carried over; default: those that the checkpoint tells",
+    )
+    to_hf.set_defaults(command=_convert_to_hf)
+    to_megatron = directions.add_parser("to-megatron", help="a HF model into a Megatron checkpoint")
+    to_megatron.add_argument("source", type=Path, metavar="HF_DIRECTORY", help="the model")
+    to_megatron.set_defaults(command=_convert_to_megatron)
+    for direction in (to_hf, to_megatron):
+        direction.add_argument(
+            "destination", type=Path, metavar="DESTINATION", help="folder to make; must not exist"
+        )
+
+
+def _convert_to_hf(options: argparse.Namespace) -> int:
+    from megatron_rapo.convert.to_hf import convert_to_hf
+
+    convert_to_hf(options.source, options.destination, options.model)
+    return 0
+
+
+def _convert_to_megatron(options: argparse.Namespace) -> int:
+    from megatron_rapo.convert.to_megatron import convert_to_megatron
+
+    convert_to_megatron(options.source, options.destination)
+    return 0

@@ -1,0 +1,81 @@
+"""`megatron-rapo train`: a run on this machine, as a rank of a job, or submitted to SLURM."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from functools import partial
+from pathlib import Path
+
+from megatron_rapo.cli.overrides import add_set
+from megatron_rapo.config import RunConfig, load_config
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command."""
+    train = commands.add_parser(
+        "train",
+        help="train a run, or go on with it",
+        description="Trains on this machine's processes, or as one rank of a torchrun or srun job.",
+    )
+    train.add_argument(
+        "configs",
+        nargs="+",
+        type=Path,
+        metavar="CONFIG.toml",
+        help="configuration; later files overlay earlier ones",
+    )
+    add_set(train)
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved configuration, layout and memory, then stop",
+    )
+    train.add_argument(
+        "--slurm",
+        action="store_true",
+        help="submit the run as a SLURM job, laid out by [slurm]; with --dry-run, only print its plan",
+    )
+    train.set_defaults(command=_train)
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = load_config(options.configs, options.set)
+    from megatron_rapo import preflight
+
+    if options.slurm:
+        from megatron_rapo.launch.slurm import submit
+
+        return submit(config, options.configs, options.set, dry_run=options.dry_run)
+    if options.dry_run:
+        print(preflight.describe_plan(config))
+        return 0
+    preflight.check(config)
+    _start(config)
+    return 0
+
+
+def _start(config: RunConfig) -> None:
+    from megatron_rapo.launch.environment import RankEnvironment
+    from megatron_rapo.launch.local import run_local
+    from megatron_rapo.observe.closing import closing_summary
+    from megatron_rapo.observe.heartbeat import describe
+
+    world_size = config.parallel.world_size
+    environment = RankEnvironment.read()
+    if environment is None:
+        run_local(_train_rank, (config,), world_size, diagnose=partial(describe, config.run.directory))
+        print(closing_summary(config.run.directory))
+        return
+    environment.check_world_size(world_size)
+    os.environ.update(environment.variables())
+    _train_rank(config)
+    if environment.rank == 0:
+        print(closing_summary(config.run.directory))
+
+
+def _train_rank(config: RunConfig) -> None:
+    """One rank's part. The process that only watches ranks does not import Megatron."""
+    from megatron_rapo.train import train
+
+    train(config)
