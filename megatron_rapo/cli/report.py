@@ -30,7 +30,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=Path,
         metavar="EVALUATION",
         help="the base, evaluated anew with another seed, as control of the hard subset; default: the base's "
-        "samples of odd numbers, and those of even ones choose the subset",
+        "second half of samples, and the first half chooses the subset",
     )
     report.set_defaults(command=_report)
 

@@ -149,6 +149,11 @@ def _configuration(request: Request) -> RunConfig:
     )
     if config.evaluate is None:
         raise RapoError("the configuration has no [evaluate]; add it, or say --data and --samples")
+    if (request.stop_after_correct or 0) > config.evaluate.samples:
+        raise RapoError(
+            f"--stop-after-correct {request.stop_after_correct} has no effect beside "
+            f"{config.evaluate.samples} samples a problem; give fewer, or more --samples"
+        )
     return config
 
 

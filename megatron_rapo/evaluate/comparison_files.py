@@ -66,7 +66,9 @@ def describe(comparison: Comparison) -> str:
     )
     lines.append(f"  ledger: {ledger}")
     hard = comparison.hard
-    if hard.control is None or hard.model is None or hard.comparison is None:
+    if hard is None:
+        lines.append(f"  hard subset: none, as {comparison.control}")
+    elif hard.control is None or hard.model is None or hard.comparison is None:
         lines.append("  hard subset: the base solved every problem")
     else:
         lines.append(

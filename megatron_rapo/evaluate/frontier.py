@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_rapo.evaluate.pass_at_k import Estimate, bootstrap_interval, pass_at_k
+from megatron_rapo.evaluate.draws import Draws
+from megatron_rapo.evaluate.pass_at_k import Estimate, bootstrap_interval
 
 Integers = npt.NDArray[np.integer]
 Floats = npt.NDArray[np.float64]
@@ -60,30 +61,23 @@ def powers_of_two(samples: int) -> list[int]:
     return sorted({2**power for power in range(samples.bit_length())} | {samples})
 
 
-def curve(correct: Integers, samples: Integers, ks: Sequence[int], *, seed: int) -> list[Estimate]:
-    """Mean pass@k for each k, with 95% intervals from problems drawn anew.
-
-    Args:
-        correct, samples: `[problems]`.
-        ks: each at most the fewest samples.
-    """
-    values = _values(correct, samples, ks)
+def curve(draws: Draws, ks: Sequence[int], *, seed: int) -> list[Estimate]:
+    """Mean pass@k for each k, at most `draws.most`, with 95% intervals from problems drawn anew."""
+    values = _values(draws, ks)
     means = _resampled(values, seed)
     low, high = np.quantile(means, [0.025, 0.975], axis=0)
     ends = zip(values.mean(axis=0).tolist(), low.tolist(), high.tolist(), strict=True)
     return [Estimate(*estimate) for estimate in ends]
 
 
-def crossover(
-    base: tuple[Integers, Integers], model: tuple[Integers, Integers], ks: Sequence[int], *, seed: int
-) -> Crossover:
+def crossover(base: Draws, model: Draws, ks: Sequence[int], *, seed: int) -> Crossover:
     """Where the model's curve falls to the base's.
 
     Args:
-        base, model: (correct, samples), each `[problems]`, of the same problems in the same order.
+        base, model: of the same problems in the same order.
         ks: increasing.
     """
-    difference = _values(*model, ks) - _values(*base, ks)
+    difference = _values(model, ks) - _values(base, ks)
     place = int(_first_crossing(difference.mean(axis=0)[None])[0])
     places = _first_crossing(_resampled(difference, seed))
     crossed = places < len(ks)
@@ -94,13 +88,13 @@ def crossover(
     )
 
 
-def paired(base: tuple[Integers, Integers], model: tuple[Integers, Integers], k: int, *, seed: int) -> Paired:
+def paired(base: Draws, model: Draws, k: int, *, seed: int) -> Paired:
     """Whether the models' pass@k differ on problems like these.
 
     The problems are the observations: under the hypothesis that neither model is better, a problem's
     difference is as likely to have the other sign. Two models without any difference have p = 1.
     """
-    difference = pass_at_k(model[0], model[1], k) - pass_at_k(base[0], base[1], k)
+    difference = model.pass_at_k(k) - base.pass_at_k(k)
     low, high = bootstrap_interval(difference, seed=seed)
     observed = abs(difference.sum())
     generator = np.random.default_rng(seed)
@@ -116,9 +110,9 @@ def paired(base: tuple[Integers, Integers], model: tuple[Integers, Integers], k:
     )
 
 
-def _values(correct: Integers, samples: Integers, ks: Sequence[int]) -> Floats:
+def _values(draws: Draws, ks: Sequence[int]) -> Floats:
     """`[problems, ks]` pass@k."""
-    return np.stack([pass_at_k(correct, samples, k) for k in ks], axis=1)
+    return np.stack([draws.pass_at_k(k) for k in ks], axis=1)
 
 
 def _resampled(values: Floats, seed: int) -> Floats:

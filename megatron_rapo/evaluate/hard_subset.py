@@ -7,16 +7,11 @@ part in the choice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-from megatron_rapo.evaluate.frontier import Paired, paired
-from megatron_rapo.evaluate.pass_at_k import Estimate, mean_pass_at_k
-
-Pair = tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]
+from megatron_rapo.evaluate.control import Choice
+from megatron_rapo.evaluate.frontier import Paired, curve, paired
+from megatron_rapo.evaluate.pass_at_k import Estimate
 
 
 @dataclass(frozen=True)
@@ -40,28 +35,17 @@ class HardSubset:
     comparison: Paired | None
 
 
-def hard_subset(
-    problems: Sequence[str], choosing: Pair, control: Pair, model: Pair, *, seed: int
-) -> HardSubset:
-    """Chooses by `choosing`, compares `model` with `control`.
-
-    Args:
-        problems: ids.
-        choosing, control: (correct, samples) of the base, each `[problems]`, from independent samples.
-        model: the same of the model, independent of `choosing`, too.
-    """
-    hard = np.flatnonzero(choosing[0] == 0)
-    k = int(min(control[1].min(), model[1].min()))
-    names = tuple(problems[place] for place in hard.tolist())
-    chosen_by = int(choosing[1].min())
-    if not names:
-        return HardSubset(names, chosen_by, k, None, None, None)
-    again, judged = (control[0][hard], control[1][hard]), (model[0][hard], model[1][hard])
+def hard_subset(choice: Choice, *, seed: int) -> HardSubset:
+    """Compares model and base on the problems of the choice."""
+    k = min(choice.again.most, choice.model.most)
+    if not choice.problems:
+        return HardSubset((), choice.chosen_by, 0, None, None, None)
+    [control], [model] = (curve(draws, [k], seed=seed) for draws in (choice.again, choice.model))
     return HardSubset(
-        problems=names,
-        chosen_by=chosen_by,
+        problems=choice.problems,
+        chosen_by=choice.chosen_by,
         k=k,
-        control=mean_pass_at_k(*again, k, seed=seed),
-        model=mean_pass_at_k(*judged, k, seed=seed),
-        comparison=paired(again, judged, k, seed=seed),
+        control=control,
+        model=model,
+        comparison=paired(choice.again, choice.model, k, seed=seed),
     )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 from scipy.stats import false_discovery_control, fisher_exact
+
+from megatron_rapo.evaluate.draws import Draws
+from megatron_rapo.evaluate.exact_test import Budget, p_values
 
 FALSE_DISCOVERIES = 0.05  # share of false ones that is put up with among significant entries
 
@@ -30,7 +33,8 @@ class Entry:
     Attributes:
         problem: its id.
         base, model: (correct, samples) of each.
-        p_value: Fisher's exact test, two-sided, that both are correct as often.
+        p_value: two-sided, that both are correct as often: Fisher's exact test, or where an adaptive budget
+            ended the samples, `exact_test`.
         q_value: p after Benjamini and Hochberg's correction over the data set.
         significant: whether q is at most `FALSE_DISCOVERIES`. A newly solved problem that is not may be a
             problem that the base solves as seldom, and was lucky or unlucky.
@@ -49,24 +53,39 @@ class Entry:
         return self.q_value <= FALSE_DISCOVERIES
 
 
-def ledger(
-    problems: Sequence[str],
-    base: tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]],
-    model: tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]],
-) -> list[Entry]:
-    """An entry for each problem, in the problems' order.
-
-    Args:
-        problems: ids.
-        base, model: (correct, samples), each `[problems]`.
-    """
-    rows = list(zip(*(array.tolist() for array in (*base, *model)), strict=True))
-    p_values = np.array([_p_value(*row) for row in rows])
-    q_values = false_discovery_control(p_values).tolist()
+def ledger(problems: Sequence[str], base: Draws, model: Draws) -> list[Entry]:
+    """An entry for each problem, in the problems' order."""
+    old, new = (_outcomes(draws) for draws in (base, model))
+    values = _p_values(base, model)
+    q_values = false_discovery_control(values).tolist()
     return [
-        Entry(name, (bc, bn), (mc, mn), _change(bc, mc), p, q)
-        for name, (bc, bn, mc, mn), p, q in zip(problems, rows, p_values.tolist(), q_values, strict=True)
+        Entry(name, was, now, _change(was[0], now[0]), p, q)
+        for name, was, now, p, q in zip(problems, old, new, values, q_values, strict=True)
     ]
+
+
+def _outcomes(draws: Draws) -> list[tuple[int, int]]:
+    """(correct, samples) of each problem."""
+    return list(zip(draws.correct.tolist(), draws.samples.tolist(), strict=True))
+
+
+def _p_values(base: Draws, model: Draws) -> list[float]:
+    pairs = list(zip(_outcomes(base), _outcomes(model), strict=True))
+    if base.stop is None and model.stop is None:
+        return [_fisher(*old, *new) for old, new in pairs]
+    alike: defaultdict[tuple[Budget, Budget], list[int]] = defaultdict(list)
+    for place, (old, new) in enumerate(pairs):
+        alike[_budget(base, old), _budget(model, new)].append(place)
+    found = np.empty(len(pairs))
+    for budgets, places in alike.items():
+        found[places] = p_values(*budgets, [pairs[place] for place in places])
+    return found.tolist()
+
+
+def _budget(draws: Draws, outcome: tuple[int, int]) -> Budget:
+    if draws.stop is None or draws.stop > draws.most:
+        return Budget(outcome[1])
+    return Budget(draws.most, draws.stop)
 
 
 def _change(base: int, model: int) -> Change:
@@ -76,7 +95,7 @@ def _change(base: int, model: int) -> Change:
 
 
 @lru_cache(maxsize=65536)
-def _p_value(base: int, base_samples: int, model: int, model_samples: int) -> float:
+def _fisher(base: int, base_samples: int, model: int, model_samples: int) -> float:
     if base in (0, base_samples) and model * base_samples == base * model_samples:
         return 1.0  # both never, or both always
     table = [[base, base_samples - base], [model, model_samples - model]]

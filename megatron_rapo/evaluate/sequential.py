@@ -11,18 +11,13 @@ and 1 where k > n − 1. At N with fewer successes no order would have stopped b
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow
 
-from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.counts import codes
 from megatron_rapo.evaluate.pass_at_k import pass_at_k
-from megatron_rapo.reward.outcome import Outcome
 
-Integers = npt.NDArray[np.int64]
+Integers = npt.NDArray[np.integer]
 
 
 class Stopping:
@@ -52,44 +47,11 @@ class Stopping:
         return self._prefix[problem][1] < self._correct
 
 
-def stopping_points(
-    samples: pyarrow.Table, problems: Sequence[str], correct: int, most: int
-) -> tuple[Integers, Integers]:
-    """(correct, drawn), each `[problems]`: where each problem's sampling stopped, later samples left out.
-
-    Args:
-        samples: columns problem, sample and outcome of a store.
-        problems: ids.
-        correct, most: r and N.
-
-    Raises:
-        RapoError: a problem is still open.
-    """
-    samples = samples.unify_dictionaries()
-    rows = codes(samples["problem"], {name: place for place, name in enumerate(problems)})
-    outcomes = codes(samples["outcome"], {outcome.value: place for place, outcome in enumerate(Outcome)})
-    right = np.zeros((len(problems), most), dtype=bool)
-    there = np.zeros((len(problems), most), dtype=bool)
-    numbers = samples["sample"].to_numpy()
-    right[rows, numbers] = outcomes == list(Outcome).index(Outcome.CORRECT)
-    there[rows, numbers] = True
-    reached = np.cumsum(right, axis=1) >= correct
-    drawn = np.where(reached.any(axis=1), reached.argmax(axis=1) + 1, most)
-    wanted = np.arange(most) < drawn[:, None]
-    if (wanted & ~there).any():
-        problem = problems[int((wanted & ~there).any(axis=1).argmax())]
-        raise RapoError(
-            f"problem {problem} is still open: it has neither {correct} correct samples nor {most} in all; "
-            "finish the evaluation (run the same command again)"
-        )
-    return (right & wanted).sum(axis=1), drawn
-
-
 def sequential_pass_at_k(stops: tuple[Integers, Integers], correct: int, k: int) -> npt.NDArray[np.float64]:
     """`[problems]` unbiased pass@k for k ≤ N.
 
     Args:
-        stops: of `stopping_points`.
+        stops: (correct, drawn), each `[problems]`, where each problem's sampling stopped.
         correct: r.
     """
     found, drawn = stops

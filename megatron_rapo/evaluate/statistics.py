@@ -12,9 +12,9 @@ import pyarrow.compute
 
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.counts import COUNTED, Counts, codes, count
+from megatron_rapo.evaluate.draws import tries
 from megatron_rapo.evaluate.majority import majority_at_k
 from megatron_rapo.evaluate.pass_at_k import Estimate, bootstrap_interval, pass_at_k
-from megatron_rapo.evaluate.sequential import sequential_pass_at_k, stopping_points
 from megatron_rapo.reward.outcome import Outcome
 
 Values = npt.NDArray[np.float64]
@@ -39,6 +39,7 @@ class Statistics:
 
     Attributes:
         samples: the fewest samples of a problem, and the most.
+        drawn: samples of all problems together.
         mean: mean@N, the mean share of correct samples.
         pass_at_k: unbiased, by k.
         majority_at_k: by k.
@@ -49,6 +50,7 @@ class Statistics:
 
     problems: int
     samples: tuple[int, int]
+    drawn: int
     mean: Estimate
     pass_at_k: Mapping[int, Estimate]
     majority_at_k: Mapping[int, Estimate]
@@ -109,14 +111,14 @@ def summarise_adaptive(
     Raises:
         RapoError: a problem is still open, or a k too large.
     """
-    if max(ks) > most:
+    if max(ks, default=1) > most:
         raise RapoError(f"k = {max(ks)} needs as many samples, but {most} were the most; ask for smaller k")
-    stops = stopping_points(samples, problems, correct, most)
+    draws = tries(samples, problems, most, correct).draws()
     return _statistics(
         samples,
         count(samples, problems),
-        mean=sequential_pass_at_k(stops, correct, 1),
-        passes={k: sequential_pass_at_k(stops, correct, k) for k in ks},
+        mean=draws.pass_at_k(1),
+        passes={k: draws.pass_at_k(k) for k in ks},
         majorities={},
         seed=seed,
     )
@@ -140,6 +142,7 @@ def _statistics(
     return Statistics(
         problems=len(counts.problems),
         samples=(int(counts.samples.min()), int(counts.samples.max())),
+        drawn=total,
         mean=estimate(mean),
         pass_at_k={k: estimate(values) for k, values in passes.items()},
         majority_at_k={k: estimate(values) for k, values in majorities.items()},

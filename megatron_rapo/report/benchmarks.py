@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.compare import Comparison, compare
+from megatron_rapo.evaluate.draws import stored_tries
 from megatron_rapo.evaluate.frontier import curve, grid, powers_of_two
 from megatron_rapo.evaluate.pass_at_k import Estimate
-from megatron_rapo.evaluate.statistics import COLUMNS, Statistics, summarise
+from megatron_rapo.evaluate.statistics import COLUMNS, Statistics, summarise, summarise_adaptive
 from megatron_rapo.evaluate.store import Evaluation
 from megatron_rapo.report.contents import Against, Benchmark, Scores
 from megatron_rapo.report.drawing import Line, Plot
@@ -51,11 +52,6 @@ def _refuse_unfinished(evaluation: Evaluation) -> None:
             f"{evaluation.directory} is not finished; run its `megatron-rapo evaluate` again, which goes on "
             "where it stopped"
         )
-    if manifest.adaptive:
-        raise RapoError(
-            f"{evaluation.directory} was sampled with an adaptive budget, so that its counts depend on "
-            "outcomes; report evaluations with a fixed number of samples"
-        )
 
 
 def _benchmark(
@@ -67,8 +63,7 @@ def _benchmark(
     for model in models[1:]:
         if model.label in by_model:
             compared = by_model[model.label]
-            statistics = _statistics(model.evaluation, data, setting)
-            scores.append(Scores(model.label, compared.ks, compared.model, statistics))
+            scores.append(_scores(model, data, setting, compared.ks, compared.model))
     name = benchmark_name(evaluation, data, setting)
     shown = powers_of_two(min(score.ks[-1] for score in scores))
     figures = [figure(frontier(name, scores, against), large=True)]
@@ -84,21 +79,37 @@ def _benchmark(
 
 def _base_scores(model: EvaluatedModel, data: str, setting: str, compared: Sequence[Comparison]) -> Scores:
     """The base's curve as the comparison with most samples has it; computed where there is none."""
-    statistics = _statistics(model.evaluation, data, setting)
     if compared:
         longest = max(compared, key=lambda comparison: comparison.ks[-1])
-        return Scores(model.label, longest.ks, longest.base, statistics)
-    counts = model.evaluation.samples(data, setting).counts()
-    ks = grid(int(counts.samples.min()))
+        return _scores(model, data, setting, longest.ks, longest.base)
+    draws = stored_tries(model.evaluation, data, setting).draws()
+    ks = grid(draws.most)
+    return _scores(model, data, setting, ks, curve(draws, ks, seed=SEED))
+
+
+def _scores(
+    model: EvaluatedModel, data: str, setting: str, ks: Sequence[int], estimates: Sequence[Estimate]
+) -> Scores:
+    manifest = model.evaluation.manifest
     return Scores(
-        model.label, tuple(ks), tuple(curve(counts.correct, counts.samples, ks, seed=SEED)), statistics
+        model=model.label,
+        most=manifest.samples,
+        stop=manifest.adaptive,
+        ks=tuple(ks),
+        curve=tuple(estimates),
+        statistics=_statistics(model.evaluation, data, setting),
     )
 
 
 def _statistics(evaluation: Evaluation, data: str, setting: str) -> Statistics:
-    store = evaluation.samples(data, setting)
+    store, manifest = evaluation.samples(data, setting), evaluation.manifest
     problems = [problem.id for problem in store.problems]
-    return summarise(store.read(COLUMNS), problems, [], seed=SEED, majority_ks=[evaluation.manifest.samples])
+    if manifest.adaptive is None:
+        return summarise(store.read(COLUMNS), problems, [], seed=SEED, majority_ks=[manifest.samples])
+    samples = store.read([*COLUMNS, "sample"])
+    return summarise_adaptive(
+        samples, problems, [], correct=manifest.adaptive, most=manifest.samples, seed=SEED
+    )
 
 
 def frontier(name: str, scores: Sequence[Scores], against: Sequence[Against]) -> Plot:

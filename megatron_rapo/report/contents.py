@@ -39,12 +39,16 @@ class Scores:
     """A model on a benchmark.
 
     Attributes:
+        most: N, samples that a problem may have.
+        stop: correct samples at which a problem was done, where the budget was adaptive.
         ks: of the curve.
         curve: pass@k for each.
         statistics: everything but pass@k.
     """
 
     model: str
+    most: int
+    stop: int | None
     ks: tuple[int, ...]
     curve: tuple[Estimate, ...]
     statistics: Statistics
@@ -123,7 +127,13 @@ class Report:
 
     def controls(self) -> list[str]:
         """What controls the hard subsets."""
-        return list(dict.fromkeys(against.comparison.control for _, against in self.against()))
+        compared = (against.comparison for _, against in self.against())
+        return list(dict.fromkeys(one.control for one in compared if one.hard is not None))
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether a model's budget was."""
+        return any(score.stop is not None for benchmark in self.benchmarks for score in benchmark.scores)
 
     def against(self) -> Iterator[tuple[Benchmark, Against]]:
         """All comparisons with the base."""

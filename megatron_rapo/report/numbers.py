@@ -73,7 +73,9 @@ def _scores(benchmark: Benchmark) -> list[Row]:
             "benchmark": benchmark.name,
             "model": score.model,
             "problems": statistics.problems,
-            "samples": max(statistics.samples),
+            "samples": score.most,
+            "stop_after_correct": score.stop,
+            "drawn": statistics.drawn,
             **_estimate("mean_at_n", statistics.mean),
         }
         for k, estimate in statistics.majority_at_k.items():
@@ -115,6 +117,8 @@ def _ledger(comparison: Comparison) -> list[Row]:
 
 def _hard(comparison: Comparison) -> list[Row]:
     hard = comparison.hard
+    if hard is None:
+        return []
     row: dict[str, Any] = {"problems": len(hard.problems), "chosen_by": hard.chosen_by, "k": hard.k}
     if hard.control is not None and hard.model is not None and hard.comparison is not None:
         row |= {**_estimate("control_pass_at_k", hard.control), **_estimate("model_pass_at_k", hard.model)}

@@ -79,7 +79,12 @@ def _tiles(against: Against) -> list[Tile]:
     beside = f"{sure[new]:,} significantly · lost {counts[lost]:,}, {sure[lost]:,} significantly"
     tiles.append(Tile("newly solved problems", f"{counts[new]:,}", beside))
     hard = comparison.hard
-    if hard.model is not None and hard.control is not None and hard.comparison is not None:
+    if (
+        hard is not None
+        and hard.model is not None
+        and hard.control is not None
+        and hard.comparison is not None
+    ):
         beside = f"the base asked again {hard.control.mean:.3f} · {signed(hard.comparison.difference)}"
         label = f"pass@{hard.k:,} on {len(hard.problems):,} hard problems"
         tiles.append(Tile(label, f"{hard.model.mean:.3f}", beside, verdict(hard.comparison.difference)))
@@ -104,7 +109,7 @@ def summary_text(report: Report) -> str:
             for sentence in (
                 crossover_sentence(against.model, comparison),
                 ledger_sentence(comparison.ledger),
-                hard_sentence(comparison.hard),
+                hard_sentence(comparison),
             )
         ]
     for run in report.runs:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from megatron_rapo.evaluate.compare import Comparison
 from megatron_rapo.evaluate.frontier import Crossover, Paired
-from megatron_rapo.evaluate.hard_subset import HardSubset
 from megatron_rapo.evaluate.ledger import Change, Entry
 from megatron_rapo.evaluate.pass_at_k import Estimate
+from megatron_rapo.report.contents import Scores
 
 
 def signed(value: Estimate) -> str:
@@ -95,8 +95,22 @@ def ledger_counts(entries: Sequence[Entry]) -> tuple[Counter[Change], Counter[Ch
     return Counter(entry.change for entry in entries), sure
 
 
-def hard_sentence(hard: HardSubset) -> str:
+def budget_sentence(score: Scores) -> str:
+    """What an adaptive budget saved."""
+    whole = score.most * score.statistics.problems
+    return (
+        f"{score.model} had an adaptive budget: a problem was done with {score.stop} correct samples, and "
+        f"{score.statistics.drawn:,} of {whole:,} samples were drawn "
+        f"({1 - score.statistics.drawn / whole:.0%} saved). pass@k is unbiased all the same; there is no "
+        "maj@N, and the outcomes are those of the samples drawn, of which hard problems have more."
+    )
+
+
+def hard_sentence(comparison: Comparison) -> str:
     """What the model makes of the hard subset, beside the control."""
+    hard = comparison.hard
+    if hard is None:
+        return f"No hard subset: {comparison.control}."
     if hard.control is None or hard.model is None or hard.comparison is None:
         return "The base solves every problem at least once: there is no hard subset."
     return (

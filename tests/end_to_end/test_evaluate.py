@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rapo.evaluate.sequential import sequential_pass_at_k, stopping_points
+from megatron_rapo.evaluate.draws import tries
 from megatron_rapo.evaluate.store import Evaluation
 from tests.end_to_end.command import MODEL, Command, running
 
@@ -120,7 +120,7 @@ def test_an_adaptive_budget_saves_samples(whole: tuple[Path, str], tmp_path: Pat
     assert f"{drawn:,} of 384 samples sufficed" in stdout
     ids = [problem.id for problem in samples.problems]
     table = samples.read(["problem", "sample", "outcome"])
-    expected = sequential_pass_at_k(stopping_points(table, ids, 2, 48), 2, 8).mean()
+    expected = tries(table, ids, 48, 2).draws().pass_at_k(8).mean()
     [result] = json.loads((directory / "results.json").read_text())
     assert result["statistics"]["pass_at_k"]["8"]["mean"] == pytest.approx(expected)
 

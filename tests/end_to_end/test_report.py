@@ -214,7 +214,7 @@ class TestPage:
         assert cells[:4] == ["step 40", row["problems"], row["chosen_by"], row["k"]]
         for place, name in ((4, "control"), (5, "model")):
             assert cells[place].startswith(f"{float(row[f'{name}_pass_at_k']):.3f} [")
-        assert "the base's samples of odd numbers" in page.locator("#hard").inner_text()
+        assert "the second half of the base's samples" in page.locator("#hard").inner_text()
 
     def test_diagnostics_are_those_that_the_comparison_left(
         self, page: Page, written: tuple[Path, str]

@@ -9,8 +9,10 @@ import pytest
 
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.compare import compare
+from megatron_rapo.evaluate.control import Choice
+from megatron_rapo.evaluate.draws import Draws
 from megatron_rapo.evaluate.frontier import crossover, curve, grid, paired
-from megatron_rapo.evaluate.hard_subset import hard_subset
+from megatron_rapo.evaluate.hard_subset import HardSubset, hard_subset
 from megatron_rapo.evaluate.ledger import Change, ledger
 from megatron_rapo.evaluate.manifest import ModelRecord, SettingRecord
 from megatron_rapo.evaluate.pass_at_k import pass_at_k
@@ -19,8 +21,15 @@ from tests.unit.stored import store
 N = 64
 
 
-def counts(correct: list[int], samples: int = N) -> tuple[np.ndarray, np.ndarray]:
-    return np.array(correct), np.full(len(correct), samples)
+def counts(correct: list[int], samples: int = N) -> Draws:
+    return Draws.fixed(np.array(correct), np.full(len(correct), samples))
+
+
+def hard(choosing: Draws, again: Draws, model: Draws) -> HardSubset:
+    """The hard subset of problems 0, 1, …"""
+    places = np.flatnonzero(choosing.correct == 0)
+    chosen = (Draws.fixed(draws.correct[places], draws.samples[places]) for draws in (again, model))
+    return hard_subset(Choice(tuple(map(str, places)), N, *chosen, "other samples"), seed=0)
 
 
 def test_the_grid_has_both_ends_and_every_power_of_two() -> None:
@@ -30,10 +39,10 @@ def test_the_grid_has_both_ends_and_every_power_of_two() -> None:
 
 
 def test_the_curve_is_the_estimators() -> None:
-    correct, samples = counts([0, 3, 64, 10])
-    estimates = curve(correct, samples, [1, 8, 64], seed=0)
+    draws = counts([0, 3, 64, 10])
+    estimates = curve(draws, [1, 8, 64], seed=0)
     for k, estimate in zip([1, 8, 64], estimates, strict=True):
-        assert estimate.mean == pytest.approx(pass_at_k(correct, samples, k).mean())
+        assert estimate.mean == pytest.approx(pass_at_k(draws.correct, N, k).mean())
         assert estimate.low <= estimate.mean <= estimate.high
 
 
@@ -84,7 +93,7 @@ def test_the_ledger_by_hand() -> None:
 def test_the_ledger_declares_few_changes_where_there_are_none() -> None:
     generator = np.random.default_rng(0)
     rates = generator.uniform(0, 1, size=400)
-    base, model = ((generator.binomial(N, rates), np.full(400, N)) for _ in range(2))
+    base, model = (counts(generator.binomial(N, rates)) for _ in range(2))
     assert sum(entry.significant for entry in ledger([""] * 400, base, model)) <= 2
 
 
@@ -92,22 +101,20 @@ def test_regression_to_the_mean_is_no_gain() -> None:
     """Base and model are the same: what was chosen for 0 of N is solved again, by both alike."""
     generator = np.random.default_rng(1)
     rates = generator.beta(0.3, 3, size=2000)
-    draw = lambda: (generator.binomial(N, rates), np.full(2000, N))  # noqa: E731
-    choosing, control, model = draw(), draw(), draw()
-    ids = [str(i) for i in range(2000)]
-    honest = hard_subset(ids, choosing, control, model, seed=0)
+    choosing, control, model = (counts(generator.binomial(N, rates)) for _ in range(3))
+    honest = hard(choosing, control, model)
     assert honest.control is not None and honest.model is not None and honest.comparison is not None
     assert len(honest.problems) > 200
     assert honest.model.mean > 0.1  # it "solves" what the base "never" did
     assert honest.comparison.difference.low < 0 < honest.comparison.difference.high
     assert honest.comparison.p_value > 0.05
     # Without a control the same model would look like a discovery.
-    naive = hard_subset(ids, choosing, choosing, model, seed=0)
+    naive = hard(choosing, choosing, model)
     assert naive.comparison is not None and naive.comparison.p_value < 0.001
 
 
 def test_without_hard_problems_there_is_nothing_to_compare() -> None:
-    found = hard_subset(["a"], counts([1]), counts([1]), counts([1]), seed=0)
+    found = hard(counts([1]), counts([1]), counts([1]))
     assert (found.problems, found.control, found.comparison) == ((), None, None)
 
 
@@ -123,26 +130,37 @@ def test_stored_evaluations_are_compared(tmp_path: Path) -> None:
     assert found.tests[0].difference.mean == pytest.approx((new.correct - old.correct).mean() / N)
     assert found.ledger[0].change is Change.NEWLY_SOLVED and found.ledger[0].significant
     assert "p0" in found.hard.problems
-    assert found.hard.k == N // 2  # the base's odd samples
+    assert found.hard.k == N // 2  # the second half of the base's samples
 
 
 def test_evaluations_of_one_seed_share_no_sample_number_in_the_hard_subset(tmp_path: Path) -> None:
-    """The same weights with the same seeds draw the same samples: even ones choose, odd ones judge."""
+    """The same weights with the same seeds draw the same samples: early ones choose, late ones judge."""
     correct = np.zeros((2, N), dtype=bool)
-    correct[0, 1] = True  # never correct in an even sample, so it is chosen; and solved in an odd one
+    correct[0, N - 1] = True  # never correct in the first half, so it is chosen; and solved in the second
     base = store(tmp_path / "base", correct)
     [found] = compare(base, store(tmp_path / "model", correct), [1])
     assert found.hard.problems == ("p0", "p1")
     assert found.hard.k == N // 2
     assert found.hard.control == found.hard.model
-    # With a control of another seed it is the same numbers that choose and judge.
+    # A control of another seed chooses for both, and all of their samples judge.
     [found] = compare(
         base,
         store(tmp_path / "again", correct),
         [1],
         control=store(tmp_path / "control", correct, seed=5),
     )
-    assert found.hard.problems == ("p0", "p1") and found.hard.control is not None
+    assert found.hard is not None and found.hard.problems == ("p1",) and found.hard.k == N
+    assert found.control == f"{tmp_path / 'base'}; chosen by {tmp_path / 'control'}"
+
+
+def test_a_control_judges_what_the_base_chose(tmp_path: Path) -> None:
+    correct = np.zeros((2, N), dtype=bool)
+    correct[0, 3] = True
+    base, model = store(tmp_path / "base", correct), store(tmp_path / "model", correct, seed=2)
+    [found] = compare(base, model, [1], control=store(tmp_path / "control", ~correct, seed=5))
+    assert found.hard is not None and found.hard.control is not None and found.hard.model is not None
+    assert (found.hard.problems, found.hard.k) == (("p1",), N)
+    assert (found.hard.control.mean, found.hard.model.mean) == (1.0, 0.0)
     assert found.control == str(tmp_path / "control")
 
 
@@ -163,7 +181,6 @@ NONE = np.zeros((3, 4), dtype=bool)
             {"settings": (SettingRecord(name="t2", temperature=2.0, max_response_tokens=8),)},
             "no data set and setting in common",
         ),
-        ({"adaptive": True}, "adaptive budget"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from megatron_rapo.errors import RapoError
+from megatron_rapo.evaluate.draws import tries
 from megatron_rapo.evaluate.pass_at_k import bootstrap_interval, pass_at_k
-from megatron_rapo.evaluate.sequential import Stopping, sequential_pass_at_k, stopping_points
+from megatron_rapo.evaluate.sequential import Stopping, sequential_pass_at_k
 from tests.unit.stored import store
 
 
@@ -69,10 +70,10 @@ def test_where_stored_sampling_stopped(tmp_path: Path) -> None:
     right[0, [1, 3, 5]] = True  # stops at sample 3; what came after is left out
     right[1, 4] = True
     samples = store(tmp_path, right).samples("sums", "t1").read(["problem", "sample", "outcome"])
-    correct, drawn = stopping_points(samples, ["p0", "p1", "p2"], 2, 6)
-    assert (correct.tolist(), drawn.tolist()) == ([2, 1, 0], [4, 6, 6])
+    draws = tries(samples, ["p0", "p1", "p2"], 6, 2).draws()
+    assert (draws.correct.tolist(), draws.samples.tolist(), draws.most) == ([2, 1, 0], [4, 6, 6], 6)
     with pytest.raises(RapoError, match=r"problem p1 is still open: it has neither 2 correct samples nor 7"):
-        stopping_points(samples, ["p0", "p1", "p2"], 2, 7)
+        tries(samples, ["p0", "p1", "p2"], 7, 2).draws()
 
 
 def test_a_problem_is_open_until_its_successes_come_without_a_gap() -> None:
