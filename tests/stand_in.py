@@ -28,6 +28,9 @@ class StandIn:
         self.together = None  # a barrier that this many requests must reach
 
     def generate(self, body):
+        if isinstance(body["sampling_params"], dict):  # one response, as a router asks for
+            [answer] = self.generate({name: [body[name]] for name in ("input_ids", "sampling_params")})
+            return answer
         answers = []
         for prompt, params in zip(body["input_ids"], body["sampling_params"], strict=True):
             tokens = [prompt[0], params["sampling_seed"] % VOCAB]

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from megatron_rapo.config.address import same_server
 from megatron_rapo.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 # Arguments of sglang.launch_server that a run has its own ideas of.
@@ -76,6 +77,12 @@ class Rollout(Section):
         description="Addresses of running SGLang (or embedded) servers. Empty: the run starts "
         "`embedded_servers` of its own.",
     )
+    router: str | None = Field(
+        None,
+        description="Address of SGLang's router (`sglang-router`), through which prompts then go; all else "
+        "goes to the engines of `urls` directly, which the run registers with the router while they may "
+        "serve. Default: the run spreads prompts over the engines itself.",
+    )
     embedded_servers: PositiveInt = Field(1, description="Embedded servers that the run starts.")
     embedded_device: Literal["cpu", "cuda"] = Field("cpu", description="Where embedded servers compute.")
     embedded_threads: PositiveInt = Field(1, description="CPU threads of one embedded server.")
@@ -133,7 +140,10 @@ class Rollout(Section):
     def without_effect(self) -> dict[str, str]:
         embedded = ["embedded_servers", "embedded_device", "embedded_threads"]
         if self.urls:
-            return dict.fromkeys([*embedded, "sglang"], "urls name running servers")
+            inert = dict.fromkeys([*embedded, "sglang"], "urls name running servers")
+            if self.router:
+                inert["prompts_per_request"] = "SGLang's router takes a request a response"
+            return inert
         return dict.fromkeys(embedded, "[rollout.sglang] starts SGLang servers") if self.sglang else {}
 
     @model_validator(mode="after")
@@ -143,10 +153,34 @@ class Rollout(Section):
                 f"minimum_engines = {self.minimum_engines} is more than the run's {self.engines} engines; "
                 "lower it"
             )
-        for url in self.urls:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"urls = {self.urls}: {url!r} is not an address; write http://HOST:PORT")
+        self._check_addresses()
         return self
+
+    def _check_addresses(self) -> None:
+        try:
+            twice = same_server(self.urls)
+        except ValueError as error:
+            raise ValueError(f"urls = {self.urls}: {error}") from None
+        if twice:
+            raise ValueError(
+                f"urls = {self.urls}: {twice[0]!r} and {twice[1]!r} are the same server; name each once"
+            )
+        if self.router is None:
+            return
+        if not self.urls:
+            raise ValueError(
+                f"router = {self.router!r} needs the engines' own addresses, which weights go to; name "
+                "them in urls, or remove it"
+            )
+        try:
+            behind = same_server([*self.urls, self.router])
+        except ValueError as error:
+            raise ValueError(f"router = {self.router!r}: {error}") from None
+        if behind:
+            raise ValueError(
+                f"router = {self.router!r} is the engine {behind[0]!r} of urls; name the router, not "
+                "an engine"
+            )
 
 
 class Reward(Section):

@@ -173,6 +173,7 @@ def _pool(
         health_interval=rollout.health_interval_s,
         reviver=reviver,
         diagnose=servers.diagnose if servers else None,
+        router=rollout.router,
     ) as pool:
         pool.wait_until_healthy(rollout.startup_timeout_s)
         yield pool

@@ -87,11 +87,11 @@ class Exchange:
         return answer
 
     async def request(self, method: str, path: str, body: Any = None, *, timeout: float) -> httpx.Response:
-        """The response, of status 200; raises as `json` does."""
+        """The response, of status 200, or 202 where a router accepts; raises as `json` does."""
         what = f"{method} {self.url}{path}"
         response = await self._response(what, method, path, body, timeout)
         status = response.status_code
-        if status == 200:
+        if status in (200, 202):
             return response
         if status == 401:
             raise RapoError(

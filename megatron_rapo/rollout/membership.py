@@ -23,6 +23,7 @@ class Membership:
         client_of: makes the client of an address.
         minimum: with fewer live ones there is no way on.
         reviver: brings lost ones back, for all heads; None where another rank does.
+        on_lost: told of each that is lost.
     """
 
     def __init__(
@@ -32,12 +33,14 @@ class Membership:
         *,
         minimum: int,
         reviver: Reviver | None,
+        on_lost: Callable[[Member], None] | None = None,
     ) -> None:
         self.size = len(urls)
         self.minimum = minimum
         self.changes = 0
         self._client_of = client_of
         self._reviver = reviver
+        self._on_lost = on_lost
         self._members = [self._member(url) for url in urls]
         self._returning: dict[int, asyncio.Task[str]] = {}
 
@@ -124,3 +127,5 @@ class Membership:
         self.changes += 1
         left = f"{len(self.live)} of {self.size} are left"
         print(f"engine {member.url} is out ({left}): {member.failure}", flush=True)
+        if self._on_lost is not None:
+            self._on_lost(member)

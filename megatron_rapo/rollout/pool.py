@@ -21,6 +21,8 @@ from megatron_rapo.rollout.member import Member
 from megatron_rapo.rollout.membership import Membership
 from megatron_rapo.rollout.requests import GroupRequest, Sampling, check_prompts, split
 from megatron_rapo.rollout.revival import Reviver
+from megatron_rapo.rollout.router import RouterClient
+from megatron_rapo.rollout.routing import Routing
 from megatron_rapo.rollout.watch import watch
 
 T = TypeVar("T")
@@ -38,7 +40,7 @@ class EnginePool:
     Args:
         urls: addresses of the servers, http://HOST:PORT.
         vocab_size: of the policy; token ids outside it are refused.
-        prompts_per_request: most prompts that share one HTTP request.
+        prompts_per_request: most prompts that share one HTTP request; a router gets a request a response.
         request_timeout: seconds for one request's answer; an engine that takes longer is lost.
         head: the data-parallel head's number: heads begin at different servers.
         requests_per_engine: most requests of this head under way at one engine.
@@ -46,6 +48,7 @@ class EnginePool:
         health_interval: seconds between two looks at each engine's health; None: it is not looked at.
         reviver: brings lost engines back; the main rank's pool has one.
         diagnose: says why the server at a URL is gone, where that can be known (`LocalServers.diagnose`).
+        router: address of SGLang's router, through which prompts go; None: the pool spreads them itself.
 
     Attributes:
         resent: requests that were sent again so far, since the engine that had them was lost.
@@ -64,22 +67,27 @@ class EnginePool:
         health_interval: float | None = None,
         reviver: Reviver | None = None,
         diagnose: Diagnose | None = None,
+        router: str | None = None,
     ) -> None:
         if not urls:
             raise ValueError("a pool needs at least one server")
         self.resent = 0
         self._vocab_size = vocab_size
-        self._prompts_per_request = prompts_per_request
+        self._prompts_per_request = prompts_per_request if router is None else 1
         self._head = head
         self._requests_per_engine = requests_per_engine
         self._updating = False
         self._resting: set[str] = set()  # engines that gave their memory back
         self._http = http_client()
+        self._routing: Routing | None = None
+        if router is not None:
+            self._routing = Routing(RouterClient(self._http, router, timeout=request_timeout), vocab_size)
         self._members = Membership(
             urls,
             lambda url: EngineClient(self._http, url, timeout=request_timeout, diagnose=diagnose),
             minimum=minimum_engines,
             reviver=reviver,
+            on_lost=self._routing.take_out if self._routing else None,
         )
         self._loop = BackgroundLoop("engine pool")
         if health_interval is not None:
@@ -115,9 +123,12 @@ class EnginePool:
         """Waits until every server is ready.
 
         Raises:
-            RapoError: one is not within `timeout` seconds, is known to have ended, or serves another model.
+            RapoError: one is not within `timeout` seconds, is known to have ended, or serves another model;
+                or the router cannot be reached, or has workers that are none of them.
         """
         self._loop.run(self._members.until_healthy(timeout))
+        if self._routing is not None:
+            self._loop.run(self._routing.check(self.urls))
 
     def use(self, urls: Sequence[str]) -> None:
         """Takes part with these engines alone from now on: those that have the newest weights."""
@@ -195,6 +206,9 @@ class EnginePool:
         return groups
 
     async def _send(self, member: Member, request: GroupRequest) -> list[RolloutGroup]:
+        if self._routing is not None:  # `member` counts among the engines that bound what is under way
+            return await self._routing.send(request, self._members)
+
         async def groups() -> list[RolloutGroup]:
             answers = await member.client.generate(request.input_ids, request.sampling_params)
             return request.groups(answers, self._vocab_size, member.url)
@@ -305,6 +319,7 @@ class EnginePool:
             await _check_version(client, weight_version)
 
         self._loop.run(self._of_each(end))
+        self._loop.run(self._route())
         self._updating = False
 
     def abandon_update(self) -> None:
@@ -355,6 +370,12 @@ class EnginePool:
             await all_of(update(member) for member in behind)
             if len(self._members.live) < self._members.minimum:
                 await self._members.revive({})
+        await self._route()
+
+    async def _route(self) -> None:
+        """Has the router send to those that are live, all of which have the current weights."""
+        if self._routing is not None:
+            await self._routing.serve_with(self.urls)
 
     async def _of_each(self, ask: Callable[[EngineClient], Coroutine[Any, Any, T]]) -> list[T]:
         return await all_of(member.ask(ask(member.client)) for member in self._members.live)

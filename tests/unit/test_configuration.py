@@ -298,6 +298,13 @@ def test_a_value_out_of_range_is_refused(values: dict[str, Any], message: str) -
             }.items()
         ),
         (
+            with_options(
+                rollout__urls=["http://a:1"], rollout__router="http://a:2", rollout__prompts_per_request=4
+            ),
+            "rollout.prompts_per_request = 4",
+            "SGLang's router takes a request a response",
+        ),
+        (
             with_options(rollout__sglang={}, rollout__embedded_servers=2),
             "rollout.embedded_servers = 2",
             "[rollout.sglang] starts SGLang servers",
@@ -356,6 +363,31 @@ def test_an_option_without_effect_is_refused(values: dict[str, Any], option: str
         (
             with_options(rollout__urls=["localhost:30000"]),
             "'localhost:30000' is not an address; write http://HOST:PORT",
+        ),
+        (
+            with_options(rollout__urls=["http://a:port"]),
+            "'http://a:port' is not an address: Port could not be cast to integer value as 'port'",
+        ),
+        *(
+            (with_options(rollout__urls=urls), f"{urls[0]!r} and {urls[1]!r} are the same server")
+            for urls in (
+                ["http://a:30000", "http://a:30000"],
+                ["http://a:30000", "http://A:30000/"],
+                ["http://a", "http://a:80"],
+                ["http://localhost:30000", "http://127.0.0.1:30000"],
+            )
+        ),
+        (
+            with_options(rollout__router="http://a:30000"),
+            "rollout.router = 'http://a:30000' needs the engines' own addresses",
+        ),
+        (
+            with_options(rollout__urls=["http://a:1"], rollout__router="a:2"),
+            "rollout.router = 'a:2': 'a:2' is not an address",
+        ),
+        (
+            with_options(rollout__urls=["http://a:1", "http://a:2"], rollout__router="http://a:2/"),
+            "rollout.router = 'http://a:2/' is the engine 'http://a:2' of urls",
         ),
         (
             with_options(algorithm={"divergence_coefficient": 0.0}),

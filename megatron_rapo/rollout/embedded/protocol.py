@@ -39,6 +39,16 @@ class GenerateRequest(StrictRequest):
     sampling_params: SamplingParams | list[SamplingParams] = SamplingParams()
     return_logprob: bool = False
     rid: str | None = None
+    # What SGLang's router adds to every request. The first two say nothing here; the others are not offered.
+    log_metrics: bool = True
+    no_logs: bool = False
+    model: None = None
+    stream: Literal[False] = False
+    background: Literal[False] = False
+    return_text_in_logprobs: Literal[False] = False
+    return_hidden_states: Literal[False] = False
+    return_entropy: Literal[False] = False
+    return_bytes: Literal[False] = False
 
     @property
     def batched(self) -> bool:
