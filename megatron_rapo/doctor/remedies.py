@@ -35,7 +35,12 @@ REPORTED_TEMPERATURE = (
 )
 KERNELS = (
     "nothing else explains it: engine and trainer compute the same weights differently. Serve in the type of "
-    "model.dtype, without quantisation, and try another attention backend; where reading the same in one go "
-    "is not off, decoding alone is. Against what is left, set "
+    "model.dtype, without quantisation, and try another attention backend. Against what is left, set "
+    'algorithm.importance_correction = "truncated"'
+)
+DECODING = (
+    "the engine's prefill agrees with the trainer, its decoding does not: keep keys and values in the type "
+    "of model.dtype (SGLang: no --kv-cache-dtype fp8…), and try another attention backend for decoding, no "
+    "CUDA graphs, no speculative decoding. Against what is left, set "
     'algorithm.importance_correction = "truncated"'
 )

@@ -111,12 +111,16 @@ def _kernels(e: Evidence) -> Outcome:
         f"what remains: mean {_nats(mean)}, largest {_nats(largest)} ({_profile(differences, e)}); rounding "
         f"may make {_nats(e.tolerance)} in the mean"
     )
-    if e.prefilled is not None:
-        prefilled = np.concatenate(list(e.prefilled))
-        figures += f"; read in one go {_nats(gap(sampled.joined.unscaled, prefilled))}"
     # Beside another temperature, one of a grid, what remains is the grid's.
-    if max(e.fresh.cold.greedy_gap, mean if reported.kind == "asked" else 0.0) > e.tolerance:
-        return "FOUND", figures, remedies.KERNELS
+    off = max(e.fresh.cold.greedy_gap, mean if reported.kind == "asked" else 0.0)
+    decoding_alone = False
+    if e.prefilled is not None:
+        prefilled = gap(sampled.joined.unscaled, np.concatenate(list(e.prefilled)))
+        decoding_alone = explains(prefilled, off, e.tolerance)
+        figures += f"; read in one go {_nats(prefilled)}"
+        figures += ": decoding alone is off" if decoding_alone else ""
+    if off > e.tolerance:
+        return "FOUND", figures, remedies.DECODING if decoding_alone else remedies.KERNELS
     return "ok", figures, ""
 
 

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import uvicorn
 
 from megatron_rapo.rollout.embedded.app import create_app
@@ -121,6 +122,57 @@ class IgnoresWeights(Fault):
         await self.pass_on(scope, body, send)
 
 
+class TellsPrompts(Fault):
+    """No fault: what an embedded server lacks, log-probs of a prompt's tokens, read in one go."""
+
+    engine: Engine
+
+    def plant(self, engine: Engine) -> None:
+        self.engine = engine
+
+    async def handle(self, scope: Any, body: bytes, send: Send) -> None:
+        request = json.loads(body or b"null")
+        if scope["path"] != "/generate" or "logprob_start_len" not in request:
+            await self.pass_on(scope, body, send)
+            return
+        answer = json.dumps(
+            [{"meta_info": {"input_token_logprobs": self.read(ids)}} for ids in request["input_ids"]]
+        )
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": answer.encode()})
+
+    @torch.inference_mode()
+    def read(self, ids: list[int]) -> list[tuple[float | None, int, None]]:
+        rows = self.engine._model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        told = [float(row[token]) for row, token in zip(rows, ids[1:], strict=False)]
+        return [
+            (None, ids[0], None),
+            *((value, token, None) for value, token in zip(told, ids[1:], strict=True)),
+        ]
+
+
+class ComputesOtherwise(TellsPrompts):
+    """Hidden states that are off, of prompts and of what is decoded."""
+
+    decoding_alone = False
+
+    def plant(self, engine: Engine) -> None:
+        super().plant(engine)
+
+        def disturb(_: Any, __: Any, hidden: torch.Tensor) -> torch.Tensor:
+            if self.decoding_alone and hidden.shape[1] > 1:
+                return hidden
+            return hidden * (1 + 0.3 * torch.cos(torch.arange(hidden.shape[-1])))
+
+        engine._model.model.norm.register_forward_hook(disturb)
+
+
+class DecodesOtherwise(ComputesOtherwise):
+    """Hidden states that are off where a token is fed after a cache, and there alone."""
+
+    decoding_alone = True
+
+
 @contextmanager
 def serving(model_path: Path, fault: type[Fault] | None = None) -> Iterator[str]:
     """An embedded server of the model with the fault, at the address that it yields."""
@@ -130,9 +182,16 @@ def serving(model_path: Path, fault: type[Fault] | None = None) -> Iterator[str]
         app = fault(app)
         if isinstance(app, IgnoresWeights):
             app.model_path = model_path
+
+    def load() -> Engine:
+        engine = Engine(model_path, "cpu", "float32")
+        if isinstance(app, TellsPrompts):
+            app.plant(engine)
+        return engine
+
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        service.load(lambda: Engine(model_path, "cpu", "float32")).result(60)
+        service.load(load).result(60)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:

@@ -15,10 +15,13 @@ from megatron_rapo.doctor.mismatch import examine_at
 from megatron_rapo.doctor.table import table
 from megatron_rapo.parallel.placement import arrange, process_groups
 from tests.distributed.faulty_engines import (
+    ComputesOtherwise,
     CutsTail,
+    DecodesOtherwise,
     IgnoresWeights,
     KeepsAnswers,
     ScalesTwice,
+    TellsPrompts,
     all_serving,
 )
 from tests.distributed.jobs import layout, run_job
@@ -33,6 +36,9 @@ CASES = {
     "keeps answers": ("tp2-cp2", "stale cache"),
     "cuts the tail": ("pp2-vpp2", "truncated sampling"),
     "scales twice": ("tp2-sp", "temperature"),
+    "tells prompts": ("pp2-vpp2", None),
+    "decodes otherwise": ("tp2-pp2", "kernels, precision"),
+    "computes otherwise": ("dp4", "kernels, precision"),
 }
 
 
@@ -85,6 +91,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Finding]]:
         "keeps answers": (model, KeepsAnswers),
         "cuts the tail": (model, CutsTail),
         "scales twice": (model, ScalesTwice),
+        "tells prompts": (model, TellsPrompts),
+        "decodes otherwise": (model, DecodesOtherwise),
+        "computes otherwise": (model, ComputesOtherwise),
     }
     with all_serving(engines) as urls:
         findings = run_job(examine_all, base, urls, directory=base)
@@ -109,6 +118,17 @@ def test_the_evidence_is_quantitative(found: dict[str, list[Finding]]) -> None:
     scaled = by_cause["scales twice"]["temperature"].evidence
     assert "asked for 0.8" in scaled and "log-probs are of 0.64" in scaled
     assert "version default as found" in by_cause["other weights"]["weights"].evidence
+
+
+def test_decoding_is_told_from_prefill(found: dict[str, list[Finding]]) -> None:
+    sound, decoding, both = (
+        next(f for f in found[name] if f.cause == "kernels, precision")
+        for name in ("tells prompts", "decodes otherwise", "computes otherwise")
+    )
+    assert "read in one go" in sound.evidence and "decoding alone" not in sound.evidence
+    assert decoding.evidence.endswith("decoding alone is off") and "prefill agrees" in decoding.remedy
+    assert "read in one go" in both.evidence and "decoding alone" not in both.evidence
+    assert "prefill agrees" not in both.remedy
 
 
 def test_the_table_says_what_to_do(found: dict[str, list[Finding]]) -> None:
