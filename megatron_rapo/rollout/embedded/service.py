@@ -15,6 +15,7 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.rollout.embedded.broadcast import UpdateGroups
 from megatron_rapo.rollout.embedded.decode import Completion, Sample
 from megatron_rapo.rollout.embedded.engine import Engine
+from megatron_rapo.rollout.embedded.sender_memory import SenderMemory
 
 T = TypeVar("T")
 
@@ -42,11 +43,13 @@ class Service:
     Attributes:
         engine: None until it is loaded.
         groups: what it has joined to receive weights.
+        sender_memory: what it was given handles of.
     """
 
     def __init__(self) -> None:
         self.engine: Engine | None = None
         self.groups = UpdateGroups()
+        self.sender_memory = SenderMemory()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._admitting = asyncio.Event()
         self._admitting.set()

@@ -96,6 +96,7 @@ async def begin_weight_update(body: BeginUpdateRequest, service: ServiceOf, engi
 
 @weight_routes.post("/end_weight_update")
 async def end_weight_update(body: EndUpdateRequest, service: ServiceOf, engine: EngineOf) -> Response:
+    service.sender_memory.end_update()
     return await _done(service.work(engine.weights.end), "the update has ended")
 
 
@@ -150,6 +151,7 @@ async def update_weights_from_tensor(
     def job() -> None:
         engine.weights.check({})
         named = load_named_tensors(body.serialized_named_tensors[0], flattened=body.load_format is not None)
+        service.sender_memory.keep(tensor for _, tensor in named)
         engine.write_weights(named, body.weight_version)
 
     return await _done(service.work(job), "tensors updated")
