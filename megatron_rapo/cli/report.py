@@ -36,9 +36,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _report(options: argparse.Namespace) -> int:
+    from megatron_rapo.report.sources import open_sources
+
+    sources = open_sources(options.runs, options.control)  # before what takes seconds to import
     from megatron_rapo.report.build import build_report
     from megatron_rapo.report.write import write_report
 
-    report = build_report(options.runs, options.control)
+    report = build_report(sources)
     print(write_report(report, options.out or options.runs[0] / "report"))
     return 0

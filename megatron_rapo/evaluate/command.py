@@ -1,4 +1,4 @@
-"""`megatron-rapo evaluate` and `compare`: from what was asked to stored numbers and a table."""
+"""`megatron-rapo evaluate`: from what was asked to stored numbers and a table."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from typing import Any
 from megatron_rapo.config import RunConfig, load_config
 from megatron_rapo.config.write import toml_value
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate import comparison_files
-from megatron_rapo.evaluate.compare import compare
 from megatron_rapo.evaluate.frontier import powers_of_two
 from megatron_rapo.evaluate.results import compute, examples_of_failed_extraction, table, write
 from megatron_rapo.evaluate.standalone import evaluate
-from megatron_rapo.evaluate.store import Evaluation
 from megatron_rapo.evaluate.subject import default_name, open_model
 
 GENERATED = ("countdown", "arithmetic")
@@ -82,41 +79,6 @@ def run(request: Request) -> int:
     write(results, out)
     print(f"{table(results)}\n\n{examples_of_failed_extraction(evaluation)}", end="")
     print(f"{out}  samples, results.json, results.csv")
-    return 0
-
-
-def run_compare(
-    base: Path,
-    model: Path,
-    control: Path | None,
-    ks: Sequence[int] | None,
-    diagnosed: int | None,
-    out: Path | None,
-) -> int:
-    """Compares stored evaluations, writes the files, prints what they say; 0.
-
-    Raises:
-        RapoError: one is no evaluation, they cannot be compared, or their models are gone.
-    """
-    first, second = Evaluation.open(base), Evaluation.open(model)
-    comparisons = compare(
-        first,
-        second,
-        ks or powers_of_two(min(first.manifest.samples, second.manifest.samples)),
-        control=None if control is None else Evaluation.open(control),
-    )
-    out = out or model / "comparison"
-    comparison_files.write(comparisons, out)
-    print(f"{second.manifest.model.label} against {first.manifest.model.label}\n")
-    for comparison in comparisons:
-        print(f"{comparison_files.describe(comparison)}\n")
-    files = ["comparison.json", "frontier.csv", "ledger.csv"]
-    if diagnosed is not None:
-        from megatron_rapo.evaluate import diagnosis  # torch and transformers take seconds
-
-        print(diagnosis.run(first, second, limit=diagnosed, directory=out), end="\n\n")
-        files.append("diagnostics.json")
-    print(f"{out}  {', '.join(files)}")
     return 0
 
 

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 from scipy.special import xlogy
-from scipy.stats import binom, nbinom
 
 Integers = npt.NDArray[np.integer]
 Floats = npt.NDArray[np.float64]
@@ -41,6 +40,8 @@ class Budget(NamedTuple):
 
     def probabilities(self, chance: float) -> Floats:
         """That of each of `outcomes`, where a sample is correct with this chance."""
+        from scipy.stats import binom, nbinom  # late: it takes a second, which a refusal must not cost
+
         if self.stop is None:
             return np.asarray(binom.pmf(np.arange(self.samples + 1), self.samples, chance))
         failures = np.arange(self.samples - self.stop + 1)

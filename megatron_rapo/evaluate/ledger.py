@@ -9,7 +9,6 @@ from enum import StrEnum
 from functools import lru_cache
 
 import numpy as np
-from scipy.stats import false_discovery_control, fisher_exact
 
 from megatron_rapo.evaluate.draws import Draws
 from megatron_rapo.evaluate.exact_test import Budget, p_values
@@ -55,6 +54,8 @@ class Entry:
 
 def ledger(problems: Sequence[str], base: Draws, model: Draws) -> list[Entry]:
     """An entry for each problem, in the problems' order."""
+    from scipy.stats import false_discovery_control  # late: it takes a second, which a refusal must not cost
+
     old, new = (_outcomes(draws) for draws in (base, model))
     values = _p_values(base, model)
     q_values = false_discovery_control(values).tolist()
@@ -96,6 +97,8 @@ def _change(base: int, model: int) -> Change:
 
 @lru_cache(maxsize=65536)
 def _fisher(base: int, base_samples: int, model: int, model_samples: int) -> float:
+    from scipy.stats import fisher_exact
+
     if base in (0, base_samples) and model * base_samples == base * model_samples:
         return 1.0  # both never, or both always
     table = [[base, base_samples - base], [model, model_samples - model]]

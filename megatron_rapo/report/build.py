@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
-from megatron_rapo.evaluate.store import Evaluation
 from megatron_rapo.report.benchmarks import benchmarks_of
 from megatron_rapo.report.browsing import browser_of
 from megatron_rapo.report.configuration import configuration_tables
 from megatron_rapo.report.contents import Report
 from megatron_rapo.report.diagnostics import diagnoses_of
 from megatron_rapo.report.figures import figure
-from megatron_rapo.report.sources import Sources, open_sources
+from megatron_rapo.report.sources import Sources
 from megatron_rapo.report.summary import answer, headlines
 from megatron_rapo.report.training import read_training, training_plots
 
 
-def build_report(directories: Sequence[Path], control: Path | None = None) -> Report:
-    """Reads runs and evaluations, and gathers what is told of them.
-
-    Args:
-        directories: of runs and evaluations.
-        control: the base, evaluated anew with another seed, for the hard subset.
+def build_report(sources: Sources) -> Report:
+    """Gathers what is told of runs and evaluations.
 
     Raises:
-        RapoError: a directory is neither, or damaged, or evaluations cannot be compared.
+        RapoError: a run is damaged, or evaluations cannot be compared.
     """
-    sources = open_sources(directories)
     runs = [read_training(path) for path in sources.runs]
-    anew = None if control is None else Evaluation.open(control)
-    benchmarks = benchmarks_of(sources.models, anew)
+    benchmarks = benchmarks_of(sources.models, sources.control)
     browser, notes = browser_of(sources.models)
     return Report(
         title="Exploration report" if sources.models else "Training report",

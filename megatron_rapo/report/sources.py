@@ -30,14 +30,16 @@ class Sources:
     Attributes:
         runs: directories of training runs.
         models: evaluated models, the base first.
+        control: the base, evaluated anew with another seed, for the hard subset.
     """
 
     runs: tuple[Path, ...]
     models: tuple[EvaluatedModel, ...]
+    control: Evaluation | None = None
 
 
-def open_sources(directories: Sequence[Path]) -> Sources:
-    """Opens runs (with all evaluations in them) and evaluations.
+def open_sources(directories: Sequence[Path], control: Path | None = None) -> Sources:
+    """Opens runs (with all evaluations in them), evaluations, and the control.
 
     The base is the evaluation of a run's step 0, or else the first that is given.
 
@@ -65,7 +67,8 @@ def open_sources(directories: Sequence[Path]) -> Sources:
     ]
     if repeated:
         raise RapoError(f"{repeated[0]} is given twice; a model is not compared with itself")
-    return Sources(tuple(runs), _named(found))
+    anew = None if control is None else Evaluation.open(control)
+    return Sources(tuple(runs), _named(found), anew)
 
 
 def benchmark_name(evaluation: Evaluation, data: str, setting: str) -> str:

@@ -20,7 +20,7 @@ from megatron_rapo.launch import local
 from megatron_rapo.launch.environment import RankEnvironment
 from megatron_rapo.launch.failure import Failure, Kind, WorkerFailed, root_cause
 from megatron_rapo.launch.local import run_local
-from megatron_rapo.observe import describe
+from megatron_rapo.observe.heartbeat import describe
 from tests.unit import launched
 
 TORCHRUN = {

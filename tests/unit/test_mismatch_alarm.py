@@ -8,7 +8,7 @@ import pytest
 
 from megatron_rapo.config import RunConfig
 from megatron_rapo.errors import RapoError
-from megatron_rapo.observe import Observer
+from megatron_rapo.observe.observer import Observer
 from tests.unit.test_metrics import configuration
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rapo.observe import Observer, describe, progress
-from megatron_rapo.observe.heartbeat import Heartbeat
+from megatron_rapo.observe import progress
+from megatron_rapo.observe.heartbeat import Heartbeat, describe
+from megatron_rapo.observe.observer import Observer
 from megatron_rapo.observe.phases import BETWEEN, Phases
 from megatron_rapo.observe.progress import Progress
 from tests.unit.test_metrics import configuration, lines

@@ -70,7 +70,7 @@ class TestSources:
         run = write_run(tmp_path / "run")
         (run / "metrics.jsonl").write_text(text)
         with pytest.raises(RapoError, match=r"metrics\.jsonl"):
-            build_report([run])
+            build_report(open_sources([run]))
 
 
 class TestCurves:
@@ -171,7 +171,7 @@ def test_what_others_wrote_is_escaped(tmp_path: Path) -> None:
         question=HOSTILE + "{place}",
         model=f"/models/{HOSTILE}",
     )
-    page = render(build_report([tmp_path / "one"]))
+    page = render(build_report(open_sources([tmp_path / "one"])))
     assert "alert(1)" in page
     assert "<script>alert" not in page
     assert "<img" not in page
@@ -179,7 +179,7 @@ def test_what_others_wrote_is_escaped(tmp_path: Path) -> None:
 
 
 def test_the_page_asks_for_nothing_else(tmp_path: Path) -> None:
-    page = render(build_report([write_run(tmp_path / "run")]))
+    page = render(build_report(open_sources([write_run(tmp_path / "run")])))
     assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', page.replace('xlink:href="#', ""))
     assert "url(http" not in page
     assert "default-src 'none'" in html.unescape(page)
