@@ -25,6 +25,7 @@ from megatron_rapo.experience.summary import count_tokens
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.model.architecture import Architecture, read_architecture
 from megatron_rapo.observe.observer import Observer
+from megatron_rapo.observe.versions import record_versions, run_versions
 from megatron_rapo.parallel.device import peak_memory
 from megatron_rapo.parallel.placement import Placement, process_groups
 from megatron_rapo.policy.policy import Policy
@@ -67,15 +68,23 @@ class Job:
             with self.observer.phase("resume"):
                 state = self.checkpoints.load(checkpoint, self.policy)
         self.prompts.position = state.prompts_drawn
+        resume_step = None if checkpoint is None else state.step
         if self.placement.is_main:
-            (self.config.run.directory / "config.toml").write_text(to_toml(self.config))
-        self.observer.open_logs(state.step if checkpoint is not None else None)
+            self._record(resume_step)
+        self.observer.open_logs(resume_step)
         self.observer.begin_step(state.step)
         with self.observer.phase("publish"):
             self.publisher.publish(state.step, resumed=checkpoint is not None)
         if state.step == 0:
             self.observer.finish_step(self._evaluate_if_due(step=0))
         return state
+
+    def _record(self, resume_step: int | None) -> None:
+        """Leaves in the run's directory with which configuration and software it goes on."""
+        directory = self.config.run.directory
+        (directory / "config.toml").write_text(to_toml(self.config))
+        if changed := record_versions(directory, resume_step, run_versions(self.config)):
+            print(changed)
 
     def sampling_seed(self, step: int) -> int:
         """The seed of a step's samples; 0 is evaluation's, whose samples are the same each time."""

@@ -23,9 +23,9 @@ from megatron_rapo.evaluate.manifest import (
     Manifest,
     ModelRecord,
     SettingRecord,
-    software_versions,
 )
 from megatron_rapo.evaluate.store import Problem, SampleStore, StoredSample, write_problems
+from megatron_rapo.observe.versions import software_versions
 from megatron_rapo.reward.outcome import Outcome
 
 MODEL = Path(__file__).parents[1] / "examples/models/tiny-countdown"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,7 +13,6 @@ from megatron_rapo.errors import RapoError
 
 FILE = "evaluation.json"
 FORMAT = 1
-LIBRARIES = ("megatron_rapo", "torch", "transformers", "math-verify")
 
 
 class _Record(BaseModel):
@@ -163,11 +160,6 @@ class Manifest(_Record):
         partial = directory / f".{FILE}.partial"
         partial.write_text(self.model_dump_json(indent=1) + "\n")
         partial.replace(directory / FILE)
-
-
-def software_versions() -> dict[str, str]:
-    """What a sample may depend on beside model, problem and seed."""
-    return {"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}}
 
 
 def now() -> str:

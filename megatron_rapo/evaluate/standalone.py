@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_rapo.config import RunConfig
 from megatron_rapo.data.tokenizer import load_tokenizer
 from megatron_rapo.evaluate.held_out import HeldOut, load_held_out, setting_records
-from megatron_rapo.evaluate.manifest import FILE, Manifest, ModelRecord, SettingRecord, now, software_versions
+from megatron_rapo.evaluate.manifest import FILE, Manifest, ModelRecord, SettingRecord, now
 from megatron_rapo.evaluate.plan import Batch, plan
 from megatron_rapo.evaluate.progress import SampleProgress
 from megatron_rapo.evaluate.sampler import Sampler
@@ -16,6 +16,7 @@ from megatron_rapo.evaluate.sequential import Stopping
 from megatron_rapo.evaluate.store import Evaluation, StoredSample, begin
 from megatron_rapo.experience.engines import open_own_engines
 from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.observe.versions import software_versions
 from megatron_rapo.reward.outcome import Outcome
 from megatron_rapo.reward.verifier import Verifier
 

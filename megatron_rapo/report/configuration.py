@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_rapo.config.write import toml_value
 from megatron_rapo.errors import RapoError
+from megatron_rapo.observe.versions import read_versions
 from megatron_rapo.report.sources import EvaluatedModel, Sources
 
 
@@ -48,6 +49,9 @@ def configuration_tables(sources: Sources) -> list[Table]:
     if sources.runs:
         names = [path.resolve().name for path in sources.runs]
         tables.append(_table("Training", names, [_run_options(path) for path in sources.runs]))
+        software = [_run_versions(path) for path in sources.runs]
+        if any(software):
+            tables.append(_table("Software of the training", names, software))
     if sources.models:
         names = [model.label for model in sources.models]
         manifests = [_manifest(model) for model in sources.models]
@@ -71,6 +75,19 @@ def _run_options(directory: Path) -> dict[str, str]:
         raise RapoError(
             f"{path} cannot be read: {error}; restore the configuration that the run wrote there"
         ) from error
+
+
+def _run_versions(directory: Path) -> dict[str, str]:
+    """Each library's version, and from which step on it had another; nothing of a run that tells none."""
+    told: dict[str, list[str]] = {}
+    last: Mapping[str, str] = {}
+    for start in read_versions(directory):
+        for name in dict.fromkeys([*last, *start.versions]):
+            if start.versions.get(name) != last.get(name):
+                since = f"after step {start.step}: " if last else ""
+                told.setdefault(name, []).append(f"{since}{start.versions.get(name, 'none')}")
+        last = start.versions
+    return {name: "; ".join(changes) for name, changes in told.items()}
 
 
 def _manifest(model: EvaluatedModel) -> dict[str, str]:

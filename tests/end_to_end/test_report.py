@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page
 
+from megatron_rapo.observe.versions import record_versions
 from tests.end_to_end.chromium import browser, needs_chromium, opened
 from tests.end_to_end.command import COMMAND
 from tests.stored_evaluations import store_evaluation
@@ -58,6 +59,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     steps = [{"step": step, "reward/mean": 0.1 + 0.01 * step, "loss/entropy": 1.0} for step in range(1, 41)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (run / "config.toml").write_text('[run]\nsteps = 40\n[model]\npath = "/models/not-here"\n')
+    record_versions(run, None, {"python": "3.11.2", "torch": "2.12.0"})
+    record_versions(run, 20, {"python": "3.11.2", "torch": "2.13.0"})
     half = [(before + after) // 2 for before, after in zip(BASE, TRAINED, strict=True)]
     for seed, (step, correct) in enumerate({0: BASE, 20: half, 40: TRAINED}.items()):
         store_evaluation(
@@ -302,6 +305,10 @@ class TestPage:
         text = page.locator("#configuration").inner_text()
         assert re.search(r"path\s+\"/models/not-here\"", text)
         assert re.search(r"torch\s+\"?2\.13\.0", text)
+
+        training = page.locator("#configuration h3", has_text="Software of the training")
+        shown = training.locator("xpath=following-sibling::div[1]").inner_text()
+        assert re.search(r"torch\s+2\.12\.0; after step 20: 2\.13\.0", shown)
 
     @pytest.mark.parametrize("dark", [False, True])
     def test_a_narrow_window_scrolls_down_only(

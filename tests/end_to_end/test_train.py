@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from megatron_rapo.config import load_config
 from megatron_rapo.evaluate.store import Evaluation
+from megatron_rapo.observe.versions import read_versions
 from megatron_rapo.rollout.embedded.decode import Sample
 from megatron_rapo.rollout.embedded.engine import Engine
 from tests.end_to_end.command import MODEL, Command, checkpoints, heartbeats, metrics
@@ -96,6 +98,13 @@ def test_the_written_configuration_is_the_runs(finished: Finished) -> None:
     written = load_config([directory / "config.toml"])
     assert written == load_config([directory.with_name("run.toml")])
     assert written.parallel.model_dump(include=set(LAYOUT)) == LAYOUT
+
+
+def test_it_tells_the_software_that_it_was_made_with(finished: Finished) -> None:
+    directory, _ = finished
+    [start] = read_versions(directory)
+    assert (start.step, start.versions["engines"]) == (0, "embedded")
+    assert start.versions["megatron-core"] == version("megatron-core")
 
 
 def test_the_final_model_is_one_for_transformers_and_for_engines(finished: Finished) -> None:
