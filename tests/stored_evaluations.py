@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,37 +16,85 @@ VERSIONS = {"python": "3.11.2", "megatron_rapo": "0.1.0", "torch": "2.13.0"}
 
 
 def store_evaluation(
+    directory: Path, correct: Sequence[int], *, data: str = "toy", **options: Any
+) -> Evaluation:
+    """Writes a finished evaluation of one data set at one setting.
+
+    Args:
+        directory: of the evaluation.
+        correct: `[problems]`, how many of each problem's samples are correct; which ones, the seed decides.
+        data: name of the data set.
+        options: of `store_benchmarks`.
+    """
+    return store_benchmarks(directory, {data: {"t1.0": correct}}, **options)
+
+
+def store_benchmarks(
     directory: Path,
-    correct: Sequence[int],
+    correct: Mapping[str, Mapping[str, Sequence[int]]],
     *,
     samples: int = 8,
     step: int | None = None,
     run: str | None = None,
     model: str = "/models/not-here",
-    data: str = "toy",
     seed: int = 0,
     text: str = "the answer is {answer}",
     question: str = "question {place}: what comes after {place}?",
 ) -> Evaluation:
-    """Writes a finished evaluation.
+    """Writes a finished evaluation of several data sets, each at the same settings.
 
     Args:
         directory: of the evaluation.
-        correct: `[problems]`, how many of each problem's samples are correct; which ones, the seed decides.
+        correct: by data set and setting, as in `store_evaluation`; a setting is called t and its temperature.
         samples: N.
         step: of the training run; None for a model that is of none.
         run: that run's directory.
         model: path of the model.
-        data: name of the data set; problem i asks for i + 1.
         seed: of the samples.
         text: of a response; `{answer}` is the right one or another.
-        question: of a problem.
+        question: of a problem; problem i asks for i + 1.
     """
     generator = np.random.default_rng(seed)
-    problems = [
-        Problem(str(place), question.format(place=place), str(place + 1), (1, 2, 3))
-        for place in range(len(correct))
-    ]
+    settings = list(next(iter(correct.values())))
+    problems = {
+        data: [
+            Problem(str(place), question.format(place=place), str(place + 1), (1, 2, 3))
+            for place in range(len(counts[settings[0]]))
+        ]
+        for data, counts in correct.items()
+    }
+    manifest = Manifest(
+        model=ModelRecord(path=model, run=run, step=step),
+        data=tuple(
+            DataRecord(name=data, source=f"{data}.jsonl", problems=len(rows), fingerprint=fingerprint(rows))
+            for data, rows in problems.items()
+        ),
+        settings=tuple(
+            SettingRecord(name=name, temperature=float(name.removeprefix("t")), max_response_tokens=64)
+            for name in settings
+        ),
+        samples=samples,
+        seed=seed,
+        verifier=dict.fromkeys(correct, "integer"),
+        prompts={
+            data: fingerprint(problem.prompt_ids for problem in rows) for data, rows in problems.items()
+        },
+        versions=VERSIONS,
+        started="2026-01-01T00:00:00Z",
+        finished="2026-01-01T00:01:00Z",
+    )
+    for data, by_setting in correct.items():
+        write_problems(directory / data, problems[data])
+        for setting, counts in by_setting.items():
+            rows = _samples(counts, samples, seed, text, generator)
+            SampleStore(directory / data / setting, problems[data]).write(rows)
+    manifest.write(directory)
+    return Evaluation.open(directory)
+
+
+def _samples(
+    correct: Sequence[int], samples: int, seed: int, text: str, generator: np.random.Generator
+) -> list[StoredSample]:
     rows = []
     for place, count in enumerate(correct):
         right = set(generator.permutation(samples)[:count].tolist())
@@ -66,23 +115,4 @@ def store_evaluation(
                     log_probs=-generator.exponential(size=length).astype(np.float32),
                 )
             )
-    manifest = Manifest(
-        model=ModelRecord(path=model, run=run, step=step),
-        data=(
-            DataRecord(
-                name=data, source=f"{data}.jsonl", problems=len(problems), fingerprint=fingerprint(problems)
-            ),
-        ),
-        settings=(SettingRecord(name="t1.0", temperature=1.0, max_response_tokens=64),),
-        samples=samples,
-        seed=seed,
-        verifier={data: "integer"},
-        prompts={data: fingerprint(problem.prompt_ids for problem in problems)},
-        versions=VERSIONS,
-        started="2026-01-01T00:00:00Z",
-        finished="2026-01-01T00:01:00Z",
-    )
-    write_problems(directory / data, problems)
-    SampleStore(directory / data / "t1.0", problems).write(rows)
-    manifest.write(directory)
-    return Evaluation.open(directory)
+    return rows

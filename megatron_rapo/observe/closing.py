@@ -41,13 +41,21 @@ def reward_ends(metrics: Sequence[Mapping[str, Any]]) -> tuple[int, float, float
 
 
 def _pass_at_k(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A row for each evaluated step (the base is step 0), a column for each k."""
-    evaluated = [line for line in metrics if any(name.startswith("evaluate/pass@") for name in line)]
-    if not evaluated:
-        return []
-    keys = [name for name in evaluated[0] if re.fullmatch(r"evaluate/pass@\d+", name)]
-    rows = [["held-out problems", *(key.removeprefix("evaluate/") for key in keys)]]
-    for line in evaluated:
+    """A table for each data set and setting: a row for each evaluated step (the base is step 0)."""
+    keys: dict[str, dict[str, None]] = {}  # in the order in which they were logged
+    for name in (name for line in metrics for name in line):
+        if found := re.fullmatch(r"evaluate/(.*/)?pass@\d+", name):
+            keys.setdefault(found[1] or "", {})[name] = None
+    return [row for of, names in keys.items() for row in _table(metrics, of, list(names))]
+
+
+def _table(metrics: Sequence[Mapping[str, Any]], benchmark: str, keys: Sequence[str]) -> list[str]:
+    """Of one benchmark: `DATA/SETTING/`, or nothing where there is but one."""
+    title = benchmark.strip("/").replace("/", ", ") or "held-out problems"
+    rows = [[title, *(key.rpartition("/")[2] for key in keys)]]
+    for line in metrics:
+        if keys[0] not in line:
+            continue
         name = "base" if line["step"] == 0 else f"step {line['step']}"
         cells = [f"{line[key]:.3f} [{line[f'{key}_low']:.3f}, {line[f'{key}_high']:.3f}]" for key in keys]
         rows.append([name, *cells])

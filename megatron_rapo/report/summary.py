@@ -22,10 +22,10 @@ from megatron_rapo.report.words import (
 
 
 def answer(runs: Sequence[TrainingRun], benchmarks: Sequence[Benchmark]) -> str:
-    """Whether the last model is beyond its base, for each benchmark; else what became of the reward."""
+    """Whether the last model is beyond its base, a line a benchmark; else what became of the reward."""
     compared = [(benchmark, benchmark.against[-1]) for benchmark in benchmarks if benchmark.against]
     if compared:
-        return " ".join(_standing(benchmark, against) for benchmark, against in compared)
+        return "\n".join(_standing(benchmark, against) for benchmark, against in compared)
     if benchmarks:
         return "One model was evaluated; nothing is there to compare it with. " + _rewards(runs)
     return _rewards(runs)

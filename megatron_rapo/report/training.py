@@ -11,6 +11,7 @@ from typing import Any
 from megatron_rapo.errors import RapoError
 from megatron_rapo.observe.step_lines import read_step_lines
 from megatron_rapo.report.drawing import Line, Plot
+from megatron_rapo.report.sources import file_name
 from megatron_rapo.report.theme import series_colour
 
 WINDOW = 5  # steps of the running mean
@@ -85,7 +86,7 @@ def read_training(directory: Path) -> TrainingRun:
 
 def training_plots(runs: Sequence[TrainingRun]) -> list[Plot]:
     """The plots of all curves that a run has logged, pass@k on held-out problems first."""
-    plots = [plot for run in runs if (plot := _held_out(run, alone=len(runs) == 1)) is not None]
+    plots = [plot for run in runs for plot in _held_out(run, alone=len(runs) == 1)]
     for curve in CURVES:
         lines = [
             line for index, run in enumerate(runs) for line in _lines(run, curve, index, alone=len(runs) == 1)
@@ -121,27 +122,33 @@ def running_mean(values: Sequence[float | None], window: int) -> list[float | No
     return means
 
 
-def _held_out(run: TrainingRun, alone: bool) -> Plot | None:
-    """pass@k of the evaluations during training, with its bands."""
-    names = [name for line in run.steps for name in line if re.fullmatch(r"evaluate/pass@\d+", name)]
-    ks = sorted({int(name.rpartition("@")[2]) for name in names})
+def _held_out(run: TrainingRun, alone: bool) -> list[Plot]:
+    """pass@k of the evaluations during training, with its bands; a plot for each data set and setting."""
+    found = [re.fullmatch(r"evaluate/(.*/)?pass@(\d+)", name) for line in run.steps for name in line]
+    ks: dict[str, set[int]] = {}
+    for name in filter(None, found):
+        ks.setdefault(name[1] or "", set()).add(int(name[2]))
+    return [_held_out_plot(run, benchmark, sorted(of), alone) for benchmark, of in ks.items()]
+
+
+def _held_out_plot(run: TrainingRun, benchmark: str, ks: Sequence[int], alone: bool) -> Plot:
+    """Of one benchmark: `DATA/SETTING/`, or nothing where there is but one."""
     lines = []
     for index, k in enumerate(ks):
-        metric = f"evaluate/pass@{k}"
-        found = [line for line in run.steps if line.get(metric) is not None]
+        metric = f"evaluate/{benchmark}pass@{k}"
+        evaluated = [line for line in run.steps if line.get(metric) is not None]
         lines.append(
             Line(
                 f"pass@{k}",
                 series_colour(index),
-                [line["step"] for line in found],
-                [line[metric] for line in found],
-                [line[f"{metric}_low"] for line in found],
-                [line[f"{metric}_high"] for line in found],
+                [line["step"] for line in evaluated],
+                [line[metric] for line in evaluated],
+                [line[f"{metric}_low"] for line in evaluated],
+                [line[f"{metric}_high"] for line in evaluated],
             )
         )
-    if not lines:
-        return None
-    title = "pass@k on held-out problems" + ("" if alone else f", {run.name}")
-    name = "training_pass_at_k" + ("" if alone else f"_{run.name}")
+    problems = benchmark.strip("/").replace("/", ", ") or "held-out problems"
+    title = f"pass@k on {problems}" + ("" if alone else f", {run.name}")
+    name = file_name("_".join(["training_pass_at_k", *filter(None, [benchmark, "" if alone else run.name])]))
     description = "pass@k of the evaluations during training, with 95% intervals."
-    return Plot(name, title, description, "step", "", tuple(lines), share=True)
+    return Plot(name.strip("_"), title, description, "step", "", tuple(lines), share=True)

@@ -11,6 +11,8 @@ from megatron_rapo.evaluate.ledger import Change, Entry
 from megatron_rapo.evaluate.pass_at_k import Estimate
 from megatron_rapo.report.contents import Scores
 
+CHANGES = tuple(Change)
+
 
 def signed(value: Estimate) -> str:
     """`+0.283 [+0.200, +0.400]`."""

@@ -16,10 +16,11 @@ from playwright.sync_api import Browser, Page
 from megatron_rapo.observe.versions import record_versions
 from tests.end_to_end.chromium import browser, needs_chromium, opened
 from tests.end_to_end.command import COMMAND
-from tests.stored_evaluations import store_evaluation
+from tests.stored_evaluations import store_benchmarks, store_evaluation
 
 HOSTILE = "<b>bold</b></script><script>document.title = 'taken'</script>"
 SAMPLES = 8
+PRINTED_WIDTH = int((210 - 2 * 14) / 25.4 * 96)  # CSS pixels of A4 within the page's margins
 BASE = [0, 0, 0, 0, 1, 2, 6, 7, 8, 4] * 3
 TRAINED = [5, 3, 0, 0, 6, 7, 8, 7, 8, 0] * 3
 
@@ -165,7 +166,9 @@ class TestPage:
         section = page.locator("#ledger")
         shown = []
         while True:
-            shown += [row.locator("td").all_inner_texts() for row in section.locator("tbody tr").all()]
+            shown += [
+                row.locator("td").all_inner_texts() for row in section.locator("#ledger-table tbody tr").all()
+            ]
             if section.get_by_role("button", name="Next").is_disabled():
                 break
             section.get_by_role("button", name="Next").click()
@@ -198,16 +201,16 @@ class TestPage:
         for order, direction in ((sorted(new), "ascending"), (sorted(new)[::-1], "descending")):
             heading.get_by_role("button").press("Enter")
             assert heading.get_attribute("aria-sort") == direction
-            cells = section.locator("tbody td:nth-child(5)").all_inner_texts()
+            cells = section.locator("#ledger-table tbody td:nth-child(5)").all_inner_texts()
             assert cells == [f"{count}/{SAMPLES}" for count in order]
         assert section.locator("[aria-sort]").count() == 1
         section.locator("input[type=search]").fill("comes after 11?")
-        assert section.locator("tbody th").all_inner_texts() == [
+        assert section.locator("#ledger-table tbody th").all_inner_texts() == [
             f"11 question 11: what comes after 11? {HOSTILE}"
         ]
 
     def test_the_ledger_leads_to_the_responses(self, page: Page) -> None:
-        page.locator("#ledger tbody tr").nth(3).get_by_role("button").click()
+        page.locator("#ledger-table tbody tr").nth(3).get_by_role("button").click()
         assert page.locator("#responses h3").inner_text() == "Problem 3"
         assert page.locator("#responses [role=status]").inner_text().startswith("Problem 1 of 1 ")
 
@@ -216,7 +219,7 @@ class TestPage:
         row = numbers(written[0], "hard")[-1]
         assert cells[:4] == ["step 40", row["problems"], row["chosen_by"], row["k"]]
         for place, name in ((4, "control"), (5, "model")):
-            assert cells[place].startswith(f"{float(row[f'{name}_pass_at_k']):.3f} [")
+            assert cells[place].split()[0] == f"{float(row[f'{name}_pass_at_k']):.3f}"
         assert "the second half of the base's samples" in page.locator("#hard").inner_text()
 
     def test_diagnostics_are_those_that_the_comparison_left(
@@ -320,6 +323,108 @@ class TestPage:
         assert width == 400
         assert paper == ("rgb(20, 23, 27)" if dark else "rgb(255, 254, 251)")
         assert found.complaints == []
+
+
+SEVERAL = {
+    "sums": {"t1.0": ([0, 1, 4, 8, 0], [2, 3, 8, 8, 0]), "t0.6": ([0, 0, 6, 8, 1], [0, 5, 8, 6, 0])},
+    "limits": {"t1.0": ([3, 0, 0, 7], [8, 0, 4, 7]), "t0.6": ([2, 2, 0, 8], [1, 1, 1, 8])},
+}
+"""Correct samples of 8, of the base and of step 20, by data set and setting; step 10 stands between."""
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of three checkpoints on two data sets at two settings."""
+    base = tmp_path_factory.mktemp("several")
+    for step in (0, 10, 20):
+        counts = {
+            data: {setting: at_step(*pair, step=step) for setting, pair in settings.items()}
+            for data, settings in SEVERAL.items()
+        }
+        store_benchmarks(
+            base / f"step_{step}", counts, samples=SAMPLES, step=step, run="/runs/one", seed=step
+        )
+    command = report(*(base / f"step_{step}" for step in (0, 10, 20)), "--out", base / "report")
+    assert command.returncode == 0, command.stderr
+    return base / "report"
+
+
+def at_step(before: list[int], after: list[int], *, step: int) -> list[int]:
+    if step == 10:
+        return [(old + new) // 2 for old, new in zip(before, after, strict=True)]
+    return after if step else before
+
+
+def pass_at(k: int, correct: list[int]) -> float:
+    """Mean over problems of the share of k-subsets of the samples with a correct one."""
+    wrong = [math.comb(SAMPLES - count, k) / math.comb(SAMPLES, k) for count in correct]
+    return 1 - sum(wrong) / len(correct)
+
+
+@needs_chromium
+class TestSeveralBenchmarks:
+    def test_each_data_set_and_setting_has_its_own_numbers(self, chromium: Browser, several: Path) -> None:
+        with opened(chromium, several / "report.html") as found:
+            for (data, setting), pair in {
+                (data, setting): pair for data, at in SEVERAL.items() for setting, pair in at.items()
+            }.items():
+                name = f"{data}, {setting}"
+                rows = table(found.page, f"Scores on {name}")
+                assert list(rows) == ["base", "step 10", "step 20"]
+                for model, step in (("base", 0), ("step 10", 10), ("step 20", 20)):
+                    shown = [cell.split()[0] for cell in rows[model][1:5]]
+                    expected = [pass_at(k, at_step(*pair, step=step)) for k in (1, 2, 4, 8)]
+                    assert shown == [f"{value:.3f}" for value in expected]
+                assert found.page.locator("figure", has_text=f"pass@k on {name}").count() == 1
+                assert name in found.page.locator(".answer").inner_text()
+            headings = found.page.locator("#summary h3").all_inner_texts()
+            assert headings == [f"step 20 on {data}, {at}" for data in SEVERAL for at in ("t1.0", "t0.6")]
+            assert found.page.locator(".answer p").count() == 4
+        assert found.complaints == []
+
+    def test_the_ledger_tells_them_apart(self, chromium: Browser, several: Path) -> None:
+        with opened(chromium, several / "report.html") as found:
+            section = found.page.locator("#ledger")
+            section.locator("[name=benchmark]").select_option("sums, t0.6")
+            section.locator("[name=model]").select_option("step 20")
+            shown = [
+                row.locator("td").all_inner_texts() for row in section.locator("#ledger-table tbody tr").all()
+            ]
+        before, after = SEVERAL["sums"]["t0.6"]
+        assert [row[2] for row in shown] == [f"{count}/{SAMPLES}" for count in before]
+        assert [row[3] for row in shown] == [f"{count}/{SAMPLES}" for count in after]
+        assert [row[4] for row in shown] == ["unsolved", "newly solved", "kept", "kept", "lost"]
+        changes = {
+            (row["benchmark"], row["problem"]): row["change"]
+            for row in numbers(several, "ledger")
+            if row["model"] == "step 20"
+        }
+        assert len(changes) == sum(len(at["t1.0"][0]) for at in SEVERAL.values()) * 2
+        assert changes["limits, t1.0", "2"] == "newly solved"
+        assert changes["limits, t0.6", "2"] == "newly solved"
+        assert changes["sums, t1.0", "4"] == "unsolved"
+
+    def test_it_prints_without_loss(
+        self, chromium: Browser, several: Path, written: tuple[Path, str]
+    ) -> None:
+        for directory, most in ((several, 14), (written[0], 12)):
+            with opened(chromium, directory / "report.html", width=PRINTED_WIDTH) as found:
+                found.page.emulate_media(media="print")
+                beyond = found.page.evaluate(
+                    """() => [...document.querySelectorAll("main *")].filter(
+                        (e) => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest(".unseen"),
+                    ).map((e) => e.outerHTML.slice(0, 200))"""
+                )
+                assert beyond == []
+                printed = found.page.pdf(format="A4")
+            pages = len(re.findall(rb"/Type\s*/Page\b", printed))
+            assert 3 <= pages <= most
+
+
+def table(page: Page, region: str) -> dict[str, list[str]]:
+    """The cells of each row behind its head, by the head."""
+    rows = page.get_by_role("region", name=region, exact=True).locator("tbody tr").all()
+    return {row.locator("th").inner_text(): row.locator("td").all_inner_texts() for row in rows}
 
 
 def test_two_runs_on_different_data(tmp_path: Path) -> None:

@@ -48,3 +48,19 @@ def test_it_names_what_the_run_left(tmp_path: Path) -> None:
     assert "held-out" not in text
     for name in ("model", "metrics.jsonl", "checkpoints", "config.toml"):
         assert f"{tmp_path / name}  " in text
+
+
+def test_each_data_set_and_setting_has_a_table(tmp_path: Path) -> None:
+    values = {"aime24/t1.0": 0.1, "math/t0.6": 0.7}
+    line = {
+        f"evaluate/{benchmark}/pass@1{suffix}": value
+        for benchmark, value in values.items()
+        for suffix in ("", "_low", "_high")
+    }
+    found = [row.split() for row in summary(tmp_path, {"step": 0, **line})[:4]]
+    assert found == [
+        ["aime24,", "t1.0", "pass@1"],
+        ["base", "0.100", "[0.100,", "0.100]"],
+        ["math,", "t0.6", "pass@1"],
+        ["base", "0.700", "[0.700,", "0.700]"],
+    ]

@@ -88,6 +88,25 @@ class TestCurves:
         assert [line.label for line in plot.lines] == ["one", "two"]
         assert len({line.colour for line in plot.lines}) == 2
 
+    def test_each_data_set_and_setting_has_a_plot_of_its_own(self) -> None:
+        steps = [
+            {"step": step}
+            | {
+                f"evaluate/{at}pass@{k}{end}": (step + k) / 100
+                for at in ("aime24/t1.0/", "math/t1.0/")
+                for k in (1, 4)
+                for end in ("", "_low", "_high")
+            }
+            for step in (0, 5)
+        ]
+        plots = training_plots([TrainingRun("run", steps)])
+        assert [plot.title for plot in plots] == ["pass@k on aime24, t1.0", "pass@k on math, t1.0"]
+        assert len({plot.name for plot in plots}) == 2
+        assert [(line.label, list(line.y)) for line in plots[1].lines] == [
+            ("pass@1", [0.01, 0.06]),
+            ("pass@4", [0.04, 0.09]),
+        ]
+
 
 class TestDrawing:
     PLOT = Plot(
