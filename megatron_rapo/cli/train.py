@@ -58,6 +58,7 @@ def _train(options: argparse.Namespace) -> int:
 def _start(config: RunConfig) -> None:
     from megatron_rapo.launch.environment import RankEnvironment
     from megatron_rapo.launch.local import run_local
+    from megatron_rapo.launch.rank import close_on_sigterm
     from megatron_rapo.observe.closing import closing_summary
     from megatron_rapo.observe.heartbeat import describe
 
@@ -69,6 +70,7 @@ def _start(config: RunConfig) -> None:
         return
     environment.check_world_size(world_size)
     os.environ.update(environment.variables())
+    close_on_sigterm()
     _train_rank(config)
     if environment.rank == 0:
         print(closing_summary(config.run.directory))

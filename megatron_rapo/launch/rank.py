@@ -26,7 +26,7 @@ def run_rank(
     """
     os.setpgid(0, 0)
     _die_with(parent)
-    signal.signal(signal.SIGTERM, _exit)
+    close_on_sigterm()
     faulthandler.enable()
     try:
         function(*args)
@@ -35,6 +35,11 @@ def run_rank(
     except BaseException as error:
         Failure.of(rank, error).write(report)
         sys.exit(1)
+
+
+def close_on_sigterm() -> None:
+    """On SIGTERM this process ends through its `finally` blocks, with status 143."""
+    signal.signal(signal.SIGTERM, _exit)
 
 
 def _exit(number: int, _: FrameType | None) -> None:

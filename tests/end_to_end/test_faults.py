@@ -148,11 +148,14 @@ def test_a_server_that_is_not_up_is_named(tmp_path: Path) -> None:
 
 
 @contextmanager
-def training(tmp_path: Path, **changes: Any) -> Iterator[tuple[Path, Command]]:
-    """A run on two ranks that has saved a checkpoint and would go on for long."""
+def training(
+    tmp_path: Path, environment: dict[str, str] | None = None, **changes: Any
+) -> Iterator[tuple[Path, Command]]:
+    """A run on two ranks (unless changed) that has saved a checkpoint and would go on for long."""
     directory = tmp_path / "run"
     changes = {"parallel": TWO_STAGES, "run": {"steps": 1000}, **changes}
-    with started(write_config(tmp_path / "run.toml", directory, **changes)) as command:
+    config = write_config(tmp_path / "run.toml", directory, **changes)
+    with started(config, environment=environment) as command:
         command.wait_until((directory / "checkpoints/step_000001/run.json").exists)
         yield directory, command
 
@@ -234,6 +237,33 @@ def test_sigterm_ends_the_job(tmp_path: Path) -> None:
     assert command.process.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in command.stderr, command.stderr
     assert command.left_processes() == []
+    assert_checkpoints_are_whole(directory)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_rank_that_no_launcher_of_ours_watches_leaves_nothing(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """As srun starts and ends it: the signal comes to the rank alone, with nothing above to sweep."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = {
+            "RANK": 0,
+            "LOCAL_RANK": 0,
+            "WORLD_SIZE": 1,
+            "LOCAL_WORLD_SIZE": 1,
+            "MASTER_ADDR": "127.0.0.1",
+        }
+        place["MASTER_PORT"] = free.getsockname()[1]
+    environment = {name: str(value) for name, value in place.items()}
+    changes = {"parallel": {"timeout_s": 60.0}, "weights": {"transport": "tensor"}}
+    with nothing_left(), training(tmp_path, environment, **changes) as (directory, command):
+        began = {process.pid for process in command.processes()}
+        assert len(began) >= 3, "a server and a verifier beside the rank"
+        command.process.send_signal(number)
+        assert end(command) < SOON  # its output is at its end as well
+        assert command.left_processes() == []
+    assert command.process.returncode == (143 if number == signal.SIGTERM else -number)
+    assert "Traceback" not in command.stderr, command.stderr
     assert_checkpoints_are_whole(directory)
 
 

@@ -1,0 +1,16 @@
+"""megatron-core 0.16.1 starts a process for a queue that a synchronous save needs in one process alone.
+
+It is a multiprocessing manager (strategies/filesystem_async.py), which nothing ends where its rank is killed:
+it stays behind and holds the job's output open, for whose end a launcher then waits.
+"""
+
+from __future__ import annotations
+
+import queue
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+
+def repair_results_queue() -> None:
+    """Gives saves a plain queue. Those in the background, which this package does not use, need the other."""
+    filesystem_async._results_queue = queue.Queue()
