@@ -19,7 +19,7 @@ setup(
         "megatron-core>=0.16.1,<0.17",
         "math-verify[antlr4_13_2]",
         "numpy",
-        "psutil",  # without it megatron's dist_checkpointing.save waits for ever
+        "psutil",  # also: without it megatron's dist_checkpointing.save waits for ever
         "pyarrow",
         "pydantic>=2.7",
         "rich",

@@ -11,10 +11,14 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from urllib.parse import urlsplit
+
+import psutil
 
 from megatron_rapo.errors import RapoError
 from megatron_rapo.rollout.client import EngineClient
@@ -125,15 +129,19 @@ class LocalServers:
                         http, server.url, timeout=self._startup_timeout, diagnose=self.diagnose
                     )
                     await client.until_healthy(self._startup_timeout)
-                return server.url
+                if await asyncio.to_thread(_listens, server):
+                    return server.url
+                await asyncio.to_thread(_end, [server.process])
+                problem = RapoError(f"What answers at {server.url} is no process of this run")
             except RapoError as error:
                 if not _port_was_taken(server):
                     raise
-                if not remaining:
-                    raise RapoError(
-                        f"{self._launcher.name} {number} found its port taken by another process, {PORTS} "
-                        f"times; see what listens on this machine (ss -ltnp). {error}"
-                    ) from error
+                problem = error
+            if not remaining:
+                raise RapoError(
+                    f"{self._launcher.name} {number} found its port taken by another process, {PORTS} "
+                    f"times; see what listens on this machine (ss -ltnp). {problem}"
+                ) from problem
         raise AssertionError("unreachable")
 
     def _spawn(self, number: int) -> _Server:
@@ -182,6 +190,19 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _listens(server: _Server) -> bool:
+    """Whether it is this server, or one that it started, that listens on its port, and no other's engine."""
+    port = urlsplit(server.url).port
+    with suppress(psutil.NoSuchProcess):
+        top = psutil.Process(server.process.pid)
+        for process in (top, *top.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                for found in process.net_connections("tcp"):
+                    if found.status == psutil.CONN_LISTEN and found.laddr.port == port:
+                        return True
+    return False
 
 
 def _port_was_taken(server: _Server) -> bool:

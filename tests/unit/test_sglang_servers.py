@@ -10,7 +10,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -81,6 +84,58 @@ def ended(pids, within=15.0):
             return True
         time.sleep(0.1)
     return False
+
+
+@contextmanager
+def a_stranger_first(monkeypatch, times):
+    """Another engine takes the port, and answers there, before the server that it was chosen for."""
+    strangers = []
+    launch = SGLangLauncher.launch
+
+    def take(port):
+        while True:  # until whoever looked for a free port lets go of it
+            with suppress(OSError):
+                strangers.append(ThreadingHTTPServer(("127.0.0.1", port), Handler))
+                return strangers[-1].serve_forever()
+            time.sleep(0.001)
+
+    def launch_late(self, number, port, socket_fd):
+        if len(threads) < times:
+            threads.append(threading.Thread(target=take, args=(port,)))
+            threads[-1].start()
+        return launch(self, number, port, socket_fd)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    threads = []
+    monkeypatch.setattr(SGLangLauncher, "launch", launch_late)
+    try:
+        yield strangers
+    finally:
+        for stranger in strangers:
+            stranger.shutdown()
+            stranger.server_close()
+
+
+def test_another_engine_on_the_port_is_not_taken_for_its_own(package, tmp_path, monkeypatch):
+    with nothing_left(), a_stranger_first(monkeypatch, times=1) as strangers, start(tmp_path) as servers:
+        assert servers.urls != [f"http://127.0.0.1:{strangers[0].server_address[1]}"]
+        assert ask(servers.urls[0])["pids"]
+    with (
+        nothing_left(),
+        a_stranger_first(monkeypatch, times=9),
+        pytest.raises(
+            RapoError, match=r"found its port taken by another process, 3 times; .*(no process of|in use)"
+        ),
+        start(tmp_path),
+    ):
+        pass
 
 
 def test_each_is_told_model_address_and_gpus(package, tmp_path, monkeypatch):
