@@ -13,12 +13,18 @@ from megatron_rapo.reward.outcome import Outcome
 
 
 def store(
-    directory: Path, correct: npt.NDArray[np.bool_], *, fingerprint: str = "f", **changes: object
+    directory: Path,
+    correct: npt.NDArray[np.bool_],
+    *,
+    fingerprint: str = "f",
+    there: npt.NDArray[np.bool_] | None = None,
+    **changes: object,
 ) -> Evaluation:
     """An evaluation whose sample n of problem p is correct where `correct` `[problems, samples]` is.
 
     Args:
         fingerprint: of its data set `sums`.
+        there: `[problems, samples]`, which samples were drawn; None: all.
         changes: to the manifest.
     """
     problems, samples = correct.shape
@@ -54,6 +60,7 @@ def store(
             )
             for i in range(problems)
             for n in range(samples)
+            if there is None or there[i, n]
         ]
     )
     return evaluation

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -19,6 +20,7 @@ from megatron_rapo.report.theme import DARK, LIGHT
 from megatron_rapo.report.tokens import TokenTexts
 from megatron_rapo.report.training import TrainingRun, running_mean, training_plots
 from tests.stored_evaluations import store_evaluation
+from tests.unit.stored import store
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(2)> & "quoted" \u2028 \''
 
@@ -180,6 +182,28 @@ class _Words:
 class _Reversed:
     def decode(self, ids: list[int], **options: bool) -> str:
         return "".join("ab"[token] for token in reversed(ids))
+
+
+def test_an_adaptive_budget_says_what_it_saved(tmp_path: Path) -> None:
+    """Problems that are always, never and once correct: they end after 2, 8 and 8 of 8 samples."""
+    correct = np.zeros((3, 8), dtype=bool)
+    correct[0], correct[2, 5] = True, True
+    there = np.ones_like(correct)
+    there[0, 2:] = False
+    finished = "2026-01-01T00:01:00+00:00"
+    for seed, name in enumerate(("base", "model")):
+        store(tmp_path / name, correct, there=there, adaptive=2, seed=seed, finished=finished)
+    store(tmp_path / "fixed", correct, seed=5, finished=finished)
+    report = build_report(open_sources([tmp_path / name for name in ("base", "model", "fixed")]))
+    [benchmark] = report.benchmarks
+    assert [score.statistics.drawn for score in benchmark.scores] == [18, 18, 24]
+    assert [round(score.pass_at(1).mean, 6) for score in benchmark.scores] == [0.375] * 3
+    page = render(report)
+    for name in ("base", "model"):
+        assert f"{name} had an adaptive budget: a problem was done with 2 correct samples" in page
+    assert page.count("18 of 24 samples were drawn (25% saved)") == 2
+    assert "fixed had an adaptive budget" not in page
+    assert "exact distribution of the likelihood ratio" in page
 
 
 def test_what_others_wrote_is_escaped(tmp_path: Path) -> None:
