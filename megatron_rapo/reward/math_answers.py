@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
+import unicodedata
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +17,13 @@ from math_verify import parse, verify
 
 RESPONSE_TAIL = 4096
 """Characters at a response's end in which its final answer must stand; bounds the extraction's time."""
+
+_DIGITS = {
+    code: str(unicodedata.decimal(chr(code)))
+    for code in range(sys.maxunicode + 1)
+    if chr(code).isdecimal() and not chr(code).isascii()
+}
+"""Decimal digits of all scripts: LaTeX's lexer takes them for digits, SymPy cannot read them."""
 
 _INTEGER = re.compile(r"-?[0-9]{1,100}")
 
@@ -78,6 +87,7 @@ def _parse(text: str) -> list[Any]:
     `first_match`: what does not parse is not replaced by another number from the text. Without it the gold
     answer `2007 + \frac\pi 2`, on whose LaTeX math-verify fails, would be 2.
     """
+    text = text.translate(_DIGITS)
     found = parse(text, extraction_mode="first_match", parsing_timeout=None, raise_on_error=True)
     source = found[-1] if found else None
     if isinstance(source, str) and source.endswith("."):  # a sentence's; LaTeX does not parse with it

@@ -39,6 +39,7 @@ def verifier():
         (r"\text{Evelyn}", [r"\text{Evelyn}"], [r"\text{Carla}", "1"]),
         (r"05\!:\!00", [r"05\!:\!00", "05:00"], []),
         (r"\$32", ["32", r"\$32"], ["23"]),
+        ("0.75", ["٠.٧٥", r"\frac{３}{４}", r"\frac{३}{४}"], ["٧.٥", r"\frac{\frac{١}{٣}}{４}"]),
     ],
 )
 def test_equal_answers_are_correct_and_others_wrong(answer, right, wrong):
