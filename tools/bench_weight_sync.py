@@ -4,10 +4,12 @@
     python tools/bench_weight_sync.py --layouts tp1 tp2 tp2-pp2 --transports distributed tensor
     python tools/bench_weight_sync.py --json result.json
 
-`send` is the whole publication but for the greedy probe; `packing` gathers and lays out in buckets alone,
-with nothing sent. `floor` moves the same bytes over the same medium in the same run: a gloo
-broadcast to one process (distributed, shard), a copy into shared memory and another out of it (tensor), a
-file written and read (disk). Medians, in turn; a first publication warms up.
+`send` is the whole publication but for the greedy probe, of which `engines` is how long the engines took to
+receive and load what they were told of (by `tensor` and `disk` they load alone); `packing` gathers and lays
+out in buckets alone, with nothing sent. Packing and the engines work at the same time. `floor` moves the same
+bytes over the same medium in the same run: a gloo broadcast to one process (distributed, shard), a copy into
+shared memory and another out of it (tensor), a file written and read (disk). Medians, in turn; a first
+publication warms up.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -95,9 +98,10 @@ def main() -> None:
 def line(layout: str, transport: str, gigabytes: float, seconds: Seconds) -> str:
     """A line of the table."""
     send, floor = seconds["send"], seconds["floor"]
+    parts = "   ".join(f"{name} {seconds[name]:6.2f} s" for name in ("engines", "packing", "floor"))
     return (
         f"{layout:8} {transport:12} send {send:6.2f} s {gigabytes / send:6.2f} GB/s   "
-        f"packing {seconds['packing']:6.2f} s   floor {floor:6.2f} s   {send / floor:5.2f} × floor"
+        f"{parts}   {send / floor:5.2f} × floor"
     )
 
 
@@ -130,8 +134,10 @@ def measure(
         for number in range(ROUNDS + 1):
             for name, way in ways.items():
                 floor = partial(FLOORS[name], 2 * architecture.parameters, report.parent)
+                engines = TimedPool(pool) if pool is not None else None
                 found = {
-                    "send": seconds(partial(way.send, pool, number)),
+                    "send": seconds(partial(way.send, engines, number)),
+                    "engines": engines.seconds if engines is not None else 0.0,
                     "packing": seconds(partial(packing.run, nowhere if placement.is_main else None)),
                     "floor": floor() if placement.is_main else 0.0,
                 }
@@ -143,6 +149,33 @@ def measure(
                 for name, kinds in times.items()
             }
             report.write_text(json.dumps(medians))
+
+
+class TimedPool:
+    """A pool, and the seconds that its engines took to take weights."""
+
+    def __init__(self, pool: EnginePool) -> None:
+        self._pool = pool
+        self.seconds = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    def post(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> Future[list[Any]]:
+        """As the pool's."""
+        began = time.perf_counter()
+        answers = self._pool.post(path, bodies)
+        answers.add_done_callback(lambda _: self._count(began))
+        return answers
+
+    def update_weights(self, model_path: Path, weight_version: int) -> None:
+        """As the pool's."""
+        began = time.perf_counter()
+        self._pool.update_weights(model_path, weight_version)
+        self._count(began)
+
+    def _count(self, began: float) -> None:
+        self.seconds += time.perf_counter() - began
 
 
 def seconds(work: Callable[[], object]) -> float:

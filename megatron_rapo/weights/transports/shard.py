@@ -99,6 +99,7 @@ class ShardTransport:
         self._invitation: Invitation | None = None
         self._meeting: Meeting | None = None
         self._group: dist.ProcessGroup | None = None
+        self._buffers: dict[int, Tensor] = {}  # by slot; kept for the next publication
 
     def send(self, engines: Engines | None, version: int) -> Mapping[str, int]:
         """Sends the weights as `version`. All ranks call it; `engines` is the main rank's.
@@ -142,10 +143,12 @@ class ShardTransport:
     ) -> dict[str, int]:
         self._join(engines, sources)
         assert self._meeting is not None
-        mine = _Sender(self._weights, self._group, self._meeting, self._dtype)
+        mine = [m for messages in rounds for m in messages if m.source == self._placement.rank]
+        sender = _Sender(mine, self._weights, self._group, self._meeting, self._dtype, self._buffers)
         checksums: dict[str, int] = {}
         answer: Future[list[Any]] | None = None
         for number, messages in enumerate(rounds):
+            sender.pack()  # while the engines take the round before
             if engines is not None:
                 if answer is not None:  # one request at a time: two could reach an engine in the other order
                     answer.result(TIMEOUT_S)
@@ -156,10 +159,10 @@ class ShardTransport:
                 answer = engines.post("/update_weights_from_shards", bodies)
             for message in messages:
                 if message.source == self._placement.rank:
-                    value = mine.send(message)
+                    value = sender.send()
                     if message.engine == 0:
                         checksums[f"{message.source} to {message.engine_rank}, {number}"] = value
-        mine.finish()
+        sender.finish()
         self._weights.forget()
         if answer is not None:
             answer.result(TIMEOUT_S)
@@ -218,22 +221,35 @@ def _open(engines: Engines) -> list[int]:
 
 
 class _Sender:
-    """This rank's messages, packed one after the other while earlier ones are on their way."""
+    """This rank's messages, in order: one is packed while the one before is on its way."""
 
     def __init__(
-        self, weights: StageWeights, group: dist.ProcessGroup | None, meeting: Meeting, dtype: torch.dtype
+        self,
+        messages: Sequence[Message],
+        weights: StageWeights,
+        group: dist.ProcessGroup | None,
+        meeting: Meeting,
+        dtype: torch.dtype,
+        buffers: dict[int, Tensor],
     ) -> None:
+        self._waiting = deque(enumerate(messages))
+        self._sizes = [message.nbytes(dtype) for message in messages]
         self._weights = weights
         self._group = group
         self._meeting = meeting
         self._dtype = dtype
+        self._buffers = buffers
+        self._packed: tuple[Message, Tensor, int] | None = None
         self._under_way: deque[tuple[dist.Work, Tensor]] = deque()
 
-    def send(self, message: Message) -> int:
-        """Begins to send a message; returns its checksum."""
+    def pack(self) -> None:
+        """Lays out the next message, unless it is already, or there is none."""
+        if self._packed is not None or not self._waiting:
+            return
+        number, message = self._waiting.popleft()
         while len(self._under_way) >= SLOTS:
             _finish(*self._under_way.popleft())
-        flat = device_memory(message.nbytes(self._dtype))
+        flat = self._buffer(number % SLOTS)[: self._sizes[number]]
         values, start = flat[:-CHECKSUM_BYTES].view(self._dtype), 0
         for transfer in message.transfers:
             part = self._weights.local_part(transfer)
@@ -241,9 +257,16 @@ class _Sender:
             start += transfer.elements
         checksum = tensor_checksum(values)
         flat[-CHECKSUM_BYTES:] = torch.frombuffer(
-            bytearray(checksum.to_bytes(8, "little")), dtype=torch.uint8
+            bytearray(checksum.to_bytes(CHECKSUM_BYTES, "little")), dtype=torch.uint8
         )
-        assert self._group is not None
+        self._packed = message, flat, checksum
+
+    def send(self) -> int:
+        """Begins to send the next message; returns its checksum."""
+        self.pack()
+        assert self._packed is not None and self._group is not None
+        message, flat, checksum = self._packed
+        self._packed = None
         to = self._meeting.first_ranks[message.engine] + message.engine_rank
         self._under_way.append((self._group.send([flat], to, 0), flat))
         return checksum
@@ -252,6 +275,13 @@ class _Sender:
         """Waits until everything has been taken."""
         while self._under_way:
             _finish(*self._under_way.popleft())
+
+    def _buffer(self, slot: int) -> Tensor:
+        """The slot's bytes, which are as many as its largest message has."""
+        nbytes = max(self._sizes[slot::SLOTS])
+        if slot not in self._buffers or len(self._buffers[slot]) < nbytes:
+            self._buffers[slot] = device_memory(nbytes)
+        return self._buffers[slot]
 
 
 def _finish(work: dist.Work, flat: Tensor) -> None:
