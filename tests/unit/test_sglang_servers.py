@@ -34,8 +34,6 @@ if "--fails" in sys.argv:
     sys.exit("no such model")
 if "--stubborn" in sys.argv:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-shared = open(f"/dev/shm/sglang_loads_{os.getpid()}.shm", "wb")  # SGLang removes its own no more than this
-child = subprocess.Popen([sys.executable, __file__, "--child"])
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         said = {"arguments": sys.argv[1:], "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
@@ -48,7 +46,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 port = int(sys.argv[sys.argv.index("--port") + 1])
-http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+server = http.server.HTTPServer(("127.0.0.1", port), Handler)
+shared = open(f"/dev/shm/sglang_loads_{os.getpid()}.shm", "wb")  # SGLang removes its own no more than this
+child = subprocess.Popen([sys.executable, __file__, "--child"])
+server.serve_forever()
 """
 
 
