@@ -9,6 +9,7 @@ from megatron_rapo.config import RunConfig
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.parallel.placement import Placement
+from megatron_rapo.rollout.identity import check_distinct
 from megatron_rapo.rollout.launchers import EmbeddedLauncher, Launcher, SGLangLauncher
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.revival import Reviver
@@ -134,6 +135,7 @@ def open_own_engines(config: RunConfig, architecture: Architecture) -> Iterator[
 def _own_servers(config: RunConfig) -> Iterator[LocalServers | None]:
     """The servers that the run is not given; None where it is."""
     if config.rollout.urls:
+        check_distinct(config.rollout.urls)
         yield None
         return
     with LocalServers(

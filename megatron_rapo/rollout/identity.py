@@ -1,12 +1,37 @@
-"""Whether an engine serves the model that is trained."""
+"""Whether an engine serves the model that is trained, and is none that another address names as well."""
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_rapo.config.address import server_of
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import Architecture, read_architecture
+
+
+def check_distinct(urls: Sequence[str]) -> None:
+    """Refuses addresses that name one server by different names of its host: it would get weights twice.
+
+    A name that cannot be resolved is left to whoever connects to it.
+
+    Raises:
+        RapoError: two addresses lead to the same host, port and path.
+    """
+    seen: dict[tuple[str, int, str], str] = {}
+    for url in urls:
+        host, port, path = server_of(url)
+        try:
+            found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        except OSError:
+            continue
+        for address in found:
+            if (other := seen.setdefault((address, port, path), url)) != url:
+                raise RapoError(
+                    f"rollout.urls: {other} and {url} are the same server ({address}); name each once"
+                )
 
 
 def check_model(url: str, served: Path, architecture: Architecture) -> None:

@@ -1,5 +1,6 @@
 """The pool, against a stand-in server that records what it is asked and answers as it is told."""
 
+import socket
 import threading
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import RapoError
+from megatron_rapo.rollout.identity import check_distinct
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.requests import sample_seed
 from tests.stand_in import VOCAB, stand_ins
@@ -336,3 +338,17 @@ def test_the_key_of_the_environment_is_sent(monkeypatch):
     with stand_ins(1) as ([server], urls), make_pool(urls) as pool:
         generate(pool)
     assert server.keys == ["Bearer secret"]
+
+
+def test_one_server_by_two_names_of_its_host_is_refused(monkeypatch):
+    hosts = {"node1": ["10.0.0.1"], "node1.cluster": ["fd00::1", "10.0.0.1"], "node2": ["10.0.0.2"]}
+
+    def resolve(host, port, **_):
+        if host not in hosts:
+            raise socket.gaierror(f"{host} is not known")
+        return [(0, 0, 0, "", (address, port)) for address in hosts[host]]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    check_distinct(["http://node1:1", "http://node1.cluster:2", "http://node2:1", "http://other:1"])
+    with pytest.raises(RapoError, match=r"http://node1:1 and http://node1.cluster:1 are the same server"):
+        check_distinct(["http://node1:1", "http://node2:1", "http://node1.cluster:1"])
