@@ -1,18 +1,24 @@
 """How fast answers are verified, and how well verifiers agree with the gold answers of data sets.
 
     python tools/bench_verifier.py DATA_FOLDER [--workers 2]
+    python tools/bench_verifier.py --adversarial 10000 --time-limit 1
 
 Each .jsonl file of the folder with the fields `question` and `answer` is one data set: every gold answer is
 put into a box and graded against itself; where rows have a `solution`, that is graded, too. What is not
 graded as correct is listed. Speed is that of ordinary answers, each a response with text around it.
+
+With --adversarial, texts that are to harm a verifier (`adversarial_answers.py`) are graded instead, and right
+answers among them: no text may be correct or crash a process, and what is right must stay so.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +27,8 @@ from megatron_rapo.reward.outcome import Outcome
 from megatron_rapo.reward.verifier import Verifier
 
 RESPONSE = "We compute step by step. First, $a = 3$, so $a^2 + 1 = 10$. " * 20
+ANSWER = "1234567"
+HARM = (Outcome.CORRECT, Outcome.CRASH)
 HEADER = "| data set | golds against themselves | solutions |\n|---|---|---|"
 
 
@@ -35,15 +43,19 @@ class Agreement:
 
 
 def main() -> int:
-    """Prints agreement and speed; 1 where the folder has no data."""
+    """Prints agreement and speed; 1 where the folder has no data, or a hostile text did harm."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="with .jsonl files")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("folder", type=Path, nargs="?", help="with .jsonl files")
+    what.add_argument("--adversarial", type=int, metavar="TEXTS", help="grade so many hostile texts")
     parser.add_argument("--workers", type=int, default=2, help="verifier processes")
     parser.add_argument("--time-limit", type=float, default=5.0, help="seconds for one verification")
     parser.add_argument("--answers", type=int, default=5000, help="that the speed is measured with")
     arguments = parser.parse_args()
+    if arguments.adversarial is not None:
+        return _withstand(arguments.adversarial, arguments.workers, arguments.time_limit)
     data_sets = dict(_data_sets(arguments.folder))
     if not data_sets:
         print(f"{arguments.folder} has no .jsonl file with questions and answers", file=sys.stderr)
@@ -60,6 +72,34 @@ def main() -> int:
         speed = _speed(golds, arguments.answers, verifier)
     print(f"\n{speed:,.0f} verifications/s, {arguments.workers} workers")
     return 0
+
+
+def _withstand(count: int, workers: int, time_limit_s: float) -> int:
+    """Grades hostile texts against one answer, a right answer after every hundred."""
+    from adversarial_answers import adversarial_answers  # hypothesis is there for development only
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # why a verification crashed
+    texts = adversarial_answers(count)
+    hostile = [(text, ANSWER) for text in texts]
+    right = (rf"{RESPONSE} So \boxed{{{ANSWER}}}.", ANSWER)
+    outcomes: list[Outcome] = []
+    controls: list[Outcome] = []
+    start = time.perf_counter()
+    with Verifier("math", workers=workers, time_limit_s=time_limit_s) as verifier:
+        for first in range(0, count, 100):
+            *graded, control = verifier.score([*hostile[first : first + 100], right])
+            outcomes += graded
+            controls.append(control)
+            print(f"\r{len(outcomes):,} of {count:,}", end="", file=sys.stderr, flush=True)
+    seconds = time.perf_counter() - start
+    print(f"\n{count:,} texts of {sum(map(len, texts)):,} characters in {seconds:,.0f} s, {workers} workers")
+    for what, counted in (("hostile texts", Counter(outcomes)), ("right answers", Counter(controls))):
+        print(f"{what}: {', '.join(f'{counted[outcome]:,} {outcome}' for outcome in Outcome)}")
+    failed = Outcome.WRONG in controls or Outcome.CRASH in controls  # a busy machine may be too slow for one
+    harmful = [(text, outcome) for text, outcome in zip(texts, outcomes, strict=True) if outcome in HARM]
+    for text, outcome in harmful[:20]:
+        print(f"- {outcome}: {text[:200]!r}")
+    return 1 if failed or harmful else 0
 
 
 def _data_sets(folder: Path) -> Iterator[tuple[str, list[dict[str, str]]]]:
