@@ -5,7 +5,8 @@
 
 Each .jsonl file of the folder with the fields `question` and `answer` is one data set: every gold answer is
 put into a box and graded against itself; where rows have a `solution`, that is graded, too. What is not
-graded as correct is listed. Speed is that of ordinary answers, each a response with text around it.
+graded as correct is listed. Speed is that of ordinary answers in responses with text around them, eight a
+problem, half of them right.
 
 With --adversarial, texts that are to harm a verifier (`adversarial_answers.py`) are graded instead, and right
 answers among them: no text may be correct or crash a process, and what is right must stay so.
@@ -26,6 +27,7 @@ from pathlib import Path
 from megatron_rapo.reward.outcome import Outcome
 from megatron_rapo.reward.verifier import Verifier
 
+GROUP = 8  # responses a problem
 RESPONSE = "We compute step by step. First, $a = 3$, so $a^2 + 1 = 10$. " * 20
 ANSWER = "1234567"
 HARM = (Outcome.CORRECT, Outcome.CRASH)
@@ -134,11 +136,13 @@ def _share(score: tuple[int, int]) -> str:
 
 
 def _speed(golds: Sequence[str], count: int, verifier: Verifier) -> float:
-    """Verifications a second of answers from all over the data sets, every other one wrong."""
-    step = max(1, len(golds) // count)
-    chosen = list(golds[::step][:count])
-    answers = [gold if place % 2 else chosen[place - 1] for place, gold in enumerate(chosen)]
-    items = [(rf"{RESPONSE} So \boxed{{{a}}}.", gold) for a, gold in zip(answers, chosen, strict=True)]
+    """Verifications a second, of groups as a training step has: half right, half other problems' answers."""
+    chosen = list(golds[:: max(1, len(golds) * GROUP // count)][: count // GROUP])
+    items = [
+        (rf"{RESPONSE} So \boxed{{{gold if number % 2 else chosen[place - number - 1]}}}.", gold)
+        for place, gold in enumerate(chosen)
+        for number in range(GROUP)
+    ]
     start = time.perf_counter()
     verifier.score(items)
     return len(items) / (time.perf_counter() - start)
