@@ -20,7 +20,7 @@ from megatron_rapo.weights.gather import StageWeights
 from megatron_rapo.weights.hf_directory import save_tensors, write_companions
 from megatron_rapo.weights.tensor_table import tensor_table
 
-FILE_BYTES = 4 << 30
+FILE_BYTES = 512 << 20  # a stage holds as many in host memory
 
 
 def hf_tensors(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -74,22 +75,34 @@ class StageWeights:
         if tensor.cut is None or ranks == 1:
             if out is not None:
                 out.copy_(part if tensor.cut is None else part[: len(out)])
-            return
-        part = part.contiguous()
-        if out is None:
-            dist.gather(part, group=self._group, group_dst=0)
-            return
-        in_place = tensor.cut == 0 and len(out) == ranks * len(part)
-        shards = list(out.chunk(ranks)) if in_place else [torch.empty_like(part) for _ in range(ranks)]
-        dist.gather(part, shards, group=self._group, group_dst=0)
-        if not in_place:
-            _join(shards, tensor.cut, out)
+        elif out is None:
+            _exchange([dist.P2POp(dist.isend, part.contiguous(), group=self._group, group_peer=0)])
+        else:
+            self._receive(part, tensor.cut, out)
+
+    def _receive(self, part: Tensor, cut: int, out: Tensor) -> None:
+        """Lays slices side by side; rows beyond the tensor (vocabulary padding) are left out."""
+        places = _places(out, cut, part.size(cut), self._group.size())
+        arriving = [
+            place if place.is_contiguous() and place.shape == part.shape else torch.empty_like(part)
+            for place in places[1:]
+        ]
+        receiving = [
+            dist.P2POp(dist.irecv, values, group=self._group, group_peer=rank)
+            for rank, values in enumerate(arriving, 1)
+        ]
+        _exchange(receiving)
+        for place, values in zip(places, [part, *arriving], strict=True):
+            if place is not values:
+                place.copy_(values.narrow(cut, 0, place.size(cut)))
 
 
-def _join(shards: Sequence[Tensor], cut: int, out: Tensor) -> None:
-    """Copies slices side by side; rows beyond the tensor (vocabulary padding) are left out."""
-    start = 0
-    for shard in shards:
-        size = min(shard.size(cut), out.size(cut) - start)
-        out.narrow(cut, start, size).copy_(shard.narrow(cut, 0, size))
-        start += size
+def _places(out: Tensor, cut: int, size: int, ranks: int) -> list[Tensor]:
+    """Where each rank's slice of `size` along dimension `cut` belongs; the last may be shorter, or empty."""
+    starts = [min(rank * size, out.size(cut)) for rank in range(ranks + 1)]
+    return [out.narrow(cut, start, end - start) for start, end in pairwise(starts)]
+
+
+def _exchange(operations: list[dist.P2POp]) -> None:
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
