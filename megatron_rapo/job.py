@@ -25,7 +25,7 @@ from megatron_rapo.experience.summary import count_tokens
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.model.architecture import Architecture, read_architecture
 from megatron_rapo.observe.observer import Observer
-from megatron_rapo.observe.versions import record_versions, run_versions
+from megatron_rapo.observe.versions import record_versions, software_versions
 from megatron_rapo.parallel.device import peak_memory
 from megatron_rapo.parallel.placement import Placement, process_groups
 from megatron_rapo.policy.policy import Policy
@@ -83,7 +83,8 @@ class Job:
         """Leaves in the run's directory with which configuration and software it goes on."""
         directory = self.config.run.directory
         (directory / "config.toml").write_text(to_toml(self.config))
-        if changed := record_versions(directory, resume_step, run_versions(self.config)):
+        versions = {**software_versions(), "engines": self.collector.engines.software()}
+        if changed := record_versions(directory, resume_step, versions):
             print(changed)
 
     def sampling_seed(self, step: int) -> int:

@@ -43,6 +43,10 @@ class SharedEngines:
         self._reviver = reviver
         self._colocated = colocated
 
+    def software(self) -> str:
+        """Names and versions of the engines' software, as this head's pool has them."""
+        return self.pool.software() if self.pool is not None else ""
+
     def rest(self) -> None:
         """After rollouts: colocated engines give their memory to the trainer."""
         if self._colocated and self._placement.is_main and self.pool is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -12,13 +11,11 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from megatron_rapo.config import RunConfig
 from megatron_rapo.errors import RapoError
 
 FILE = "versions.jsonl"
 LIBRARIES = ("megatron_rapo", "torch", "megatron-core", "transformers", "math-verify")
 OPTIONAL = ("transformer-engine", "triton")
-_ASK_LIMIT_S = 60.0  # for an interpreter on a cold network file system
 
 Versions = Mapping[str, str]
 
@@ -46,24 +43,6 @@ def software_versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):  # then the run does without
             found[library] = version(library)
     return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
-
-
-def run_versions(config: RunConfig) -> dict[str, str]:
-    """`software_versions`, and what the engines are as far as the run knows."""
-    return {**software_versions(), "engines": _engines(config)}
-
-
-def _engines(config: RunConfig) -> str:
-    if config.rollout.urls:
-        return "given by rollout.urls"
-    if config.rollout.sglang is None:
-        return "embedded"
-    ask = [config.rollout.sglang.python, "-c", "import importlib.metadata as m; print(m.version('sglang'))"]
-    try:
-        told = subprocess.run(ask, capture_output=True, text=True, timeout=_ASK_LIMIT_S, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "sglang of unknown version"  # its servers run, so this is no reason to stop
-    return f"sglang {told.stdout.strip()}"
 
 
 def record_versions(directory: Path, resume_step: int | None, versions: Versions) -> str:

@@ -34,6 +34,7 @@ class EngineInfo:
         dtype: of its weights; `auto` is the checkpoint's.
         takes_slices: whether it has `/update_weights_from_shards`, an extension of SGLang's contract.
         update_sessions: whether updates stand between begin and end (SGLang from 0.5.21 on).
+        software: its name and version.
     """
 
     model_path: str
@@ -42,6 +43,7 @@ class EngineInfo:
     dtype: str
     takes_slices: bool
     update_sessions: bool
+    software: str
 
 
 class EngineClient:
@@ -109,6 +111,8 @@ class EngineClient:
                 dtype=str(server["dtype"]),
                 takes_slices=bool(server.get("takes_slices", False)),
                 update_sessions=await self._has_sessions(),
+                # Only SGLang does not give its name.
+                software=f"{server.get('server', 'sglang')} {server.get('version', 'of unknown version')}",
             )
         except (KeyError, TypeError, ValueError) as error:
             answers = {"/model_info": model, "/server_info": server}

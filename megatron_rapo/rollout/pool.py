@@ -251,6 +251,11 @@ class EnginePool:
         infos = self._loop.run(self._of_each(lambda client: client.info()))
         return [info.tensor_parallel for info in infos]
 
+    def software(self) -> str:
+        """Names and versions of the live engines' software."""
+        infos = self._loop.run(self._of_each(lambda client: client.info()))
+        return ", ".join(sorted({info.software for info in infos}))
+
     def take_slices(self) -> bool:
         """Whether every live engine takes slices of tensors from several trainer ranks."""
         return all(info.takes_slices for info in self._loop.run(self._of_each(lambda client: client.info())))

@@ -4,39 +4,24 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_rapo.config import load_config
 from megatron_rapo.errors import RapoError
-from megatron_rapo.observe.versions import FILE, read_versions, record_versions, run_versions
+from megatron_rapo.observe.versions import FILE, read_versions, record_versions, software_versions
 
 OLD, NEW = {"python": "3.11.2", "torch": "2.12.0"}, {"python": "3.11.2", "torch": "2.13.0", "triton": "3.9.0"}
-DEMO = Path("examples/configs/demo.toml")
 
 
-def test_a_run_tells_versions_and_engines() -> None:
-    told = run_versions(load_config([DEMO], []))
+def test_versions_are_those_of_what_is_installed() -> None:
+    told = software_versions()
     assert told["python"] == platform.python_version()
     assert told["torch"] == torch.__version__
     assert told["megatron-core"] == version("megatron-core")
-    assert told["engines"] == "embedded"
     assert told.get("cuda") == torch.version.cuda
-
-
-def test_a_given_engine_is_not_asked_and_a_started_one_is(tmp_path: Path) -> None:
-    given = run_versions(load_config([DEMO], ["rollout.urls=['http://127.0.0.1:1']"]))
-    assert given["engines"] == "given by rollout.urls"
-    python = tmp_path / "python"
-    python.write_text(f"#!{sys.executable}\nprint('0.5.21')\n")
-    python.chmod(0o755)
-    for path, expected in ((python, "sglang 0.5.21"), ("/nowhere", "sglang of unknown version")):
-        config = load_config([DEMO], [f"rollout.sglang={{python='{path}'}}"])
-        assert run_versions(config)["engines"] == expected
 
 
 def test_only_a_change_is_added(tmp_path: Path) -> None:
