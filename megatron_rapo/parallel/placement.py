@@ -132,8 +132,11 @@ def process_groups(layout: Parallel, seed: int) -> Iterator[Placement]:
 
 
 def arrange(layout: Parallel, seed: int) -> Placement:
-    """Arranges the already joined ranks into `layout` (again, if they were in another one)."""
-    parallel_state.destroy_model_parallel()
+    """Arranges the already joined ranks into `layout`, out of another one if they were in it.
+
+    An earlier arrangement's groups are of no more use.
+    """
+    _leave_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
@@ -153,5 +156,20 @@ def arrange(layout: Parallel, seed: int) -> Placement:
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         context_group=parallel_state.get_context_parallel_group(),
         gradient_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        host_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=layout.timeout_s)),
+        host_group=parallel_state.create_group(
+            list(range(dist.get_world_size())),
+            backend="gloo",
+            timeout=timedelta(seconds=layout.timeout_s),
+            group_desc="HOST_GROUP",
+        ),
     )
+
+
+def _leave_groups() -> None:
+    """Megatron forgets most of its groups without leaving them, and gloo's keep threads that never rest."""
+    groups = [group for group in parallel_state._global_process_group_list or () if group is not None]
+    if groups:
+        dist.barrier()  # no rank still waits in one of them
+    for group in groups:
+        dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
