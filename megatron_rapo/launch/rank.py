@@ -7,6 +7,8 @@ import faulthandler
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -14,6 +16,7 @@ from typing import Any
 
 from megatron_rapo.launch.failure import Failure
 
+CLOSING_S = 15.0  # SLURM kills what has not ended after 30
 _PR_SET_PDEATHSIG = 1
 
 
@@ -26,7 +29,7 @@ def run_rank(
     """
     os.setpgid(0, 0)
     _die_with(parent)
-    close_on_sigterm()
+    signal.signal(signal.SIGTERM, _exit)
     faulthandler.enable()
     try:
         function(*args)
@@ -38,8 +41,24 @@ def run_rank(
 
 
 def close_on_sigterm() -> None:
-    """On SIGTERM this process ends through its `finally` blocks, with status 143."""
+    """On SIGTERM this process, which no launcher of ours watches, ends with status 143.
+
+    It ends through its `finally` blocks; where they take longer than CLOSING_S, at once.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    # Written to as the signal comes, also while the main thread is in a call that heeds none.
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_end_the_late, args=(reading,), daemon=True).start()
     signal.signal(signal.SIGTERM, _exit)
+
+
+def _end_the_late(signals: int) -> None:
+    """What this process started ends with it, as after SIGKILL."""
+    while os.read(signals, 1)[0] != signal.SIGTERM:
+        pass
+    time.sleep(CLOSING_S)
+    os._exit(128 + signal.SIGTERM)
 
 
 def _exit(number: int, _: FrameType | None) -> None:

@@ -246,3 +246,25 @@ def test_ranks_end_with_their_parent(tmp_path: Path, number: signal.Signals, sta
     finally:
         parent.kill()
         parent.wait(timeout=15)
+
+
+LATE = """
+import time
+from megatron_rapo.launch import rank
+rank.CLOSING_S = 0.3
+rank.close_on_sigterm()
+print("ready", flush=True)
+try:
+    time.sleep(60)
+finally:
+    print("closing", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_rank_that_does_not_come_to_its_end_is_ended() -> None:
+    with subprocess.Popen([sys.executable, "-c", LATE], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.terminate()
+        assert process.wait(20) == 143
+        assert process.stdout.read() == "closing\n"
