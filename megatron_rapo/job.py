@@ -15,7 +15,7 @@ from megatron_rapo.config.write import to_toml
 from megatron_rapo.data.load import load_prompts
 from megatron_rapo.data.order import PromptOrder
 from megatron_rapo.data.prompts import Prompt, PromptSet
-from megatron_rapo.data.tokenizer import load_tokenizer
+from megatron_rapo.data.tokenizer import load_tokenizer, vocabulary_size
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.evaluator import Evaluator
 from megatron_rapo.experience.batch import Batch, collect
@@ -168,7 +168,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
         with observer.phase("load"):
             architecture = read_architecture(config.model.path)
             tokenizer = load_tokenizer(config.model.path)
-            vocabulary = min(len(tokenizer), architecture.vocabulary)
+            vocabulary = vocabulary_size(tokenizer, architecture.vocabulary)
             prompts = load_training_prompts(config, tokenizer)
         with observer.phase("start engines"):
             collector = _open_collector(stack, config, placement, tokenizer, architecture)

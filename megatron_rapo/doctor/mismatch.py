@@ -15,7 +15,7 @@ from typing import TypeVar
 from megatron_rapo.checkpoint.store import CheckpointStore
 from megatron_rapo.config import RunConfig
 from megatron_rapo.data.prompts import Prompt
-from megatron_rapo.data.tokenizer import load_tokenizer
+from megatron_rapo.data.tokenizer import load_tokenizer, vocabulary_size
 from megatron_rapo.doctor.engines import Answer, EngineProbe
 from megatron_rapo.doctor.evidence import Asked, Evidence, Stage
 from megatron_rapo.doctor.finding import Finding
@@ -74,7 +74,7 @@ def examine_at(config: RunConfig, placement: Placement) -> list[Finding]:
         probe = None
         if placement.is_main and engines.pool is not None:
             probe = stack.enter_context(EngineProbe(engines.pool.urls, config.rollout.request_timeout_s))
-        trainer = Trainer(config, policy, placement, min(len(tokenizer), architecture.vocabulary))
+        trainer = Trainer(config, policy, placement, vocabulary_size(tokenizer, architecture.vocabulary))
         examination = _Examination(config, placement, probe, trainer, prompts.prompts[:PROMPTS], version)
         return [finding for evidence in examination.run(publisher) for finding in judge(evidence)]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_rapo.data.tokenizer import load_tokenizer
+from megatron_rapo.data.tokenizer import load_tokenizer, vocabulary_size
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.manifest import SettingRecord
 from megatron_rapo.evaluate.store import SampleStore
@@ -71,7 +71,6 @@ class Pair:
     """
 
     def __init__(self, base: Path, model: Path, dtype: str = "float32") -> None:
-        self.vocabulary = len(load_tokenizer(base))
         self._base, self._model = _load(base, dtype), _load(model, dtype)
         sizes = [_head(one).weight.shape[0] for one in (self._base, self._model)]
         if sizes[0] != sizes[1]:
@@ -79,7 +78,7 @@ class Pair:
                 f"{base} has a vocabulary of {sizes[0]}, {model} of {sizes[1]}: the model was not trained "
                 "from this base; name its own"
             )
-        self.vocabulary = min(self.vocabulary, sizes[0])
+        self.vocabulary = vocabulary_size(load_tokenizer(base), sizes[0])
 
     @torch.inference_mode()
     def statistics(self, row: _Row, temperature: float) -> Floats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import combinations
 from pathlib import Path
 
@@ -144,6 +145,18 @@ def test_models_of_other_vocabularies_are_refused(models: tuple[Path, Path], tmp
         RapoError, match=r"vocabulary of \d+, .* of 50: the model was not trained from this base"
     ):
         Pair(models[0], tmp_path / "other")
+
+
+def test_the_vocabulary_reaches_to_the_highest_id(models: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(models[0], tmp_path / "base")
+    file = tmp_path / "base/tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokens = tokenizer["model"]["vocab"]
+    removed = [token for token, number in tokens.items() if 40 <= number < 50]
+    tokenizer["model"]["vocab"] = {token: tokens[token] for token in tokens if token not in removed}
+    file.write_text(json.dumps(tokenizer))
+    assert len(removed) == 10
+    assert Pair(tmp_path / "base", models[1]).vocabulary == 61
 
 
 def test_diversity_is_the_number_of_kinds_among_four(tmp_path: Path) -> None:
