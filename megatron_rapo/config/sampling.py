@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from megatron_rapo.config.address import same_server
 from megatron_rapo.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section
+from megatron_rapo.config.verifiers import VerifierName
 
 # Arguments of sglang.launch_server that a run has its own ideas of.
 _SET_BY_THE_RUN = ("--model-path", "--model", "--host", "--port", "--dtype", "--tp-size", "--tp")
@@ -186,7 +187,7 @@ class Rollout(Section):
 class Reward(Section):
     """How responses are verified. A correct response earns 1, any other 0."""
 
-    verifier: Literal["math", "countdown", "integer"] | None = Field(
+    verifier: VerifierName | None = Field(
         None,
         description="`math`: math-verify; `countdown`, `integer`: exact checkers of the generated tasks. "
         "Default: the one that belongs to `data.source`.",

@@ -25,10 +25,12 @@ class Verification:
 
     Attributes:
         extracted: its final answer as the verifier read it; None where it found none, or did not finish.
+        why: of a timeout or crash, what happened, in a sentence's words; else None.
     """
 
     outcome: Outcome
     extracted: str | None = None
+    why: str | None = None
 
 
 def reward_of(outcome: Outcome) -> float:

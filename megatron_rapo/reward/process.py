@@ -12,7 +12,7 @@ import time
 
 from megatron_rapo.errors import RapoError
 from megatron_rapo.reward.outcome import Outcome, Verification
-from megatron_rapo.reward.worker import READY, STARTUP_LIMIT_S
+from megatron_rapo.reward.worker import READY, REFUSED, STARTUP_LIMIT_S
 
 _REAP_LIMIT_S = 30.0  # seconds for the kernel to end a process after SIGKILL
 
@@ -79,7 +79,7 @@ class VerifierProcess:
         `alive` then tells whether the process survived it.
 
         Raises:
-            RapoError: the process cannot start.
+            RapoError: the process cannot start, or its verifier decided by something else than a bool.
         """
         try:
             word, why = self.connection.recv()
@@ -91,8 +91,10 @@ class VerifierProcess:
         if not self._ready:
             raise self._cannot_start(why)
         self._verifying = False
+        if word == REFUSED:
+            raise RapoError(f"the verifier {self._address} {why}")
         if word.outcome is Outcome.CRASH:
-            logger.info("a verification raised %s", why)
+            logger.info("a verification raised %s", word.why)
         return word
 
     def expire(self) -> Verification:
@@ -104,7 +106,7 @@ class VerifierProcess:
         self.kill()
         if not self._ready:
             raise self._cannot_start(f"it did not start within {STARTUP_LIMIT_S:.0f} s")
-        return Verification(Outcome.TIMEOUT)
+        return self._timeout()
 
     @property
     def alive(self) -> bool:
@@ -122,8 +124,13 @@ class VerifierProcess:
         self.connection.close()
         if not self._ready:
             raise self._cannot_start(f"it ended with status {status}")
+        if status == -signal.SIGALRM:  # it ended itself, before the trainer could
+            return self._timeout()
         logger.info("a verifier process died with status %d", status)
-        return Verification(Outcome.TIMEOUT if status == -signal.SIGALRM else Outcome.CRASH)
+        return Verification(Outcome.CRASH, why=f"its process died with status {status}")
+
+    def _timeout(self) -> Verification:
+        return Verification(Outcome.TIMEOUT, why=f"not done within {self._time_limit_s:g} s")
 
     def _cannot_start(self, why: str) -> RapoError:
         return RapoError(

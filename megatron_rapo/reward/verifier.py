@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from multiprocessing import connection
 from types import TracebackType
 
+from megatron_rapo.config.verifiers import verifier_address
 from megatron_rapo.reward.outcome import Outcome, Verification
 from megatron_rapo.reward.process import VerifierProcess
-from megatron_rapo.reward.registry import verifier_address
 
 
 class Verifier:
@@ -54,7 +54,8 @@ class Verifier:
         """Verifies (response text, gold answer) pairs, in the items' order.
 
         Raises:
-            RapoError: a process that was to replace a killed one cannot start.
+            RapoError: a process that was to replace a killed one cannot start, or the verifier returned
+                something else than a bool.
             RuntimeError: the pool is closed.
         """
         if not self._processes:

@@ -1,8 +1,9 @@
 """The verifier process: `python -m megatron_rapo.reward.worker FD MODULE:FUNCTION TIME_LIMIT_S`.
 
 Over the inherited socket FD it sends `(READY, "")` or `(FAILED, why)` once, then receives (response, answer)
-and sends (verification, why) for each, until the other end is closed. It holds no state that a SIGKILL could
-damage. It enforces no limits of its own but those that keep it from outliving or starving the trainer.
+and sends `(verification, "")` or `(REFUSED, why)` for each, until the other end is closed. It holds no state
+that a SIGKILL could damage. It enforces no limits of its own but those that keep it from outliving or starving
+the trainer.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from megatron_rapo.reward.outcome import Outcome, Verification
 
 READY = "ready"
 FAILED = "failed"
+REFUSED = "refused"
 
 STARTUP_LIMIT_S = 300.0
 """Seconds in which a worker must have imported its verifier; generous, for cold network file systems."""
@@ -32,7 +34,7 @@ _MEMORY_LIMIT = 4 * 2**30  # bytes of address space; SymPy itself needs 0.1 GiB
 class Check(NamedTuple):
     """What decides, and what tells the answer that it read (its module's `final_answer`, if there is one)."""
 
-    is_correct: Callable[[str, str], bool]
+    is_correct: Callable[[str, str], object]
     final_answer: Callable[[str], str | None]
 
 
@@ -79,15 +81,19 @@ def _start(connection: Connection, address: str) -> Check | None:
     return check
 
 
-def _verify(check: Check, response: str, answer: str) -> tuple[Verification, str]:
+def _verify(check: Check, response: str, answer: str) -> tuple[Verification | str, str]:
     try:
-        outcome = Outcome.CORRECT if check.is_correct(response, answer) else Outcome.WRONG
+        correct = check.is_correct(response, answer)
         extracted = check.final_answer(response)
-        return Verification(outcome, extracted[:_LONGEST_EXTRACTED] if extracted else None), ""
     except MemoryError:
         raise  # a process that ran out of memory once is not used again
     except Exception as error:
-        return Verification(Outcome.CRASH), f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
+        return Verification(Outcome.CRASH, why=f"{type(error).__name__}: {error}"[:_LONGEST_REASON]), ""
+    if not isinstance(correct, bool):  # 0.5, None or an array would all be read as something they do not say
+        returned = f"{correct!r:.100}"
+        return REFUSED, f"returned {returned}, not True or False; let it return bool(…) of what it means"
+    outcome = Outcome.CORRECT if correct else Outcome.WRONG
+    return Verification(outcome, extracted[:_LONGEST_EXTRACTED] if extracted else None), ""
 
 
 if __name__ == "__main__":

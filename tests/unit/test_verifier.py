@@ -11,12 +11,14 @@ import time
 
 import psutil
 import pytest
+from pydantic import ValidationError
 
+from megatron_rapo.config.sampling import Reward
+from megatron_rapo.config.verifiers import VERIFIERS
 from megatron_rapo.data.tasks import arithmetic, countdown
 from megatron_rapo.errors import RapoError
 from megatron_rapo.reward import process as process_module
 from megatron_rapo.reward.outcome import Outcome, reward_of
-from megatron_rapo.reward.registry import VERIFIERS
 from megatron_rapo.reward.verifier import Verifier
 
 CORRECT, WRONG, TIMEOUT, CRASH = Outcome
@@ -39,6 +41,10 @@ def check(response, answer):
         raise ValueError("x" * 100_000)
     if word == "exit":
         sys.exit(0)
+    if word == "alarm":  # as a worker whose trainer was too late
+        os.kill(os.getpid(), signal.SIGALRM)
+    if word == "returns":
+        return eval(argument)
     if word == "segfault":
         os.kill(os.getpid(), signal.SIGSEGV)
     if word == "memory":
@@ -122,6 +128,40 @@ def test_a_crash_is_counted_apart_and_costs_its_own_item(obedient, crash):
     with pool(workers=1) as verifier:
         items = [("1", "1"), (crash, "1"), (crash, "1"), ("1", "1"), ("2", "1")]
         assert verifier.score(items) == [CORRECT, CRASH, CRASH, CORRECT, WRONG]
+
+
+def test_a_verification_has_its_time_limit_and_no_more(obedient):
+    with pool(workers=1, time_limit_s=7.0) as verifier:
+        (process,) = verifier._processes
+        before = time.monotonic()
+        process.submit("sleep 600", "1")
+        assert before + 7.0 <= process.deadline <= time.monotonic() + 7.0
+
+
+def test_timeouts_and_crashes_tell_why(obedient):
+    items = [("1", "1"), ("sleep 600", "1"), ("alarm", "1"), ("raise", "1"), ("segfault", "1")]
+    with pool(workers=1, time_limit_s=1.0) as verifier:
+        verified = verifier.verify(items)
+    assert [one.outcome for one in verified] == [CORRECT, TIMEOUT, TIMEOUT, CRASH, CRASH]
+    assert verified[0].why is None
+    assert verified[1].why == verified[2].why == "not done within 1 s"
+    assert verified[3].why == f"ValueError: {'x' * 488}"
+    assert verified[4].why == "its process died with status -11"
+
+
+@pytest.mark.parametrize("returned", ["0.5", "1", "None", "'wrong'"])
+def test_a_verifier_that_returns_no_bool_is_refused(obedient, returned):
+    expected = rf"obedient:check returned {returned}, not True or False; let it return bool\(…\)"
+    with pool(workers=1) as verifier, pytest.raises(RapoError, match=expected):
+        verifier.score([("1", "1"), (f"returns {returned}", "1")])
+    assert workers_of() == []
+
+
+def test_every_verifier_of_the_table_can_be_chosen():
+    for name in VERIFIERS:
+        assert Reward(verifier=name).verifier == name
+    with pytest.raises(ValidationError, match="'math', 'countdown' or 'integer'"):
+        Reward(verifier="maths")
 
 
 def test_a_worker_that_died_while_idle_costs_no_item(obedient):
@@ -231,7 +271,7 @@ def test_only_correct_earns():
 
 TRAINER = """
 import sys, threading
-from megatron_rapo.reward.registry import VERIFIERS
+from megatron_rapo.config.verifiers import VERIFIERS
 from megatron_rapo.reward.verifier import Verifier
 threading.Thread(target=threading.Event().wait, daemon=True).start()
 VERIFIERS["obedient"] = "obedient:check"
@@ -245,7 +285,7 @@ NESTED = """
 import multiprocessing, sys
 
 def rank():
-    from megatron_rapo.reward.registry import VERIFIERS
+    from megatron_rapo.config.verifiers import VERIFIERS
     from megatron_rapo.reward.verifier import Verifier
     VERIFIERS["obedient"] = "obedient:check"
     with Verifier("obedient", workers=2, time_limit_s=3.0) as verifier:

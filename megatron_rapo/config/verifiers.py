@@ -1,6 +1,8 @@
-"""The verifiers by name."""
+"""The verifiers by name: the one place where a verifier is entered."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
 
 from megatron_rapo.errors import RapoError
 
@@ -15,6 +17,11 @@ A module may also have `final_answer(response)` → the answer as it reads it, o
 
 Addresses, not functions: only verifier processes import them, each the one that it needs.
 """
+
+if TYPE_CHECKING:
+    VerifierName = str
+else:
+    VerifierName = Literal[tuple(VERIFIERS)]
 
 
 def verifier_address(name: str) -> str:
