@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_rapo.cli.overrides import add_set
 from megatron_rapo.config import RunConfig, load_config
+
+if TYPE_CHECKING:
+    from megatron_rapo.launch.environment import RankEnvironment
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -50,20 +55,25 @@ def _train(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(preflight.describe_plan(config))
         return 0
-    preflight.check(config)
-    _start(config)
+    from megatron_rapo.folder import own_folder
+    from megatron_rapo.launch.environment import RankEnvironment
+
+    environment = RankEnvironment.read()
+    # One process of the job holds the folder: the launcher, or rank 0 where there is none of ours.
+    holds = environment is None or environment.rank == 0
+    with own_folder(config.run.directory, "run.directory") if holds else nullcontext():
+        preflight.check(config)
+        _start(config, environment)
     return 0
 
 
-def _start(config: RunConfig) -> None:
-    from megatron_rapo.launch.environment import RankEnvironment
+def _start(config: RunConfig, environment: RankEnvironment | None) -> None:
     from megatron_rapo.launch.local import run_local
     from megatron_rapo.launch.rank import close_on_sigterm
     from megatron_rapo.observe.closing import closing_summary
     from megatron_rapo.observe.heartbeat import describe
 
     world_size = config.parallel.world_size
-    environment = RankEnvironment.read()
     if environment is None:
         run_local(_train_rank, (config,), world_size, diagnose=partial(describe, config.run.directory))
         print(closing_summary(config.run.directory))
@@ -78,6 +88,8 @@ def _start(config: RunConfig) -> None:
 
 def _train_rank(config: RunConfig) -> None:
     """One rank's part. The process that only watches ranks does not import Megatron."""
+    from megatron_rapo.folder import writing_to
     from megatron_rapo.train import train
 
-    train(config)
+    with writing_to(config.run.directory, "run.directory"):
+        train(config)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_rapo.errors import RapoError
+from megatron_rapo.folder import locked
 
 RESERVE = 64 << 20  # bytes for what comes beside the weights: tokenizer, index
 
@@ -18,23 +19,26 @@ def new_directory(path: Path, expected_bytes: int) -> Iterator[Path]:
     """A folder beside `path` to write into, which becomes `path` when the block ends without an error.
 
     Raises:
-        RapoError: `path` is taken or cannot be written to, or its disk is too small, as far as can be told
-            before; or the disk became full meanwhile. Nothing is left of it.
+        RapoError: `path` is taken or cannot be written to, or another process is making it, or its disk is
+            too small, as far as can be told before; or the disk became full meanwhile. Nothing is left of it.
     """
     path = path.absolute()
     _check(path, expected_bytes)
     partial = path.with_name(path.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_name(f".{path.name}.lock"), str(path)):
+            try:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                yield partial
+                partial.rename(path)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise RapoError(
             f"{path} cannot be written: {error.strerror or error}; free space or choose another place"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check(path: Path, expected_bytes: int) -> None:

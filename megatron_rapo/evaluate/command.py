@@ -16,6 +16,7 @@ from megatron_rapo.evaluate.frontier import powers_of_two
 from megatron_rapo.evaluate.results import compute, examples_of_failed_extraction, table, write
 from megatron_rapo.evaluate.standalone import evaluate
 from megatron_rapo.evaluate.subject import default_name, open_model
+from megatron_rapo.folder import own_folder
 
 GENERATED = ("countdown", "arithmetic")
 
@@ -65,6 +66,12 @@ def run(request: Request) -> int:
     config = _configuration(request)
     assert config.evaluate is not None
     out = request.out or _default_directory(request, config)
+    with own_folder(out, "--out"):
+        return _evaluate(request, config, out)
+
+
+def _evaluate(request: Request, config: RunConfig, out: Path) -> int:
+    assert config.evaluate is not None
     path, record = open_model(config.model.path, out)
     sampled = config.model_copy(
         update={

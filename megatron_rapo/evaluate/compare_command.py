@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_rapo.evaluate import comparison_files
-from megatron_rapo.evaluate.compare import compare
+from megatron_rapo.evaluate.compare import Comparison, compare
 from megatron_rapo.evaluate.frontier import powers_of_two
 from megatron_rapo.evaluate.store import Evaluation
+from megatron_rapo.folder import own_folder
 
 
 def run_compare(
@@ -32,6 +33,17 @@ def run_compare(
         control=None if control is None else Evaluation.open(control),
     )
     out = out or model / "comparison"
+    with own_folder(out, "--out"):
+        return _write(first, second, comparisons, diagnosed, out)
+
+
+def _write(
+    first: Evaluation,
+    second: Evaluation,
+    comparisons: Sequence[Comparison],
+    diagnosed: int | None,
+    out: Path,
+) -> int:
     comparison_files.write(comparisons, out)
     print(f"{second.manifest.model.label} against {first.manifest.model.label}\n")
     for comparison in comparisons:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow
+import pyarrow.compute
 import pyarrow.dataset
 import pyarrow.parquet
 
@@ -144,17 +144,26 @@ class SampleStore:
         """(problem, sample number) of every sample on disk.
 
         Raises:
-            RapoError: one is there twice, or is of no problem of the data set.
+            RapoError: one is there twice.
         """
+        self.check()
         table = self.read(["problem", "sample"])
-        pairs = list(zip(table["problem"].to_pylist(), table["sample"].to_pylist(), strict=True))
-        if len(set(pairs)) < len(pairs):
-            pair, times = Counter(pairs).most_common(1)[0]
+        return set(zip(table["problem"].to_pylist(), table["sample"].to_pylist(), strict=True))
+
+    def check(self) -> None:
+        """Raises RapoError where a sample is on disk twice: it would count double."""
+        table = self.read(["problem", "sample"])
+        # Not by its labels: each part has dictionaries of its own.
+        table = table.set_column(0, "problem", table["problem"].cast(pyarrow.string()))
+        times = table.group_by(["problem", "sample"]).aggregate([([], "count_all")])
+        doubles = times.filter(pyarrow.compute.field("count_all") > 1).to_pylist()
+        if doubles:
+            problem, sample, count = (doubles[0][key] for key in ("problem", "sample", "count_all"))
             raise RapoError(
-                f"{self.directory} holds sample {pair[1]} of problem {pair[0]} {times} times: its parts were "
-                "copied, or two processes wrote to it; evaluate again, into another directory"
+                f"{self.directory} holds {len(doubles):,} samples more than once (sample {sample} of problem "
+                f"{problem} {count} times): its parts were copied, or two processes wrote to it; evaluate "
+                "again, into another directory"
             )
-        return set(pairs)
 
     def read(self, columns: Sequence[str]) -> pyarrow.Table:
         """The named columns of all samples; for those of a few bytes a sample."""
@@ -204,9 +213,13 @@ class Evaluation:
         """Reads one from disk.
 
         Raises:
-            RapoError: the directory holds none, or its manifest is not of this format.
+            RapoError: the directory holds none, its manifest is not of this format, or a sample is there
+                twice.
         """
-        return cls(directory, Manifest.read(directory))
+        evaluation = cls(directory, Manifest.read(directory))
+        for data, setting in evaluation:
+            evaluation.samples(data, setting).check()
+        return evaluation
 
     @cached_property
     def _problems(self) -> dict[str, tuple[Problem, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_rapo.folder import own_folder
 from megatron_rapo.report.contents import Report
 from megatron_rapo.report.drawing import save_png
 from megatron_rapo.report.numbers import write_numbers
@@ -17,6 +18,11 @@ def write_report(report: Report, directory: Path) -> str:
     Returns:
         The summary, for the terminal: what stands in `summary.txt`, and where the files are.
     """
+    with own_folder(directory, "--out"):
+        return _write(report, directory)
+
+
+def _write(report: Report, directory: Path) -> str:
     figures = directory / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     for plot in report.plots():

@@ -135,6 +135,8 @@ def test_a_sample_that_is_there_twice_is_an_error(stored: Evaluation) -> None:
     samples.write([sample("a", 1)], writer=1)
     with pytest.raises(RapoError, match=r"sample 1 of problem a 2 times.*into another directory"):
         samples.present()
+    with pytest.raises(RapoError, match="two processes wrote to it"):
+        Evaluation.open(stored.directory)
 
 
 def test_samples_of_unknown_problems_are_an_error(stored: Evaluation) -> None:
