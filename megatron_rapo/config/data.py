@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from string import Formatter
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -50,16 +51,24 @@ class FileData(Section):
             raise ValueError(
                 f"path = '{self.path}' is neither .jsonl nor .parquet; convert it to one of them"
             )
-        try:
-            rendered = self.template_text.format(prompt="\0")
-        except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(
-                f"template_text = {self.template_text!r} is not a format string ({error!r}); "
-                "write {prompt} for the problem, and {{ }} for literal braces"
-            ) from error
-        if "\0" not in rendered:
-            raise ValueError(f"template_text = {self.template_text!r} lacks {{prompt}}; add it")
+        _check_template(self.template_text)
         return self
+
+
+def _check_template(text: str) -> None:
+    """Nothing of the format language but `{prompt}` itself: `{prompt[0]}` would ask for a letter."""
+    try:
+        fields = [rest for _, *rest in Formatter().parse(text) if rest[0] is not None]
+    except ValueError as error:
+        fields = [[str(error)]]
+    for field in fields:
+        if field != ["prompt", "", None]:
+            raise ValueError(
+                f"template_text = {text!r} has {field[0]!r} in braces, and more than {{prompt}} is not "
+                "understood; write {prompt} for the problem, and {{ }} for literal braces"
+            )
+    if not fields:
+        raise ValueError(f"template_text = {text!r} lacks {{prompt}}; add it")
 
 
 class CountdownData(Section):

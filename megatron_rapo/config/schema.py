@@ -72,6 +72,14 @@ class RunConfig(Section):
         return [self.data] if self.evaluate.data is None else self.evaluate.data
 
     @property
+    def evaluation_tables(self) -> list[str]:
+        """What the user calls the table of each of them: `data`, `evaluate.data`, or `evaluate.data[1]`."""
+        if self.evaluate is None or self.evaluate.data is None:
+            return ["data"] * len(self.evaluation_data)
+        several = len(self.evaluate.data) > 1
+        return [f"evaluate.data[{i}]" if several else "evaluate.data" for i in range(len(self.evaluate.data))]
+
+    @property
     def evaluation_settings(self) -> list[Setting]:
         """How they are sampled."""
         if self.evaluate is None:

@@ -23,6 +23,7 @@ def load_prompts(
     seed: int,
     split: Split,
     count: int | None,
+    option: str = "data",
 ) -> PromptSet:
     """Loads prompts, drops the unusable ones, and reports them.
 
@@ -34,15 +35,16 @@ def load_prompts(
         split: of a generated task; a file is one split, named by its path.
         count: how many prompts; of a file, the first usable ones, so that runs with different seeds are
             evaluated on the same. None: all of the file, or `data.problems` of a generated task.
+        option: the table that the user set, as errors call it: `data`, or `evaluate.data`.
 
     Raises:
         RapoError: the source cannot be read, holds fewer usable prompts than `count` or none at all, or
             the tokenizer lacks the template.
     """
     if isinstance(data, FileData):
-        source, rows = str(data.path), read_file(data)
+        source, rows = str(data.path), read_file(data, option)
         usable = [row for row in rows if row.question and row.answer]
-        encoded = encode_template([row.question for row in usable], tokenizer, data)
+        encoded = encode_template([row.question for row in usable], tokenizer, data, option)
     else:
         source = f"{data.source} ({split}, seed {seed})"
         usable = rows = generate(data, seed, split, data.problems if count is None else count)
@@ -72,7 +74,7 @@ def load_prompts(
         duplicates=_duplicates(usable),
     )
     if not prompts:
-        raise RapoError(f"no prompt is usable; correct the data or rollout.max_prompt_tokens\n{report}")
+        raise RapoError(f"no prompt is usable; correct {option} or rollout.max_prompt_tokens\n{report}")
     if count is not None and len(prompts) < count:
         raise RapoError(
             f"{count} prompts were asked for, but {len(prompts)} are usable; ask for no more\n{report}"

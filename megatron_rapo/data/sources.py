@@ -28,38 +28,51 @@ class Row:
     name: str | None = None
 
 
-def read_file(data: FileData) -> list[Row]:
+def read_file(data: FileData, option: str = "data") -> list[Row]:
     """All rows of the file, blank ones included.
 
+    Args:
+        data: the file and its fields.
+        option: the table that the user set, as errors call it: `data`, or `evaluate.data`.
+
     Raises:
-        RapoError: the file is missing or malformed, lacks a configured field in every row, or holds
-            something else than text in the question, or than text or a number in the answer or the id.
+        RapoError: the file is missing or malformed, lacks a configured field in every row, or holds something
+            else than text in the question, or than text or a number in the answer or the id; or text that
+            is no Unicode.
     """
     try:
         records = _read_parquet(data.path) if data.path.suffix == ".parquet" else _read_jsonl(data.path)
     except FileNotFoundError as error:
-        raise RapoError(f"data file {data.path} does not exist; correct data.path") from error
+        raise RapoError(f"data file {data.path} does not exist; correct {option}.path") from error
     except OSError as error:
-        raise RapoError(f"data file {data.path} cannot be read: {error}") from error
+        raise RapoError(f"data file {data.path} cannot be read: {error}; correct {option}.path") from error
     if not records:
-        raise RapoError(f"data file {data.path} has no rows; point data.path at one with problems")
-    _require_field(data.path, "prompt_field", data.prompt_field, records)
-    _require_field(data.path, "answer_field", data.answer_field, records)
+        raise RapoError(f"data file {data.path} has no rows; point {option}.path at one with problems")
+    _require_field(data.path, f"{option}.prompt_field", data.prompt_field, records)
+    _require_field(data.path, f"{option}.answer_field", data.answer_field, records)
     rows = []
     for index, record in enumerate(records):
         question, answer = record.get(data.prompt_field), record.get(data.answer_field)
+        place = f"data file {data.path}, row {index}"
         if not isinstance(question, str | None):
             raise RapoError(
-                f"data file {data.path}, row {index}: field '{data.prompt_field}' is {question!r}, not text; "
-                "set data.prompt_field to a field with the problem's text"
+                f"{place}: field '{data.prompt_field}' is {question!r}, not text; set {option}.prompt_field "
+                "to a field with the problem's text"
             )
         if not isinstance(answer, str | int | float | None):
             raise RapoError(
-                f"data file {data.path}, row {index}: field '{data.answer_field}' is {answer!r}, no text and "
-                "no number; set data.answer_field to a field with the gold answer alone"
+                f"{place}: field '{data.answer_field}' is {answer!r}, no text and no number; set "
+                f"{option}.answer_field to a field with the gold answer alone"
             )
         text = question if question and question.strip() else ""
-        rows.append(Row(index, text, _answer_text(answer), _name(data, index, record)))
+        row = Row(index, text, _answer_text(answer), _name(data, option, index, record))
+        for field, value in (
+            (data.prompt_field, row.question),
+            (data.answer_field, row.answer),
+            (data.id_field or "id", row.name or ""),
+        ):
+            _require_unicode(value, f"{place}: field '{field}'")
+        rows.append(row)
     return rows
 
 
@@ -79,15 +92,16 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # malformed JSON, or bytes that are not UTF-8
+                text = line.decode("utf-8-sig")
+                record = json.loads(text)
+            except (ValueError, RecursionError) as error:  # malformed JSON, or bytes that are not UTF-8
                 raise RapoError(
                     f"{path}:{number} is not JSON: {error}; correct or remove the line"
                 ) from error
             if not isinstance(record, dict):
                 raise RapoError(
-                    f"{path}:{number} is not a JSON object but {line[:60].decode()!r}; "
-                    "each line must hold one row's fields"
+                    f"{path}:{number} is not a JSON object but {text[:60]!r}; each line must hold one row's "
+                    "fields"
                 )
             records.append(record)
     return records
@@ -96,25 +110,39 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise RapoError(f"data file {path} is not valid Parquet: {error}") from error
+    except (OSError, pyarrow.ArrowException, ValueError) as error:  # ValueError: text that is not UTF-8
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the file itself; of damaged pages Arrow says so without an error number
+        reason = " ".join(str(error).split())
+        raise RapoError(f"data file {path} is not valid Parquet: {reason}; write it again") from error
 
 
 def _require_field(path: Path, option: str, field: str, records: Sequence[Mapping[str, Any]]) -> None:
     if not any(field in record for record in records):
         present = ", ".join(sorted({name for record in records for name in record}))
         raise RapoError(
-            f"data file {path} has no field '{field}'; set data.{option} to one of its fields: {present}"
+            f"data file {path} has no field '{field}'; set {option} to one of its fields: {present}"
         )
 
 
-def _name(data: FileData, index: int, record: Mapping[str, Any]) -> str | None:
+def _require_unicode(text: str, place: str) -> None:
+    """JSON can write half of a surrogate pair, which is no character and cannot be stored or tokenized."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RapoError(
+            f"{place} has {text[error.start]!a} at character {error.start}, half of a surrogate pair and no "
+            "character; correct or remove the row"
+        ) from error
+
+
+def _name(data: FileData, option: str, index: int, record: Mapping[str, Any]) -> str | None:
     """The row's own name: of `id_field`, which every row must have then, or of `id` if it has one."""
     name = record.get(data.id_field or "id")
     if data.id_field is not None and (name is None or isinstance(name, bool | list | dict)):
         raise RapoError(
             f"data file {data.path}, row {index}: field '{data.id_field}' is {name!r}, neither text nor "
-            "number; set data.id_field to a field that names every row, or remove it"
+            f"number; set {option}.id_field to a field that names every row, or remove it"
         )
     return None if name is None or isinstance(name, bool | list | dict) else str(name)
 

@@ -24,39 +24,57 @@ def encode_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def encode_chat(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, system_prompt: str | None
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str | None,
+    option: str = "data",
 ) -> list[list[int]]:
     """Each text as the user's turn of the tokenizer's chat template, up to where the assistant's begins.
 
+    `option` is the table that the user set, as errors call it.
+
     Raises:
-        RapoError: the tokenizer has no chat template, or its template refuses the conversation.
+        RapoError: the tokenizer has no chat template, or none by default, or its template refuses the
+            conversation or fails.
     """
-    if not tokenizer.chat_template:
-        raise RapoError(
-            f"the tokenizer {tokenizer.name_or_path} has no chat template; "
-            'set data.template = "plain" (base models usually want it)'
-        )
+    _require_template(tokenizer, option)
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     conversations = [[*system, {"role": "user", "content": text}] for text in texts]
     try:
         rendered = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        remedy = "remove data.system_prompt" if system else 'set data.template = "plain"'
+    except Exception as error:  # a template is a program, which may fail in every way
+        remedy = f"remove {option}.system_prompt" if system else f'set {option}.template = "plain"'
+        reason = str(error) if isinstance(error, TemplateError) else repr(error)
         raise RapoError(
-            f"the chat template of {tokenizer.name_or_path} refuses the conversation: {error}; {remedy}"
+            f"the chat template of {tokenizer.name_or_path} refuses the conversation: {reason}; {remedy}"
         ) from error
     # The template writes every special token itself; adding the tokenizer's own would double them.
     return _encode(rendered, tokenizer)
 
 
 def encode_template(
-    questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, data: FileData
+    questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, data: FileData, option: str = "data"
 ) -> list[list[int]]:
     """The questions' prompts, by the template that the configuration names."""
     texts = [data.template_text.format(prompt=question) for question in questions]
     if data.template == "chat":
-        return encode_chat(texts, tokenizer, data.system_prompt)
+        return encode_chat(texts, tokenizer, data.system_prompt, option)
     return encode_plain(texts, tokenizer)
+
+
+def _require_template(tokenizer: PreTrainedTokenizerBase, option: str) -> None:
+    template = tokenizer.chat_template
+    if not template:
+        raise RapoError(
+            f"the tokenizer {tokenizer.name_or_path} has no chat template; "
+            f'set {option}.template = "plain" (base models usually want it)'
+        )
+    if isinstance(template, dict) and "default" not in template:
+        raise RapoError(
+            f"the tokenizer {tokenizer.name_or_path} has chat templates for special uses alone "
+            f'({", ".join(sorted(template))}) and no default; name one of them "default" in its files, or '
+            f'set {option}.template = "plain"'
+        )
 
 
 def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -59,7 +59,8 @@ def load_held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list
     Raises:
         RapoError: one cannot be read, has too few usable problems, or has an id twice.
     """
-    return [_load(config, data, tokenizer) for data in config.evaluation_data]
+    tables = zip(config.evaluation_data, config.evaluation_tables, strict=True)
+    return [_load(config, data, tokenizer, table) for data, table in tables]
 
 
 def setting_records(config: RunConfig) -> tuple[SettingRecord, ...]:
@@ -76,7 +77,7 @@ def setting_records(config: RunConfig) -> tuple[SettingRecord, ...]:
     )
 
 
-def _load(config: RunConfig, data: Data, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
+def _load(config: RunConfig, data: Data, tokenizer: PreTrainedTokenizerBase, table: str) -> HeldOut:
     assert config.evaluate is not None
     count = config.evaluate.problems
     if count is None and not isinstance(data, FileData):
@@ -88,16 +89,17 @@ def _load(config: RunConfig, data: Data, tokenizer: PreTrainedTokenizerBase) -> 
         seed=config.run.seed,
         split="test",
         count=count,
+        option=table,
     )
-    _refuse_duplicates(loaded.prompts, loaded.report.source)
+    _refuse_duplicates(loaded.prompts, loaded.report.source, table)
     return HeldOut(data.name, loaded.prompts, config.verifier_of(data), loaded.report)
 
 
-def _refuse_duplicates(prompts: tuple[Prompt, ...], source: str) -> None:
+def _refuse_duplicates(prompts: tuple[Prompt, ...], source: str, table: str) -> None:
     [(name, times)] = Counter(prompt.id for prompt in prompts).most_common(1)
     if times > 1:
         rows = [prompt.index for prompt in prompts if prompt.id == name]
         raise RapoError(
             f"{source} has the id {name!r} {times} times (rows {', '.join(map(str, rows[:5]))}), so samples "
-            "could not be told apart; mend the ids, or set evaluate.data.id_field to a field that is unique"
+            f"could not be told apart; mend the ids, or set {table}.id_field to a field that is unique"
         )

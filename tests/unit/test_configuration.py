@@ -350,7 +350,20 @@ def test_an_option_without_effect_is_refused(values: dict[str, Any], option: str
         ),
         (
             with_options(data=FILE | {"template_text": "{prompt} \\boxed{x}"}),
-            "is not a format string (KeyError('x')); write {prompt} for the problem, and {{ }}",
+            "has 'x' in braces, and more than {prompt} is not understood; write {prompt} for the problem",
+        ),
+        *(
+            (with_options(data=FILE | {"template_text": text}), "write {prompt} for the problem, and {{ }}")
+            for text in (
+                "{",
+                "{prompt",
+                "{}",
+                "{0}",
+                "{prompt[0]}",
+                "{prompt[x]}",
+                "{prompt.x}",
+                "{prompt!r}",
+            )
         ),
         (
             with_options(data__operators="+%"),

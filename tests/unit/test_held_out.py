@@ -60,11 +60,11 @@ def test_every_data_set_has_its_verifier_and_fingerprints(tmp_path: Path) -> Non
     [
         (
             [{"question": "1+1", "answer": "2", "id": 7}, {"question": "2+2", "answer": "4", "id": "7"}],
-            r"has the id '7' 2 times \(rows 0, 1\).*set evaluate.data.id_field",
+            r"has the id '7' 2 times \(rows 0, 1\).*set evaluate\.data\[0\]\.id_field",
         ),
         (
             [{"question": "1+1"}],
-            r"has no field 'answer'; set data.answer_field to one of its fields: question",
+            r"has no field 'answer'; set evaluate\.data\[0\]\.answer_field to one of its fields: question",
         ),
         ([{"answer": "2"}], r"has no field 'question'"),
         ([{"question": "1+1", "answer": " "}], r"no prompt is usable"),

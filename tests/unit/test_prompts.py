@@ -140,6 +140,8 @@ def write(folder, text, name="rows.jsonl"):
     [
         (b'{"question": "q", "answer": "a"}\n{"question"\n', r"rows\.jsonl:2 is not JSON"),
         (b'{"question": "\xff", "answer": "a"}\n', r"rows\.jsonl:1 is not JSON.*utf-8"),
+        (b"[" * 100_000, r"rows\.jsonl:1 is not JSON: maximum recursion depth"),
+        (('"' + "é" * 40 + '"').encode(), r"rows\.jsonl:1 is not a JSON object but '\"éé"),
         (b'\n["question"]\n', r"rows\.jsonl:2 is not a JSON object but '\[\"question\"\]"),
         (b"", r"has no rows"),
         (b'{"text": "q", "label": "a"}\n', r"no field 'question'; set data.prompt_field .*: label, text"),
@@ -155,6 +157,55 @@ def write(folder, text, name="rows.jsonl"):
 def test_what_cannot_be_used_is_refused_by_name(tmp_path, content, message):
     with pytest.raises(RapoError, match=message):
         load(file_data(write(tmp_path, content)))
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"question": "1\ud800", "answer": "1"}, "question"),
+        ({"question": "1", "answer": "\udfff"}, "answer"),
+        ({"question": "1", "answer": "1", "id": "x\ud800"}, "id"),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_refused(tmp_path, row, field):
+    path = jsonl(tmp_path, [{"question": "1", "answer": "1"}, row])
+    with pytest.raises(
+        RapoError, match=rf"row 1: field '{field}' has '\\ud.* no character; correct or remove"
+    ):
+        load(file_data(path))
+
+
+def test_parquet_text_that_is_not_utf8_is_refused(tmp_path):
+    array = pyarrow.StringArray.from_buffers(
+        1, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff")
+    )
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"question": array, "answer": array}), path)
+    with pytest.raises(RapoError, match=r"not valid Parquet: .*utf-8.*; write it again"):
+        load(file_data(path))
+
+
+def test_damaged_parquet_is_refused(tmp_path):
+    path = parquet(tmp_path, [{"question": f"q{i}" * 50, "answer": "a"} for i in range(100)])
+    content = bytearray(path.read_bytes())
+    content[10:300] = bytes(290)
+    path.write_bytes(content)
+    with pytest.raises(RapoError, match=r"not valid Parquet: .*; write it again"):
+        load(file_data(path))
+
+
+def test_errors_name_the_table_that_was_set(tmp_path):
+    path = jsonl(tmp_path, [{"question": "q", "text": "a"}])
+    with pytest.raises(RapoError, match=r"set evaluate\.data\.answer_field to one of its fields"):
+        load_prompts(
+            file_data(path),
+            TOKENIZER,
+            max_prompt_tokens=9,
+            seed=0,
+            split="test",
+            count=None,
+            option="evaluate.data",
+        )
 
 
 def test_a_missing_file_and_a_false_parquet_are_refused(tmp_path):

@@ -81,6 +81,26 @@ def test_a_template_that_refuses_the_system_turn_is_told():
     assert made.decode(encode_chat(["1"], made, None)[0]) == "user:1\nassistant:"
 
 
+@pytest.mark.parametrize(
+    "body", ["{{ 1 + 'a' }}", "{{ 1 // 0 }}", "{{ messages[7].x.y }}", "{% for %}", "{{ [].pop() }}"]
+)
+def test_a_template_that_fails_is_told(body):
+    made = tokenizer(chat_template=CHAT_TEMPLATE + body)
+    with pytest.raises(
+        RapoError,
+        match=r'chat template of .* refuses the conversation: .+; set evaluate.data.template = "plain"',
+    ):
+        encode_chat(["1+1"], made, None, "evaluate.data")
+
+
+def test_named_templates_need_a_default():
+    made = tokenizer(chat_template={"tool_use": CHAT_TEMPLATE, "rag": CHAT_TEMPLATE})
+    with pytest.raises(RapoError, match=r"special uses alone \(rag, tool_use\) and no default; name one of"):
+        encode_chat(["1+1"], made, None)
+    made.chat_template["default"] = CHAT_TEMPLATE
+    assert made.decode(encode_chat(["1+1"], made, None)[0]) == "user:1+1\nassistant:"
+
+
 @pytest.mark.parametrize("template", ["plain", "chat"])
 def test_the_configured_text_goes_around_the_question_braces_and_all(template):
     made = tokenizer(chat_template=CHAT_TEMPLATE)
