@@ -12,15 +12,21 @@ from collections.abc import Sequence
 
 from megatron_rapo import __version__
 from megatron_rapo.cli import certify, compare, convert, doctor, evaluate, report, train
+from megatron_rapo.cli.overrides import take_configuration
 from megatron_rapo.errors import RapoError
 
 COMMANDS = (train, certify, evaluate, compare, report, doctor, convert)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, or 1 after an error, which is printed."""
-    options = _parser().parse_args(arguments)
+    """Runs a command; returns the exit status: 0, 1 after an error, which is printed, 2 without one."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if "command" not in options:
+        options.of.print_help(sys.stderr)
+        return 2
     try:
+        take_configuration(options)
         return options.command(options)
     except RapoError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -34,7 +40,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="megatron-rapo", description="RAPO at scale: RL with verifiable rewards on Megatron-Core."
     )
     parser.add_argument("--version", action="version", version=f"megatron-rapo {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(of=parser)
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     for command in COMMANDS:
         command.add_parser(commands)
     return parser

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_rapo.cli.overrides import add_set
+from megatron_rapo.cli.overrides import add_configuration
 from megatron_rapo.config import Algorithm, load_config
 from megatron_rapo.errors import RapoError
 
@@ -18,14 +18,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Runs one batch under many layouts, in fp64 and fp32, on four processes of this machine, "
         "and compares loss and whole gradient with plain PyTorch.",
     )
-    certify.add_argument(
-        "configs",
-        nargs="*",
-        type=Path,
-        metavar="CONFIG.toml",
-        help="whose objective and model family to certify; default: RAPO on Qwen2",
+    add_configuration(
+        certify, help="whose objective and model family to certify; default: RAPO on Qwen2", required=False
     )
-    add_set(certify)
     certify.add_argument("--json", type=Path, metavar="FILE", help="write the certificate there, too")
     certify.set_defaults(command=_certify)
 

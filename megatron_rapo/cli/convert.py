@@ -9,7 +9,8 @@ from pathlib import Path
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
     convert = commands.add_parser("convert", help="HF models into Megatron checkpoints, and back")
-    directions = convert.add_subparsers(required=True, metavar="DIRECTION")
+    convert.set_defaults(of=convert)
+    directions = convert.add_subparsers(metavar="DIRECTION", title="directions")
     to_hf = directions.add_parser("to-hf", help="a Megatron checkpoint, such as a run's, into a HF model")
     to_hf.add_argument("source", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run's directory")
     to_hf.add_argument(

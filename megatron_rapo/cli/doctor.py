@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from megatron_rapo.cli.overrides import add_set
+from megatron_rapo.cli.overrides import add_configuration
 from megatron_rapo.config import load_config
 
 
@@ -21,14 +20,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     doctor.add_argument(
         "--mismatch", action="store_true", required=True, help="why log-probs of engines and trainer differ"
     )
-    doctor.add_argument(
-        "configs",
-        nargs="+",
-        type=Path,
-        metavar="CONFIG.toml",
-        help="the run's, or <run.directory>/config.toml",
-    )
-    add_set(doctor)
+    add_configuration(doctor, help="the run's, or <run.directory>/config.toml", required=True)
     doctor.set_defaults(command=_doctor)
 
 

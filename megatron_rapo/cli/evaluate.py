@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_rapo.cli.overrides import add_set
+from megatron_rapo.cli.overrides import add_configuration
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -16,12 +16,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Samples N responses a problem, verifies and stores them. The same command goes on "
         "after an interruption, and to a larger N.",
     )
-    evaluate.add_argument(
-        "configs",
-        nargs="*",
-        type=Path,
-        metavar="CONFIG.toml",
+    add_configuration(
+        evaluate,
         help="a run's configuration; --model and --data may also stand without one",
+        required=False,
     )
     evaluate.add_argument(
         "--model", type=Path, metavar="PATH", help="HF directory, checkpoint or run; default: model.path"
@@ -50,7 +48,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     evaluate.add_argument(
         "--out", type=Path, metavar="DIRECTORY", help="default: evaluations/MODEL, in the run's directory"
     )
-    add_set(evaluate)
     evaluate.set_defaults(command=_evaluate)
 
 

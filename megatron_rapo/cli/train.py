@@ -6,10 +6,9 @@ import argparse
 import os
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_rapo.cli.overrides import add_set
+from megatron_rapo.cli.overrides import add_configuration
 from megatron_rapo.config import RunConfig, load_config
 
 if TYPE_CHECKING:
@@ -23,14 +22,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="train a run, or go on with it",
         description="Trains on this machine's processes, or as one rank of a torchrun or srun job.",
     )
-    train.add_argument(
-        "configs",
-        nargs="+",
-        type=Path,
-        metavar="CONFIG.toml",
-        help="configuration; later files overlay earlier ones",
-    )
-    add_set(train)
+    add_configuration(train, help="configuration; later files overlay earlier ones", required=True)
     train.add_argument(
         "--dry-run",
         action="store_true",

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from megatron_rapo.config.section import PathOption, PositiveInt, Section
 
 _LABEL = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+LABEL_MEANS = "letters, digits, dots, hyphens and underscores, a letter or digit first"
 _LABEL_MEANING = "What evaluations call it. Default: the file's name, or the task's."
 
 

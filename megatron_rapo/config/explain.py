@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from megatron_rapo.config.options import option_names
+from megatron_rapo.config.data import LABEL_MEANS, Data
+from megatron_rapo.config.options import option_names, sections_of
 from megatron_rapo.config.schema import RunConfig
+from megatron_rapo.config.write import toml_value
+
+# The tables of each kind of prompt source, by the name of the kind.
+_SOURCES = {table.model_fields["source"].annotation.__args__[0]: table for table in sections_of(Data)}  # type: ignore[union-attr]
 
 
-def explain(error: ValidationError, source: str) -> str:
-    """One line a problem; `source` names where the values came from."""
-    problems = [_explain_one(problem) for problem in error.errors()]
+def explain(error: ValidationError, source: str, values: Mapping[str, Any]) -> str:
+    """One line a problem.
+
+    Args:
+        error: what was found wrong with `values`.
+        source: where they came from.
+        values: what was to be a configuration.
+    """
+    problems = [_explain_one(problem, values) for problem in error.errors()]
     return "\n  ".join([f"configuration {source} is not valid:", *problems])
 
 
-def _explain_one(problem: ErrorDetails) -> str:
-    key, value = _key(problem["loc"]), json.dumps(problem["input"], default=str)
+def _explain_one(problem: ErrorDetails, values: Mapping[str, Any]) -> str:
+    key, given = _key(problem["loc"], values), problem["input"]
+    value = json.dumps(given, default=str)
     context: dict[str, Any] = problem.get("ctx", {})
     match problem["type"]:
         case "extra_forbidden":
-            return f"{key} = {value} is not an option; {_nearest(key)}docs/configuration.md lists them"
+            return f"{key} = {value} is not an option{_instead(key, problem['loc'])}"
         case "missing" if "." not in key:
             return f"section [{key}] is missing; add it (docs/configuration.md)"
         case "missing":
@@ -35,20 +49,64 @@ def _explain_one(problem: ErrorDetails) -> str:
             return f'{key}.source = "{context["tag"]}" is not one of {context["expected_tags"]}'
         case "value_error":  # A section's own check: its message begins with the option's name.
             return f"{key}.{context['error']}" if key else str(context["error"])
+        case "list_type":
+            return f"{key} = {value}: must be a list; write {_written(key, [given])}"
+        case "string_type" | "path_type":
+            return f"{key} = {value}: must be text; write {_written(key, str(given))}"
+        case "bool_type":
+            return f"{key} = {value}: must be true or false"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"{key} = {value}: must be a table; write [{key}], and its options below it"
+        case "string_pattern_mismatch":  # names are the only text of a given form
+            return f"{key} = {value}: must be of {LABEL_MEANS}"
         case _:
-            return f"{key} = {value}: {problem['msg'].replace('Input should', 'must')}"
+            return f"{key} = {value}: {re.sub(r'^[A-Z][a-z]+ should', 'must', problem['msg'])}"
 
 
-def _key(location: tuple[int | str, ...]) -> str:
-    """The option's full name. Behind a union's field pydantic names the member, which is no key."""
+def _written(key: str, value: Any) -> str:
+    """An option in a file, and on the command line, where a shell takes quotes away."""
+    text = toml_value(value)
+    return f"{key.rpartition('.')[2]} = {text}, or --set '{key}={text}'"
+
+
+def _key(location: tuple[int | str, ...], values: Mapping[str, Any]) -> str:
+    """The option's full name, as it was written.
+
+    Behind a union's field pydantic names the member, which is no key; and a single table of `evaluate.data`
+    has no number.
+    """
+    evaluate = values.get("evaluate")
+    single = isinstance(evaluate, dict) and isinstance(evaluate.get("data"), dict)
     key = ""
     for depth, part in enumerate(location):
-        if location[:depth] == ("data",) or (depth == 3 and location[:2] == ("evaluate", "data")):
+        of_evaluation = location[:2] == ("evaluate", "data")
+        if (
+            location[:depth] == ("data",)
+            or (depth == 3 and of_evaluation)
+            or (depth == 2 and single and of_evaluation)
+        ):
             continue
         key += f"[{part}]" if isinstance(part, int) else f".{part}"
     return key.removeprefix(".")
 
 
-def _nearest(key: str) -> str:
-    near = difflib.get_close_matches(key, sorted(set(option_names(RunConfig))), n=1, cutoff=0.8)
-    return f"did you mean {near[0]}? " if near else ""
+def _instead(key: str, location: tuple[int | str, ...]) -> str:
+    """What may have been meant in place of an unknown key."""
+    table, _, option = key.rpartition(".")
+    sources = [name for name, section in _SOURCES.items() if option in section.model_fields]
+    if sources and location[-2] in _SOURCES:
+        has = " or ".join(f'source = "{name}"' for name in sources)
+        return f' of source = "{location[-2]}": {table} has it with {has}; change the source, or remove it'
+    names = sorted(_options_beside(location))
+    elsewhere = [name for name in names if name.rpartition(".")[2] == option]
+    near = elsewhere or difflib.get_close_matches(key, names, n=1, cutoff=0.8)
+    return f"; {f'did you mean {near[0]}? ' if near else ''}docs/configuration.md lists them"
+
+
+def _options_beside(location: tuple[int | str, ...]) -> set[str]:
+    """All options, without those that the chosen prompt source lacks."""
+    names = set(option_names(RunConfig))
+    if location[0] == "data" and location[1] in _SOURCES:
+        own = {f"data.{option}" for option in _SOURCES[location[1]].model_fields}
+        names = {name for name in names if not name.startswith("data.")} | own
+    return names

@@ -39,7 +39,7 @@ def validate(values: dict[str, Any], source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise RapoError(explain(error, source)) from error
+        raise RapoError(explain(error, source, values)) from error
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -66,6 +66,8 @@ def _overlay(base: dict[str, Any], over: dict[str, Any]) -> None:
 def _apply(values: dict[str, Any], setting: str) -> None:
     key, _, text = (part.strip() for part in setting.partition("="))
     parts = key.split(".")
+    if not setting.isascii() and setting.encode(errors="replace").decode() != setting:
+        raise RapoError(f"--set {setting!a}: is no UTF-8 text; write it in UTF-8")
     if not text or len(parts) < 2 or not all(parts):
         raise RapoError(f"--set {setting}: write section.key=value, for example --set run.steps=10")
     table = values

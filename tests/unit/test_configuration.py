@@ -119,6 +119,13 @@ def test_a_setting_below_a_value_is_refused(minimal_file: Path) -> None:
         load_config([minimal_file], ["run.steps.x=1"])
 
 
+def test_a_setting_that_is_no_text_is_refused(minimal_file: Path) -> None:
+    with pytest.raises(
+        RapoError, match=r"--set 'run\.directory=r\\udcff': is no UTF-8 text; write it in UTF-8"
+    ):
+        load_config([minimal_file], ["run.directory=r\udcff"])
+
+
 def test_a_setting_cannot_smuggle_a_second_option(minimal_file: Path) -> None:
     with pytest.raises(RapoError, match=r"run\.steps = "):
         load_config([minimal_file], ["run.steps=1\nseed = 3"])
@@ -172,10 +179,36 @@ def test_errors_name_every_source(minimal_file: Path, tmp_path: Path) -> None:
         # Names of union members are keys like any other.
         (with_options(run__file=3), "run.file = 3 is not an option"),
         (with_options(data__file=3), "data.file = 3 is not an option"),
-        (with_options(data__path="x.jsonl"), 'data.path = "x.jsonl" is not an option'),
         (
             with_options(evaluate__data={"source": "countdown", "x": 1}),
-            "evaluate.data[0].x = 1 is not an option",
+            "evaluate.data.x = 1 is not an option",
+        ),
+        (
+            with_options(evaluate__data=[{"source": "countdown"}, {"source": "countdown", "x": 1}]),
+            "evaluate.data[1].x = 1 is not an option",
+        ),
+        # Of another kind of source.
+        *(
+            (
+                with_options(data={"source": "countdown", option: "x"}),
+                f'data.{option} = "x" is not an option of source = "countdown": data has it with source = '
+                '"file"; change the source, or remove it',
+            )
+            for option in ("path", "template", "shuffle", "system_prompt")
+        ),
+        (
+            with_options(data=FILE | {"operators": "+"}),
+            'of source = "file": data has it with source = "countdown" or source = "arithmetic"; change',
+        ),
+        (
+            with_options(evaluate__data={"source": "arithmetic", "numbers": 3}),
+            'of source = "arithmetic": evaluate.data has it with source = "countdown"; change the source',
+        ),
+        (with_options(data__pats="x"), 'data.pats = "x" is not an option; docs/configuration.md lists them'),
+        # Of another section.
+        (
+            with_options(run__learning_rate=1.0),
+            "run.learning_rate = 1.0 is not an option; did you mean optimizer.learning_rate?",
         ),
     ],
 )
@@ -191,7 +224,7 @@ def test_an_unknown_key_is_refused(values: dict[str, Any], message: str) -> None
         (with_options(rollout={"prompts_per_step": 1}), "rollout.max_response_tokens is missing; set it"),
         (with_options(data={}), "data.source is missing; set it to file, countdown or arithmetic"),
         (with_options(data={"source": "file"}), "data.path is missing; set it"),
-        (with_options(evaluate__data={}), "evaluate.data[0].source is missing"),
+        (with_options(evaluate__data={}), "evaluate.data.source is missing"),
     ],
 )
 def test_a_missing_option_is_named(values: dict[str, Any], message: str) -> None:
@@ -206,7 +239,6 @@ def test_a_missing_option_is_named(values: dict[str, Any], message: str) -> None
         (with_options(run__steps=True), "run.steps = true: must be a valid integer"),
         (with_options(run__seed=-1), "run.seed = -1: must be greater than or equal to 0"),
         (with_options(run__seed=2**31), f"run.seed = {2**31}: must be less than {2**31}"),
-        (with_options(model__path=3), "model.path = 3: "),
         (with_options(model__dtype="float16"), "model.dtype = \"float16\": must be 'bfloat16' or"),
         (with_options(parallel__tensor_parallel=0), "parallel.tensor_parallel = 0: must be greater than 0"),
         (
@@ -232,7 +264,7 @@ def test_a_missing_option_is_named(values: dict[str, Any], message: str) -> None
         (with_options(optimizer__beta1=float("nan")), "optimizer.beta1 = NaN: must be a finite number"),
         (
             with_options(optimizer__distributed="yes"),
-            'optimizer.distributed = "yes": must be a valid',
+            'optimizer.distributed = "yes": must be true or false',
         ),
         (with_options(checkpoint__every=0), "checkpoint.every = 0: must be greater than 0"),
         (
@@ -252,6 +284,29 @@ def test_a_missing_option_is_named(values: dict[str, Any], message: str) -> None
             "rollout.dynamic_sampling.max_rounds = 1: must be greater than or equal to 2",
         ),
         (with_options(evaluate__k=[1, 0]), "evaluate.k[1] = 0: must be greater than 0"),
+        (
+            with_options(rollout__urls="http://a:1"),
+            """rollout.urls = "http://a:1": must be a list; write urls = ["http://a:1"], or """
+            """--set 'rollout.urls=["http://a:1"]'""",
+        ),
+        (
+            with_options(evaluate__k=4),
+            "evaluate.k = 4: must be a list; write k = [4], or --set 'evaluate.k=[4]'",
+        ),
+        (
+            with_options(observe={"wandb": "offline", "wandb_project": 7}),
+            """observe.wandb_project = 7: must be text; write wandb_project = "7", or """
+            """--set 'observe.wandb_project="7"'""",
+        ),
+        (
+            with_options(evaluate=True),
+            "evaluate = true: must be a table; write [evaluate], and its options below",
+        ),
+        (
+            with_options(data={"source": "countdown", "label": "a b"}),
+            'data.label = "a b": must be of letters, digits',
+        ),
+        (with_options(model__path=3), 'model.path = 3: must be text; write path = "3", or --set'),
         (with_options(observe__wandb="on"), "observe.wandb = \"on\": must be 'off', 'offline' or 'online'"),
     ],
 )
