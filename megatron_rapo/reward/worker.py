@@ -2,8 +2,8 @@
 
 Over the inherited socket FD it sends `(READY, "")` or `(FAILED, why)` once, then receives (response, answer)
 and sends `(verification, "")` or `(REFUSED, why)` for each, until the other end is closed. It holds no state
-that a SIGKILL could damage. It enforces no limits of its own but those that keep it from outliving or starving
-the trainer.
+that a SIGKILL could damage. It enforces no limits of its own but those that keep it from outliving or
+starving the trainer.
 """
 
 from __future__ import annotations
