@@ -24,6 +24,7 @@ class StandIn:
         self.model_path = "/nowhere"
         self.go_on = threading.Event()  # held back while it is clear
         self.go_on.set()
+        self.over = threading.Event()  # the end of the test
         self.unready = 0  # questions after its health that it denies
         self.together = None  # a barrier that this many requests must reach
 
@@ -45,8 +46,8 @@ class StandIn:
     def answer(self, path, body):
         if path == "/generate":
             return self.generate(body)
-        if path == "/update_weights_from_disk":
-            self.version = body["weight_version"]
+        if path.startswith("/update_weights_from"):
+            self.version = body.get("weight_version", self.version)
             return {"success": True, "message": ""}
         if path == "/model_info":
             return {"weight_version": self.version, "model_path": self.model_path}
@@ -86,6 +87,8 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def fail(self, fault):
+        if fault == "silent":  # accepts, and never answers
+            self.server.stand_in.over.wait(timeout=60)
         if fault == "truncated":
             self.reply(200, b'[{"output_ids": [1', 1000)
         if fault == "reset":  # closed with a RST
@@ -113,6 +116,7 @@ def stand_ins(count):
     finally:
         for server, thread in zip(servers, threads, strict=True):
             server.stand_in.go_on.set()
+            server.stand_in.over.set()
             server.shutdown()
             server.server_close()
             thread.join()

@@ -161,10 +161,10 @@ class TimedPool:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pool, name)
 
-    def post(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> Future[list[Any]]:
+    def post(self, path: str, bodies: Sequence[Mapping[str, Any]], *, timeout: float) -> Future[list[Any]]:
         """As the pool's."""
         began = time.perf_counter()
-        answers = self._pool.post(path, bodies)
+        answers = self._pool.post(path, bodies, timeout=timeout)
         answers.add_done_callback(lambda _: self._count(began))
         return answers
 

@@ -45,6 +45,7 @@ def probe(engines: Engines, prompts: Sequence[Prompt], version: int, vocabulary:
     """Each engine's greedy continuations of the same prompts; on the main rank.
 
     Raises:
+        EngineLost: an engine does not answer, and is out.
         RapoError: an engine answers what cannot be, or with other weights than `version`.
     """
     body = {
@@ -54,9 +55,8 @@ def probe(engines: Engines, prompts: Sequence[Prompt], version: int, vocabulary:
     }
     urls = list(engines.urls)
     found = []
-    for url, answers in zip(
-        urls, engines.post("/generate", [body] * len(urls)).result(TIMEOUT_S), strict=True
-    ):
+    continued = engines.post("/generate", [body] * len(urls), timeout=TIMEOUT_S).result()
+    for url, answers in zip(urls, continued, strict=True):
         for prompt, answer in zip(prompts, answers, strict=True):
             response = to_response(
                 answer, weight_version=version, vocab_size=vocabulary, max_tokens=TOKENS, source=url

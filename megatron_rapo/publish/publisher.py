@@ -19,6 +19,7 @@ from megatron_rapo.weights.engines import Engines
 from megatron_rapo.weights.stream import attempt
 
 T = TypeVar("T")
+TRIES = 2  # that fail although all engines are there still
 logger = logging.getLogger(__name__)
 
 
@@ -93,15 +94,24 @@ class Publisher:
 
     def _serve(self, version: int) -> tuple[Mapping[str, int], list[Continuation]]:
         """Sends until all engines that are left have everything, and continue the probe's prompts."""
+        in_vain = 0
         while True:
             self._together(self._engines.revive)
+            members = self._membership()
             try:
                 self._together(self._engines.wake)
                 checksums = self._together(partial(self._send_once, version))
                 self._together(partial(self._compare, checksums))
                 return checksums, self._together(partial(self._probe, version))
             except EngineLost as failure:
+                in_vain = in_vain + 1 if self._membership() == members else 0
+                if in_vain == TRIES:
+                    raise
                 logger.warning("weights are sent again to the engines that are left: %s", failure)
+
+    def _membership(self) -> int:
+        """The main rank's number of its engines' membership, on all ranks."""
+        return self._placement.share_from_main(self._pool.membership if self._pool else None)
 
     def _send_once(self, version: int) -> Mapping[str, int]:
         if self._pool is None:

@@ -217,8 +217,10 @@ class EngineClient:
             body: its fields.
             timeout: seconds; those of the client where None.
         """
-        limit = self._timeout if timeout is None else timeout
-        return await self._exchange.json("POST", path, body, timeout=limit)
+        if timeout is not None:
+            return await self._exchange.json("POST", path, body, timeout=timeout)
+        remedy = "raise rollout.request_timeout_s, or ask for less at once (rollout.prompts_per_request)"
+        return await self._exchange.json("POST", path, body, timeout=self._timeout, when_late=remedy)
 
     async def begin_update(self) -> None:
         """Makes the server ready for weights: requests wait, no cache is left, the update is open.

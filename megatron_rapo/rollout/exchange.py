@@ -18,6 +18,7 @@ Diagnose = Callable[[str], str | None]
 """Says what is known of the server at a URL once a request to it has failed: None if nothing."""
 
 CONNECT_TIMEOUT_S = 10.0
+SEE_LOG = "look into the server's log"
 EXCERPT = 500  # characters of an answer that an error shows
 
 
@@ -70,14 +71,16 @@ class Exchange:
         self._http = http
         self._diagnose = diagnose
 
-    async def json(self, method: str, path: str, body: Any = None, *, timeout: float) -> Any:
-        """The JSON that the server answers within `timeout` seconds.
+    async def json(
+        self, method: str, path: str, body: Any = None, *, timeout: float, when_late: str = SEE_LOG
+    ) -> Any:
+        """The JSON that the server answers within `timeout` seconds; `when_late` says what helps otherwise.
 
         Raises:
             EngineLost: the server cannot be reached, is late, fails inside (status 5xx), or sends no JSON.
             RapoError: it refuses: status 4xx, or `success` that is not true.
         """
-        response = await self.request(method, path, body, timeout=timeout)
+        response = await self.request(method, path, body, timeout=timeout, when_late=when_late)
         try:
             answer = response.json()
         except ValueError:
@@ -86,10 +89,12 @@ class Exchange:
             raise RapoError(f"{self.url}{path} refused: {_excerpt(str(answer.get('message', answer)))}")
         return answer
 
-    async def request(self, method: str, path: str, body: Any = None, *, timeout: float) -> httpx.Response:
+    async def request(
+        self, method: str, path: str, body: Any = None, *, timeout: float, when_late: str = SEE_LOG
+    ) -> httpx.Response:
         """The response, of status 200, or 202 where a router accepts; raises as `json` does."""
         what = f"{method} {self.url}{path}"
-        response = await self._response(what, method, path, body, timeout)
+        response = await self._response(what, method, path, body, timeout, when_late)
         status = response.status_code
         if status in (200, 202):
             return response
@@ -111,7 +116,8 @@ class Exchange:
         Raises:
             EngineLost: there is no answer.
         """
-        return (await self._response(f"{method} {self.url}{path}", method, path, None, timeout)).status_code
+        what = f"{method} {self.url}{path}"
+        return (await self._response(what, method, path, None, timeout, SEE_LOG)).status_code
 
     async def health_problem(self, timeout: float) -> str | None:
         """Why the server is not ready; None once it is."""
@@ -121,24 +127,21 @@ class Exchange:
             return _named(error)
         return None if response.status_code == 200 else f"status {response.status_code}"
 
-    async def _response(self, what: str, method: str, path: str, body: Any, timeout: float) -> httpx.Response:
+    async def _response(
+        self, what: str, method: str, path: str, body: Any, timeout: float, when_late: str
+    ) -> httpx.Response:
         try:
             async with asyncio.timeout(timeout):  # httpx bounds the pauses between bytes, not the whole
                 return await self._http.request(method, self.url + path, json=body)
         except TimeoutError:
-            raise self._lost(
-                f"{what} was not answered within {timeout:g} s",
-                "raise rollout.request_timeout_s, or ask for less at once (rollout.prompts_per_request)",
-            ) from None
+            raise self._lost(f"{what} was not answered within {timeout:g} s", when_late) from None
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise self._lost(
                 f"{what}: cannot connect ({_named(error)})",
                 "check that the server runs and that the address is right",
             ) from error
         except httpx.HTTPError as error:
-            raise self._lost(
-                f"{what}: the connection was lost ({_named(error)})", "look into the server's log"
-            ) from error
+            raise self._lost(f"{what}: the connection was lost ({_named(error)})", SEE_LOG) from error
 
     def diagnosis(self) -> str | None:
         """What is known of the server's end; None if nothing."""

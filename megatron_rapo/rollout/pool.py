@@ -287,12 +287,13 @@ class EnginePool:
         self.revive()
         self._loop.run(self._of_each(lambda client: client.begin_update()))
 
-    def post(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> Future[list[Any]]:
+    def post(self, path: str, bodies: Sequence[Mapping[str, Any]], *, timeout: float) -> Future[list[Any]]:
         """Sends each live engine a body, without waiting.
 
         Args:
             path: the route.
             bodies: one for each of `urls`, in that order.
+            timeout: seconds after which an engine that has not answered is lost.
 
         Returns:
             The answers, in that order. The first failure is raised at once: an engine that is lost
@@ -307,7 +308,7 @@ class EnginePool:
             return failed
         return self._loop.start(
             all_of(
-                member.ask(member.client.post(path, body))
+                member.ask(member.client.post(path, body, timeout=timeout))
                 for member, body in zip(members, bodies, strict=True)
             )
         )

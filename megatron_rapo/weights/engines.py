@@ -33,8 +33,11 @@ class Engines(Protocol):
     def begin_update(self) -> None:
         """Pauses generation and empties the cache of each, and opens its update."""
 
-    def post(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> Future[list[Any]]:
-        """Sends each its body, all at once; the future has their answers."""
+    def post(self, path: str, bodies: Sequence[Mapping[str, Any]], *, timeout: float) -> Future[list[Any]]:
+        """Sends each its body, all at once; the future has their answers.
+
+        An engine that has not answered after `timeout` seconds is lost: the future needs no limit of its own.
+        """
 
     def end_update(self, weight_version: int) -> None:
         """Closes the update of each, lets it generate, and reads the version back."""

@@ -204,7 +204,7 @@ class Run:
             "sampling_params": {"max_new_tokens": TOKENS, "temperature": 0.0, "ignore_eos": True},
             "return_logprob": True,
         }
-        return self.pool.post("/generate", [body] * len(self.pool.urls)).result(60)
+        return self.pool.post("/generate", [body] * len(self.pool.urls), timeout=60).result()
 
 
 def weights_are_released(url: str) -> bool:
@@ -299,6 +299,6 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engines, name)
 
-    def post(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> Future[list[Any]]:
+    def post(self, path: str, bodies: Sequence[Mapping[str, Any]], *, timeout: float) -> Future[list[Any]]:
         self._before()
-        return self._engines.post(path, bodies)
+        return self._engines.post(path, bodies, timeout=timeout)

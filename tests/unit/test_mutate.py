@@ -63,6 +63,7 @@ def test_faults_of_a_line(source: str, expected: set[str]) -> None:
         "def f(a: b[1] | c) -> d[2]: ...\n",
         "logger.info(a, b)\n",
         "raise ValueError(a, 3)\n",
+        "a = torch.equal(b, c)\n",
         "from a import b\n",
         "a = f'{b + 1}'\n",
         "a = 'b' + c\n",

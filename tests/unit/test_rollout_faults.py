@@ -253,7 +253,7 @@ def test_an_update_in_pieces_reaches_all_engines_in_order():
     with stand_ins(2) as (servers, urls), make_pool(urls) as pool:
         assert pool.tensor_parallel() == [1, 1]
         pool.begin_update()
-        answers = pool.post("/piece", [{"n": 0}, {"n": 1}])
+        answers = pool.post("/piece", [{"n": 0}, {"n": 1}], timeout=SOON)
         assert answers.result(SOON) == [{}, {}]
         for server in servers:
             server.version = "4"
@@ -278,23 +278,23 @@ def test_a_piece_that_an_engine_fails_to_take_is_known_at_once(hung):
             servers[1].go_on.set()
         started = time.monotonic()
         with pytest.raises(EngineLost, match=urls[0]):
-            pool.post("/piece", [{}, {}]).result(SOON)
+            pool.post("/piece", [{}, {}], timeout=SOON).result(SOON)
         assert time.monotonic() - started < SOON
         assert pool.urls == urls[1:]
         servers[1].go_on.set()
         pool.abandon_update()
         assert servers[1].asked[-1][0] == "/continue_generation"
         with pytest.raises(EngineLost, match="2 bodies for 1 live"):
-            pool.post("/piece", [{}, {}]).result(SOON)
+            pool.post("/piece", [{}, {}], timeout=SOON).result(SOON)
         pool.begin_update()
-        assert pool.post("/piece", [{}]).result(SOON) == [{}]
+        assert pool.post("/piece", [{}], timeout=SOON).result(SOON) == [{}]
 
 
 def test_silence_in_an_update_is_not_taken_for_death():
     with stand_ins(1) as ([server], urls), make_pool(urls, health_interval=0.05) as pool:
         pool.begin_update()
         server.go_on.clear()
-        answers = pool.post("/piece", [{}])
+        answers = pool.post("/piece", [{}], timeout=SOON)
         time.sleep(1.0)  # twenty looks
         server.go_on.set()
         assert answers.result(SOON) == [{}]

@@ -56,6 +56,9 @@ IGNORED_KEYWORDS = frozenset(
 IGNORED_CALLS = re.compile(
     r"(logger|logging|warnings)\.|print$|cast$|TypeVar$|(.*\.)?(sleep|Path|getLogger|add_argument)$"
 )
+COMMUTATIVE = re.compile(
+    r"(.*\.)?(addcmul_?|allclose|array_equal|equal|gcd|isclose|is_|logaddexp|max|maximum|min|minimum|isdisjoint)$"
+)
 IGNORED_NAMES = re.compile(r"__\w+__$|\w*_S$")  # __all__; seconds that a wait may last
 TEXT = (ast.JoinedStr, ast.List, ast.Tuple)
 
@@ -239,7 +242,8 @@ class _Finder(ast.NodeVisitor):
         first, second = (*node.args, None, None)[:2]
         if first is not None and second is not None:
             texts = [_text(first), _text(second)]
-            if texts[0] != texts[1] and not any(isinstance(a, ast.Starred) for a in (first, second)):
+            starred = any(isinstance(argument, ast.Starred) for argument in (first, second))
+            if texts[0] != texts[1] and not starred and not COMMUTATIVE.match(_text(node.func)):
                 swapped = self._segment(second) + self._gap(first, second) + self._segment(first)
                 self._add(self._offset(first)[0], self._offset(second)[1], swapped.decode(), node.lineno)
         for keyword in node.keywords:

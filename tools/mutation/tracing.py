@@ -16,6 +16,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 VARIABLE = "MUTATION_TRACE"  # the folder of the package, and the file that lines are written to
+ENOUGH = 1000  # calls of a function in a test: loops would take minutes
 OPTIMIZED = 0x1  # flag of functions' code: modules and class bodies, which imports run, are no test's
 
 
@@ -25,8 +26,6 @@ class Tracer:
     def __init__(self, package: str, log: str) -> None:
         self._package = package + os.sep
         self._log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        self._seen: set[tuple[CodeType, int]] = set()
-        self._test = ""
         self.enter(os.environ.get("PYTEST_CURRENT_TEST", ""))
 
     def start(self) -> None:
@@ -37,13 +36,16 @@ class Tracer:
     def enter(self, test: str) -> None:
         """Lines are `test`'s from now on."""
         self._test = test
-        self._seen = set()
+        self._seen: set[tuple[CodeType, int]] = set()
+        self._calls: dict[CodeType, int] = {}
 
     def _call(self, frame: FrameType, event: str, argument: Any) -> Any:
         code = frame.f_code
         if code.co_filename.startswith(self._package) and code.co_flags & OPTIMIZED:
-            self._line(frame, event, argument)
-            return self._line
+            self._calls[code] = calls = self._calls.get(code, 0) + 1
+            if calls <= ENOUGH:
+                self._line(frame, event, argument)
+                return self._line
         return None
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Any:

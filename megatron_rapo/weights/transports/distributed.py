@@ -45,7 +45,7 @@ class DistributedTransport(BucketTransport):
                 "group_name": name,
                 "load_format": "flattened_bucket",
             }
-            answers = engines.post("/update_weights_from_distributed", [body] * count)
+            answers = engines.post("/update_weights_from_distributed", [body] * count, timeout=TIMEOUT_S)
             work = group.broadcast(flat, 0)
             return lambda: _finish(answers, work)
 
@@ -77,6 +77,6 @@ def _finish(answers: Future[list[Any]], work: dist.Work) -> None:
     try:
         work.wait()
     except RuntimeError as error:
-        answers.result(TIMEOUT_S)  # the engine's own reason says more
+        answers.result()  # the engine's own reason says more
         raise EngineLost(f"a broadcast of weights failed: {error}") from error
-    answers.result(TIMEOUT_S)
+    answers.result()

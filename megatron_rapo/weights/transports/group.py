@@ -89,6 +89,7 @@ class Invitation:
         self._joined: Future[list[Any]] = engines.post(
             "/init_weights_update_group",
             [{**common, "rank_offset": first} for first in self.meeting.first_ranks],
+            timeout=TIMEOUT_S,
         )
         if wait([self._joined], REFUSAL_WAIT_S).done:
             self._joined.result()  # raises: nobody can have joined without this process
@@ -103,12 +104,7 @@ class Invitation:
         Raises:
             EngineLost, RapoError: one has not.
         """
-        try:
-            self._joined.result(TIMEOUT_S)
-        except TimeoutError:
-            raise EngineLost(
-                f"{', '.join(self.urls)} did not join a process group in {TIMEOUT_S} s"
-            ) from None
+        self._joined.result()
 
 
 def join(meeting: Meeting, rank: int) -> dist.ProcessGroup:

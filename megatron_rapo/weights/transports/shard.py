@@ -151,12 +151,12 @@ class ShardTransport:
             sender.pack()  # while the engines take the round before
             if engines is not None:
                 if answer is not None:  # one request at a time: two could reach an engine in the other order
-                    answer.result(TIMEOUT_S)
+                    answer.result()
                 fields = {"weight_version": str(version)} if number == len(rounds) - 1 else {}
                 bodies = [
                     {**self._body(engine, messages, sources), **fields} for engine in range(len(engines.urls))
                 ]
-                answer = engines.post("/update_weights_from_shards", bodies)
+                answer = engines.post("/update_weights_from_shards", bodies, timeout=TIMEOUT_S)
             for message in messages:
                 if message.source == self._placement.rank:
                     value = sender.send()
@@ -165,7 +165,7 @@ class ShardTransport:
         sender.finish()
         self._weights.forget()
         if answer is not None:
-            answer.result(TIMEOUT_S)
+            answer.result()
         return checksums
 
     def _discard(self) -> None:

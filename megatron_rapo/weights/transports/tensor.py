@@ -51,10 +51,11 @@ class TensorTransport(BucketTransport):
                     {**fields, "serialized_named_tensors": [_handles(bucket, flat) for _ in range(size)]}
                     for size in ranks
                 ],
+                timeout=TIMEOUT_S,
             )
 
             def wait() -> None:
-                answers.result(TIMEOUT_S)
+                answers.result()
 
             return wait
 

@@ -1,0 +1,225 @@
+"""A publication at stand-in engines: what it refuses, whom it leaves out, and what it records."""
+
+from __future__ import annotations
+
+import json
+import math
+from concurrent.futures import Future
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_rapo.checksum import tensor_checksum
+from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.errors import EngineLost, RapoError
+from megatron_rapo.experience.engines import SharedEngines
+from megatron_rapo.publish import proof
+from megatron_rapo.publish.publisher import Publisher
+from megatron_rapo.publish.record import Record
+from megatron_rapo.rollout.pool import EnginePool
+from megatron_rapo.weights.buckets import make_buckets
+from megatron_rapo.weights.tensor_table import HFTensor
+from megatron_rapo.weights.transports import distributed, group, tensor
+from megatron_rapo.weights.transports.distributed import DistributedTransport
+from megatron_rapo.weights.transports.tensor import TensorTransport
+from tests.stand_in import VOCAB, stand_ins
+
+VERSION = 4
+PROMPTS = [Prompt(0, "", (1, 2), ""), Prompt(1, "", (3,), "")]
+WEIGHT = torch.arange(6.0).reshape(2, 3)
+CHECKSUMS = {"norm": tensor_checksum(WEIGHT)}
+LATE_S = 2.0  # in place of two minutes
+
+
+class Alone:
+    """The placement of a single rank."""
+
+    is_main = is_head = True
+    rank = data_rank = 0
+
+    def share_from_main(self, mine: Any) -> Any:
+        return mine
+
+    def share_from_heads(self, mine: Any) -> list[Any]:
+        return [mine]
+
+
+class Stream:
+    """A model of one tensor."""
+
+    buckets = make_buckets([HFTensor("norm", (2, 3), None, 0)], torch.float32, 1000)
+
+    def run(self, open_engines) -> None:
+        open_engines()(self.buckets[0], WEIGHT.view(torch.uint8).flatten())()
+
+
+class Told:
+    """A transport that sends nothing, and says what it sent."""
+
+    def send(self, engines, version: int) -> dict[str, int]:
+        engines.begin_update()
+        engines.end_update(version)
+        return CHECKSUMS
+
+
+def continuations(log_prob: float, version: int = VERSION) -> bytes:
+    """What an engine answers to the probe."""
+    rows = [[log_prob, token, None] for token in range(proof.TOKENS)]
+    meta = {
+        "finish_reason": {"type": "length"},
+        "weight_version": str(version),
+        "output_token_logprobs": rows,
+    }
+    answer = {"text": "", "output_ids": list(range(proof.TOKENS)), "meta_info": meta}
+    return json.dumps([answer] * len(PROMPTS)).encode()
+
+
+@contextmanager
+def publication(
+    tmp_path, monkeypatch, transport, *, tolerance: float | None = 0.1, engines: int = 2, **options
+):
+    """Stand-ins that have arrived at `VERSION`, the pool, and the publisher to them."""
+    expected = np.full((len(PROMPTS), proof.TOKENS), -0.5)
+    monkeypatch.setattr(proof, "_trainer_log_probs", lambda *_: expected)
+    defaults = {"vocab_size": VOCAB, "prompts_per_request": 1, "request_timeout": 60.0}
+    with stand_ins(engines) as (servers, urls), EnginePool(urls, **{**defaults, **options}) as pool:
+        for server in servers:
+            server.version = str(VERSION)
+            server.answers["/generate"] = (200, continuations(-0.5))
+            server.answers["/weights_checksum"] = (404, b"")
+        placement = cast(Any, Alone())
+        policy = SimpleNamespace(
+            synchronise_parameters=lambda: None,
+            make_room=lambda: None,
+            architecture=SimpleNamespace(vocabulary=VOCAB),
+        )
+        publisher = Publisher(
+            transport,
+            cast(Any, policy),
+            placement,
+            SharedEngines(placement, pool, None),
+            PROMPTS,
+            dtype="float32",
+            tolerance=tolerance,
+            sequence_multiple=1,
+            record=Record(tmp_path),
+        )
+        yield servers, pool, publisher
+
+
+def published(tmp_path) -> list[dict[str, Any]]:
+    file = tmp_path / "published.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+# What is refused
+
+
+def test_a_publication_that_arrived_is_recorded(tmp_path, monkeypatch) -> None:
+    with publication(tmp_path, monkeypatch, Told()) as (servers, _, publisher):
+        told = json.dumps({"weight_version": str(VERSION), "checksums": CHECKSUMS}).encode()
+        servers[1].answers["/weights_checksum"] = (200, told)
+        metrics = publisher.publish(VERSION)
+    assert metrics["publish/probe_difference"] == 0.0
+    [line] = published(tmp_path)
+    assert (line["version"], line["engines"]) == (VERSION, 2)
+
+
+def test_another_checksum_at_an_engine_is_refused(tmp_path, monkeypatch) -> None:
+    with publication(tmp_path, monkeypatch, Told()) as (servers, pool, publisher):
+        other = {"weight_version": str(VERSION), "checksums": {"norm": CHECKSUMS["norm"] ^ 1}}
+        servers[1].answers["/weights_checksum"] = (200, json.dumps(other).encode())
+        with pytest.raises(RapoError, match=rf"1 of 1 tensors arrived at {pool.urls[1]} otherwise .*norm"):
+            publisher.publish(VERSION)
+    assert published(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("log_prob", "tolerance", "difference"), [(-0.75, 0.2, "0.25"), (-0.25, 0.2, "0.25"), (-0.75, 0.3, None)]
+)
+def test_the_probes_tolerance_is_the_one_that_was_set(
+    log_prob, tolerance, difference, tmp_path, monkeypatch
+) -> None:
+    with publication(tmp_path, monkeypatch, Told(), tolerance=tolerance) as (servers, pool, publisher):
+        servers[1].answers["/generate"] = (200, continuations(log_prob))
+        if difference is None:
+            assert publisher.publish(VERSION)["publish/probe_difference"] == pytest.approx(0.25)
+            return
+        with pytest.raises(RapoError, match=f"{pool.urls[1]} has weights of version 4 by name") as refused:
+            publisher.publish(VERSION)
+        assert f"differ from the trainer's by {difference} nats" in str(refused.value)
+        assert "weights.probe_tolerance = 0.2" in str(refused.value)
+
+
+def test_a_difference_that_is_no_number_is_refused() -> None:
+    with pytest.raises(RapoError, match=r"http://b .* nan nats"):
+        proof.check({"http://a": 0.0, "http://b": math.nan}, tolerance=1e9, version=VERSION)
+
+
+def test_the_doctor_lets_pass_whatever_engines_have(tmp_path, monkeypatch) -> None:
+    with publication(tmp_path, monkeypatch, Told(), tolerance=None) as (servers, _, publisher):
+        servers[1].answers["/generate"] = (200, continuations(-3.0))
+        assert publisher.publish(VERSION)["publish/probe_difference"] == pytest.approx(2.5)
+
+
+# Engines that accept and never answer
+
+
+@pytest.mark.parametrize("path", ["/update_weights_from_tensor", "/generate"])
+def test_an_engine_that_never_answers_is_left_out(path, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tensor, "TIMEOUT_S", LATE_S)
+    monkeypatch.setattr(proof, "TIMEOUT_S", LATE_S)
+    transport = TensorTransport(cast(Any, Stream()))
+    with publication(tmp_path, monkeypatch, transport) as (servers, pool, publisher):
+        silent = pool.urls[0]
+        servers[0].fault, servers[0].faulty = "silent", path
+        publisher.publish(VERSION)
+        assert pool.urls == [url for url in pool.urls if url != silent] and len(pool.urls) == 1
+        assert f"{silent}{path} was not answered within 2 s" in pool.failures[silent]
+        assert "request_timeout_s" not in pool.failures[silent], "it has no effect on this request"
+    [line] = published(tmp_path)
+    assert line["engines"] == 1
+
+
+def test_an_engine_that_does_not_join_the_group_is_left_out(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(group, "TIMEOUT_S", LATE_S)
+    transport = DistributedTransport(cast(Any, Stream()))
+    with publication(tmp_path, monkeypatch, transport, engines=1) as (servers, pool, publisher):
+        servers[0].fault, servers[0].faulty = "silent", "/init_weights_update_group"
+        with pytest.raises(RapoError, match="_group was not answered within 2 s"):
+            publisher.publish(VERSION)
+        assert pool.urls == []
+
+
+@pytest.mark.parametrize("path", ["/update_weights_from_distributed", "/update_weights_from_shards"])
+def test_the_answer_to_a_broadcast_or_message_has_a_limit(path, monkeypatch) -> None:
+    """As these transports ask: what they wait for ends by itself, with the engine out."""
+    with stand_ins(1) as ([server], urls):
+        server.fault, server.faulty = "silent", path
+        with EnginePool(urls, vocab_size=VOCAB, prompts_per_request=1, request_timeout=60.0) as pool:
+            answers: Future[list[Any]] = pool.post(path, [{}], timeout=LATE_S)
+            work = SimpleNamespace(is_completed=lambda: False)
+            with pytest.raises(EngineLost, match=f"{path} was not answered within 2 s"):
+                distributed._finish(answers, cast(dist.Work, work))
+            assert pool.urls == []
+
+
+def test_what_fails_again_and_again_with_all_engines_there_ends(tmp_path, monkeypatch) -> None:
+    class Failing:
+        tries = 0
+
+        def send(self, engines, version: int) -> dict[str, int]:
+            self.tries += 1
+            raise EngineLost("a message was not taken")
+
+    transport = Failing()
+    with publication(tmp_path, monkeypatch, transport) as (_, pool, publisher):
+        with pytest.raises(RapoError, match="a message was not taken"):
+            publisher.publish(VERSION)
+        assert len(pool.urls) == 2
+    assert transport.tries == 2
