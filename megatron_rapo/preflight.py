@@ -13,6 +13,7 @@ from megatron_rapo.launch.slurm import describe
 from megatron_rapo.model.architecture import Architecture, read_architecture
 from megatron_rapo.model.build import DTYPES
 from megatron_rapo.scaling.memory import estimate_memory
+from megatron_rapo.weights.hf_check import check_tensors
 from megatron_rapo.weights.hf_files import HFTensors
 from megatron_rapo.weights.megatron_files import MegatronTensors
 from megatron_rapo.weights.plan import make_plan
@@ -33,8 +34,8 @@ def check(config: RunConfig) -> Architecture:
             raise RapoError(
                 f"model {path} is not of the architecture of {config.model.config or config.model.path}"
             )
-        with HFTensors(path):
-            pass
+        with HFTensors(path) as tensors:
+            check_tensors(tensors, architecture)
     if config.model.checkpoint is not None:
         MegatronTensors(config.model.checkpoint, architecture)
     for data_path in _data_paths(config):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import re
 import warnings
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from megatron_rapo.convert.destination import new_directory
 from megatron_rapo.convert.progress import Progress
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import Architecture, read_architecture
+from megatron_rapo.weights.hf_check import check_tensors
 from megatron_rapo.weights.hf_directory import write_companions
 from megatron_rapo.weights.hf_files import HFTensors
 from megatron_rapo.weights.megatron_files import TRACKER
@@ -27,8 +27,6 @@ from megatron_rapo.weights.parameter_map import StoredParameter, stored_paramete
 
 # Megatron-LM reads it: 3.0 has today's order of query, key and value rows.
 COMMON = {"checkpoint_version": 3.0, "iteration": 0}
-# Tensors of some HF models that hold nothing: transformers computes them, too.
-COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 # Modules that Megatron asks for an `_extra_state` of when it loads: fp8 scales, or as here nothing.
 STATEFUL_MODULES = (
     "self_attention.linear_qkv",
@@ -53,8 +51,8 @@ def convert_to_megatron(source: Path, destination: Path) -> None:
     """
     architecture = read_architecture(source)
     with HFTensors(source) as tensors:
+        check_tensors(tensors, architecture)
         parameters = list(stored_parameters(architecture))
-        _check(tensors, parameters, architecture)
         planner = _Planner(parameters, tensors, architecture)
         with new_directory(destination, planner.progress.total) as directory:
             release = directory / "release"
@@ -66,25 +64,6 @@ def convert_to_megatron(source: Path, destination: Path) -> None:
             torch.save(COMMON, release / "common.pt")
             write_companions(release, companions_of=source)
             (directory / TRACKER).write_text("release\n")
-
-
-def _check(tensors: HFTensors, parameters: list[StoredParameter], architecture: Architecture) -> None:
-    """Refuses tensors that are missing, of another shape, or without a counterpart."""
-    expected = {name: shape for parameter in parameters for name, shape in parameter.hf.items()}
-    for name, shape in expected.items():
-        found = tensors.shape(name)
-        if found != list(shape):
-            raise RapoError(
-                f"tensor {name} in {tensors.directory} has shape {found}, config.json makes it "
-                f"{list(shape)}; is config.json that of its weights?"
-            )
-    for name in sorted(tensors.names() - expected.keys()):
-        copy_of_embedding = name == "lm_head.weight" and architecture.tied
-        if not (copy_of_embedding or COMPUTED.search(name)):
-            raise RapoError(
-                f"model {tensors.directory} has tensor {name}, for which {architecture.family} has no place; "
-                "is config.json that of its weights?"
-            )
 
 
 def _save(writer: dcp.FileSystemWriter, planner: _Planner) -> None:

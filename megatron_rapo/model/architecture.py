@@ -94,18 +94,28 @@ def read_architecture(path: Path) -> Architecture:
     file = path if path.suffix == ".json" else path / "config.json"
     if not file.is_file():
         raise RapoError(f"model {path} has no config.json; name a HF model directory in model.path")
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(file)
-    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
-        raise RapoError(f"model configuration {file} cannot be read: {error}; copy it again") from error
+    except Exception as error:  # what a malformed file runs into inside transformers is not foreseeable
+        raise RapoError(
+            f"model configuration {file} cannot be read ({type(error).__name__}: {error}); copy it again"
+        ) from error
     if config.model_type not in FAMILIES:
         raise RapoError(
             f"model {path} is of architecture {config.model_type!r}; supported are {', '.join(FAMILIES)}"
         )
     _refuse_unsupported(config, path)
+    try:
+        architecture = _architecture(config)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise RapoError(f"model configuration {file} has a wrong value ({error}); copy it again") from error
+    _check_sizes(architecture, file)
+    return architecture
+
+
+def _architecture(config: Any) -> Architecture:
     rope = config.rope_parameters
     return Architecture(
         family=config.model_type,
@@ -124,6 +134,27 @@ def read_architecture(path: Path) -> Architecture:
         query_key_norm=config.model_type == "qwen3",
         tied=bool(config.tie_word_embeddings),
     )
+
+
+def _check_sizes(architecture: Architecture, file: Path) -> None:
+    sizes = {
+        "num_hidden_layers": architecture.layers,
+        "hidden_size": architecture.hidden,
+        "num_attention_heads": architecture.heads,
+        "num_key_value_heads": architecture.kv_heads,
+        "head_dim": architecture.head_dim,
+        "intermediate_size": architecture.feed_forward,
+        "vocab_size": architecture.vocabulary,
+        "max_position_embeddings": architecture.max_positions,
+    }
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise RapoError(f"model configuration {file} has {name} = {size!r}, no size; copy it again")
+    if architecture.heads % architecture.kv_heads:
+        raise RapoError(
+            f"model configuration {file} has num_attention_heads = {architecture.heads}, no multiple of "
+            f"num_key_value_heads = {architecture.kv_heads}; copy it again"
+        )
 
 
 def _refuse_unsupported(config: Any, path: Path) -> None:

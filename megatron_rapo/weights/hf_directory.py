@@ -5,24 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+# What stands beside weights is configuration, tokenizer and chat templates: text in files of these kinds. A
+# list of names would forget those of the next tokenizer.
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenizer*", "vocab*", "merges*")
+TEMPLATES = "additional_chat_templates"  # transformers' folder of templates for special uses
+# Of the weights, not beside them: indices, and what a Megatron checkpoint says of itself.
+NOT_COMPANIONS = ("*.index.json", "metadata.json", "run.json")
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
@@ -40,13 +35,21 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 def write_companions(
     directory: Path, companions_of: Path, weight_map: Mapping[str, str] | None = None
 ) -> None:
-    """Carries configuration, tokenizer and generation files over from `companions_of`.
+    """Carries configuration, tokenizer, chat templates and generation files over from `companions_of`.
 
     With `weight_map`, the index that says which file holds which tensor is written as well.
     """
     if weight_map is not None:
         index = {"metadata": {}, "weight_map": dict(weight_map)}
         (directory / INDEX).write_text(json.dumps(index, indent=1))
-    for name in COMPANIONS:
-        if (companions_of / name).is_file():
-            shutil.copyfile(companions_of / name, directory / name)
+    for file in sorted(companions_of.iterdir()):
+        if file.is_file() and _is_companion(file.name) and not (directory / file.name).exists():
+            shutil.copyfile(file, directory / file.name)
+    if (companions_of / TEMPLATES).is_dir():
+        shutil.copytree(companions_of / TEMPLATES, directory / TEMPLATES, dirs_exist_ok=True)
+
+
+def _is_companion(name: str) -> bool:
+    return any(fnmatch(name, kind) for kind in COMPANIONS) and not any(
+        fnmatch(name, kind) for kind in NOT_COMPANIONS
+    )

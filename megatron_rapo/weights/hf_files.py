@@ -32,6 +32,11 @@ class HFTensors:
             for name in sorted(set(self._files.values())):
                 if not (directory / name).is_file():
                     raise RapoError(f"model {directory} lacks {name}, which its index names; copy it again")
+            if "model.safetensors" not in self._files.values() and (directory / "model.safetensors").exists():
+                raise RapoError(
+                    f"model {directory} holds its weights twice: in model.safetensors, and in the files that "
+                    f"{index.name} names, and who loads it takes either; remove the one that is out of date"
+                )
         elif (directory / "model.safetensors").is_file():
             self._files = dict.fromkeys(self._handle("model.safetensors").keys(), "model.safetensors")
         else:
@@ -54,6 +59,29 @@ class HFTensors:
         """Shape of the whole tensor."""
         return list(self._slices(name).get_shape())
 
+    def type_name(self, name: str) -> str:
+        """The tensor's type as safetensors calls it, such as `BF16`."""
+        return str(self._slices(name).get_dtype())
+
+    def check_index(self) -> None:
+        """Compares the index with the files.
+
+        Raises:
+            RapoError: a file lacks a tensor that the index names in it, or holds one that it does not: who
+                loads files one after the other would take that.
+        """
+        for file in sorted(set(self._files.values())):
+            named = {name for name, part in self._files.items() if part == file}
+            held = set(self._handle(file).keys())
+            if named != held:
+                name = sorted(named ^ held)[0]
+                what = "does not hold" if name in named else "holds"
+                where = self._files.get(name, "no file")
+                raise RapoError(
+                    f"model {self.directory}: its index says that tensor {name} is in {where}, and {file} "
+                    f"{what} it; copy index and files again"
+                )
+
     def read(self, name: str, dimension: int | None, start: int, stop: int) -> Tensor:
         """`name`, or its part `start:stop` of `dimension`."""
         slices = self._slices(name)
@@ -71,7 +99,14 @@ class HFTensors:
             raise RapoError(
                 f"model {self.directory} has no tensor {name}; is config.json that of its weights?"
             )
-        return self._handle(self._files[name]).get_slice(name)
+        file = self._files[name]
+        try:
+            return self._handle(file).get_slice(name)
+        except SafetensorError as error:
+            raise RapoError(
+                f"model {self.directory}: its index says that tensor {name} is in {file}, which has it not; "
+                "copy index and files again"
+            ) from error
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:

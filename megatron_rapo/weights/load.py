@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.weights.hf_check import check_tensors
 from megatron_rapo.weights.hf_files import HFTensors
 from megatron_rapo.weights.megatron_files import MegatronTensors, is_checkpoint
 from megatron_rapo.weights.parameter_map import MappedParameter, mapped_parameters
@@ -38,12 +39,13 @@ def open_tensors(path: Path, architecture: Architecture) -> Iterator[WholeTensor
     """The tensors of a HF model directory or of a Megatron checkpoint, whichever `path` is.
 
     Raises:
-        RapoError: files are missing or damaged, or the checkpoint is of another architecture.
+        RapoError: files are missing or damaged, or of another architecture.
     """
     if is_checkpoint(path):
         yield MegatronTensors(path, architecture)
     else:
         with HFTensors(path) as tensors:
+            check_tensors(tensors, architecture)
             yield tensors
 
 

@@ -147,3 +147,26 @@ def test_a_layout_that_does_not_divide_the_model_is_refused(
 ) -> None:
     with pytest.raises(RapoError, match=message):
         read_architecture(write(tmp_path)).check_layout(Parallel(**layout))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "null", "\xff", "[" * 100_000])
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(RapoError, match=r"config\.json cannot be read \(.*; copy it again"):
+        read_architecture(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_size": 0}, "has hidden_size = 0, no size; copy it again"),
+        ({"vocab_size": -1}, "has vocab_size = -1, no size"),
+        ({"max_position_embeddings": 0}, "has max_position_embeddings = 0, no size"),
+        ({"num_key_value_heads": 3}, "num_attention_heads = 4, no multiple of num_key_value_heads = 3"),
+        ({"dtype": "x"}, "cannot be read"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "could not convert string to float|cannot be read"),
+    ],
+)
+def test_sizes_that_are_none_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RapoError, match=message):
+        read_architecture(change(write(tmp_path), **options))

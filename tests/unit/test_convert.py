@@ -121,13 +121,17 @@ BROKEN_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: _edit(d, add="model.experts.weight"),
         "model.experts.weight, for which qwen2",
     ),
+    "tied, with another head": (
+        lambda d: _configure(d, tie_word_embeddings=True),
+        "lm_head.weight is not model.embed_tokens.weight .*; set tie_word_embeddings = false",
+    ),
     "another config": (
         lambda d: _configure(d, intermediate_size=100),
         r"gate_proj.weight in .* has shape \[176, 64\], config.json makes it \[100, 64\]",
     ),
     "config that contradicts itself": (
         lambda d: _configure(d, num_hidden_layers=3),
-        r"(?s)config.json cannot be read: .*num_hidden_layers",
+        r"(?s)config.json cannot be read \(.*num_hidden_layers",
     ),
     "another family": (
         lambda d: _configure(d, model_type="gpt2"),

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.weights import hf_check
+from megatron_rapo.weights.hf_check import check_tensors
+from megatron_rapo.weights.hf_directory import write_companions
 from megatron_rapo.weights.hf_files import HFTensors
 from megatron_rapo.weights.load import load_weights
 from tests.models import make_hf_model
@@ -103,12 +110,160 @@ def test_a_shard_is_cut_and_padded(original: Path) -> None:
     assert torch.equal(torch.cat(shards), torch.cat([expected, torch.zeros(1, 64)]))
 
 
-@pytest.mark.parametrize(("rows", "hidden", "vocabulary"), [(61, 32, 61), (64, 64, 64)])
-def test_weights_of_another_shape_are_refused(
-    original: Path, rows: int, hidden: int, vocabulary: int
-) -> None:
-    architecture = replace(read_architecture(original), vocabulary=vocabulary)
+def test_a_parameter_of_another_shape_is_refused(original: Path) -> None:
     with pytest.raises(
         RapoError, match=r"lm_head\.weight .* has shape \[61, 64\], which does not fit config\.json"
     ):
-        load_weights([Head(rows, hidden)], architecture, original, tensor_rank=0)
+        load_weights([Head(61, 32)], read_architecture(original), original, tensor_rank=0)
+
+
+def test_weights_of_another_vocabulary_are_refused(original: Path) -> None:
+    architecture = replace(read_architecture(original), vocabulary=64)
+    with pytest.raises(
+        RapoError, match=r"embed_tokens.* has shape \[61, 64\], config\.json makes it \[64, 64\]"
+    ):
+        load_weights([Head(64, 64)], architecture, original, tensor_rank=0)
+
+
+# What is in the files beside the architecture's tensors, and what is said of it.
+
+
+def edited(path: Path, change: Callable[[dict[str, torch.Tensor]], object], **options: Any) -> Path:
+    """A model of one layer whose tensors were changed."""
+    make_hf_model(path, num_hidden_layers=1, **options)
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def check(path: Path) -> None:
+    with HFTensors(path) as tensors:
+        check_tensors(tensors, read_architecture(path))
+
+
+def embedding_as_head(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+
+def test_a_tied_models_head_may_be_in_its_file_if_it_is_the_embedding(tmp_path: Path) -> None:
+    check(edited(tmp_path, embedding_as_head, tied=True))
+
+
+def test_a_tied_model_with_a_head_of_its_own_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def last_row(tensors: dict[str, torch.Tensor]) -> None:
+        embedding_as_head(tensors)
+        tensors["lm_head.weight"][60, 63] += 1e-6
+
+    monkeypatch.setattr(hf_check, "BLOCK_ROWS", 16)
+    model = edited(tmp_path, last_row, tied=True)
+    message = (
+        r"lm_head.weight is not model.embed_tokens.weight \(row 60 is .*; set tie_word_embeddings = false"
+    )
+    with pytest.raises(RapoError, match=message):
+        check(model)
+    with pytest.raises(RapoError, match=message):
+        load_weights([Head(61, 64)], read_architecture(model), model, tensor_rank=0)
+
+
+def test_a_tied_models_head_of_another_shape_is_refused(tmp_path: Path) -> None:
+    model = edited(tmp_path, lambda t: t.update({"lm_head.weight": torch.zeros(62, 64)}), tied=True)
+    with pytest.raises(RapoError, match=r"lm_head.weight .* has shape \[62, 64\], config.json makes it \[61"):
+        check(model)
+
+
+def test_a_head_that_is_not_there_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    model = edited(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(RapoError, match=r"no tensor lm_head.weight; .*set tie_word_embeddings = true there"):
+        check(model)
+
+
+@pytest.mark.parametrize(
+    ("theta", "dtype", "fits"),
+    [(10000.0, torch.float32, True), (10000.0, torch.bfloat16, True), (20000.0, torch.float32, False)],
+)
+def test_rotary_frequencies_are_compared(
+    tmp_path: Path, theta: float, dtype: torch.dtype, fits: bool
+) -> None:
+    frequencies = 1.0 / theta ** (torch.arange(0, 16, 2) / 16)  # as transformers writes it
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    model = edited(tmp_path, lambda tensors: tensors.update({name: frequencies.to(dtype)}))
+    with (
+        nullcontext()
+        if fits
+        else pytest.raises(RapoError, match=r"inv_freq .* is not what rope_theta = 10000")
+    ):
+        check(model)
+
+
+def test_quantized_weights_are_refused(tmp_path: Path) -> None:
+    model = edited(tmp_path, lambda tensors: tensors.update({NAME: tensors[NAME].to(torch.int8)}))
+    with pytest.raises(
+        RapoError, match=r"down_proj.weight .* is of type I8, .*: quantized weights cannot be"
+    ):
+        check(model)
+
+
+def index(folder: Path, **changes: str | None) -> Path:
+    """Changes which file the index names for a tensor; None takes it out."""
+    file = folder / "model.safetensors.index.json"
+    weight_map = json.loads(file.read_text())["weight_map"] | changes
+    file.write_text(json.dumps({"weight_map": {k: v for k, v in weight_map.items() if v is not None}}))
+    return folder
+
+
+@pytest.mark.parametrize("file", ["part-0.safetensors", "part-1.safetensors"])
+def test_an_index_that_names_the_wrong_file_is_refused(split: Path, file: str) -> None:
+    right = json.loads((split / "model.safetensors.index.json").read_text())["weight_map"][NAME]
+    with HFTensors(index(split, **{NAME: file})) as tensors:
+        if file == right:
+            tensors.check_index()
+            return
+        with pytest.raises(RapoError, match=rf"{NAME} is in {file}, which has it not; copy index and files"):
+            tensors.shape(NAME)
+        with pytest.raises(RapoError, match=rf"{NAME} is in {file}, and .* it; copy index and files again"):
+            tensors.check_index()
+
+
+def test_a_tensor_that_the_index_leaves_out_is_refused(split: Path) -> None:
+    with (
+        HFTensors(index(split, **{NAME: None})) as tensors,
+        pytest.raises(RapoError, match=rf"tensor {NAME} is in no file, and part-.\.safetensors holds it;"),
+    ):
+        tensors.check_index()
+
+
+def test_weights_that_are_there_twice_are_refused(split: Path, original: Path) -> None:
+    shutil.copyfile(original / "model.safetensors", split / "model.safetensors")
+    with pytest.raises(RapoError, match=r"holds its weights twice: .*remove the one that is out of date"):
+        HFTensors(split)
+
+
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model.v3",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "qwen.tiktoken",
+    "spiece.model",
+    "additional_chat_templates/rag.jinja",
+)
+LEFT = ("model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", "common.pt", "README.md")
+
+
+def test_all_that_belongs_to_tokenizer_and_configuration_is_carried_along(tmp_path: Path) -> None:
+    for name in (*COMPANIONS, *LEFT):
+        file = tmp_path / "from" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
+    (tmp_path / "to").mkdir()
+    write_companions(tmp_path / "to", tmp_path / "from", {NAME: "model.safetensors"})
+    carried = {str(p.relative_to(tmp_path / "to")) for p in (tmp_path / "to").rglob("*") if p.is_file()}
+    assert carried == {*COMPANIONS, "model.safetensors.index.json"}
+    assert json.loads((tmp_path / "to/model.safetensors.index.json").read_text())["weight_map"]
