@@ -22,6 +22,7 @@ from megatron_rapo.experience.batch import Batch, collect
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import open_engines
 from megatron_rapo.experience.summary import count_tokens
+from megatron_rapo.experience.unknown import UnknownRewards
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.model.architecture import Architecture, read_architecture
 from megatron_rapo.observe.observer import Observer
@@ -48,6 +49,7 @@ class Job:
     vocabulary: int
     prompts: PromptOrder
     collector: Collector
+    unknown_rewards: UnknownRewards
     evaluator: Evaluator | None
     policy: Policy
     reference: Reference | None
@@ -107,6 +109,7 @@ class Job:
 
         rollout = self.config.rollout
         batch = collect(self.prompts, rollout.prompts_per_step, score, rollout.dynamic_sampling)
+        self.unknown_rewards.check(step, batch.drawn)
         self.collector.engines.rest()
         self.policy.take_room()
         return batch
@@ -188,6 +191,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             vocabulary=vocabulary,
             prompts=PromptOrder(prompts, seed=config.run.seed, shuffle=getattr(config.data, "shuffle", True)),
             collector=collector,
+            unknown_rewards=UnknownRewards(config.reward.unknown_limit, tells=placement.is_main),
             evaluator=_open_evaluator(stack, config, tokenizer, collector),
             policy=policy,
             reference=reference,

@@ -126,9 +126,9 @@ def _computed(config: RunConfig, case: Case, dtype: str) -> tuple[float, dict[st
     reference = _reference(model, architecture, placement, algorithm)
     if reference is not None:
         reference.annotate(minibatches, objective)
-    metrics, _ = accumulate_gradients(wrapped, minibatches[0], objective, reference, placement)
+    sums, _ = accumulate_gradients(wrapped, minibatches[0], objective, reference, placement)
     gradient = dict(hf_tensors(chunks, architecture, placement, value=main_gradient))
-    return metrics["loss/total"], _collected(gradient, placement)
+    return objective.metrics(sums)["loss/total"], _collected(gradient, placement)
 
 
 def _reference(

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_rapo.config.section import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from megatron_rapo.config.section import BelowOne, Fraction, NonNegativeFloat, PositiveInt, Section
 
 Preset = Literal["rapo", "grpo", "dapo", "dr_grpo", "gspo", "lite_ppo"]
 Divergence = Literal[
@@ -77,7 +77,7 @@ class Algorithm(Section):
         "token",
         description="π / π_old of each token, or its geometric mean over the response (GSPO).",
     )
-    clip_low: NonNegativeFloat = Field(0.2, lt=1, description="The ratio is clipped below at 1 − this.")
+    clip_low: BelowOne = Field(0.2, description="The ratio is clipped below at 1 − this.")
     clip_high: NonNegativeFloat = Field(0.2, description="The ratio is clipped above at 1 + this.")
     clip_dual: float | None = Field(
         None,
@@ -89,9 +89,10 @@ class Algorithm(Section):
         "off",
         description="For engine and trainer log-probs that differ: the policy gradient is weighted by "
         "trainer / engine probability, truncated at `importance_cap`; or tokens where that ratio or its "
-        "inverse exceeds it are masked out. The ratio is reported either way.",
+        'inverse exceeds it are masked out. With ratio = "sequence" a response\'s tokens share the mean of '
+        "their weights, which leaves the loss as it is. The ratio is reported either way.",
     )
-    importance_cap: PositiveFloat = Field(2.0, gt=1, description="See `importance_correction`.")
+    importance_cap: float = Field(2.0, gt=1, allow_inf_nan=False, description="See `importance_correction`.")
     divergence: Divergence = Field(
         "forward_exact",
         description="`forward_exact`: KL(flattened reference ‖ policy), exact over the vocabulary (RAPO); "
@@ -117,8 +118,9 @@ class Algorithm(Section):
     )
     overlong_buffer_tokens: PositiveInt | None = Field(
         None,
-        description="DAPO's soft overlong penalty: rewards for the advantage fall linearly to −1 over the "
-        "last so many tokens before max_response_tokens. Default: no penalty.",
+        description="DAPO's soft overlong penalty: rewards for the advantage fall linearly by up to ½ over "
+        "the last so many tokens before max_response_tokens, at most all of them. (The paper's 1 is of "
+        "rewards that are −1 and 1; those here are 0 and 1.) φ sees rewards without it. Default: no penalty.",
     )
     groups_without_variance: Literal["keep", "keep_failed", "drop"] = Field(
         "keep",

@@ -8,15 +8,19 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_rapo.config.data import Data
-from megatron_rapo.config.section import Fraction, PositiveFloat, PositiveInt, Section
+from megatron_rapo.config.section import PositiveFloat, PositiveInt, Section
 
 
 class Setting(Section):
     """One way to sample, a table of `[[evaluate.settings]]`."""
 
     temperature: PositiveFloat = Field(1.0, description="Sampling temperature.")
-    top_p: Fraction = Field(
-        1.0, gt=0, description="Nucleus: the likeliest tokens that reach this probability may be drawn."
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Nucleus: the likeliest tokens that reach this probability may be drawn.",
     )
     top_k: PositiveInt | None = Field(
         None, description="So many likeliest tokens may be drawn. Default: all."

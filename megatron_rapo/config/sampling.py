@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megatron_rapo.config.address import same_server
-from megatron_rapo.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section
+from megatron_rapo.config.section import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from megatron_rapo.config.verifiers import VerifierName
 
 # Arguments of sglang.launch_server that a run has its own ideas of.
@@ -185,7 +185,11 @@ class Rollout(Section):
 
 
 class Reward(Section):
-    """How responses are verified. A correct response earns 1, any other 0."""
+    """How responses are verified. A correct response earns 1, a wrong one 0.
+
+    Where a verification times out or crashes the reward is unknown: the response is not trained on, takes no
+    part in its group's comparison, and is counted (`reward/timeout`, `reward/crash`, `reward/unknown`).
+    """
 
     verifier: VerifierName | None = Field(
         None,
@@ -195,4 +199,8 @@ class Reward(Section):
     workers: PositiveInt = Field(2, description="Verifier processes of each data-parallel head.")
     time_limit_s: PositiveFloat = Field(
         5.0, description="Hard limit for one verification; past it the process is killed: outcome `timeout`."
+    )
+    unknown_limit: Fraction = Field(
+        0.5,
+        description="Share of a step's rewards that may be unknown; beyond it the run ends, and says why.",
     )

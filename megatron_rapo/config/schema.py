@@ -102,6 +102,7 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         checks: list[Callable[[], None]] = [
             self._check_batch,
+            self._check_overlong_buffer,
             self._check_warmup,
             self._check_rewards,
             self._check_evaluation,
@@ -131,6 +132,14 @@ class RunConfig(Section):
                 f"algorithm.max_tokens_per_microbatch = {self.algorithm.max_tokens_per_microbatch} cannot "
                 f"hold rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens "
                 f"({padded} padded); raise it to {padded}"
+            )
+
+    def _check_overlong_buffer(self) -> None:
+        buffer, limit = self.algorithm.overlong_buffer_tokens, self.rollout.max_response_tokens
+        if buffer is not None and buffer > limit:
+            raise ValueError(
+                f"algorithm.overlong_buffer_tokens = {buffer} is longer than "
+                f"rollout.max_response_tokens = {limit}: every response would be penalised; lower it"
             )
 
     def _check_warmup(self) -> None:

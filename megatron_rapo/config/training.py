@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megatron_rapo.config.section import (
-    Fraction,
+    BelowOne,
     NonNegativeFloat,
     PathOption,
     PositiveFloat,
@@ -93,17 +93,27 @@ class Parallel(Section):
 
 
 class Optimizer(Section):
-    """AdamW with Megatron's gradient clipping and learning-rate schedule."""
+    """AdamW with Megatron's gradient clipping and learning-rate schedule.
 
-    learning_rate: PositiveFloat = Field(1e-6, description="The rate after warm-up.")
-    min_learning_rate: NonNegativeFloat = Field(0.0, description="Where the decay ends.")
+    Of N updates, W of them warm-up, update n has the rate learning_rate · n / W while n ≤ W; then, with
+    p = (n − 1 − W) / (N − W), it has min_learning_rate + (learning_rate − min_learning_rate) · s(p), where
+    s(p) is 1 − p (linear), (1 + cos πp) / 2 (cosine) or 1 (constant). So the first update after the warm-up
+    has the full rate, none has a rate of 0, and min_learning_rate is what update N + 1 would have.
+    """
+
+    learning_rate: PositiveFloat = Field(
+        1e-6, description="The rate after warm-up; `optimizer/learning_rate` is the rate used."
+    )
+    min_learning_rate: NonNegativeFloat = Field(
+        0.0, description="Where the decay ends, one update behind the last."
+    )
     warmup_updates: int = Field(0, ge=0, description="Optimizer updates of linear warm-up from zero.")
     decay: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="Shape of the decay over the run's optimizer updates."
     )
     weight_decay: NonNegativeFloat = Field(0.01, description="Decoupled weight decay.")
-    beta1: Fraction = Field(0.9, lt=1, description="Decay of the first moment.")
-    beta2: Fraction = Field(0.95, lt=1, description="Decay of the second moment.")
+    beta1: BelowOne = Field(0.9, description="Decay of the first moment.")
+    beta2: BelowOne = Field(0.95, description="Decay of the second moment.")
     epsilon: PositiveFloat = Field(1e-8, description="Adam's ε.")
     clip_gradient: PositiveFloat = Field(1.0, description="Largest global gradient norm (L2).")
     distributed: bool = Field(

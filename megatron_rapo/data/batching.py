@@ -25,6 +25,7 @@ class Sample:
         reward: of the response.
         advantage: of the response.
         token_weight: weight of each response token in the minibatch's loss; 0: it is masked out.
+        has_probability: whether all its tokens exist; where not, it is not even measured.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -33,6 +34,7 @@ class Sample:
     reward: float
     advantage: float
     token_weight: float
+    has_probability: bool = True
 
 
 @dataclass
@@ -43,9 +45,9 @@ class Microbatch:
 
     Attributes:
         token_ids, position_ids, targets: int64.
-        weights: fp32, of the token in the minibatch's loss; 0 where the target is no response token.
+        weights: fp32, of the token in the minibatch's loss; 0 where it takes no part.
         rewards, advantages, engine_log_probs: fp32, of the predicted token.
-        response_positions: int64, of the predicted token in its response.
+        response_positions: int64, of the predicted token in its response; −1 where it is none of one.
         sequences: int64, which of the packed sequences the position belongs to.
         lengths: padded length of each sequence, over all CP ranks.
         old_log_probs: fp32, under the policy that starts the step; None: the policy has not moved yet.
@@ -72,8 +74,8 @@ class Microbatch:
 
     @property
     def is_response(self) -> Tensor:
-        """`[tokens / CP]` bool: whether a response token is predicted."""
-        return self.weights > 0
+        """`[tokens / CP]` bool: whether a response token is predicted, be it masked out of the loss."""
+        return self.response_positions >= 0
 
 
 def padded_length(tokens: int, multiple: int) -> int:
@@ -172,6 +174,7 @@ def pack(
         missing -= lengths[-1]
     total = sum(lengths)
     integers = {name: np.zeros(total, np.int64) for name in _INTEGERS}
+    integers["response_positions"] -= 1
     floats = {name: np.zeros(total, np.float32) for name in _FLOATS}
     sequences = np.repeat(np.arange(len(lengths)), lengths)
     start = 0
@@ -181,7 +184,8 @@ def pack(
         integers["targets"][start : start + tokens - 1] = sample.token_ids[1:]
         integers["position_ids"][start : start + length] = np.arange(length)
         response = slice(start + sample.prompt_tokens - 1, start + tokens - 1)
-        integers["response_positions"][response] = np.arange(tokens - sample.prompt_tokens)
+        if sample.has_probability:
+            integers["response_positions"][response] = np.arange(tokens - sample.prompt_tokens)
         floats["weights"][response] = sample.token_weight
         floats["rewards"][response] = sample.reward
         floats["advantages"][response] = sample.advantage

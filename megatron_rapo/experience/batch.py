@@ -11,7 +11,8 @@ import numpy as np
 
 from megatron_rapo.config.sampling import DynamicSampling
 from megatron_rapo.data.prompts import Prompt
-from megatron_rapo.reward.scoring import ScoredGroup
+from megatron_rapo.loss.advantages import varies
+from megatron_rapo.reward.scoring import ScoredGroup, known_rewards
 
 Score = Callable[[Sequence[Prompt]], list[ScoredGroup]]
 """Samples and verifies prompts: their groups, in order, the same on all ranks."""
@@ -46,19 +47,18 @@ class Batch:
         """What dynamic sampling cost and did: `reward/mean` is of the chosen groups alone."""
         if not self.rounds:
             return {}
-        rewards = [group.rewards for group in self.drawn]
         return {
             "sampling/rounds": self.rounds,
             "sampling/prompts_drawn": len(self.drawn),
             "sampling/filled_up": sum(not teaches(group) for group in self.groups),
             "sampling/surplus": sum(map(teaches, self.drawn)) - sum(map(teaches, self.groups)),
-            "sampling/reward_mean_drawn": float(np.mean(rewards)),
+            "sampling/reward_mean_drawn": float(np.ma.filled(known_rewards(self.drawn).mean(), np.nan)),
         }
 
 
 def teaches(group: ScoredGroup) -> bool:
-    """Whether the group's responses earned different rewards, so that comparing them tells something."""
-    return len(set(group.rewards)) > 1
+    """Whether the group's known rewards differ, so that comparing them tells something."""
+    return bool(varies(known_rewards([group]))[0])
 
 
 def collect(prompts: Prompts, wanted: int, score: Score, dynamic: DynamicSampling | None) -> Batch:

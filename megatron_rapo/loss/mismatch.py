@@ -19,29 +19,28 @@ class Mismatch:
 
     With Δ = log π_trainer − log π_engine at a token, both of the policy that sampled it, they hold the mean
     and the maximum of |Δ|, and the mean of e^Δ − 1 − Δ, whose expectation over the engine's samples is
-    KL(engine ‖ trainer) (Schulman's k3: never negative, of low variance). Means are weighted as in the loss.
+    KL(engine ‖ trainer) (Schulman's k3: never negative, of low variance). All response tokens count alike.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
         """Of no tokens."""
-        # Weight, weighted |Δ| and weighted k3, by stretch; the maximum is no sum, so it stands apart.
+        # Tokens, |Δ| and k3, by stretch; the maximum is no sum, so it stands apart.
         self._sums = torch.zeros(3, len(STRETCHES), dtype=torch.float64, device=device)
         self._largest = torch.zeros(len(STRETCHES), dtype=torch.float64, device=device)
         self._bounds = torch.tensor(STRETCHES[1:], device=device)
 
-    def add(self, log_probs: Tensor, engine_log_probs: Tensor, weights: Tensor, positions: Tensor) -> None:
+    def add(self, log_probs: Tensor, engine_log_probs: Tensor, positions: Tensor) -> None:
         """Takes tokens in, `[tokens]` each.
 
         Args:
             log_probs: the trainer's, under the policy that sampled.
             engine_log_probs: as sampled.
-            weights: in the loss.
             positions: int64, of each token in its response.
         """
         log_ratio = (log_probs - engine_log_probs).double()
         stretch = torch.bucketize(positions, self._bounds, right=True)
         values = torch.stack([torch.ones_like(log_ratio), log_ratio.abs(), log_ratio.expm1() - log_ratio])
-        self._sums.index_add_(1, stretch, values * weights.double())
+        self._sums.index_add_(1, stretch, values)
         self._largest.scatter_reduce_(0, stretch, log_ratio.abs(), "amax")
 
     def merge(self, other: Mismatch) -> None:
@@ -65,10 +64,10 @@ class Mismatch:
 
 
 def _metrics(where: str, sums: Tensor, largest: Tensor) -> dict[str, float]:
-    weight, difference, divergence = sums.tolist()
-    weight = weight or 1.0  # nothing counts where every response is masked
+    tokens, difference, divergence = sums.tolist()
+    tokens = tokens or 1.0  # no response may have a probability at all
     return {
-        f"mismatch/log_prob_mean{where}": difference / weight,
+        f"mismatch/log_prob_mean{where}": difference / tokens,
         f"mismatch/log_prob_max{where}": largest.item(),
-        f"mismatch/kl{where}": divergence / weight,
+        f"mismatch/kl{where}": divergence / tokens,
     }

@@ -4,6 +4,9 @@
 
 over response tokens (RAPO, arXiv 2510.03865), u the importance weight. The token weights were made of the
 whole minibatch, so the loss is a plain sum over microbatches and ranks.
+
+What is reported beside the loss is of all response tokens alike, also of those that are masked out of it:
+so it is the same quantity in runs that weight or mask them differently.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ class _Tokens:
     flattened_log_probs: Tensor | None
     reference_log_probs: Tensor | None
     sequence_log_ratios: Tensor | None
+    sequence_importance: Tensor | None
 
     def rows(self, rows: slice) -> _Tokens:
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -55,7 +59,7 @@ class _Tokens:
 class Objective:
     """Computes a microbatch's share of the loss from final hidden states."""
 
-    # Weighted sums that every update reports, besides the audit's.
+    # Sums over response tokens that every update reports, besides the audit's; only "total" is weighted.
     PARTS = (
         "total",
         "policy",
@@ -67,7 +71,8 @@ class Objective:
         "importance_corrected",
         "log_ratio_clamped",
         "not_finite",
-        "weight",
+        "tokens",
+        "tokens_in_loss",
     )
 
     def __init__(
@@ -126,9 +131,10 @@ class Objective:
             reference: at these tokens, if `wants_reference_hidden`.
 
         Returns:
-            The loss (a sum), `[len(parts)]` weighted sums in fp64, and how far engine and trainer are apart.
+            The loss (a sum), `[len(parts)]` sums in fp64, and how far engine and trainer are apart.
         """
         chosen = microbatch.is_response
+        sequence_log_ratios, sequence_importance = self._of_responses(microbatch, policy)
         tokens = _Tokens(
             weights=microbatch.weights[chosen],
             advantages=microbatch.advantages[chosen],
@@ -137,7 +143,8 @@ class Objective:
             old_log_probs=_chosen(microbatch.old_log_probs, chosen),
             flattened_log_probs=microbatch.flattened_log_probs,
             reference_log_probs=microbatch.reference_log_probs,
-            sequence_log_ratios=self._sequence_log_ratios(microbatch, policy),
+            sequence_log_ratios=sequence_log_ratios,
+            sequence_importance=sequence_importance,
         )
         sums = torch.zeros(len(self.parts), dtype=torch.float64, device=chosen.device)
         mismatch = Mismatch(chosen.device)
@@ -146,10 +153,9 @@ class Objective:
             chunk = tokens.rows(rows)
             loss, parts = self._token_loss(statistics, chunk)
             with torch.no_grad():
-                weights = chunk.weights.double()
-                sums.add_(torch.stack([(weights * parts[name]).sum() for name in self.parts]))
+                sums.add_(torch.stack([parts[name].sum(dtype=torch.float64) for name in self.parts]))
                 old = _old_log_prob(statistics, chunk)
-                mismatch.add(old, chunk.engine_log_probs, chunk.weights, chunk.response_positions)
+                mismatch.add(old, chunk.engine_log_probs, chunk.response_positions)
             return chunk.weights * loss
 
         states = None
@@ -165,12 +171,12 @@ class Objective:
         loss = chunked_loss(policy.hidden, microbatch.targets[chosen], head, token_loss, states)
         return loss, sums, mismatch
 
-    def metrics(self, sums: Tensor) -> Mapping[str, float]:
-        """Metrics of one update from its summed `[len(parts)]`: the loss, and weighted means."""
+    def metrics(self, sums: Tensor, updates: int = 1) -> Mapping[str, float]:
+        """Metrics of some updates from their summed `[len(parts)]`: the mean loss, and means over tokens."""
         values = dict(zip(self.parts, sums.tolist(), strict=True))
-        weight = values["weight"] or 1.0  # nothing counts where every response is masked
-        means = {name: value / weight for name, value in values.items()}
-        metrics = {"loss/total": values["total"]}
+        tokens = values["tokens"] or 1.0  # no response may have a probability at all
+        means = {name: value / tokens for name, value in values.items()}
+        metrics = {"loss/total": values["total"] / updates, "loss/tokens": values["tokens_in_loss"]}
         names = ("policy", "divergence", "entropy", "clipped", "log_ratio_clamped", "not_finite")
         metrics |= {f"loss/{name}": means[name] for name in names}
         metrics |= {
@@ -207,7 +213,9 @@ class Objective:
             reference_log_prob=_first(statistics.reference_log_prob, tokens.reference_log_probs),
         )
         divergence = self._divergence(at_token)
-        policy = -correction * surrogate.value
+        # Where all tokens share a ratio, only the mean of their weights is in the loss and in its gradient.
+        shared = tokens.sequence_importance
+        policy = -(correction if shared is None else shared) * surrogate.value
         loss = (
             policy
             + algorithm.divergence_coefficient * divergence
@@ -216,7 +224,7 @@ class Objective:
         with torch.no_grad():
             uncorrected = (old - tokens.engine_log_probs).exp()
             parts = {
-                "total": loss,
+                "total": tokens.weights * loss,
                 "policy": policy,
                 "divergence": divergence,
                 "entropy": statistics.entropy,
@@ -226,7 +234,8 @@ class Objective:
                 "importance_corrected": (correction != 1.0) & (correction != uncorrected),
                 "log_ratio_clamped": self._clamped(at_token),
                 "not_finite": ~log_prob.isfinite(),
-                "weight": torch.ones_like(loss),
+                "tokens": torch.ones_like(loss),
+                "tokens_in_loss": tokens.weights > 0,
             }
             if algorithm.audit_estimators:
                 parts |= audit_parts(at_token)
@@ -251,24 +260,32 @@ class Objective:
         phi = flattening(microbatch.rewards[microbatch.is_response], self.algorithm.phi_floor)
         return ReferenceStates(states.hidden, states.weight, phi, forward, reverse)
 
-    def _sequence_log_ratios(self, microbatch: Microbatch, policy: HeadStates) -> Tensor | None:
-        """Of each response token, its response's mean log π / π_old; None where ratios are of tokens.
+    def _of_responses(
+        self, microbatch: Microbatch, policy: HeadStates
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Of each response token, its response's mean log π / π_old, and its mean importance weight.
 
-        Costs a pass over the head, but on the step's first update, where every ratio is 1.
+        None where ratios are of tokens. Costs a pass over the head, but where both are known to be 1: on the
+        step's first update without importance correction.
         """
-        if self.algorithm.ratio == "token":
-            return None
-        chosen = microbatch.is_response
-        if microbatch.old_log_probs is None:
-            return torch.zeros_like(microbatch.weights[chosen])
-        now = chunked_statistics(policy.hidden, microbatch.targets[chosen], self.head(policy.weight))
-        log_ratio = now.log_prob - microbatch.old_log_probs[chosen]
+        algorithm, chosen = self.algorithm, microbatch.is_response
+        if algorithm.ratio == "token":
+            return None, None
+        engine = microbatch.engine_log_probs[chosen]
+        if microbatch.old_log_probs is None and algorithm.importance_correction == "off":
+            return torch.zeros_like(engine), torch.ones_like(engine)
+        head = self.head(policy.weight)
+        log_prob = chunked_statistics(policy.hidden, microbatch.targets[chosen], head).log_prob
+        old = log_prob if microbatch.old_log_probs is None else microbatch.old_log_probs[chosen]
+        importance = importance_weight(old, engine, algorithm.importance_correction, algorithm.importance_cap)
         sequence = microbatch.sequences[chosen]
-        totals = log_ratio.new_zeros(2, len(microbatch.lengths))
-        totals.index_add_(1, sequence, torch.stack([log_ratio, torch.ones_like(log_ratio)]))
+        totals = log_prob.new_zeros(3, len(microbatch.lengths))
+        values = torch.stack([log_prob - old, importance, torch.ones_like(log_prob)])
+        totals.index_add_(1, sequence, values.to(totals.dtype))
         if self.context_group is not None:
             dist.all_reduce(totals, group=self.context_group)
-        return (totals[0] / totals[1].clamp(min=1.0))[sequence]
+        means = totals[:2] / totals[2].clamp(min=1.0)
+        return means[0, sequence], means[1, sequence]
 
 
 def _old_log_prob(statistics: TokenStatistics, tokens: _Tokens) -> Tensor:

@@ -9,11 +9,11 @@ import numpy.typing as npt
 
 from megatron_rapo.config import Algorithm, RunConfig
 from megatron_rapo.data.batching import Microbatch, Sample, pack, padded_length, plan_microbatches
-from megatron_rapo.loss.advantages import ADVANTAGES, overlong_penalty
+from megatron_rapo.loss.advantages import ADVANTAGES, overlong_penalty, varies
 from megatron_rapo.loss.aggregation import token_weights
 from megatron_rapo.parallel.device import device
 from megatron_rapo.parallel.placement import Placement
-from megatron_rapo.reward.scoring import ScoredGroup
+from megatron_rapo.reward.scoring import ScoredGroup, known_rewards
 
 
 def build_minibatches(
@@ -61,10 +61,10 @@ def build_minibatches(
 
 
 def batch_advantages(groups: Sequence[ScoredGroup], config: RunConfig) -> npt.NDArray[np.float64]:
-    """`[groups, responses]`, advantages over the whole rollout batch."""
+    """`[groups, responses]`, advantages over the whole rollout batch; 0 where the reward is unknown."""
     algorithm, limit = config.algorithm, config.rollout.max_response_tokens
-    rewards = np.array([group.rewards for group in groups])
-    if not ((rewards >= 0.0) & (rewards <= 1.0)).all():
+    rewards = known_rewards(groups)
+    if np.ma.filled((rewards < 0.0) | (rewards > 1.0), False).any():
         # φ(r) is defined there; the verifiers' rewards are 0 and 1.
         raise ValueError(f"rewards from {rewards.min()} to {rewards.max()} are not all within [0, 1]")
     if algorithm.overlong_buffer_tokens is not None:
@@ -85,7 +85,7 @@ def make_samples(
         for index, group in enumerate(groups)
         for number in range(len(group.responses))
     ]
-    kept = np.array([_counts(group, number, config.algorithm, vocabulary) for group, number, _ in responses])
+    kept = np.array([_in_loss(group, number, config.algorithm, vocabulary) for group, number, _ in responses])
     lengths = np.array([len(group.responses[number].token_ids) for group, number, _ in responses])
     weights = np.zeros(len(responses))
     if kept.any():
@@ -99,25 +99,26 @@ def make_samples(
             ),
             prompt_tokens=len(group.prompt.token_ids),
             engine_log_probs=group.responses[number].log_probs,
-            reward=group.rewards[number],
+            reward=group.rewards[number] or 0.0,  # where unknown, the weight is 0
             advantage=advantage,
             token_weight=float(weight),
+            has_probability=not group.responses[number].leaves(vocabulary),
         )
         for (group, number, advantage), weight in zip(responses, weights, strict=True)
     ]
 
 
-def _counts(group: ScoredGroup, number: int, algorithm: Algorithm, vocabulary: int) -> bool:
+def _in_loss(group: ScoredGroup, number: int, algorithm: Algorithm, vocabulary: int) -> bool:
     """Whether a response takes part in the loss."""
     response = group.responses[number]
     if response.leaves(vocabulary) or (algorithm.mask_truncated and response.truncated):
         return False
-    alike = len(set(group.rewards)) == 1
-    if algorithm.groups_without_variance == "drop":
-        return not alike
-    if algorithm.groups_without_variance == "keep_failed":
-        return not alike or group.rewards[0] == 0.0
-    return True
+    if not group.outcomes[number].known:
+        return False
+    rewards = known_rewards([group])
+    if algorithm.groups_without_variance == "keep" or varies(rewards)[0]:
+        return True
+    return algorithm.groups_without_variance == "keep_failed" and bool(rewards.max() == 0.0)
 
 
 def _common_length(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def accumulate_gradients(
     objective: Objective,
     reference: Reference | None,
     placement: Placement,
-) -> tuple[Mapping[str, float], Mismatch]:
+) -> tuple[Tensor, Mismatch]:
     """Forward and backward of one minibatch into the gradient buffers.
 
     Args:
@@ -67,7 +67,8 @@ def accumulate_gradients(
         placement: of this rank.
 
     Returns:
-        The minibatch's metrics, and how far engine and trainer are apart on it; the same on all ranks.
+        `[len(objective.parts)]` sums over the minibatch, of which `objective.metrics` makes metrics, and how
+        far engine and trainer are apart on it; the same on all ranks.
     """
 
     def loss(microbatch: Microbatch, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, Mismatch]]:
@@ -87,4 +88,4 @@ def accumulate_gradients(
         total += sums
         mismatch.merge(of_microbatch)
     mismatch.reduce(placement)
-    return objective.metrics(placement.sum_from_last_stage(total)), mismatch
+    return placement.sum_from_last_stage(total), mismatch

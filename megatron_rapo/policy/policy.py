@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_rapo.config import Model, Optimizer
@@ -22,8 +21,10 @@ from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.build import DTYPES, Body, build_chunks
 from megatron_rapo.parallel.device import device
 from megatron_rapo.parallel.placement import Placement
-from megatron_rapo.policy.gradients import accumulate_gradients, wrap
+from megatron_rapo.policy.finite import DIVERGED, check_finite, named_parameters
+from megatron_rapo.policy.gradients import accumulate_gradients, main_gradient, wrap
 from megatron_rapo.policy.hidden_states import whole_tokens
+from megatron_rapo.policy.learning_rate import LearningRate
 from megatron_rapo.policy.pipeline import run_forward
 from megatron_rapo.policy.reference import Reference
 from megatron_rapo.weights.load import load_weights
@@ -35,7 +36,8 @@ class Policy:
     Attributes:
         chunks: this rank's model chunks, as Megatron built them.
         wrapped: the same, wrapped for data parallelism.
-        optimizer, schedule: Megatron's.
+        optimizer: Megatron's.
+        learning_rate: the rate of each update.
     """
 
     def __init__(
@@ -62,10 +64,12 @@ class Policy:
         self.architecture = architecture
         self.placement = placement
         self.chunks: list[Body] = build_chunks(architecture, model, placement.layout)
-        load_weights(self.chunks, architecture, model.checkpoint or model.path, placement.tensor_rank)
+        source = model.checkpoint or model.path
+        load_weights(self.chunks, architecture, source, placement.tensor_rank)
+        self._check_parameters(f"the policy's weights of {source}", "take an undamaged copy")
         self.wrapped = wrap(self.chunks, optimizer)
         self.optimizer = _megatron_optimizer(self.wrapped, optimizer, DTYPES[model.dtype])
-        self.schedule = _learning_rate_schedule(self.optimizer, optimizer, total_updates)
+        self.learning_rate = LearningRate(self.optimizer, optimizer, total_updates)
         _connect(self.wrapped, self.optimizer, optimizer)
 
     def annotate(self, minibatches: Sequence[Sequence[Microbatch]], objective: Objective) -> None:
@@ -104,35 +108,48 @@ class Policy:
         """One optimizer update a minibatch.
 
         Returns:
-            Metrics, averaged over the updates (those of the mismatch over all tokens); the same on all ranks.
+            Metrics, means over all response tokens; loss, gradient norm and learning rate are means over the
+            updates. The same on all ranks.
 
         Raises:
-            RapoError: a loss or gradient is not finite.
+            RapoError: a loss, gradient or weight is not finite; on all ranks.
         """
-        updates, mismatch = [], Mismatch(device())
+        sums = torch.zeros(len(objective.parts), dtype=torch.float64, device=device())
+        mismatch, norms, rates = Mismatch(device()), [], []
         for minibatch in minibatches:
-            metrics, of_minibatch = self._update(minibatch, objective, reference)
-            updates.append(metrics)
-            mismatch.merge(of_minibatch)
-        averaged = {name: sum(metrics[name] for metrics in updates) / len(updates) for name in updates[0]}
-        return {**averaged, **mismatch.metrics()}
+            of_minibatch, apart = self._accumulate(minibatch, objective, reference)
+            sums += of_minibatch
+            mismatch.merge(apart)
+            self.learning_rate.begin_update()
+            _, norm, _ = self.optimizer.step()
+            if not math.isfinite(norm):
+                raise RapoError(f"optimizer/gradient_norm = {norm}: {DIVERGED}")
+            norms.append(float(norm))
+            rates.append(self.optimizer.param_groups[0]["lr"])
+        self.synchronise_parameters()
+        self._check_parameters("after the step's updates, weights", DIVERGED)
+        return {
+            **objective.metrics(sums, updates=len(minibatches)),
+            **mismatch.metrics(),
+            "optimizer/gradient_norm": sum(norms) / len(norms),
+            "optimizer/learning_rate": sum(rates) / len(rates),
+        }
 
-    def _update(
+    def _accumulate(
         self, minibatch: Sequence[Microbatch], objective: Objective, reference: Reference | None
-    ) -> tuple[dict[str, float], Mismatch]:
+    ) -> tuple[Tensor, Mismatch]:
+        """The minibatch's gradients, which are finite, in the buffers; the sums that metrics are made of."""
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        found = accumulate_gradients(self.wrapped, minibatch, objective, reference, self.placement)
+        _check_metrics(objective.metrics(found[0]))
+        gradients = {name: main_gradient(parameter) for name, parameter in named_parameters(self.chunks)}
+        check_finite("gradients", gradients, self.placement, DIVERGED)
+        return found
 
-        found, mismatch = accumulate_gradients(self.wrapped, minibatch, objective, reference, self.placement)
-        metrics = dict(found)
-        _check_finite(metrics)
-        self.schedule.step(increment=1)
-        _, gradient_norm, _ = self.optimizer.step()
-        metrics["optimizer/gradient_norm"] = float(gradient_norm)
-        metrics["optimizer/learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        _check_finite(metrics)
-        return metrics, mismatch
+    def _check_parameters(self, what: str, remedy: str) -> None:
+        check_finite(what, dict(named_parameters(self.chunks)), self.placement, remedy)
 
     def make_room(self) -> None:
         """Before rollouts: optimizer state to host memory, gradient buffers away, if the options say so."""
@@ -151,9 +168,8 @@ class Policy:
             self._gave_way = False
 
     def go_to_update(self, update: int) -> None:
-        """Sets the learning rate's schedule to where it stands after `update` updates."""
-        self.schedule.num_steps = update
-        self.schedule.step(increment=0)
+        """Sets the learning rate to where it stands after `update` updates."""
+        self.learning_rate.go_to(update)
 
     def synchronise_parameters(self) -> None:
         """Makes every rank's parameters current; needed before they are read outside the forward pass."""
@@ -162,19 +178,15 @@ class Policy:
                 chunk.start_param_sync(force_sync=True)
 
 
-def _check_finite(metrics: Mapping[str, float]) -> None:
+def _check_metrics(metrics: Mapping[str, float]) -> None:
     if metrics["loss/not_finite"] > 0:
         raise RapoError(
-            f"{metrics['loss/not_finite']:.2%} of the response tokens have NaN or infinite logits: the "
-            "policy's weights are damaged or have diverged; go on from an earlier checkpoint with a lower "
-            "optimizer.learning_rate"
+            f"{metrics['loss/not_finite']:.2%} of the response tokens have NaN or infinite logits under the "
+            f"policy: {DIVERGED}"
         )
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise RapoError(
-                f"{name} = {value}: training has diverged; go on from an earlier checkpoint with a lower "
-                "optimizer.learning_rate"
-            )
+            raise RapoError(f"{name} = {value}: {DIVERGED}")
 
 
 def _megatron_optimizer(
@@ -195,24 +207,6 @@ def _megatron_optimizer(
         overlap_param_gather=optimizer.overlap_communication,
     )
     return get_megatron_optimizer(config, list(wrapped))
-
-
-def _learning_rate_schedule(
-    megatron_optimizer: Any, optimizer: Optimizer, total_updates: int
-) -> OptimizerParamScheduler:
-    return OptimizerParamScheduler(
-        megatron_optimizer,
-        init_lr=0.0,
-        max_lr=optimizer.learning_rate,
-        min_lr=optimizer.min_learning_rate,
-        lr_warmup_steps=optimizer.warmup_updates,
-        lr_decay_steps=total_updates,
-        lr_decay_style=optimizer.decay,
-        start_wd=optimizer.weight_decay,
-        end_wd=optimizer.weight_decay,
-        wd_incr_steps=total_updates,
-        wd_incr_style="constant",
-    )
 
 
 def _connect(

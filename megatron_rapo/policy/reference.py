@@ -14,6 +14,7 @@ from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.build import build_chunks
 from megatron_rapo.parallel.device import device
 from megatron_rapo.parallel.placement import Placement
+from megatron_rapo.policy.finite import check_finite, named_parameters
 from megatron_rapo.policy.hidden_states import whole_tokens
 from megatron_rapo.policy.pipeline import run_forward
 from megatron_rapo.weights.load import load_weights
@@ -42,6 +43,8 @@ class Reference:
         self.chunks = build_chunks(architecture, model, placement.layout)
         weights = model.reference_path or model.checkpoint or model.path
         load_weights(self.chunks, architecture, weights, placement.tensor_rank)
+        what = f"the reference's weights of {weights}"
+        check_finite(what, dict(named_parameters(self.chunks)), placement, "take an undamaged copy")
         for chunk in self.chunks:
             chunk.requires_grad_(False)
             chunk.eval()

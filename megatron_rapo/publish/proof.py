@@ -79,6 +79,25 @@ def mean_differences(
     return {url: float(np.mean(values)) for url, values in differences.items()}
 
 
+def check_policy(
+    policy: Policy, placement: Placement, prompts: Sequence[Prompt], version: int, sequence_multiple: int
+) -> None:
+    """Whether the policy itself can be computed, before engines are asked about it. All ranks call it.
+
+    Raises:
+        RapoError: on all ranks, where its log-probs at the probe's prompts are not finite.
+    """
+    repeated = [
+        Continuation("", p, np.full(TOKENS, p.token_ids[-1], np.int32), np.zeros(TOKENS, np.float32))
+        for p in prompts
+    ]
+    if not np.isfinite(_trainer_log_probs(policy, placement, repeated, sequence_multiple)).all():
+        raise RapoError(
+            f"the policy of version {version} gives NaN or infinite log-probs: its weights are damaged, or "
+            "training has diverged; go on from an earlier checkpoint with a lower optimizer.learning_rate"
+        )
+
+
 def compare(url: str, sent: Mapping[str, int], arrived: Mapping[str, int]) -> None:
     """Compares what one engine has with what was sent, tensor by tensor, where both tell of whole tensors.
 

@@ -13,7 +13,7 @@ from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.experience.engines import SharedEngines
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.policy import Policy
-from megatron_rapo.publish.proof import Continuation, check, compare, mean_differences, probe
+from megatron_rapo.publish.proof import Continuation, check, check_policy, compare, mean_differences, probe
 from megatron_rapo.publish.record import Publication, Record, digest
 from megatron_rapo.weights.engines import Engines
 from megatron_rapo.weights.stream import attempt
@@ -80,11 +80,13 @@ class Publisher:
             Metrics: seconds until the engines served, and the probe's largest mean difference in nats.
 
         Raises:
-            RapoError: an engine refuses, has other weights in fact than by name, or too few are left.
+            RapoError: the policy's log-probs are not finite; an engine refuses, has other weights in fact
+                than by name, or too few are left.
         """
         begun = time.perf_counter()
         self._policy.synchronise_parameters()
         self._policy.make_room()
+        check_policy(self._policy, self._placement, self._prompts, version, self._sequence_multiple)
         checksums, found = self._serve(version)
         self._engines.agree()
         seconds = time.perf_counter() - begun

@@ -52,7 +52,7 @@ CURVES = (
     Curve(
         "rollout/truncated", "truncated responses", "Share of responses cut at the length limit.", share=True
     ),
-    Curve("loss/entropy", "entropy, nats per token", "Entropy of the policy at response tokens."),
+    Curve("loss/entropy", "entropy, nats per token", "Entropy of the policy, mean over all response tokens."),
     Curve(
         "loss/divergence",
         "divergence, nats per token",

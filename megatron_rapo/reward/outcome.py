@@ -9,14 +9,19 @@ from enum import StrEnum
 class Outcome(StrEnum):
     """The result of verifying one response.
 
-    A verification that timed out or crashed says nothing about the response, so it is counted apart from
-    wrong ones, although all three earn nothing.
+    A verification that timed out or crashed says nothing about the response: its reward is unknown, which is
+    counted apart, and not trained on as if it were wrong.
     """
 
     CORRECT = "correct"
     WRONG = "wrong"
     TIMEOUT = "timeout"
     CRASH = "crash"
+
+    @property
+    def known(self) -> bool:
+        """Whether the verification came to its end, so that there is a reward."""
+        return self in (Outcome.CORRECT, Outcome.WRONG)
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,6 @@ class Verification:
     why: str | None = None
 
 
-def reward_of(outcome: Outcome) -> float:
-    """1 for a correct response, 0 for any other."""
-    return 1.0 if outcome is Outcome.CORRECT else 0.0
+def reward_of(outcome: Outcome) -> float | None:
+    """1 for a correct response, 0 for a wrong one; None where it is unknown."""
+    return float(outcome is Outcome.CORRECT) if outcome.known else None

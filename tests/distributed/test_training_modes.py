@@ -121,7 +121,7 @@ def test_the_clip_takes_as_many_tokens_as_in_plain_pytorch(measured: dict[str, A
 
 @pytest.mark.parametrize("name", EXACT)
 def test_mismatch_is_that_of_the_policy_each_step_began_with(measured: dict[str, Any], name: str) -> None:
-    """Over all of the step's minibatches: their largest, not their mean, and each token by its weight."""
+    """Over all of the step's minibatches: their largest, not their mean, and each token alike."""
     for step, expected in zip(
         measured[name]["mismatch"], measured[name]["expected"]["mismatch"], strict=True
     ):
@@ -239,31 +239,30 @@ def _mismatch(seeds: list[int], sampled: list[np.ndarray]) -> list[float]:
     """`MISMATCHES` of the seeds' samples, by numpy; `sampled` are each seed's log-probs of all responses."""
     samples = [sample for seed in seeds for sample in make_samples(seed)]
     delta = np.concatenate(sampled) - np.concatenate([sample.engine_log_probs for sample in samples])
-    weight = np.concatenate([np.full(len(s.engine_log_probs), s.token_weight) for s in samples])
     late = np.concatenate([np.arange(len(s.engine_log_probs)) for s in samples]) >= 16
     divergence, size = np.exp(delta) - 1 - delta, np.abs(delta)
     return [
-        float(np.average(size, weights=weight)),
+        float(size.mean()),
         float(size.max()),
-        float(np.average(divergence, weights=weight)),
-        float(np.average(divergence[late], weights=weight[late])),
+        float(divergence.mean()),
+        float(divergence[late].mean()),
     ]
 
 
 def learning_rate(options: Optimizer, update: int, total: int) -> float:
-    """Of update 1, 2, …, `total`: linear from zero over the warm-up, then decaying to the lowest."""
+    """Of update 1, 2, …, `total`: linear over the warm-up, then decaying from the full rate to the lowest."""
     if update <= options.warmup_updates:
         return options.learning_rate * update / options.warmup_updates
     if options.decay == "constant":
         return options.learning_rate
-    progress = (update - options.warmup_updates) / (total - options.warmup_updates)
+    progress = (update - 1 - options.warmup_updates) / (total - options.warmup_updates)
     share = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[options.decay]
     return options.min_learning_rate + share * (options.learning_rate - options.min_learning_rate)
 
 
 def _loss(model: Any, old: Any, reference: Any, seed: int) -> tuple[torch.Tensor, float, np.ndarray]:
     """The minibatch's loss, its clipped share, and the log-probs under `old` of all its responses."""
-    loss, clipped, weights, sampled = torch.zeros(()), 0.0, 0.0, []
+    loss, clipped, tokens, sampled = torch.zeros(()), 0.0, 0, []
     low, high = 1 - OBJECTIVE["clip_low"], 1 + OBJECTIVE["clip_high"]
     for sample in make_samples(seed):
         ids = torch.from_numpy(sample.token_ids).long()
@@ -291,6 +290,6 @@ def _loss(model: Any, old: Any, reference: Any, seed: int) -> tuple[torch.Tensor
             - OBJECTIVE["entropy_coefficient"] * entropy
         )
         loss = loss + sample.token_weight * per_token.sum()
-        clipped += sample.token_weight * float((bounded < plain).sum())
-        weights += sample.token_weight * len(per_token)
-    return loss, clipped / weights, np.concatenate(sampled)
+        clipped += float((bounded < plain).sum())
+        tokens += len(per_token)
+    return loss, clipped / tokens, np.concatenate(sampled)

@@ -132,14 +132,13 @@ def plain_mismatch(log_probs: list[np.ndarray]) -> dict[str, float]:
     """Of the samples, each with the trainer's log-probs of its response, by numpy."""
     lengths = [len(of_sample) for of_sample in log_probs]
     position = np.concatenate([np.arange(length) for length in lengths])
-    weight = np.repeat([sample.token_weight for sample in samples()], lengths)
     delta = np.concatenate(log_probs) - np.concatenate([sample.engine_log_probs for sample in samples()])
     found = {}
     for where, at in {"": position >= 0, "/0_15": position < 16, "/16_63": position >= 16}.items():
-        d, w = delta[at].astype(np.float64), weight[at]
-        found[f"mismatch/log_prob_mean{where}"] = float(np.average(np.abs(d), weights=w))
+        d = delta[at].astype(np.float64)
+        found[f"mismatch/log_prob_mean{where}"] = float(np.abs(d).mean())
         found[f"mismatch/log_prob_max{where}"] = float(np.abs(d).max())
-        found[f"mismatch/kl{where}"] = float(np.average(np.exp(d) - 1 - d, weights=w))
+        found[f"mismatch/kl{where}"] = float((np.exp(d) - 1 - d).mean())
     return found
 
 
@@ -204,8 +203,8 @@ def _loss_and_gradient(
     reference = Reference(model, architecture, placement) if divergence != "none" else None
     if reference is not None:
         reference.annotate([minibatch], objective)
-    metrics, mismatch = accumulate_gradients(policy.wrapped, minibatch, objective, reference, placement)
-    value = metrics["loss/total"]
+    sums, mismatch = accumulate_gradients(policy.wrapped, minibatch, objective, reference, placement)
+    value = objective.metrics(sums)["loss/total"]
 
     mine = dict(hf_tensors(policy.chunks, architecture, placement, value=lambda p: p.main_grad))
     if placement.data_rank or placement.context_rank:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from megatron_rapo.config.load import validate
 from megatron_rapo.data.batching import Microbatch
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import RapoError
-from megatron_rapo.policy.batch import build_minibatches
+from megatron_rapo.policy.batch import batch_advantages, build_minibatches, make_samples
 from megatron_rapo.reward.outcome import Outcome
 from megatron_rapo.reward.scoring import ScoredGroup
 from megatron_rapo.rollout.groups import Response
@@ -36,6 +37,23 @@ def scored(number: int) -> ScoredGroup:
     )
     outcomes = tuple(Outcome.CORRECT if correct else Outcome.WRONG for correct in CORRECT[number])
     return ScoredGroup(Prompt(number, "?", (7, 8), "!"), responses, outcomes)
+
+
+def group_of(*responses: tuple[int, Outcome], truncated: Sequence[int] = ()) -> ScoredGroup:
+    """Responses of given lengths and outcomes; the n-th is of token n + 1, and cut if `truncated` has n."""
+    return ScoredGroup(
+        Prompt(0, "?", (7, 8), "!"),
+        tuple(
+            Response(
+                np.full(length, n + 1, np.int32),
+                np.full(length, -2.0, np.float32),
+                0,
+                "length" if n in truncated else "stop",
+            )
+            for n, (length, _) in enumerate(responses)
+        ),
+        tuple(outcome for _, outcome in responses),
+    )
 
 
 GROUPS = [scored(number) for number in range(4)]
@@ -67,16 +85,16 @@ def minibatches(run: RunConfig, data_rank: int = 0, context_rank: int = 0) -> li
 
 
 def values(microbatches: list[Microbatch], name: str) -> dict[int, list[float]]:
-    """Of response tokens, by the token that is predicted."""
+    """Of response tokens in the loss, by the token that is predicted."""
     found: dict[int, list[float]] = {}
     for microbatch in microbatches:
-        for token, value, counts in zip(
+        for token, value, weight in zip(
             microbatch.targets.tolist(),
             getattr(microbatch, name).tolist(),
-            microbatch.is_response,
+            microbatch.weights.tolist(),
             strict=True,
         ):
-            if counts:
+            if weight:
                 found.setdefault(token, []).append(value)
     return found
 
@@ -161,7 +179,86 @@ def test_a_response_with_a_token_that_does_not_exist_is_masked() -> None:
     """The last group's last response is of token 311, which a tokenizer of 311 tokens lacks."""
     placement: Any = SimpleNamespace(data_rank=0, context_rank=0)
     batches = build_minibatches(GROUPS, config(), placement, 311)
-    predicted = {int(t) for microbatches in batches for m in microbatches for t in m.targets[m.is_response]}
+    predicted = {token for microbatches in batches for token in values(microbatches, "weights")}
     assert predicted == {1, 11, 101, 111, 201, 211, 301}
     last = sum(float(m.weights.sum()) for m in batches[1])
     assert last == pytest.approx(1.0)
+
+
+C, W, T, X = Outcome.CORRECT, Outcome.WRONG, Outcome.TIMEOUT, Outcome.CRASH
+
+
+def in_loss(groups: Sequence[ScoredGroup], **algorithm: Any) -> list[list[bool]]:
+    """Which responses of each group have weight in the loss."""
+    run = config(minibatch_prompts=4, **algorithm)
+    samples = iter(make_samples(groups, batch_advantages(groups, run), run, VOCABULARY))
+    return [[next(samples).token_weight > 0 for _ in group.responses] for group in groups]
+
+
+@pytest.mark.parametrize(
+    ("which", "mixed", "failed", "solved"),
+    [("keep", True, True, True), ("keep_failed", True, True, False), ("drop", True, False, False)],
+)
+def test_which_groups_without_variance_stay(which: str, mixed: bool, failed: bool, solved: bool) -> None:
+    groups = [group_of((2, C), (3, W)), group_of((2, W), (3, W)), group_of((2, C), (3, C))]
+    expected = [[kept] * 2 for kept in (mixed, failed, solved)]
+    assert in_loss(groups, groups_without_variance=which) == expected
+
+
+def test_responses_that_were_cut_leave_the_loss_where_asked_for() -> None:
+    groups = [group_of((2, C), (10, W), truncated=[1])]
+    assert in_loss(groups, mask_truncated=True) == [[True, False]]
+    assert in_loss(groups, mask_truncated=False) == [[True, True]]
+
+
+def test_what_is_masked_weighs_in_no_normaliser() -> None:
+    """The mean is over the tokens that are left: the weights of the loss's tokens add up to 1."""
+    run = config(minibatch_prompts=4, mask_truncated=True)
+    groups = [group_of((2, C), (10, W), truncated=[1]), group_of((3, C), (1, W))]
+    samples = make_samples(groups, batch_advantages(groups, run), run, VOCABULARY)
+    assert [sample.token_weight for sample in samples] == pytest.approx([1 / 6, 0, 1 / 6, 1 / 6])
+
+
+def test_unknown_rewards_are_not_trained_on_and_change_nothing_for_the_others() -> None:
+    groups = [group_of((2, C), (3, T), (4, W), (1, W)), group_of((2, C), (3, X), (4, X), (1, T))]
+    assert in_loss(groups) == [[True, False, True, True], [True, False, False, False]]
+    found = batch_advantages(groups, config())
+    without = batch_advantages([group_of((2, C), (4, W), (1, W))], config())
+    assert found[0, [0, 2, 3]] == pytest.approx(without[0])
+    assert found[0, 1] == 0.0
+    assert (found[1] == 0.0).all()
+
+
+@pytest.mark.parametrize(("which", "kept"), [("keep", True), ("keep_failed", True), ("drop", False)])
+def test_groups_that_fail_as_far_as_is_known_count_as_failed(which: str, kept: bool) -> None:
+    assert in_loss([group_of((2, W), (3, T), (4, W))], groups_without_variance=which) == [[kept, False, kept]]
+
+
+@pytest.mark.parametrize("which", ["keep", "keep_failed", "drop"])
+def test_a_step_of_unknown_rewards_has_nothing_in_the_loss(which: str) -> None:
+    assert in_loss([group_of((2, X), (3, T))], groups_without_variance=which) == [[False, False]]
+
+
+def test_phi_sees_the_reward_that_was_earned_and_the_advantage_the_penalised_one() -> None:
+    """Of a buffer of 4 and a limit of 10: 8 tokens lose ¼, 10 lose ½."""
+    groups = [group_of((2, C), (8, C), (10, W), (3, W))]
+    run = config(minibatch_prompts=4, overlong_buffer_tokens=4)
+    advantages = batch_advantages(groups, run)
+    shaped = np.array([1.0, 0.75, -0.5, 0.0])
+    assert advantages[0] == pytest.approx((shaped - shaped.mean()) / shaped.std(ddof=1))
+    samples = make_samples(groups, advantages, run, VOCABULARY)
+    assert [sample.reward for sample in samples] == [1.0, 1.0, 0.0, 0.0]
+    assert batch_advantages(groups, config())[0] == pytest.approx(np.array([1, 1, -1, -1]) * 0.75**0.5)
+
+
+def test_responses_of_one_length_inside_the_buffer_compare_as_without_it() -> None:
+    groups = [group_of((9, C), (9, C), (9, C))]
+    assert (batch_advantages(groups, config(overlong_buffer_tokens=7)) == 0.0).all()
+
+
+def test_the_minibatch_carries_rewards_to_the_tokens() -> None:
+    """What flattens the reference: 1 at a correct response's tokens, 0 at a wrong one's."""
+    first, second = (values(part, "rewards") for part in minibatches(config()))
+    assert {token: set(found) for token, found in (first | second).items()} == {
+        1: {1.0}, 11: {0.0}, 101: {0.0}, 111: {0.0}, 201: {1.0}, 211: {1.0}, 301: {0.0}, 311: {1.0},
+    }  # fmt: skip

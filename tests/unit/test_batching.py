@@ -95,7 +95,7 @@ def test_only_predictions_of_response_tokens_count() -> None:
     assert packed.rewards.tolist() == [0, 10, 10, 0, 50, 50, 50, 0]
     assert packed.advantages.tolist() == [0, 10.5, 10.5, 0, 50.5, 50.5, 50.5, 0]
     assert packed.engine_log_probs.tolist() == [0, -12, -13, 0, -51, -52, -53, 0]
-    assert packed.response_positions.tolist() == [0, 0, 1, 0, 0, 1, 2, 0]
+    assert packed.response_positions.tolist() == [-1, 0, 1, -1, 0, 1, 2, -1]
 
 
 samples = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=5).map(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
-from megatron_rapo.config import RunConfig, document, load_config, to_toml, validate
+from megatron_rapo.config import Algorithm, RunConfig, document, load_config, to_toml, validate
 from megatron_rapo.errors import RapoError
 
 MINIMAL: dict[str, Any] = {
@@ -308,6 +311,15 @@ def test_a_missing_option_is_named(values: dict[str, Any], message: str) -> None
         ),
         (with_options(model__path=3), 'model.path = 3: must be text; write path = "3", or --set'),
         (with_options(observe__wandb="on"), "observe.wandb = \"on\": must be 'off', 'offline' or 'online'"),
+        (
+            with_options(algorithm={"importance_correction": "masked", "importance_cap": 1.0}),
+            "importance_cap",
+        ),
+        (with_options(algorithm__clip_low=1.0), "clip_low"),
+        (with_options(optimizer__beta1=1.0), "beta1"),
+        (with_options(optimizer__beta2=1.0), "beta2"),
+        (with_options(evaluate={"settings": [{"top_p": 0.0}]}), "top_p"),
+        (with_options(reward__unknown_limit=1.1), "unknown_limit"),
     ],
 )
 def test_a_value_out_of_range_is_refused(values: dict[str, Any], message: str) -> None:
@@ -523,6 +535,10 @@ def test_an_option_without_effect_is_refused(values: dict[str, Any], option: str
             with_options(evaluate={"settings": [{"max_response_tokens": 65}]}),
             "max_response_tokens = 65 exceeds rollout.max_response_tokens = 64; lower it",
         ),
+        (
+            with_options(algorithm__overlong_buffer_tokens=65),
+            "algorithm.overlong_buffer_tokens = 65 is longer than rollout.max_response_tokens = 64",
+        ),
     ],
 )
 def test_an_impossible_combination_is_refused(values: dict[str, Any], message: str) -> None:
@@ -598,6 +614,37 @@ def test_the_documentation_is_current() -> None:
     assert page.read_text() == document.render(), (
         "python -m megatron_rapo.config.document > docs/configuration.md"
     )
+
+
+def bounds_of(annotation: Any) -> Iterator[list[str]]:
+    """The bounds that each part of a type has, such as `["gt", "gt"]`."""
+    metadata = getattr(annotation, "__metadata__", ())
+    fields = [item for item in metadata if isinstance(item, FieldInfo)]
+    found = [*metadata, *(item for field in fields for item in field.metadata)]
+    yield [name for item in found for name in ("gt", "ge", "lt", "le") if hasattr(item, name)]
+    for part in get_args(annotation):
+        yield from bounds_of(part)
+
+
+def all_models(model: type[BaseModel] = BaseModel) -> Iterator[type[BaseModel]]:
+    for below in model.__subclasses__():
+        if below.__module__.startswith("megatron_rapo."):
+            yield below
+        yield from all_models(below)
+
+
+def test_no_option_stacks_two_bounds_of_one_side() -> None:
+    """Of `PositiveFloat` with `gt = 1` pydantic takes the last alone, whichever that is: 0."""
+    models = set(all_models())
+    assert {RunConfig, Algorithm} <= models
+    for model in models:
+        for name, field in model.model_fields.items():
+            outer = [
+                bound for item in field.metadata for bound in ("gt", "ge", "lt", "le") if hasattr(item, bound)
+            ]
+            for bounds in (outer, *bounds_of(field.annotation)):
+                for side in ("gt", "ge"), ("lt", "le"):
+                    assert sum(bound in side for bound in bounds) <= 1, f"{model.__name__}.{name}: {bounds}"
 
 
 def test_every_option_is_documented() -> None:

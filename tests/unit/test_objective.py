@@ -24,7 +24,9 @@ def group(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
-def microbatch(weights=(0.05, 0.1), dtype=np.float32, responses=(6, 9)) -> Microbatch:
+def microbatch(
+    weights=(0.05, 0.1), dtype=np.float32, responses=(6, 9), has_probability=(True, True)
+) -> Microbatch:
     random = np.random.default_rng(0)
     return pack(
         [
@@ -35,6 +37,7 @@ def microbatch(weights=(0.05, 0.1), dtype=np.float32, responses=(6, 9)) -> Micro
                 reward=float(number),
                 advantage=float(random.normal()),
                 token_weight=weight,
+                has_probability=has_probability[number],
             )
             for number, (prompt, response, weight) in enumerate(
                 [(2, responses[0], weights[0]), (3, responses[1], weights[1])]
@@ -64,10 +67,6 @@ def log_distribution(of: HeadStates) -> torch.Tensor:
     return ((of.hidden @ of.weight.T)[:, :VOCABULARY] / TEMPERATURE).log_softmax(-1).detach()
 
 
-def weighted(weights: torch.Tensor, values: torch.Tensor) -> float:
-    return float((weights * values).sum() / weights.sum())
-
-
 def test_the_audit_reports_bias_and_variance_of_the_estimators():
     batch, subject = microbatch(), objective(audit_estimators=True)
     chosen = batch.is_response
@@ -75,7 +74,7 @@ def test_the_audit_reports_bias_and_variance_of_the_estimators():
     _, sums, _ = subject(batch, policy, reference)
     metrics = subject.metrics(sums)
 
-    weights, phi = batch.weights[chosen].double(), 0.5 + 0.5 * batch.rewards[chosen].double()
+    phi = 0.5 + 0.5 * batch.rewards[chosen].double()
     log_policy, log_reference = log_distribution(policy), log_distribution(reference)
     flattened = (phi[:, None] * log_reference).log_softmax(-1)
     exact_forward = (flattened.exp() * (flattened - log_policy)).sum(-1)
@@ -92,12 +91,12 @@ def test_the_audit_reports_bias_and_variance_of_the_estimators():
         "k3": pick["reverse"].exp() - pick["reverse"] - 1 - exact_reverse,
         "forward_printed": rho * pick["forward"] - rho + 1 - exact_forward,
     }
-    assert metrics["audit/forward_kl"] == pytest.approx(weighted(weights, exact_forward))
-    assert metrics["audit/reverse_kl"] == pytest.approx(weighted(weights, exact_reverse))
+    assert metrics["audit/forward_kl"] == pytest.approx(float(exact_forward.mean()))
+    assert metrics["audit/reverse_kl"] == pytest.approx(float(exact_reverse.mean()))
     for name, error in errors.items():
-        bias = weighted(weights, error)
+        bias = float(error.mean())
         assert metrics[f"audit/{name}_bias"] == pytest.approx(bias)
-        variance = weighted(weights, (error - bias).square())
+        variance = float((error - bias).square().mean())
         assert metrics[f"audit/{name}_variance"] == pytest.approx(variance)
 
 
@@ -109,19 +108,16 @@ def test_importance_is_reported_whether_or_not_it_is_corrected():
         log_distribution(policy).gather(1, batch.targets[chosen][:, None]).squeeze(1)
         - batch.engine_log_probs[chosen]
     )
-    weights = batch.weights[chosen].double()
     for correction in ("off", "truncated", "masked"):
         options = {} if correction == "off" else {"importance_correction": correction, "importance_cap": 1.2}
         subject = objective(divergence="none", **options)
         metrics = subject.metrics(subject(batch, policy, None)[1])
         u = ratio.exp()
-        assert metrics["importance/mean"] == pytest.approx(weighted(weights, u))
-        effective = weighted(weights, u) ** 2 / weighted(weights, u.square())
+        assert metrics["importance/mean"] == pytest.approx(float(u.mean()))
+        effective = float(u.mean()) ** 2 / float(u.square().mean())
         assert metrics["importance/effective_samples"] == pytest.approx(effective)
         touched = {"off": torch.zeros_like(u), "truncated": u > 1.2, "masked": (u > 1.2) | (u < 1 / 1.2)}
-        assert metrics["importance/corrected"] == pytest.approx(
-            weighted(weights, touched[correction].double())
-        )
+        assert metrics["importance/corrected"] == pytest.approx(float(touched[correction].double().mean()))
 
 
 def test_mismatch_is_that_of_the_policy_that_sampled_by_position_in_the_response():
@@ -132,7 +128,6 @@ def test_mismatch_is_that_of_the_policy_that_sampled_by_position_in_the_response
     policy = states(int(chosen.sum()), 0)
     sampled = log_distribution(policy).gather(1, batch.targets[chosen][:, None]).squeeze(1).numpy()
     position = np.concatenate([np.arange(length) for length in lengths])
-    weight = np.repeat([0.05, 0.1], lengths)
     engine = batch.engine_log_probs[chosen].double().numpy()
     for old in (None, sampled - 0.3 * np.sin(position)):
         if old is not None:
@@ -144,10 +139,10 @@ def test_mismatch_is_that_of_the_policy_that_sampled_by_position_in_the_response
         for name, (first, end) in {"": (0, 5000), **stretches, "1024_4095": (1024, 4096)}.items():
             at = (position >= first) & (position < end)
             where = f"/{name}" if name else ""
-            expected[f"mismatch/log_prob_mean{where}"] = np.average(np.abs(delta[at]), weights=weight[at])
+            expected[f"mismatch/log_prob_mean{where}"] = np.abs(delta[at]).mean()
             expected[f"mismatch/log_prob_max{where}"] = np.abs(delta[at]).max()
             k3 = np.exp(delta[at]) - 1 - delta[at]
-            expected[f"mismatch/kl{where}"] = np.average(k3, weights=weight[at])
+            expected[f"mismatch/kl{where}"] = k3.mean()
         *_, mismatch = objective(divergence="none")(batch, policy, None)
         assert mismatch.metrics() == pytest.approx(expected, rel=1e-5)
 
@@ -160,8 +155,7 @@ def test_clamped_log_ratios_are_counted():
     batch.reference_log_probs = log_prob.clone()
     batch.reference_log_probs[0] += math.log(10.0) + 1.0
     metrics = subject.metrics(subject(batch, policy, None)[1])
-    weights = batch.weights[batch.is_response]
-    assert metrics["loss/log_ratio_clamped"] == pytest.approx(float(weights[0] / weights.sum()))
+    assert metrics["loss/log_ratio_clamped"] == pytest.approx(1 / tokens)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -175,7 +169,8 @@ def test_logits_that_are_not_finite_are_counted(value):
 
 
 def test_a_microbatch_without_response_tokens_has_no_loss_and_no_gradient():
-    batch, subject = microbatch(weights=(0.0, 0.0)), objective()
+    batch = microbatch(weights=(0.0, 0.0), has_probability=(False, False))
+    subject = objective()
     policy, reference = states(0, 0), states(0, 1)
     loss, sums, mismatch = subject(batch, policy, reference)
     loss.backward()
@@ -185,3 +180,77 @@ def test_a_microbatch_without_response_tokens_has_no_loss_and_no_gradient():
     assert dict(mismatch.metrics()) == {
         f"mismatch/{name}": 0.0 for name in ("log_prob_mean", "log_prob_max", "kl")
     }
+
+
+def test_what_is_masked_out_of_the_loss_is_measured_and_teaches_nothing():
+    batch, subject = microbatch(weights=(0.0, 0.1)), objective(divergence="k2", divergence_coefficient=1.0)
+    chosen = batch.is_response
+    assert int(chosen.sum()) == 6 + 9
+    policy = states(15, 0)
+    batch.reference_log_probs = torch.linspace(-3.0, -1.0, 15, dtype=torch.float64)
+    loss, sums, _ = subject(batch, policy, None)
+    loss.backward()
+    assert not policy.hidden.grad[:6].any()
+    assert policy.hidden.grad[6:].any()
+    metrics = subject.metrics(sums)
+    assert metrics["loss/tokens"] == 9
+    log_policy = log_distribution(policy)
+    entropy = -(log_policy.exp() * log_policy).sum(-1)
+    assert metrics["loss/entropy"] == pytest.approx(float(entropy.mean()))
+
+
+def test_metrics_of_several_updates_are_means_over_their_tokens_and_the_mean_loss():
+    subject, parts = objective(divergence="none"), []
+    for responses in ((6, 9), (1, 2)):
+        batch = microbatch(responses=responses)
+        parts.append(subject(batch, states(sum(responses), 0), None)[1])
+    one, other = (subject.metrics(part) for part in parts)
+    both = subject.metrics(parts[0] + parts[1], updates=2)
+    assert both["loss/total"] == pytest.approx((one["loss/total"] + other["loss/total"]) / 2)
+    assert both["loss/entropy"] == pytest.approx((15 * one["loss/entropy"] + 3 * other["loss/entropy"]) / 18)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("correction", ["off", "truncated", "masked"])
+def test_the_gradient_is_that_of_the_printed_loss(correction, ratio, moved):
+    """Against autograd through full logits in fp64; also where the policy has moved since it sampled."""
+    batch, lengths = microbatch(dtype=np.float64), (6, 9)
+    chosen = batch.is_response
+    options = {"loss_aggregation": "sequence_mean"} if ratio == "sequence" else {}
+    if correction != "off":
+        options |= {"importance_correction": correction, "importance_cap": 1.3}
+    subject = objective(divergence="none", entropy_coefficient=0.0, ratio=ratio, clip_high=0.5, **options)
+    policy, plain = states(15, 0), states(15, 0)
+    at = batch.targets[chosen][:, None]
+    if moved:
+        batch.old_log_probs = torch.zeros(len(chosen), dtype=torch.float64)
+        wave = 0.2 * torch.sin(torch.arange(15.0, dtype=torch.float64))
+        batch.old_log_probs[chosen] = log_distribution(plain).gather(1, at).squeeze(1) + wave
+
+    loss, *_ = subject(batch, policy, None)
+    loss.backward()
+
+    logits = (plain.hidden @ plain.weight.T)[:, :VOCABULARY] / TEMPERATURE
+    log_prob = logits.log_softmax(-1).gather(1, at).squeeze(1)
+    old = batch.old_log_probs[chosen] if moved else log_prob.detach()
+    u = (old - batch.engine_log_probs[chosen]).exp()
+    weight = {
+        "off": torch.ones_like(u),
+        "truncated": u.clamp(max=1.3),
+        "masked": ((u <= 1.3) & (u >= 1 / 1.3)).double(),
+    }[correction]
+    expected = torch.zeros((), dtype=torch.float64)
+    for rows in (slice(0, lengths[0]), slice(lengths[0], None)):
+        log_ratio = (log_prob - old)[rows]
+        if ratio == "sequence":
+            log_ratio = log_ratio.mean().expand(len(log_ratio))
+        advantage = batch.advantages[chosen][rows].double()
+        bounded = log_ratio.exp().clamp(1 - 0.2, 1 + 0.5) * advantage
+        surrogate = torch.minimum(log_ratio.exp() * advantage, bounded)
+        expected = expected - (batch.weights[chosen][rows] * weight[rows] * surrogate).sum()
+    expected.backward()
+    assert weight.unique().numel() > 1 or correction == "off"
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    torch.testing.assert_close(policy.hidden.grad, plain.hidden.grad, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(policy.weight.grad, plain.weight.grad, rtol=1e-7, atol=1e-12)

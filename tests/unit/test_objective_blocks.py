@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_rapo.loss.advantages import ADVANTAGES, overlong_penalty
@@ -59,8 +59,7 @@ def test_the_sampled_forward_divergence_has_the_exact_gradient_in_expectation(z,
     old = torch.tensor(o, dtype=torch.float64).log_softmax(-1)
     flattened = (phi * log_reference).log_softmax(-1)
     # Enumeration holds where no ratio is clamped.
-    if (flattened - logits.log_softmax(-1)).max() > math.log(10.0):
-        return
+    assume((flattened - logits.log_softmax(-1)).max() <= math.log(10.0))
     found = expected_gradient("forward_sampled", logits, old, log_reference, phi)
     torch.testing.assert_close(found, logits.softmax(-1) - flattened.exp(), rtol=1e-9, atol=1e-9)
 
@@ -70,8 +69,7 @@ def test_the_sampled_forward_divergence_has_the_exact_gradient_in_expectation(z,
 def test_the_printed_divergence_has_the_gradient_of_half_the_mean_square_log_ratio(z, r, phi):
     logits, log_reference = distributions(z, r)
     log_policy, flattened = logits.log_softmax(-1), (phi * log_reference).log_softmax(-1)
-    if (flattened - log_policy).max() > math.log(10.0):
-        return
+    assume((flattened - log_policy).max() <= math.log(10.0))
     found = expected_gradient("forward_printed", logits, log_policy, log_reference, phi)
     variable = logits.detach().requires_grad_()
     half = 0.5 * (flattened.exp() * (flattened - variable.log_softmax(-1)).square()).sum()
@@ -136,6 +134,44 @@ def test_advantages_by_hand():
     )
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.floats(-1.0, 1.0), st.integers(2, 24), st.sampled_from(sorted(ADVANTAGES)), st.booleans())
+def test_equal_rewards_have_no_advantage_whatever_their_rounding(reward, responses, name, beside_others):
+    """A mean of equal numbers need not be that number: 2/3 three times, 0.1 + 0.2 beside 0.3."""
+    equal = np.full((1, responses), reward)
+    equal[0, 0] = (reward + 0.3) - 0.3  # the same, summed otherwise
+    others = np.linspace(0.0, 1.0, responses)[None]
+    rewards = np.concatenate([equal, others]) if beside_others else equal
+    found = ADVANTAGES[name](rewards)
+    assert (found[0] == 0.0).all()
+    assert not beside_others or abs(found[1]).min() >= 0.0 < abs(found[1]).max()
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_small_differences_are_differences(name):
+    found = ADVANTAGES[name](np.array([[1.0, 1.0 - 1e-9, 1.0, 1.0]]))
+    assert found[0, 1] < 0 < found[0, 0]
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_unknown_rewards_take_no_part(name):
+    """As if these responses had not been sampled: the others' advantages are of what is known alone."""
+    rewards = np.ma.array([[1.0, 0.0, 0.0, 1.0, 9.0], [0.0, 1.0, 0.0, 0.0, 7.0]])
+    rewards[:, 4] = np.ma.masked
+    found = ADVANTAGES[name](rewards)
+    np.testing.assert_allclose(found[:, :4], ADVANTAGES[name](rewards.data[:, :4]))
+    assert (found[:, 4] == 0.0).all()
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_a_group_of_fewer_than_two_known_rewards_has_no_advantage(name):
+    rewards = np.ma.array([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    rewards[0, 1:] = rewards[1] = np.ma.masked
+    found = ADVANTAGES[name](rewards)
+    assert (found[:2] == 0.0).all()
+    np.testing.assert_allclose(found[2:], ADVANTAGES[name](rewards.data[2:]))
+
+
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_groups_without_variance_have_no_advantage(name):
     assert not ADVANTAGES[name](REWARDS)[2:].any()
@@ -144,7 +180,15 @@ def test_groups_without_variance_have_no_advantage(name):
 
 def test_the_overlong_penalty():
     lengths = np.array([10, 16, 18, 20])
-    np.testing.assert_allclose(overlong_penalty(lengths, 4, 20), [0.0, 0.0, -0.5, -1.0])
+    np.testing.assert_allclose(overlong_penalty(lengths, 4, 20), [0.0, 0.0, -0.25, -0.5])
+
+
+def test_the_overlong_penalty_weighs_what_the_papers_does():
+    """DAPO adds 0 … −1 to rewards of ±1; advantages know no scale, so they come to the same with {0, 1}."""
+    lengths, correct = np.array([[3, 17, 20, 18]]), np.array([[1.0, 1.0, 1.0, 0.0]])
+    papers = (2.0 * correct - 1.0) + np.array([[0.0, -0.25, -1.0, -0.5]])
+    ours = correct + overlong_penalty(lengths, 4, 20)
+    np.testing.assert_allclose(ADVANTAGES["grpo"](ours), ADVANTAGES["grpo"](papers))
 
 
 @settings(max_examples=50, deadline=None)

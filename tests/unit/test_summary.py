@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -43,9 +45,18 @@ GROUPS = [
 
 def test_rewards_and_outcomes_are_shares_of_all_responses() -> None:
     found = summarise(Batch(GROUPS, GROUPS, 0), VOCABULARY)
-    assert found["reward/mean"] == found["reward/correct"] == 3 / 8
-    assert found["reward/wrong"] == 3 / 8
+    assert found["reward/correct"] == found["reward/wrong"] == 3 / 8
     assert found["reward/timeout"] == found["reward/crash"] == 1 / 8
+
+
+def test_unknown_rewards_are_counted_and_in_no_mean() -> None:
+    found = summarise(Batch(GROUPS, GROUPS, 0), VOCABULARY)
+    assert found["reward/unknown"] == 2 / 8
+    assert found["reward/mean"] == 3 / 6
+    unknown = [group(1, (1, T), (1, X))]
+    found = summarise(Batch(unknown, unknown, 0), VOCABULARY)
+    assert math.isnan(found["reward/mean"])
+    assert found["reward/groups_all_fail"] == 0
 
 
 def test_groups_that_teach_nothing_are_counted() -> None:

@@ -263,8 +263,8 @@ def test_the_generated_tasks_are_checked(name):
         assert verifier.score([(right, answer), (wrong, answer)]) == [CORRECT, WRONG]
 
 
-def test_only_correct_earns():
-    assert [reward_of(outcome) for outcome in Outcome] == [1.0, 0.0, 0.0, 0.0]
+def test_only_correct_earns_and_what_did_not_finish_has_no_reward():
+    assert [reward_of(outcome) for outcome in Outcome] == [1.0, 0.0, None, None]
 
 
 # Trainers in processes of their own. No `if __name__ == "__main__"`: a worker must not run them again.

@@ -58,7 +58,7 @@
   function card(response) {
     const facts = [
       `sample ${response.sample}`,
-      `reward ${response.reward}`,
+      `reward ${response.reward ?? "unknown"}`,
       `${response.length.toLocaleString("en")} tokens`,
       ...(response.truncated ? ["truncated"] : []),
     ];

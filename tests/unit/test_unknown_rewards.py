@@ -1,0 +1,78 @@
+"""Verifications that do not come to their end: told once with the reason, an error where they are many."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.errors import RapoError
+from megatron_rapo.experience.unknown import UnknownRewards
+from megatron_rapo.reward.outcome import Outcome, Verification
+from megatron_rapo.reward.scoring import known_rewards, score_groups
+from megatron_rapo.rollout.groups import Response, RolloutGroup
+from tests.unit.test_batch import group_of
+
+C, W, T, X = Outcome.CORRECT, Outcome.WRONG, Outcome.TIMEOUT, Outcome.CRASH
+
+
+def group(outcomes: str, why: str | None = None) -> Any:
+    of = {"c": C, "w": W, "t": T, "x": X}
+    known = group_of(*((1, of[letter]) for letter in outcomes))
+    return SimpleNamespace(outcomes=known.outcomes, why_unknown=why)
+
+
+def test_the_first_is_told_with_its_reason_and_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    watch = UnknownRewards(0.5, tells=True)
+    watch.check(1, [group("cw"), group("wc")])
+    watch.check(2, [group("cw"), group("tc", "timeout: not done within 5 s")])
+    watch.check(3, [group("xw", "crash: ValueError"), group("wc")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "warning: step 2: 1 of 4 rewards are unknown, the first by timeout: not done within 5 s; such "
+        "responses are not trained on"
+    )
+
+
+def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    UnknownRewards(0.5, tells=False).check(1, [group("xc", "crash: ValueError")])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_beyond_the_limit_the_run_ends_on_every_rank(tells: bool) -> None:
+    watch = UnknownRewards(0.25, tells=tells)
+    watch.check(1, [group("ccwx", "crash: KeyError: 'a'")])
+    expected = (
+        r"step 2: 2 of 4 rewards are unknown, the first by crash: KeyError: 'a'; .*unknown_limit = 0\.25"
+    )
+    with pytest.raises(RapoError, match=expected):
+        watch.check(2, [group("cwxt", "crash: KeyError: 'a'")])
+
+
+def test_scored_groups_tell_what_happened_to_the_first() -> None:
+    responses = tuple(Response(np.full(1, n, np.int32), np.zeros(1, np.float32), 0, "stop") for n in range(3))
+    groups = [RolloutGroup(Prompt(n, "?", (1,), f"answer {n}"), responses) for n in range(2)]
+    found = {
+        "answer 0": [Verification(C), Verification(X, why="ValueError: no"), Verification(T, why="late")],
+        "answer 1": [Verification(W), Verification(C), Verification(W)],
+    }
+    asked: list[tuple[str, str]] = []
+
+    def verify(items: list[tuple[str, str]]) -> list[Verification]:
+        asked.extend(items)
+        return [found[answer][int(text)] for text, answer in items]
+
+    verifier: Any = SimpleNamespace(verify=verify)
+    tokenizer: Any = SimpleNamespace(decode=lambda ids, skip_special_tokens: str(ids[0]))
+    scored = score_groups(groups, verifier, tokenizer)
+    assert asked == [(str(n), f"answer {m}") for m in range(2) for n in range(3)]
+    assert [one.outcomes for one in scored] == [(C, X, T), (W, C, W)]
+    assert [one.why_unknown for one in scored] == ["crash: ValueError: no", None]
+    assert scored[0].rewards == [1.0, None, None]
+    rewards = known_rewards(scored)
+    assert rewards.mask.tolist() == [[False, True, True], [False] * 3]
+    assert rewards[1].tolist() == [0.0, 1.0, 0.0]
