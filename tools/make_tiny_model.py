@@ -23,7 +23,8 @@ from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 from megatron_rapo.config import CountdownData
 from megatron_rapo.data.tasks import countdown
-from megatron_rapo.evaluate.pass_at_k import mean_pass_at_k
+from megatron_rapo.evaluate.interval import estimate
+from megatron_rapo.evaluate.pass_at_k import pass_at_k
 
 TASK = CountdownData(source="countdown", numbers=3, largest=25, operators="+-*")
 MULTIPLYING = 0.002  # share of × among the demonstrations' operators; a third in the task's own
@@ -63,8 +64,8 @@ def report(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer) -> None:
     counts = count_correct(model.float(), tokenizer, problems, SAMPLES)
     print(f"{PROBLEMS} test problems, {SAMPLES} samples each; 95% intervals over problems")
     for k in (1, 4, 16, 64):
-        estimate = mean_pass_at_k(counts, SAMPLES, k, seed=0)
-        print(f"pass@{k:<2d} {estimate.mean:.3f}  [{estimate.low:.3f}, {estimate.high:.3f}]")
+        found = estimate(pass_at_k(counts, SAMPLES, k))
+        print(f"pass@{k:<2d} {found.mean:.3f}  [{found.low:.3f}, {found.high:.3f}]")
 
 
 def _parse_arguments() -> argparse.Namespace:

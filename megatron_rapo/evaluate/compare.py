@@ -10,8 +10,8 @@ from megatron_rapo.evaluate.control import check_control, choose
 from megatron_rapo.evaluate.draws import stored_tries
 from megatron_rapo.evaluate.frontier import Crossover, Paired, crossover, curve, grid, paired
 from megatron_rapo.evaluate.hard_subset import HardSubset, hard_subset
+from megatron_rapo.evaluate.interval import Estimate
 from megatron_rapo.evaluate.ledger import Entry, ledger
-from megatron_rapo.evaluate.pass_at_k import Estimate
 from megatron_rapo.evaluate.store import Evaluation
 
 
@@ -57,7 +57,7 @@ def compare(
         ks: of the paired tests; those beyond the samples are left out.
         control: another evaluation of the base, with another seed, for the hard subset (`choose`); None: half
             of the base's samples.
-        seed: of the resampling.
+        seed: of the tests' flips.
 
     Raises:
         RapoError: they are of different problems, or sampled in different ways, or not comparable otherwise.
@@ -88,19 +88,24 @@ def _compare(
             "finish both evaluations (run the same commands again)"
         )
     steps = grid(most)
+    tests = {test.k: test for test in paired(old, new, sorted({*steps, *_within(ks, most)}), seed=seed)}
     choice = choose(base, model, control, data, setting)
     return Comparison(
         data=data,
         setting=setting,
         ks=tuple(steps),
-        base=tuple(curve(old, steps, seed=seed)),
-        model=tuple(curve(new, steps, seed=seed)),
-        crossover=crossover(old, new, steps, seed=seed),
-        tests=tuple(paired(old, new, k, seed=seed) for k in ks if k <= most),
+        base=tuple(curve(old, steps)),
+        model=tuple(curve(new, steps)),
+        crossover=crossover([tests[k] for k in steps]),
+        tests=tuple(tests[k] for k in _within(ks, most)),
         ledger=tuple(ledger([problem.id for problem in base.problems(data)], old, new)),
         hard=None if isinstance(choice, str) else hard_subset(choice, seed=seed),
         control=choice if isinstance(choice, str) else choice.control,
     )
+
+
+def _within(ks: Sequence[int], most: int) -> list[int]:
+    return [k for k in ks if k <= most]
 
 
 def _check_same(base: Evaluation, other: Evaluation) -> None:

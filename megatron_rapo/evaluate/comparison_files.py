@@ -11,8 +11,8 @@ from pathlib import Path
 
 from megatron_rapo.evaluate.compare import Comparison
 from megatron_rapo.evaluate.frontier import Crossover
+from megatron_rapo.evaluate.interval import Estimate
 from megatron_rapo.evaluate.ledger import Change
-from megatron_rapo.evaluate.pass_at_k import Estimate
 
 
 def write(comparisons: Sequence[Comparison], directory: Path) -> None:
@@ -56,7 +56,8 @@ def describe(comparison: Comparison) -> str:
             else (f"base {comparison.base[place].mean:.3f}, model {comparison.model[place].mean:.3f}, ")
         )
         lines.append(
-            f"  pass@{test.k}: {curves}difference {_signed(test.difference)}, p = {test.p_value:.2g}"
+            f"  pass@{test.k}: {curves}difference {_signed(test.difference)}, p = {test.p_value:.2g}: "
+            f"{test.standing}"
         )
     lines.append(f"  crossover: {_crossover(comparison.crossover)}")
     all_entries = Counter(entry.change for entry in comparison.ledger)
@@ -81,11 +82,11 @@ def describe(comparison: Comparison) -> str:
 
 
 def _crossover(found: Crossover) -> str:
-    if found.k is None and found.share == 0:
-        return "none"
-    k = "none" if found.k is None else f"k = {found.k}"
     low, high = ("beyond" if end is None else str(end) for end in (found.low, found.high))
-    return f"{k} [{low}, {high}], in {found.share:.0%} of resamples"
+    k = "none" if found.k is None else f"k = {found.k} [{low}, {high}]"
+    ahead = "nowhere" if found.ahead_from is None else f"from k = {found.ahead_from} to {found.ahead_to}"
+    behind = "nowhere" if found.behind_from is None else f"at k = {found.behind_from}"
+    return f"{k}; beyond chance ahead {ahead}, behind {behind}"
 
 
 def _signed(estimate: Estimate) -> str:

@@ -4,18 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import dropwhile, takewhile
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_rapo.evaluate.draws import Draws
-from megatron_rapo.evaluate.pass_at_k import Estimate, bootstrap_interval
+from megatron_rapo.evaluate.interval import Estimate, estimate_differences, estimates
 
-Integers = npt.NDArray[np.integer]
 Floats = npt.NDArray[np.float64]
+Standing = Literal["ahead", "behind", "not told apart"]
 
-RESAMPLES = 10_000
-_BLOCK = 500  # resamples at a time, so that memory does not grow with their number
+FLIPS = 10_000
+SIGNIFICANT = 0.05
+_BLOCK = 500  # flips at a time, so that memory does not grow with their number
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The difference of two models' mean pass@k on the same problems.
+
+    Attributes:
+        difference: model − base, with its interval.
+        p_value: of no difference, two-sided, by flipping the signs of the problems' differences.
+    """
+
+    k: int
+    difference: Estimate
+    p_value: float
+
+    @property
+    def standing(self) -> Standing:
+        """The model beside the base; they are told apart where interval and test agree that they are."""
+        if self.p_value > SIGNIFICANT or self.difference.low <= 0 <= self.difference.high:
+            return "not told apart"
+        return "ahead" if self.difference.low > 0 else "behind"
 
 
 @dataclass(frozen=True)
@@ -25,29 +49,20 @@ class Crossover:
     Attributes:
         k: the first k at which the model's mean pass@k is not above the base's, after one at which it is;
             None if it never falls behind, or never is ahead.
-        low, high: 95% interval of k, from problems drawn anew; None for an end at which there is no crossing.
-        share: of resamples in which the curves cross at all. Where it is far from 0 and 1, the data do not
-            tell whether they do.
+        low, high: 95% interval of k: at every k before `low` the model is ahead beyond chance, and at `high`
+            it is first not ahead beyond chance; None for an end beyond the largest k. Both are None where no
+            crossing can be, too.
+        ahead_from, ahead_to: the first k at which the model is ahead beyond chance, and the last from there
+            on without a gap; None if there is none.
+        behind_from: the first k at which it is behind beyond chance; None if there is none.
     """
 
     k: int | None
     low: int | None
     high: int | None
-    share: float
-
-
-@dataclass(frozen=True)
-class Paired:
-    """The difference of two models' mean pass@k on the same problems.
-
-    Attributes:
-        difference: model − base, with its bootstrap interval.
-        p_value: of no difference, two-sided, by flipping the signs of the problems' differences.
-    """
-
-    k: int
-    difference: Estimate
-    p_value: float
+    ahead_from: int | None
+    ahead_to: int | None
+    behind_from: int | None
 
 
 def grid(samples: int) -> list[int]:
@@ -61,78 +76,65 @@ def powers_of_two(samples: int) -> list[int]:
     return sorted({2**power for power in range(samples.bit_length())} | {samples})
 
 
-def curve(draws: Draws, ks: Sequence[int], *, seed: int) -> list[Estimate]:
-    """Mean pass@k for each k, at most `draws.most`, with 95% intervals from problems drawn anew."""
-    values = _values(draws, ks)
-    means = _resampled(values, seed)
-    low, high = np.quantile(means, [0.025, 0.975], axis=0)
-    ends = zip(values.mean(axis=0).tolist(), low.tolist(), high.tolist(), strict=True)
-    return [Estimate(*estimate) for estimate in ends]
+def curve(draws: Draws, ks: Sequence[int]) -> list[Estimate]:
+    """Mean pass@k for each k, at most `draws.most`."""
+    return estimates(_values(draws, ks))
 
 
-def crossover(base: Draws, model: Draws, ks: Sequence[int], *, seed: int) -> Crossover:
-    """Where the model's curve falls to the base's.
-
-    Args:
-        base, model: of the same problems in the same order.
-        ks: increasing.
-    """
-    difference = _values(model, ks) - _values(base, ks)
-    place = int(_first_crossing(difference.mean(axis=0)[None])[0])
-    places = _first_crossing(_resampled(difference, seed))
-    crossed = places < len(ks)
-    # One without a crossing lies beyond every k.
-    low, high = np.quantile(places, [0.025, 0.975], method="nearest")
-    return Crossover(
-        k=_at(ks, place), low=_at(ks, int(low)), high=_at(ks, int(high)), share=float(crossed.mean())
-    )
-
-
-def paired(base: Draws, model: Draws, k: int, *, seed: int) -> Paired:
-    """Whether the models' pass@k differ on problems like these.
+def paired(base: Draws, model: Draws, ks: Sequence[int], *, seed: int) -> list[Paired]:
+    """Whether the models' pass@k differ on problems like these, at each k.
 
     The problems are the observations: under the hypothesis that neither model is better, a problem's
     difference is as likely to have the other sign. Two models without any difference have p = 1.
+
+    Args:
+        base, model: of the same problems in the same order.
+        ks: at most `most` of both.
+        seed: of the flips.
     """
-    difference = model.pass_at_k(k) - base.pass_at_k(k)
-    low, high = bootstrap_interval(difference, seed=seed)
-    observed = abs(difference.sum())
+    differences = _values(model, ks) - _values(base, ks)
+    observed = np.abs(differences.sum(axis=0)) * (1 - 1e-12)
     generator = np.random.default_rng(seed)
-    as_large = 0
-    for start in range(0, RESAMPLES, _BLOCK):
-        rows = min(_BLOCK, RESAMPLES - start)
-        signs = generator.integers(0, 2, size=(rows, len(difference)), dtype=np.int8) * 2 - 1
-        as_large += int((np.abs(signs @ difference) >= observed * (1 - 1e-12)).sum())
-    return Paired(
-        k=k,
-        difference=Estimate(float(difference.mean()), low, high),
-        p_value=(as_large + 1) / (RESAMPLES + 1),  # the observed signs are one of the flips
+    as_large = np.ones(len(ks))  # the observed signs are one of the flips
+    for start in range(0, FLIPS, _BLOCK):
+        rows = min(_BLOCK, FLIPS - start)
+        signs = generator.integers(0, 2, size=(rows, len(differences)), dtype=np.int8) * 2.0 - 1.0
+        as_large += (np.abs(signs @ differences) >= observed).sum(axis=0)
+    p_values = (as_large / (FLIPS + 1)).tolist()
+    return [Paired(*one) for one in zip(ks, estimate_differences(differences), p_values, strict=True)]
+
+
+def crossover(tests: Sequence[Paired]) -> Crossover:
+    """Where the model's curve falls to the base's: the tests at increasing k, from 1 on.
+
+    At the true crossing the true difference is 0, and its interval there holds 0 in 95 of 100 cases: the
+    interval of k is where that is so.
+    """
+    ks = [test.k for test in tests]
+    above = [test.difference.mean > 0 for test in tests]
+    from_there = dropwhile(lambda test: test.standing != "ahead", tests)
+    ahead = [test.k for test in takewhile(lambda test: test.standing == "ahead", from_there)]
+    possibly = [test.difference.high > 0 for test in tests]
+    return Crossover(
+        k=_first(ks, [not now for now in above], after=above),
+        low=_first(ks, [test.standing != "ahead" for test in tests], after=possibly, at_once=True),
+        high=_first(ks, [not now for now in possibly], after=possibly),
+        ahead_from=ahead[0] if ahead else None,
+        ahead_to=ahead[-1] if ahead else None,
+        behind_from=next((test.k for test in tests if test.standing == "behind"), None),
     )
+
+
+def _first(
+    ks: Sequence[int], wanted: Sequence[bool], *, after: Sequence[bool], at_once: bool = False
+) -> int | None:
+    """The first k at which `wanted` holds, after one at which `after` does (`at_once`: or there)."""
+    if True not in after:
+        return None
+    start = after.index(True) + (not at_once)
+    return next((k for k, now in zip(ks[start:], wanted[start:], strict=True) if now), None)
 
 
 def _values(draws: Draws, ks: Sequence[int]) -> Floats:
     """`[problems, ks]` pass@k."""
     return np.stack([draws.pass_at_k(k) for k in ks], axis=1)
-
-
-def _resampled(values: Floats, seed: int) -> Floats:
-    """`[RESAMPLES, ks]`: the means of `values` `[problems, ks]` over problems drawn anew with replacement."""
-    problems = len(values)
-    generator = np.random.default_rng(seed)
-    means = np.empty((RESAMPLES, values.shape[1]))
-    for start in range(0, RESAMPLES, _BLOCK):
-        stop = min(start + _BLOCK, RESAMPLES)
-        weights = generator.multinomial(problems, np.full(problems, 1 / problems), size=stop - start)
-        means[start:stop] = weights @ values / problems
-    return means
-
-
-def _first_crossing(differences: Floats) -> Integers:
-    """`[rows]`: the first place where a row is not above 0 after one where it is; its length if none."""
-    above = np.maximum.accumulate(differences > 0, axis=1)
-    fallen = above & (differences <= 0)
-    return np.where(fallen.any(axis=1), fallen.argmax(axis=1), differences.shape[1])
-
-
-def _at(ks: Sequence[int], place: int) -> int | None:
-    return ks[place] if place < len(ks) else None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_rapo.evaluate.control import Choice
 from megatron_rapo.evaluate.frontier import Paired, curve, paired
-from megatron_rapo.evaluate.pass_at_k import Estimate
+from megatron_rapo.evaluate.interval import Estimate
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,13 @@ def hard_subset(choice: Choice, *, seed: int) -> HardSubset:
     k = min(choice.again.most, choice.model.most)
     if not choice.problems:
         return HardSubset((), choice.chosen_by, 0, None, None, None)
-    [control], [model] = (curve(draws, [k], seed=seed) for draws in (choice.again, choice.model))
+    [control], [model] = (curve(draws, [k]) for draws in (choice.again, choice.model))
+    [comparison] = paired(choice.again, choice.model, [k], seed=seed)
     return HardSubset(
         problems=choice.problems,
         chosen_by=choice.chosen_by,
         k=k,
         control=control,
         model=model,
-        comparison=paired(choice.again, choice.model, k, seed=seed),
+        comparison=comparison,
     )

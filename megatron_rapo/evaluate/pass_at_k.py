@@ -6,25 +6,11 @@ hold a correct one, 1 − C(N − c, k) / C(N, k). It is unbiased; 1 − (1 − 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.integer]
-
-# Resampled problems that are held at a time, so that memory does not grow with the number of resamples.
-_BLOCK = 2**22
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over problems with its confidence interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 def pass_at_k(correct: Integers, samples: int | Integers, k: int) -> Floats:
@@ -54,63 +40,6 @@ def pass_at_k(correct: Integers, samples: int | Integers, k: int) -> Floats:
         raise ValueError(f"correct = {counts.min()} to {counts.max()} is not from 0 to {samples} samples")
     solved: Floats = _by_count(int(samples), k)[counts]
     return solved
-
-
-def mean_pass_at_k(
-    correct: Integers,
-    samples: int | Integers,
-    k: int,
-    *,
-    seed: int,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
-) -> Estimate:
-    """Mean pass@k over problems, with its interval from `bootstrap_interval`.
-
-    Args:
-        correct: `[problems]`, how many of a problem's samples are correct.
-        samples: N, as in `pass_at_k`.
-        k: from 1 to N.
-        seed: the same seed gives the same interval.
-        resamples: bootstrap resamples.
-        confidence: share of resamples within the interval.
-    """
-    values = pass_at_k(correct, samples, k)
-    low, high = bootstrap_interval(values, seed=seed, resamples=resamples, confidence=confidence)
-    return Estimate(float(values.mean()), low, high)
-
-
-def bootstrap_interval(
-    values: Floats, *, seed: int, resamples: int = 10_000, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Percentile interval of the mean, from problems drawn anew with replacement.
-
-    Problems are what varies from one test set to another; samples of one problem are no independent
-    observations, so they stay together. A difference of two models' values on the same problems may be given.
-    Where all values are alike the interval is a point: too few problems to tell, not certainty.
-
-    Args:
-        values: `[problems]`, at least one.
-        seed: the same seed gives the same interval.
-        resamples: bootstrap resamples.
-        confidence: share of resamples within the interval.
-
-    Raises:
-        ValueError: there are no values.
-    """
-    problems = len(values)
-    if problems == 0:
-        raise ValueError("the mean of no problems has no interval; evaluate at least one problem")
-    generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    block = max(1, _BLOCK // problems)
-    for start in range(0, resamples, block):
-        stop = min(start + block, resamples)
-        drawn = generator.integers(0, problems, size=(stop - start, problems), dtype=np.int32)
-        means[start:stop] = values[drawn].mean(axis=1)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
 
 
 def _by_count(samples: int, k: int) -> Floats:

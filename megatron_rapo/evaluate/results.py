@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_rapo.evaluate.pass_at_k import Estimate
+from megatron_rapo.evaluate.interval import Estimate
 from megatron_rapo.evaluate.statistics import COLUMNS, Statistics, summarise, summarise_adaptive
 from megatron_rapo.evaluate.store import Evaluation
 from megatron_rapo.reward.outcome import Outcome
@@ -42,7 +42,7 @@ def compute(evaluation: Evaluation, ks: Sequence[int]) -> list[Result]:
             statistics = summarise(samples, ids, ks, seed=manifest.seed)
         else:
             statistics = summarise_adaptive(
-                samples, ids, ks, correct=manifest.adaptive, most=manifest.samples, seed=manifest.seed
+                samples, ids, ks, correct=manifest.adaptive, most=manifest.samples
             )
         results.append(Result(data, setting, statistics))
     return results

@@ -13,8 +13,9 @@ import pyarrow.compute
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.counts import COUNTED, Counts, codes, count
 from megatron_rapo.evaluate.draws import tries
+from megatron_rapo.evaluate.interval import Estimate, estimate
 from megatron_rapo.evaluate.majority import majority_at_k
-from megatron_rapo.evaluate.pass_at_k import Estimate, bootstrap_interval, pass_at_k
+from megatron_rapo.evaluate.pass_at_k import pass_at_k
 from megatron_rapo.reward.outcome import Outcome
 
 Values = npt.NDArray[np.float64]
@@ -35,7 +36,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Means over problems, each with the 95% interval of a bootstrap over problems; shares of all samples.
+    """Means over problems, each with its 95% interval; shares of all samples.
 
     Attributes:
         samples: the fewest samples of a problem, and the most.
@@ -74,7 +75,7 @@ def summarise(
         samples: the `COLUMNS` of a store.
         problems: ids; each needs max(ks) samples.
         ks: of pass@k.
-        seed: of bootstrap and subsets; the same seed gives the same numbers.
+        seed: of the subsets that maj@k is the mean over; the same seed gives the same numbers.
         majority_ks: of maj@k; None: `ks`.
 
     Raises:
@@ -89,12 +90,11 @@ def summarise(
         mean=counts.correct / counts.samples,
         passes={k: pass_at_k(counts.correct, counts.samples, k) for k in ks},
         majorities=_majorities(samples, problems, majority_ks, seed),
-        seed=seed,
     )
 
 
 def summarise_adaptive(
-    samples: pyarrow.Table, problems: Sequence[str], ks: Sequence[int], *, correct: int, most: int, seed: int
+    samples: pyarrow.Table, problems: Sequence[str], ks: Sequence[int], *, correct: int, most: int
 ) -> Statistics:
     """The statistics of samples that stopped at the `correct`-th correct one of each problem.
 
@@ -106,7 +106,6 @@ def summarise_adaptive(
         problems: ids.
         ks: at most `most`.
         correct, most: r and N of the stopping rule.
-        seed: of the bootstrap.
 
     Raises:
         RapoError: a problem is still open, or a k too large.
@@ -120,7 +119,6 @@ def summarise_adaptive(
         mean=draws.pass_at_k(1),
         passes={k: draws.pass_at_k(k) for k in ks},
         majorities={},
-        seed=seed,
     )
 
 
@@ -131,11 +129,7 @@ def _statistics(
     mean: Values,
     passes: Mapping[int, Values],
     majorities: Mapping[int, Values],
-    seed: int,
 ) -> Statistics:
-    def estimate(values: Values) -> Estimate:
-        return Estimate(float(values.mean()), *bootstrap_interval(values, seed=seed))
-
     total = int(counts.samples.sum())
     lengths = samples["length"].to_numpy()
     median, p95 = np.quantile(lengths, [0.5, 0.95])

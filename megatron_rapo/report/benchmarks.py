@@ -8,7 +8,7 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.compare import Comparison, compare
 from megatron_rapo.evaluate.draws import stored_tries
 from megatron_rapo.evaluate.frontier import curve, grid, powers_of_two
-from megatron_rapo.evaluate.pass_at_k import Estimate
+from megatron_rapo.evaluate.interval import Estimate
 from megatron_rapo.evaluate.statistics import COLUMNS, Statistics, summarise, summarise_adaptive
 from megatron_rapo.evaluate.store import Evaluation
 from megatron_rapo.report.contents import Against, Benchmark, Scores
@@ -18,7 +18,7 @@ from megatron_rapo.report.sources import EvaluatedModel, benchmark_name, file_na
 from megatron_rapo.report.theme import series_colour
 from megatron_rapo.report.words import crossover_mark
 
-SEED = 0  # of resampling: the same evaluations give the same page
+SEED = 0  # of tests and subsets: the same evaluations give the same page
 COLUMNS_OF_K = 6  # what a table has room for
 
 
@@ -84,7 +84,7 @@ def _base_scores(model: EvaluatedModel, data: str, setting: str, compared: Seque
         return _scores(model, data, setting, longest.ks, longest.base)
     draws = stored_tries(model.evaluation, data, setting).draws()
     ks = grid(draws.most)
-    return _scores(model, data, setting, ks, curve(draws, ks, seed=SEED))
+    return _scores(model, data, setting, ks, curve(draws, ks))
 
 
 def _scores(
@@ -107,9 +107,7 @@ def _statistics(evaluation: Evaluation, data: str, setting: str) -> Statistics:
     if manifest.adaptive is None:
         return summarise(store.read(COLUMNS), problems, [], seed=SEED, majority_ks=[manifest.samples])
     samples = store.read([*COLUMNS, "sample"])
-    return summarise_adaptive(
-        samples, problems, [], correct=manifest.adaptive, most=manifest.samples, seed=SEED
-    )
+    return summarise_adaptive(samples, problems, [], correct=manifest.adaptive, most=manifest.samples)
 
 
 def frontier(name: str, scores: Sequence[Scores], against: Sequence[Against]) -> Plot:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rapo.evaluate.compare import Comparison
-from megatron_rapo.evaluate.pass_at_k import Estimate
+from megatron_rapo.evaluate.interval import Estimate
 from megatron_rapo.evaluate.statistics import Statistics
 from megatron_rapo.report.configuration import Table
 from megatron_rapo.report.drawing import Plot

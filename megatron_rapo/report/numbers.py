@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rapo.evaluate.compare import Comparison
-from megatron_rapo.evaluate.pass_at_k import Estimate
+from megatron_rapo.evaluate.interval import Estimate
 from megatron_rapo.report.contents import Benchmark, Diagnosis, Report
 
 Row = Mapping[str, Any]

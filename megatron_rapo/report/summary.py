@@ -72,7 +72,7 @@ def _tiles(against: Against) -> list[Tile]:
             f"base {comparison.base[place].mean:.3f} · {signed(test.difference)} · {p_value(test.p_value)}"
         )
         value = f"{comparison.model[place].mean:.3f}"
-        tiles.append(Tile(f"pass@{test.k:,}", value, beside, verdict(test.difference)))
+        tiles.append(Tile(f"pass@{test.k:,}", value, beside, verdict(test)))
     tiles.append(Tile("crossover", *crossover_value(comparison)))
     counts, sure = ledger_counts(comparison.ledger)
     new, lost = Change.NEWLY_SOLVED, Change.LOST
@@ -87,7 +87,7 @@ def _tiles(against: Against) -> list[Tile]:
     ):
         beside = f"the base asked again {hard.control.mean:.3f} · {signed(hard.comparison.difference)}"
         label = f"pass@{hard.k:,} on {len(hard.problems):,} hard problems"
-        tiles.append(Tile(label, f"{hard.model.mean:.3f}", beside, verdict(hard.comparison.difference)))
+        tiles.append(Tile(label, f"{hard.model.mean:.3f}", beside, verdict(hard.comparison)))
     return tiles
 
 

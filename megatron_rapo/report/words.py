@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from megatron_rapo.evaluate.compare import Comparison
 from megatron_rapo.evaluate.frontier import Crossover, Paired
+from megatron_rapo.evaluate.interval import Estimate
 from megatron_rapo.evaluate.ledger import Change, Entry
-from megatron_rapo.evaluate.pass_at_k import Estimate
 from megatron_rapo.report.contents import Scores
 
 CHANGES = tuple(Change)
@@ -24,35 +24,40 @@ def p_value(value: float) -> str:
     return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
-def verdict(difference: Estimate) -> str:
-    """`better` or `worse` where the interval has one side of 0 only, else `unsure`."""
-    if difference.low > 0:
-        return "better"
-    return "worse" if difference.high < 0 else "unsure"
+def verdict(test: Paired) -> str:
+    """`better` or `worse` where the test tells model and base apart, else `unsure`."""
+    return {"ahead": "better", "behind": "worse", "not told apart": "unsure"}[test.standing]
 
 
 def standing(model: str, test: Paired, base: Estimate, own: Estimate) -> str:
     """Whether the model is beyond its base at one k, a sentence."""
     claims = {
-        "better": f"{model} is beyond the base",
-        "worse": f"{model} is behind the base",
-        "unsure": f"{model} and the base are not told apart",
+        "ahead": f"{model} is beyond the base",
+        "behind": f"{model} is behind the base",
+        "not told apart": f"{model} and the base are not told apart",
     }
     return (
-        f"{claims[verdict(test.difference)]} at k = {test.k:,}: pass@{test.k:,} is {own.mean:.3f} against "
+        f"{claims[test.standing]} at k = {test.k:,}: pass@{test.k:,} is {own.mean:.3f} against "
         f"{base.mean:.3f}, a difference of {signed(test.difference)}, {p_value(test.p_value)}."
     )
 
 
 def crossover_sentence(model: str, comparison: Comparison) -> str:
-    """Where the model falls behind the base, with the interval."""
+    """At which k the model is ahead of its base or behind it beyond chance, and where the curves cross."""
     found, last = comparison.crossover, comparison.ks[-1]
-    resamples = f"the curves cross in {found.share:.0%} of resamples"
-    if not _ever_ahead(comparison):
-        return f"{model} is at no k up to {last:,} ahead of the base ({resamples})."
-    if found.k is None:
-        return f"{model} stays ahead of the base up to k = {last:,} ({resamples})."
-    return f"{model} falls behind the base at k = {found.k:,}, {_interval(found)} ({resamples})."
+    if found.ahead_from is None:
+        sentence = f"{model} is at no k up to {last:,} ahead of the base beyond chance"
+    elif found.ahead_from == found.ahead_to:
+        sentence = f"{model} is ahead of the base beyond chance at k = {found.ahead_from:,} only"
+    else:
+        sentence = (
+            f"{model} is ahead of the base beyond chance from k = {found.ahead_from:,} to {found.ahead_to:,}"
+        )
+    if found.behind_from is not None:
+        sentence += f", and behind it at k = {found.behind_from:,}"
+    if found.k is not None:
+        sentence += f"; the curves meet at k = {found.k:,} ({_interval(found)})"
+    return f"{sentence}."
 
 
 def crossover_mark(found: Crossover) -> tuple[tuple[float, str], ...]:
@@ -63,20 +68,19 @@ def crossover_mark(found: Crossover) -> tuple[tuple[float, str], ...]:
 def crossover_value(comparison: Comparison) -> tuple[str, str, str]:
     """Value, explanation and verdict for the summary."""
     found, last = comparison.crossover, comparison.ks[-1]
-    beside = f"the curves cross in {found.share:.0%} of resamples"
-    if not _ever_ahead(comparison):
-        return "never ahead", beside, "worse"
-    if found.k is None:
-        return "none", f"ahead up to k = {last:,} · {beside}", "better" if found.share < 0.025 else "unsure"
-    return f"k = {found.k:,}", f"{_interval(found)} · {beside}", "worse" if found.share > 0.975 else "unsure"
-
-
-def _ever_ahead(comparison: Comparison) -> bool:
-    return any(own.mean > base.mean for own, base in zip(comparison.model, comparison.base, strict=True))
+    beside = "nowhere ahead beyond chance"
+    if found.ahead_from is not None:
+        beside = f"ahead beyond chance from k = {found.ahead_from:,} to {found.ahead_to:,}"
+    value = "none" if found.k is None else f"k = {found.k:,}"
+    if found.k is not None:
+        beside = f"{_interval(found)} · {beside}"
+    if found.behind_from is not None:
+        return value, beside, "worse"
+    return value, beside, "better" if (found.ahead_from, found.ahead_to) == (1, last) else "unsure"
 
 
 def _interval(found: Crossover) -> str:
-    low, high = ("none" if end is None else f"{end:,}" for end in (found.low, found.high))
+    low, high = ("beyond" if end is None else f"{end:,}" for end in (found.low, found.high))
     return f"95% interval {low} to {high}"
 
 

@@ -11,8 +11,9 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.compare import compare
 from megatron_rapo.evaluate.control import Choice
 from megatron_rapo.evaluate.draws import Draws
-from megatron_rapo.evaluate.frontier import crossover, curve, grid, paired
+from megatron_rapo.evaluate.frontier import Crossover, Paired, crossover, curve, grid, paired
 from megatron_rapo.evaluate.hard_subset import HardSubset, hard_subset
+from megatron_rapo.evaluate.interval import Estimate
 from megatron_rapo.evaluate.ledger import Change, ledger
 from megatron_rapo.evaluate.manifest import ModelRecord, SettingRecord
 from megatron_rapo.evaluate.pass_at_k import pass_at_k
@@ -40,7 +41,7 @@ def test_the_grid_has_both_ends_and_every_power_of_two() -> None:
 
 def test_the_curve_is_the_estimators() -> None:
     draws = counts([0, 3, 64, 10])
-    estimates = curve(draws, [1, 8, 64], seed=0)
+    estimates = curve(draws, [1, 8, 64])
     for k, estimate in zip([1, 8, 64], estimates, strict=True):
         assert estimate.mean == pytest.approx(pass_at_k(draws.correct, N, k).mean())
         assert estimate.low <= estimate.mean <= estimate.high
@@ -49,28 +50,59 @@ def test_the_curve_is_the_estimators() -> None:
 def test_the_crossover_is_where_the_curves_meet() -> None:
     # The base solves every problem once in 64 samples: pass@k = k/64. The model solves half of them always.
     base, model = counts([1] * 40), counts([64] * 20 + [0] * 20)
-    found = crossover(base, model, list(range(1, N + 1)), seed=0)
+    found = crossover(paired(base, model, list(range(1, N + 1)), seed=0))
     assert found.k == 32
     assert found.low is not None and found.high is not None
-    # The share of problems that the model solves in a resample is binomial(40, 1/2) / 40.
+    # The model's share of solved problems has the standard error of a proportion.
     assert found.low == pytest.approx(64 * (0.5 - 1.96 * np.sqrt(0.25 / 40)), abs=2)
     assert found.high == pytest.approx(64 * (0.5 + 1.96 * np.sqrt(0.25 / 40)), abs=2)
-    assert found.share > 0.999
+    assert (found.ahead_from, found.ahead_to) == (1, found.low - 1)
+    assert found.behind_from == found.high
 
 
-@pytest.mark.parametrize("model", [[20] * 40, [0] * 40])
-def test_a_model_that_is_always_or_never_ahead_has_no_crossover(model: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("model", "ahead", "behind"), [([20] * 40, (1, 4), None), ([0] * 40, (None, None), 1)]
+)
+def test_a_model_that_is_always_or_never_ahead_has_no_crossover(
+    model: list[int], ahead: tuple[int | None, int | None], behind: int | None
+) -> None:
     ks = [1, 2, 4]  # before both curves reach 1
-    found = crossover(counts([10] * 40), counts(model), ks, seed=0)
-    assert (found.k, found.low, found.high, found.share) == (None, None, None, 0.0)
+    found = crossover(paired(counts([10] * 40), counts(model), ks, seed=0))
+    assert found == Crossover(None, None, None, *ahead, behind)
+
+
+def test_a_lead_that_chance_may_have_made_is_no_lead() -> None:
+    """Two problems better, one worse, of 30: the curves do not meet, and nothing is said of either model."""
+    base, model = counts([10] * 30), counts([10] * 27 + [40, 40, 2])
+    tests = paired(base, model, [1, 2], seed=0)
+    assert all(test.difference.mean > 0 and test.standing == "not told apart" for test in tests)
+    found = crossover(tests)
+    assert (found.k, found.ahead_from, found.ahead_to, found.behind_from) == (None, None, None, None)
+    assert (found.low, found.high) == (1, None)
+
+
+def test_models_are_told_apart_where_interval_and_test_agree() -> None:
+    few, many = (paired(counts([0] * n), counts([64] * n), [1], seed=0)[0] for n in (5, 10))
+    assert few.difference.low > 0 and few.p_value > 0.05  # of 5 signs, 2 of 32 choices are as extreme
+    assert (few.standing, many.standing) == ("not told apart", "ahead")
+    assert paired(counts([64] * 10), counts([0] * 10), [1], seed=0)[0].standing == "behind"
+
+
+def test_a_lead_has_no_gaps() -> None:
+    def test(k: int, mean: float, p_value: float) -> Paired:
+        return Paired(k, Estimate(mean, mean - 0.1, mean + 0.1), p_value)
+
+    tests = [test(1, 0.2, 0.2), test(2, 0.2, 0.01), test(3, 0.2, 0.01), test(4, 0.2, 0.2), test(5, 0.2, 0.01)]
+    found = crossover(tests)
+    assert (found.ahead_from, found.ahead_to) == (2, 3)
 
 
 def test_the_paired_test_is_that_of_flipped_signs() -> None:
     # All of 5 differences positive: of 32 choices of signs, 2 are as extreme.
-    result = paired(counts([0] * 5), counts([64] * 5), 1, seed=0)
+    [result] = paired(counts([0] * 5), counts([64] * 5), [1], seed=0)
     assert result.difference.mean == 1.0
     assert result.p_value == pytest.approx(2 / 32, abs=0.01)
-    assert paired(counts([7, 3]), counts([7, 3]), 4, seed=0).p_value == 1.0
+    assert [test.p_value for test in paired(counts([7, 3]), counts([7, 3]), [1, 4], seed=0)] == [1.0, 1.0]
 
 
 def test_the_ledger_by_hand() -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.draws import tries
-from megatron_rapo.evaluate.pass_at_k import bootstrap_interval, pass_at_k
+from megatron_rapo.evaluate.interval import estimate
+from megatron_rapo.evaluate.pass_at_k import pass_at_k
 from megatron_rapo.evaluate.sequential import Stopping, sequential_pass_at_k
 from tests.unit.stored import store
 
@@ -55,10 +56,10 @@ def test_intervals_cover_as_often_and_are_as_wide_as_those_of_the_whole_budget()
         reached = np.cumsum(right, axis=1) >= r
         drawn = np.where(reached.any(axis=1), reached.argmax(axis=1) + 1, most)
         stops = (np.minimum(right.sum(axis=1), r), drawn)
-        low, high = bootstrap_interval(sequential_pass_at_k(stops, r, 1), seed=0, resamples=1000)
-        whole = bootstrap_interval(pass_at_k(right.sum(axis=1), most, 1), seed=0, resamples=1000)
-        covered += low <= truth <= high
-        widths.append((high - low) / (whole[1] - whole[0]))
+        found = estimate(sequential_pass_at_k(stops, r, 1))
+        whole = estimate(pass_at_k(right.sum(axis=1), most, 1))
+        covered += found.low <= truth <= found.high
+        widths.append((found.high - found.low) / (whole.high - whole.low))
         spent += int(drawn.sum())
     assert 0.89 <= covered / rounds <= 0.99
     assert np.mean(widths) < 1.05
