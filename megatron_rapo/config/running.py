@@ -51,6 +51,11 @@ class Observe(Section):
     mismatch_action: Literal["warn", "stop"] = Field(
         "warn", description="What then happens: a warning at each crossing, or the end of the run."
     )
+    idle_steps: PositiveInt = Field(
+        5,
+        description="Steps in a row that teach nothing (no response is in the loss, or the gradient is 0) "
+        "after which the run ends; the first is warned of.",
+    )
 
     def without_effect(self) -> dict[str, str]:
         return {"wandb_project": 'wandb is "off"'} if self.wandb == "off" else {}

@@ -56,8 +56,9 @@ class Evaluator:
         not have been the same to the last bit.
 
         Returns:
-            `pass@k` and `maj@k` for each k, each with its 95% interval (`…_low`, `…_high`), mean length and
-            share of truncated responses; of several data sets or settings behind `DATA/SETTING/`.
+            `pass@k` and `maj@k` for each k, each with its 95% interval (`…_low`, `…_high`), mean length, and
+            the shares of responses that were truncated and that could not be verified; of several data sets
+            or settings behind `DATA/SETTING/`.
         """
         placement = self.collector.placement
         directory = self.config.run.directory / "evaluations" / f"step_{step:06d}"
@@ -133,4 +134,5 @@ def _as_metrics(statistics: Statistics) -> Mapping[str, float]:
         **metrics,
         "response_tokens_mean": statistics.lengths.mean,
         "truncated": statistics.truncated,
+        "unknown": statistics.unknown,
     }

@@ -72,6 +72,11 @@ def table(results: Sequence[Result]) -> str:
         rows = [(name, _shown(value)) for name, value in _metrics(result.statistics)]
         width = max(len(name) for name, _ in rows)
         blocks.append("\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in rows)]))
+        if result.statistics.unknown:
+            blocks[-1] += (
+                f"\n  {result.statistics.unknown:.2%} of the samples could not be verified (timeout or "
+                "crash); they count as not correct"
+            )
     return "\n\n".join(blocks)
 
 

@@ -60,6 +60,11 @@ class Statistics:
     truncated: float
     lengths: Lengths
 
+    @property
+    def unknown(self) -> float:
+        """Share of samples that could not be verified (timeout, crash); they count as not correct."""
+        return sum(share for outcome, share in self.outcomes.items() if not outcome.known)
+
 
 def summarise(
     samples: pyarrow.Table,

@@ -9,6 +9,7 @@ from typing import Self
 
 from megatron_rapo.config import RunConfig
 from megatron_rapo.observe.heartbeat import Heartbeat
+from megatron_rapo.observe.idle_alarm import IdleAlarm
 from megatron_rapo.observe.metrics import MetricsLog
 from megatron_rapo.observe.mismatch_alarm import MismatchAlarm
 from megatron_rapo.observe.phases import Phases
@@ -22,7 +23,7 @@ class Observer:
         self._config = config
         self._rank = rank
         self._phases = Phases([Heartbeat(config.run.directory, rank, world_size).beat])
-        self._mismatch_alarm = MismatchAlarm(config)
+        self._alarms: tuple[MismatchAlarm | IdleAlarm, ...] = (MismatchAlarm(config), IdleAlarm(config))
         self._logs = ExitStack()
         self._metrics: MetricsLog | None = None
         self._progress: Progress | None = None
@@ -55,13 +56,15 @@ class Observer:
         """Ends the step: rank 0 logs its `metrics` and phase times; other ranks' are not used.
 
         Raises:
-            RapoError: engines and trainer are apart, and the run is to stop then.
+            RapoError: engines and trainer are apart, and the run is to stop then; or too many steps in a row
+                taught nothing.
         """
         if self._metrics is None or self._progress is None:
             return
         self._metrics.write(self._phases.step, {**metrics, **self._phases.times()})
         self._progress.finish_step(self._phases.step, metrics)
-        self._mismatch_alarm.check(self._phases.step, metrics)
+        for alarm in self._alarms:
+            alarm.check(self._phases.step, metrics)
 
     def __enter__(self) -> Self:
         return self

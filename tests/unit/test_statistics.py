@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 
 from megatron_rapo.errors import RapoError
+from megatron_rapo.evaluate.evaluator import _as_metrics
 from megatron_rapo.evaluate.majority import majority_at_k
+from megatron_rapo.evaluate.results import Result, table
 from megatron_rapo.evaluate.statistics import COLUMNS, summarise
+from megatron_rapo.reward.outcome import Outcome
 from tests.unit.stored import store
 
 
@@ -54,6 +58,20 @@ def test_the_summary_of_stored_samples(tmp_path: Path) -> None:
     assert found.majority_at_k[8].mean == pytest.approx(expected)
     assert found.outcomes["correct"] == pytest.approx(correct.mean())
     assert (found.unextracted, found.truncated, found.lengths.longest) == (0, 0, 1)
+
+
+def test_what_could_not_be_verified_is_told(tmp_path: Path) -> None:
+    samples = store(tmp_path, np.zeros((2, 4), dtype=bool)).samples("sums", "t1")
+    found = summarise(samples.read(COLUMNS), [problem.id for problem in samples.problems], [1], seed=0)
+    assert found.unknown == 0
+    assert "could not be verified" not in table([Result("sums", "t1", found)])
+    shares = {Outcome.CORRECT: 0.0, Outcome.WRONG: 0.875, Outcome.TIMEOUT: 0.1, Outcome.CRASH: 0.025}
+    damaged = replace(found, outcomes=shares)
+    assert damaged.unknown == pytest.approx(0.125)
+    assert table([Result("sums", "t1", damaged)]).endswith(
+        "12.50% of the samples could not be verified (timeout or crash); they count as not correct"
+    )
+    assert _as_metrics(damaged)["unknown"] == damaged.unknown
 
 
 def test_fewer_samples_than_k_are_refused(tmp_path: Path) -> None:
