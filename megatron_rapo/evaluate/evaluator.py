@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow
@@ -12,7 +13,7 @@ from megatron_rapo.config import RunConfig
 from megatron_rapo.evaluate.held_out import HeldOut, load_held_out, setting_records
 from megatron_rapo.evaluate.manifest import Manifest, ModelRecord, SettingRecord, now
 from megatron_rapo.evaluate.plan import plan
-from megatron_rapo.evaluate.sampler import Sampler
+from megatron_rapo.evaluate.sampler import Sampler, TooFewEngines
 from megatron_rapo.evaluate.statistics import COLUMNS, Statistics, summarise
 from megatron_rapo.evaluate.store import SAMPLES, SampleStore, begin, remove
 from megatron_rapo.experience.collector import Collector
@@ -90,7 +91,13 @@ class Evaluator:
         placement, pool = self.collector.placement, self.collector.engines.pool
         narrow = pyarrow.schema([SAMPLES.field(name) for name in COLUMNS])
         tables = [narrow.empty_table()]
-        if pool is not None:
+        prompts = held_out.prompts[placement.data_rank :: placement.layout.data_parallel]
+        present: set[tuple[str, int]] = set()
+
+        def ask() -> int:
+            """Draws what is missing here, as far as engines are left; how much still is."""
+            if pool is None:
+                return 0
             sampler = Sampler(
                 pool,
                 self.tokenizer,
@@ -98,12 +105,16 @@ class Evaluator:
                 seed=self.config.run.seed,
                 writer=placement.data_rank,
             )
-            prompts = held_out.prompts[placement.data_rank :: placement.layout.data_parallel]
-            batches = plan(prompts, self.evaluate.samples, frozenset(), rows=self.evaluate.batch)
+            batches = plan(prompts, self.evaluate.samples, frozenset(present), rows=self.evaluate.batch)
             store = SampleStore(directory / held_out.name / setting.name, held_out.problems)
-            for samples in sampler.draw(batches, setting, self.verifiers[held_out.verifier], store):
-                rows = [{name: getattr(sample, name) for name in COLUMNS} for sample in samples]
-                tables.append(pyarrow.Table.from_pylist(rows, schema=narrow))
+            with suppress(TooFewEngines):  # told where they do not come back
+                for samples in sampler.draw(batches, setting, self.verifiers[held_out.verifier], store):
+                    rows = [{name: getattr(sample, name) for name in COLUMNS} for sample in samples]
+                    tables.append(pyarrow.Table.from_pylist(rows, schema=narrow))
+                    present.update((sample.problem, sample.sample) for sample in samples)
+            return len(prompts) * self.evaluate.samples - len(present)
+
+        self.collector.until_complete(ask, weight_version=step)
         return pyarrow.concat_tables(tables)
 
     def _manifest(self, step: int) -> Manifest:

@@ -20,6 +20,10 @@ from megatron_rapo.rollout.requests import sample_seed
 UNDER_WAY = 2  # batches that engines have at a time
 
 
+class TooFewEngines(RapoError):
+    """Engines were lost, and too few are left; what is on disk by then stays."""
+
+
 class Sampler:
     """Draws samples of one model.
 
@@ -51,7 +55,8 @@ class Sampler:
         """Samples the batches; each is yielded once it is verified and on disk.
 
         Raises:
-            RapoError: an engine or a verifier failed, or the disk is full. What was written stays.
+            TooFewEngines: no request is under way any more; once they are back, what is missing can be drawn.
+            RapoError: an engine or a verifier refused, or the disk is full. What was written stays.
         """
         for batch, groups in self.generated(batches, setting):
             samples = self._verified(batch, groups, verifier)
@@ -73,6 +78,9 @@ class Sampler:
             while waiting:
                 first, future = waiting.popleft()
                 yield first, future.result()
+        except TooFewEngines:
+            executor.shutdown(cancel_futures=True)  # what follows makes engines serve weights anew
+            raise
         finally:
             # Not waited for: after an error the pool is closed next, which ends what it was asked.
             executor.shutdown(wait=False, cancel_futures=True)
@@ -92,7 +100,7 @@ class Sampler:
         found = [group for group in groups if group is not None]
         if len(found) < len(groups):
             reasons = "".join(f"\n  {url}: {reason}" for url, reason in self.pool.failures.items())
-            raise RapoError(
+            raise TooFewEngines(
                 "too few engines are left to sample from; mend what ended them, then run the same command "
                 f"again to go on:{reasons}"
             )

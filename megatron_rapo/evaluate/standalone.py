@@ -11,7 +11,7 @@ from megatron_rapo.evaluate.held_out import HeldOut, load_held_out, setting_reco
 from megatron_rapo.evaluate.manifest import FILE, Manifest, ModelRecord, SettingRecord, now
 from megatron_rapo.evaluate.plan import Batch, plan
 from megatron_rapo.evaluate.progress import SampleProgress
-from megatron_rapo.evaluate.sampler import Sampler
+from megatron_rapo.evaluate.sampler import Sampler, TooFewEngines
 from megatron_rapo.evaluate.sequential import Stopping
 from megatron_rapo.evaluate.store import Evaluation, StoredSample, begin
 from megatron_rapo.experience.engines import open_own_engines
@@ -61,14 +61,26 @@ def evaluate(
             sampler = Sampler(pool, tokenizer, weight_version=WEIGHT_VERSION, seed=config.run.seed)
             for one in work:
                 with _open_verifier(config, one.held_out) as verifier:
-                    for samples in sampler.draw(one.batches(), one.setting, verifier, one.store):
-                        one.take(samples)
-                        progress.add(samples, f"{one.held_out.name} {one.setting.name}")
+                    _draw(one, sampler, verifier, progress, config.model.path)
         print(progress.line())
     if adaptive is not None:
         drawn = sum(len(one.store.present()) for one in work)
         print(f"{drawn:,} of {total:,} samples sufficed: {1 - drawn / total:.0%} were saved")
     return _finish(evaluation)
+
+
+def _draw(
+    work: _Work, sampler: Sampler, verifier: Verifier, progress: SampleProgress, model_path: Path
+) -> None:
+    """Samples what is missing. Engines that were lost come back, as often as `rollout.restarts` says."""
+    while True:
+        try:
+            for samples in sampler.draw(work.batches(), work.setting, verifier, work.store):
+                work.take(samples)
+                progress.add(samples, f"{work.held_out.name} {work.setting.name}")
+            return
+        except TooFewEngines:
+            sampler.pool.update_weights(model_path, WEIGHT_VERSION)  # an error where they cannot
 
 
 class _Work:
@@ -89,6 +101,7 @@ class _Work:
 
     def take(self, samples: Sequence[StoredSample]) -> None:
         """These are on disk now."""
+        self._present.update((sample.problem, sample.sample) for sample in samples)
         if self._stopping is not None:
             for sample in samples:
                 self._stopping.take(sample.problem, sample.sample, sample.outcome is Outcome.CORRECT)

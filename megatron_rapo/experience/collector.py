@@ -79,11 +79,23 @@ class Collector:
             groups.update((place, group) for place, group in answered if group is not None)
             return len(mine) - len(groups)
 
+        self.until_complete(ask, weight_version)
+        return [groups[place] for place in sorted(groups)]
+
+    def until_complete(self, ask: Callable[[], int], weight_version: int) -> None:
+        """Has every head ask its engines until nothing is missing; all ranks call it.
+
+        Args:
+            ask: samples what is missing here, as far as engines are left; returns how much still is.
+            weight_version: that engines get again before the next try.
+
+        Raises:
+            RapoError: engines refused, or too few are left.
+        """
         while self.engines.any_missing(ask()):
             if self.recover is None:
                 raise self.engines.too_few()
             self.recover(weight_version)
-        return [groups[place] for place in sorted(groups)]
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
         """Verifies this head's groups; nothing on other ranks."""
