@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_rapo.checkpoint.files import how_to_go_on
 from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.checkpoint.store import CheckpointStore
 from megatron_rapo.config import RunConfig
@@ -23,8 +27,10 @@ from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import open_engines
 from megatron_rapo.experience.summary import count_tokens
 from megatron_rapo.experience.unknown import UnknownRewards
+from megatron_rapo.launch.stop import requests
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.model.architecture import Architecture, read_architecture
+from megatron_rapo.observe.heartbeat import where_is
 from megatron_rapo.observe.observer import Observer
 from megatron_rapo.observe.versions import record_versions, software_versions
 from megatron_rapo.parallel.device import peak_memory
@@ -56,6 +62,7 @@ class Job:
     objective: Objective
     publisher: Publisher
     checkpoints: CheckpointStore
+    stop_signal: int = 0  # that asked to stop; a step's end agrees on it, on all ranks
 
     def begin(self) -> TrainState:
         """Takes up the newest checkpoint, or starts; the engines then serve these weights."""
@@ -122,15 +129,25 @@ class Job:
             **self.collector.engines.metrics(),
             "memory/peak_gib": self.placement.largest(peak_memory()) / 2**30,
         }
-        every, last = self.config.checkpoint.every, state.step == self.config.run.steps
+        self.stop_signal = int(self.placement.largest(requests.number))
+        if self.stop_signal:
+            requests.heed()
         best = self.checkpoints.best is not None and self.checkpoints.best.take(state.step, metrics)
-        if last or best or (every is not None and state.step % every == 0):
+        due = self.placement.share_from_main(self.checkpoints.due(state.step))  # clocks differ
+        if due or best or self.stop_signal:
             with self.observer.phase("checkpoint"):
                 self.checkpoints.save(self.policy, state)
         self.observer.finish_step(metrics)
 
-    def end(self) -> None:
-        """Leaves the trained policy as a HF model in `<run>/model`."""
+    def end(self, state: TrainState) -> None:
+        """Leaves the trained policy as a HF model in `<run>/model`.
+
+        Raises:
+            SystemExit: the run was asked to stop; it is saved.
+        """
+        if self.stop_signal:
+            self._tell_stop(state)
+            raise SystemExit(128 + self.stop_signal)
         directory = self.config.run.directory / "model"
         with self.observer.phase("export"):
             self.policy.synchronise_parameters()
@@ -141,6 +158,16 @@ class Job:
                 directory,
                 companions_of=self.config.model.path,
             )
+
+    def _tell_stop(self, state: TrainState) -> None:
+        """Once all is written, on all ranks: a launcher may end the others as soon as one has ended."""
+        if self.placement.is_main:
+            steps, directory = self.config.run.steps, self.config.run.directory
+            name = signal.Signals(self.stop_signal).name
+            print(
+                f"stopped by {name} after step {state.step} of {steps}: {how_to_go_on(directory)}", flush=True
+            )
+        self.placement.share_from_main(None)
 
     def throughput(self, batch: Batch) -> Mapping[str, float]:
         """Tokens a second of the step so far, whole and by phase; prompts count in the trainer's phases."""
@@ -167,6 +194,8 @@ def open_job(config: RunConfig) -> Iterator[Job]:
     """Joins the ranks, opens engines and verifiers where they belong, and builds the models."""
     with ExitStack() as stack:
         placement = stack.enter_context(process_groups(config.parallel, config.run.seed))
+        if placement.is_main:
+            requests.last_words = partial(_tell_loss, config.run.directory)
         observer = stack.enter_context(Observer(config, placement.rank, placement.layout.world_size))
         with observer.phase("load"):
             architecture = read_architecture(config.model.path)
@@ -207,6 +236,12 @@ def open_job(config: RunConfig) -> Iterator[Job]:
         )
         collector.recover = job.publisher.publish
         yield job
+
+
+def _tell_loss(directory: Path, reason: str) -> None:
+    """That the run stops with a step undone."""
+    where = where_is(directory, rank=0)
+    print(f"stopped {where} without saving, as {reason}: {how_to_go_on(directory)}", flush=True)
 
 
 def load_training_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSet:

@@ -6,6 +6,7 @@ from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.config import RunConfig
 from megatron_rapo.experience.summary import summarise
 from megatron_rapo.job import open_job
+from megatron_rapo.launch.stop import requests
 from megatron_rapo.policy.batch import build_minibatches
 
 
@@ -13,26 +14,28 @@ def train(config: RunConfig) -> None:
     """Trains a run from where it stands to its last step. Every rank of the layout calls it.
 
     Raises:
+        SystemExit: a signal asked to stop (docs/resume.md).
         RapoError: something the user can mend; an error on one rank is to end them all (`launch.run_local`,
             torchrun and srun do that).
     """
     with open_job(config) as job:
         phase = job.observer.phase
         state = job.begin()
-        while state.step < config.run.steps:
-            step = state.step + 1
-            job.observer.begin_step(step)
-            batch = job.collect(step)
-            with phase("annotate"):
-                minibatches = build_minibatches(batch.groups, config, job.placement, job.vocabulary)
-                job.policy.annotate(minibatches, job.objective)
-                if job.reference is not None:
-                    job.reference.annotate(minibatches, job.objective)
-            with phase("update"):
-                updated = job.policy.update(minibatches, job.objective, job.reference)
-            with phase("publish"):
-                published = job.publisher.publish(step)
-            state = TrainState(step, job.prompts.position)
-            sampled = {**summarise(batch, job.vocabulary), **job.throughput(batch)}
-            job.finish_step(state, {**sampled, **updated, **published})
-        job.end()
+        with requests.deferring(config.checkpoint.stop_grace_s):
+            while state.step < config.run.steps and not job.stop_signal:
+                step = state.step + 1
+                job.observer.begin_step(step)
+                batch = job.collect(step)
+                with phase("annotate"):
+                    minibatches = build_minibatches(batch.groups, config, job.placement, job.vocabulary)
+                    job.policy.annotate(minibatches, job.objective)
+                    if job.reference is not None:
+                        job.reference.annotate(minibatches, job.objective)
+                with phase("update"):
+                    updated = job.policy.update(minibatches, job.objective, job.reference)
+                with phase("publish"):
+                    published = job.publisher.publish(step)
+                state = TrainState(step, job.prompts.position)
+                sampled = {**summarise(batch, job.vocabulary), **job.throughput(batch)}
+                job.finish_step(state, {**sampled, **updated, **published})
+        job.end(state)

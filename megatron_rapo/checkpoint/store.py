@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_rapo.checkpoint import files
 from megatron_rapo.checkpoint.adam_repair import repair_adam_checkpoints
 from megatron_rapo.checkpoint.best import BestCheckpoint
 from megatron_rapo.checkpoint.bucket_repair import repair_bucket_padding
@@ -45,7 +47,8 @@ class CheckpointStore:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.directory = config.run.directory / "checkpoints"
+        self.directory = config.run.directory / files.FOLDER
+        self._saved = time.monotonic()
         best = config.evaluate.best if config.evaluate else None
         self.best = None if best is None else BestCheckpoint(self.directory, best)
         repair_adam_checkpoints()
@@ -54,8 +57,17 @@ class CheckpointStore:
 
     def newest(self) -> Path | None:
         """The last complete checkpoint."""
-        complete = sorted(path.parent for path in self.directory.glob("step_*/run.json"))
-        return complete[-1] if complete else None
+        return files.newest(self.config.run.directory)
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due after the step, by `checkpoint.every` or by this process's clock."""
+        options = self.config.checkpoint
+        minutes = (time.monotonic() - self._saved) / 60
+        return (
+            step == self.config.run.steps
+            or (options.every is not None and step % options.every == 0)
+            or 0 < options.every_minutes <= minutes
+        )
 
     def save(self, policy: Policy, state: TrainState) -> None:
         """Saves weights, optimizer and state; keeps the newest `checkpoint.keep` and the best. All ranks must
@@ -66,7 +78,7 @@ class CheckpointStore:
                 raises it, unless rank 0 failed while others wait for it inside dist_checkpointing.
         """
         placement = policy.placement
-        final = self.directory / f"step_{state.step:06d}"
+        final = self.directory / files.folder_of(state.step)
         partial = final.with_name(f".partial_{final.name}")
         policy.synchronise_parameters()
         failure = _on_main(placement, lambda: _make_empty(partial))
@@ -78,9 +90,10 @@ class CheckpointStore:
             if placement.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise RapoError(
-                f"checkpoint {final} cannot be written: {failure}; earlier checkpoints are intact: free "
-                "space or mend the folder, then run the same command again to go on from the newest"
+                f"checkpoint {final} cannot be written: {failure}; free space or mend the folder: "
+                f"{files.how_to_go_on(self.config.run.directory)}"
             )
+        self._saved = time.monotonic()
 
     def load(self, checkpoint: Path, policy: Policy) -> TrainState:
         """Fills the policy, saved under whatever layout, from a checkpoint. All ranks must call it.
@@ -141,9 +154,8 @@ class CheckpointStore:
         }
 
     def _prune(self) -> None:
-        complete = sorted(path.parent for path in self.directory.glob("step_*/run.json"))
-        best = None if self.best is None or self.best.step is None else f"step_{self.best.step:06d}"
-        for old in complete[: -self.config.checkpoint.keep]:
+        best = None if self.best is None or self.best.step is None else files.folder_of(self.best.step)
+        for old in files.complete(self.directory)[: -self.config.checkpoint.keep]:
             if old.name != best:
                 shutil.rmtree(old)
 

@@ -61,19 +61,25 @@ def _train(options: argparse.Namespace) -> int:
 
 def _start(config: RunConfig, environment: RankEnvironment | None) -> None:
     from megatron_rapo.launch.local import run_local
-    from megatron_rapo.launch.rank import close_on_sigterm
+    from megatron_rapo.launch.stop import requests
     from megatron_rapo.observe.closing import closing_summary
     from megatron_rapo.observe.heartbeat import describe
 
     world_size = config.parallel.world_size
     if environment is None:
-        run_local(_train_rank, (config,), world_size, diagnose=partial(describe, config.run.directory))
+        run_local(
+            _train_rank,
+            (config,),
+            world_size,
+            diagnose=partial(describe, config.run.directory),
+            defers_stops=True,
+        )
         print(closing_summary(config.run.directory))
         return
     environment.check_world_size(world_size)
     os.environ.update(environment.variables())
-    close_on_sigterm()
-    _train_rank(config)
+    with requests.noted():
+        _train_rank(config)
     if environment.rank == 0:
         print(closing_summary(config.run.directory))
 

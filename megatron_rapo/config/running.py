@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_rapo.config.section import PathOption, PositiveFloat, PositiveInt, Section
+from megatron_rapo.config.section import NonNegativeFloat, PathOption, PositiveFloat, PositiveInt, Section
 
 
 class Run(Section):
@@ -28,13 +28,29 @@ class Checkpoint(Section):
     """When the run's state is saved, and whether it goes on from an earlier one."""
 
     every: PositiveInt | None = Field(
-        None, description="Steps between checkpoints. Default: only after the last step."
+        None,
+        description="Steps between checkpoints. Default: by `every_minutes`. The last step is saved in any "
+        "case, and one after which the run was told to stop.",
+    )
+    every_minutes: NonNegativeFloat = Field(
+        30.0, description="Minutes between checkpoints, at the end of a step; 0: none by time."
     )
     keep: PositiveInt = Field(2, description="Newest checkpoints to keep; older ones are removed.")
     resume: bool = Field(
         True,
         description="Go on from the newest checkpoint in run.directory, if there is one. "
         "false: a directory with checkpoints is an error.",
+    )
+    stop_grace_s: NonNegativeFloat = Field(
+        15.0,
+        description="Seconds in which a step must end after SIGINT or SIGTERM, to be saved; else the run "
+        "ends without. Schedulers kill after 30 s (docs/resume.md). SIGUSR1 has no such limit.",
+    )
+    accept_changes: list[str] = Field(
+        [],
+        exclude=True,
+        description="Options that the run may go on with at another value than before, where docs/resume.md "
+        "lists them as to be asked for; what `--accept-changes` names. It is not kept with the run.",
     )
 
 

@@ -12,8 +12,9 @@ from megatron_rapo.config.data import Data
 from megatron_rapo.data.load import load_prompts
 from megatron_rapo.data.prompts import LoadReport, Prompt
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.manifest import DataRecord, SettingRecord, fingerprint
+from megatron_rapo.evaluate.manifest import DataRecord, SettingRecord
 from megatron_rapo.evaluate.store import Problem
+from megatron_rapo.fingerprint import fingerprint
 
 GENERATED_PROBLEMS = 64  # of a generated task, where the configuration does not say how many
 

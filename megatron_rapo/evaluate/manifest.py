@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -165,32 +163,3 @@ class Manifest(_Record):
 def now() -> str:
     """UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def fingerprint(parts: Iterable[object]) -> str:
-    """16 hex digits that differ where a part's text does."""
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        text = str(part).encode()
-        digest.update(f"{len(text)}:".encode())
-        digest.update(text)
-    return digest.hexdigest()
-
-
-def weights_fingerprint(model: Path) -> str:
-    """Tells apart the weights of HF directories: configuration, sizes, and blocks from all over each file.
-
-    It reads at most 8 MiB a file, so that it takes no time with large models either.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for file in sorted([*model.glob("config.json"), *model.glob("*.safetensors")]):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}:".encode())
-        with file.open("rb") as stream:
-            for block in range(_BLOCKS):
-                stream.seek(block * max(size // _BLOCKS, _BLOCK_BYTES))
-                digest.update(stream.read(_BLOCK_BYTES))
-    return digest.hexdigest()
-
-
-_BLOCKS, _BLOCK_BYTES = 128, 1 << 16

@@ -19,8 +19,9 @@ import torch
 import torch.distributed
 
 from megatron_rapo.launch.environment import RankEnvironment
-from megatron_rapo.launch.failure import Failure, WorkerFailed, root_cause
+from megatron_rapo.launch.failure import Failure, Kind, WorkerFailed, root_cause
 from megatron_rapo.launch.rank import run_rank
+from megatron_rapo.launch.stop import ASKING, AT_ONCE, ONE_REQUEST_S
 
 POLL_S = 0.1
 # How long peers may take to end by themselves, and to tell their own reasons, before they are asked to.
@@ -34,6 +35,8 @@ def run_local(
     args: tuple[Any, ...],
     world_size: int,
     diagnose: Callable[[], str] | None = None,
+    *,
+    defers_stops: bool = False,
 ) -> None:
     """Runs `function(*args)` in `world_size` new processes, with torchrun's environment, until all return.
 
@@ -42,10 +45,12 @@ def run_local(
         args: its arguments, the same for each rank.
         world_size: how many ranks to start.
         diagnose: says where the ranks are (`observe.describe`); asked before failed ranks are ended.
+        defers_stops: the function ends by itself when it is asked to (`StopRequests.deferring`), which may
+            take its time; a second signal ends all ranks soon, a third at once.
 
     Raises:
         WorkerFailed: a rank failed; the others, and all that ranks left running, have been ended.
-        KeyboardInterrupt, SystemExit: SIGINT, or SIGTERM or SIGHUP, came; all ranks have been ended.
+        KeyboardInterrupt, SystemExit: SIGINT, or another stop signal, came; all ranks have ended.
     """
     ranks: list[_Rank] = []
     with (
@@ -57,16 +62,16 @@ def run_local(
             for index in range(world_size):
                 place = RankEnvironment(index, index, world_size, world_size, "127.0.0.1", port)
                 ranks.append(_Rank(function, args, place, Path(reports) / f"rank_{index:05d}.json"))
-            failures = _watch(ranks, received)
+            failures = _watch(ranks, received, defers_stops)
             diagnosis = diagnose() if failures and diagnose else ""
         finally:
             _end(ranks, received)
+    if failures:
+        raise WorkerFailed(root_cause(failures), diagnosis)
     if signal.SIGINT in received:
         raise KeyboardInterrupt
     if received:
         raise SystemExit(128 + received[0])
-    if failures:
-        raise WorkerFailed(root_cause(failures), diagnosis)
 
 
 class _Rank:
@@ -94,17 +99,24 @@ class _Rank:
             self._swept = True
         return True
 
-    def failure(self) -> Failure | None:
-        """Why it failed, or None. A report counts before the exit: a thread may hold that up for ever."""
+    def failure(self, asked: bool) -> Failure | None:
+        """Why it failed, or None. A report counts before the exit: a thread may hold that up for ever.
+
+        `asked`: it was asked to end, and fails no more by ending for that.
+        """
         report = Failure.read(self._report)
+        if asked and self.process.exitcode in _STOPPED:
+            return report
         if report is None and self.ended() and self.process.exitcode:
             # The report may have been written between the look and the exit.
             return Failure.read(self._report) or Failure.of_exit(self.index, _signed(self.process.exitcode))
         return report
 
-    def ask_to_end(self) -> None:
-        """SIGTERM: the rank closes what it opened."""
-        self.process.terminate()
+    def send(self, number: int) -> None:
+        """A stop signal, to the rank alone."""
+        if self.process.is_alive():
+            assert self.process.pid is not None
+            os.kill(self.process.pid, number)  # not reaped yet, so the number is still its own
 
     def kill(self) -> None:
         """SIGKILL, to the rank and all it started."""
@@ -120,30 +132,40 @@ class _Rank:
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
-def _watch(ranks: list[_Rank], received: list[int]) -> list[Failure]:
-    """Waits until all ranks ended, one failed, or a signal came; the failures, one a rank."""
+def _watch(ranks: list[_Rank], received: list[int], defers_stops: bool) -> list[Failure]:
+    """Waits until all ranks ended, one failed, or they are to end at once; the failures, one a rank.
+
+    Where stops are deferred, the first signal is handed on, and their end is waited for.
+    """
     failures: dict[int, Failure] = {}
-    deadline = float("inf")
-    while not received and time.monotonic() < deadline:
+    deadline, asked = float("inf"), False
+    while len(received) < (2 if defers_stops else 1) and time.monotonic() < deadline:
+        if received and not asked:
+            asked = True
+            print("stopping once the step is done and saved; a second signal stops at once", flush=True)
+            for rank in ranks:
+                rank.send(received[0])
         running = [rank for rank in ranks if not rank.ended()]
         for rank in ranks:
-            failure = failures.get(rank.index) or rank.failure()
+            failure = failures.get(rank.index) or rank.failure(asked)
+            if failure is not None and asked and failure.kind is Kind.COLLECTIVE:
+                continue  # its peers ended sooner
             if failure is not None:
                 failures[rank.index] = failure
                 deadline = min(deadline, time.monotonic() + SETTLE_S)
         if not running:
             break
         time.sleep(POLL_S)
-    return list(failures.values())
+    return [] if len(received) > asked else list(failures.values())
 
 
 def _end(ranks: list[_Rank], received: list[int]) -> None:
-    """Ends all ranks, within GRACE_S or, where a second signal asks for it, at once."""
+    """Ends all ranks, within GRACE_S or, where one more signal asks for it, at once."""
     for rank in ranks:
-        rank.ask_to_end()
+        rank.send(AT_ONCE)
     deadline = time.monotonic() + GRACE_S
-    running = ranks
-    while time.monotonic() < deadline and len(received) < 2:
+    running, before = ranks, len(received)
+    while time.monotonic() < deadline and len(received) == before:
         running = [rank for rank in running if not rank.ended()]
         if not running:
             return
@@ -209,13 +231,26 @@ def _stop_signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():  # Only there can handlers be set.
         yield received
         return
-    stop = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in stop}
+    # `nohup` has SIGHUP ignored.
+    stop = [n for n in ASKING if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+    last = -ONE_REQUEST_S
+
+    def note(number: int, _: object) -> None:
+        nonlocal last
+        if time.monotonic() - last >= ONE_REQUEST_S:
+            received.append(number)
+            last = time.monotonic()
+
+    before = {number: signal.signal(number, note) for number in stop}
     try:
         yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# What ranks end with that heeded a stop signal.
+_STOPPED = {128 + number for number in ASKING}
 
 
 def _signed(exit_code: int) -> int:

@@ -7,16 +7,13 @@ import faulthandler
 import os
 import signal
 import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from megatron_rapo.launch.failure import Failure
+from megatron_rapo.launch.failure import Failure, Kind
+from megatron_rapo.launch.stop import requests
 
-CLOSING_S = 15.0  # SLURM kills what has not ended after 30
 _PR_SET_PDEATHSIG = 1
 
 
@@ -29,41 +26,18 @@ def run_rank(
     """
     os.setpgid(0, 0)
     _die_with(parent)
-    signal.signal(signal.SIGTERM, _exit)
     faulthandler.enable()
-    try:
-        function(*args)
-    except SystemExit:
-        raise
-    except BaseException as error:
-        Failure.of(rank, error).write(report)
-        sys.exit(1)
-
-
-def close_on_sigterm() -> None:
-    """On SIGTERM this process, which no launcher of ours watches, ends with status 143.
-
-    It ends through its `finally` blocks; where they take longer than CLOSING_S, at once.
-    """
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    # Written to as the signal comes, also while the main thread is in a call that heeds none.
-    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    threading.Thread(target=_end_the_late, args=(reading,), daemon=True).start()
-    signal.signal(signal.SIGTERM, _exit)
-
-
-def _end_the_late(signals: int) -> None:
-    """What this process started ends with it, as after SIGKILL."""
-    while os.read(signals, 1)[0] != signal.SIGTERM:
-        pass
-    time.sleep(CLOSING_S)
-    os._exit(128 + signal.SIGTERM)
-
-
-def _exit(number: int, _: FrameType | None) -> None:
-    """Ends the process through its `finally` blocks: servers and verifiers that it started are closed."""
-    raise SystemExit(128 + number)
+    with requests.noted():
+        try:
+            function(*args)
+        except SystemExit:
+            raise
+        except BaseException as error:
+            failure = Failure.of(rank, error)
+            if requests.number and failure.kind is Kind.COLLECTIVE:  # its peers ended sooner
+                sys.exit(128 + requests.number)
+            failure.write(report)
+            sys.exit(1)
 
 
 def _die_with(parent: int) -> None:

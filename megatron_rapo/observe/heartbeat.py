@@ -53,6 +53,13 @@ def describe(run_directory: Path, now: float | None = None) -> str:
     return "\n  ".join([f"where the ranks are ({folder}):", *lines, *unreadable])
 
 
+def where_is(run_directory: Path, rank: int) -> str:
+    """Where this process is, which is the rank: `in step 3 (rollout)`."""
+    beats, _ = _read(run_directory / "heartbeat")
+    mine = [beat for beat in beats if beat["rank"] == rank and beat["pid"] == os.getpid()]
+    return f"in step {mine[0]['step']} ({mine[0]['phase']})" if mine else "before the first step"
+
+
 def _read(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The heartbeats, and a line for each file that is none."""
     beats, unreadable = [], []

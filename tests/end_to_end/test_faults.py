@@ -230,14 +230,35 @@ def test_a_killed_rank_ends_the_job(tmp_path: Path) -> None:
     assert_checkpoints_are_whole(directory)
 
 
-def test_sigterm_ends_the_job(tmp_path: Path) -> None:
-    with training(tmp_path) as (directory, command):
+def test_sigterm_ends_the_job_after_its_step_which_is_saved(tmp_path: Path) -> None:
+    with training(tmp_path, checkpoint={"every": 1, "stop_grace_s": 60.0}) as (directory, command):
         command.process.send_signal(signal.SIGTERM)
         assert end(command) < SOON
     assert command.process.returncode == 128 + signal.SIGTERM
-    assert "Traceback" not in command.stderr, command.stderr
+    assert command.stderr == ""
     assert command.left_processes() == []
     assert_checkpoints_are_whole(directory)
+    last = metrics(directory)[-1]["step"]
+    told = (
+        rf"^stopped by SIGTERM after step {last} of 1000: the newest checkpoint is \S+/step_{last:06d}, and "
+    )
+    assert re.search(told, command.stdout, re.MULTILINE), command.stdout
+
+
+def test_a_second_signal_ends_the_job_at_once(tmp_path: Path) -> None:
+    """The engine is asleep, so that the step would take for ever."""
+    with training(tmp_path, checkpoint={"every": 1, "stop_grace_s": 600.0}) as (_, command):
+        for engine in engines(command):
+            engine.suspend()
+        command.process.send_signal(signal.SIGINT)
+        time.sleep(2)
+        assert command.process.poll() is None
+        command.process.send_signal(signal.SIGINT)
+        assert end(command) < SOON
+    assert command.process.returncode == 130
+    assert command.left_processes() == []
+    told = r"^stopped in step \d+ \(.*\) without saving, as it was asked again: the newest checkpoint is"
+    assert re.search(told, command.stdout, re.MULTILINE), command.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_rapo.errors import RapoError
 from megatron_rapo.launch.environment import RankEnvironment
+from megatron_rapo.launch.stop import AT_ONCE, requests
 
 
 def rank() -> int:
@@ -107,7 +108,7 @@ def fail_while_a_peer_cleans_up(folder: Path) -> None:
 
 
 def ignore_the_end(folder: Path) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(AT_ONCE, signal.SIG_IGN)
     if rank() == 1:
         wait_for(folder / "ignores")
         raise RapoError("the reason")
@@ -120,3 +121,21 @@ def wait_for_ever(folder: Path) -> None:
     partial.write_text(str(os.getpid()))
     partial.replace(folder / f"pid_{rank()}")
     time.sleep(120)
+
+
+def defer_a_stop(folder: Path, grace_s: float) -> None:
+    """Heeds the request after a while, as at a step's end."""
+    with requests.deferring(grace_s):
+        (folder / f"ready_{rank()}").touch()
+        wait_for(folder / "ends")
+        requests.heed()
+    (folder / f"saved_{rank()}").write_text(str(int(requests.number)))
+    sys.exit(128 + requests.number)
+
+
+def defer_a_stop_and_fail(folder: Path) -> None:
+    """What fails while a stop is heeded is told."""
+    with requests.deferring(60.0):
+        (folder / f"ready_{rank()}").touch()
+        wait_for(folder / "ends")
+        raise RapoError("the disk is full")

@@ -11,15 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.manifest import (
-    DataRecord,
-    Manifest,
-    ModelRecord,
-    SettingRecord,
-    fingerprint,
-    weights_fingerprint,
-)
+from megatron_rapo.evaluate.manifest import DataRecord, Manifest, ModelRecord, SettingRecord
 from megatron_rapo.evaluate.store import Evaluation, Problem, SampleStore, StoredSample, write_problems
+from megatron_rapo.fingerprint import fingerprint, weights_fingerprint
 from megatron_rapo.reward.outcome import Outcome
 
 PROBLEMS = [Problem("a", "1+1?", "2", (1, 2)), Problem("b", "2+2?", "4", (3,)), Problem("c", "?", "5", (4,))]

@@ -248,23 +248,146 @@ def test_ranks_end_with_their_parent(tmp_path: Path, number: signal.Signals, sta
         parent.wait(timeout=15)
 
 
-LATE = """
-import time
-from megatron_rapo.launch import rank
-rank.CLOSING_S = 0.3
-rank.close_on_sigterm()
-print("ready", flush=True)
-try:
-    time.sleep(60)
-finally:
-    print("closing", flush=True)
-    time.sleep(60)
+# Stop requests
+
+
+DEFERRING = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from tests.unit import launched
+from megatron_rapo.launch.local import run_local
+if __name__ == "__main__":
+    run_local(launched.{function}, (Path({folder!r}), *{more!r}), world_size=2, defers_stops=True)
 """
 
 
-def test_a_rank_that_does_not_come_to_its_end_is_ended() -> None:
-    with subprocess.Popen([sys.executable, "-c", LATE], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        process.terminate()
-        assert process.wait(20) == 143
-        assert process.stdout.read() == "closing\n"
+@contextlib.contextmanager
+def deferring(folder: Path, function: str, *more: object) -> Iterator[subprocess.Popen[str]]:
+    """A launcher whose two ranks defer stops, once they do."""
+    script, tests = folder / "parent.py", str(Path(__file__).parents[2])
+    script.write_text(DEFERRING.format(tests=tests, function=function, folder=str(folder), more=more))
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as parent:
+        try:
+            for index in range(2):
+                launched.wait_for(folder / f"ready_{index}")
+            yield parent
+        finally:
+            parent.kill()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGUSR1])
+def test_a_stop_that_is_deferred_lets_ranks_save(tmp_path: Path, sent: signal.Signals) -> None:
+    """SIGUSR1 has no grace that ends; the other's is long enough here."""
+    grace_s = 0.0 if sent == signal.SIGUSR1 else 60.0
+    with deferring(tmp_path, "defer_a_stop", grace_s) as parent:
+        parent.send_signal(sent)
+        time.sleep(0.5)
+        assert parent.poll() is None
+        (tmp_path / "ends").touch()
+        assert parent.wait(30) == (-signal.SIGINT if sent == signal.SIGINT else 128 + sent)
+    for index in range(2):
+        assert (tmp_path / f"saved_{index}").read_text() == str(sent.value)
+
+
+def test_a_second_signal_ends_ranks_that_defer_the_first(tmp_path: Path) -> None:
+    with deferring(tmp_path, "defer_a_stop", 600.0) as parent:
+        parent.send_signal(signal.SIGTERM)
+        time.sleep(1.2)
+        began = time.monotonic()
+        parent.send_signal(signal.SIGTERM)
+        assert parent.wait(30) == 143
+        assert time.monotonic() - began < 15
+    assert not list(tmp_path.glob("saved_*"))
+
+
+def test_what_fails_while_a_stop_is_heeded_is_told(tmp_path: Path) -> None:
+    with deferring(tmp_path, "defer_a_stop_and_fail") as parent:
+        parent.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        (tmp_path / "ends").touch()
+        _, stderr = parent.communicate(timeout=30)
+    assert parent.returncode == 1
+    assert "the disk is full" in stderr
+
+
+STOPPED = """
+import time
+from megatron_rapo.launch import stop
+stop.CLOSING_S = 0.5
+stop.requests.last_words = lambda reason: print("lost:", reason, flush=True)
+class Swallows:
+    def __del__(self):
+        print("ready", flush=True)
+        time.sleep(60)
+{body}
+"""
+
+SWALLOWED = """
+with stop.requests.noted():
+    swallows = Swallows()
+    del swallows
+    {goes_on}
+"""
+
+GRACE = """
+with stop.requests.noted(), stop.requests.deferring({grace_s}):
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        print("closing", flush=True)
+        {closing}
+"""
+
+
+def stopped(body: str, *signals: int, apart_s: float = 0.0) -> tuple[int, str]:
+    """Exit status and output of a process that is sent signals once it is ready."""
+    command = [sys.executable, "-c", STOPPED.format(body=body)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            time.sleep(0.2)  # it is asleep, then, and not about to be
+            for number in signals:
+                process.send_signal(number)
+                time.sleep(apart_s)
+            return process.wait(20), process.stdout.read()
+        finally:
+            process.kill()
+
+
+def test_a_stop_that_python_swallows_ends_the_process_all_the_same() -> None:
+    body = SWALLOWED.format(goes_on='print("goes on", flush=True); time.sleep(60)')
+    assert stopped(body, signal.SIGTERM) == (143, "lost: a stop was asked for\ngoes on\n")
+
+
+def test_a_stop_that_was_swallowed_is_heeded_where_stops_are_deferred() -> None:
+    body = SWALLOWED.format(goes_on='stop.requests.deferring(60).__enter__(); print("not reached")')
+    assert stopped(body, signal.SIGINT) == (130, "lost: a stop was asked for\n")
+
+
+def test_the_end_of_the_grace_ends_the_process_through_its_finally_blocks() -> None:
+    status, output = stopped(GRACE.format(grace_s=0.3, closing='print("closed")'), signal.SIGTERM)
+    assert status == 143
+    assert output == "lost: its step did not end within 0.3 s (checkpoint.stop_grace_s)\nclosing\nclosed\n"
+
+
+def test_a_process_that_does_not_come_to_its_end_is_ended() -> None:
+    status, output = stopped(GRACE.format(grace_s=0.3, closing="time.sleep(60)"), signal.SIGTERM)
+    assert (status, output.count("closing")) == (143, 1)
+
+
+def test_two_signals_at_once_are_one_request() -> None:
+    """Schedulers signal a process and its launcher, which hands the signal on."""
+    status, output = stopped(GRACE.format(grace_s=2.0, closing="pass"), signal.SIGTERM, signal.SIGINT)
+    assert status == 143
+    assert "within 2 s" in output
+
+
+def test_a_second_request_is_told_as_such() -> None:
+    body = GRACE.format(grace_s=60.0, closing="pass")
+    status, output = stopped(body, signal.SIGINT, signal.SIGINT, apart_s=1.2)
+    assert status == 130
+    assert "lost: it was asked again" in output
