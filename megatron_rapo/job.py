@@ -16,9 +16,9 @@ from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.checkpoint.store import CheckpointStore
 from megatron_rapo.config import RunConfig
 from megatron_rapo.config.write import to_toml
-from megatron_rapo.data.load import load_prompts
+from megatron_rapo.data.load import load_training_prompts
 from megatron_rapo.data.order import PromptOrder
-from megatron_rapo.data.prompts import Prompt, PromptSet
+from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.data.tokenizer import load_tokenizer, vocabulary_size
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.evaluator import Evaluator
@@ -242,18 +242,6 @@ def _tell_loss(directory: Path, reason: str) -> None:
     """That the run stops with a step undone."""
     where = where_is(directory, rank=0)
     print(f"stopped {where} without saving, as {reason}: {how_to_go_on(directory)}", flush=True)
-
-
-def load_training_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-    """The prompts that the run trains on."""
-    return load_prompts(
-        config.data,
-        tokenizer,
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
-        seed=config.run.seed,
-        split="train",
-        count=None,
-    )
 
 
 def _open_collector(

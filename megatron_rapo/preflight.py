@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_rapo.config import FileData, RunConfig
+import psutil
+import torch
+
+from megatron_rapo.config import Data, FileData, RunConfig
 from megatron_rapo.config.write import to_toml
+from megatron_rapo.data.load import load_training_prompts
+from megatron_rapo.data.sources import read_file
+from megatron_rapo.data.tokenizer import load_tokenizer, vocabulary_size
 from megatron_rapo.errors import RapoError
+from megatron_rapo.evaluate.held_out import load_held_out
+from megatron_rapo.launch.environment import RankEnvironment
 from megatron_rapo.launch.slurm import describe
 from megatron_rapo.model.architecture import Architecture, read_architecture
 from megatron_rapo.model.build import DTYPES
-from megatron_rapo.scaling.memory import estimate_memory
+from megatron_rapo.observe.loggers import import_wandb
+from megatron_rapo.scaling.memory import GIB, MemoryEstimate, estimate_memory
 from megatron_rapo.weights.hf_check import check_tensors
 from megatron_rapo.weights.hf_files import HFTensors
 from megatron_rapo.weights.megatron_files import MegatronTensors
 from megatron_rapo.weights.plan import make_plan
 from megatron_rapo.weights.tensor_table import tensor_table
 
+INTERPRETER_S = 60  # for another environment's interpreter to start
+
 
 def check(config: RunConfig) -> Architecture:
-    """Checks what needs no process: model, layout, data files, run directory.
+    """Checks what needs no process: model and weights, layout, data, software, run directory.
 
     Raises:
         RapoError: the run could not work.
@@ -30,40 +43,42 @@ def check(config: RunConfig) -> Architecture:
     for path in _model_paths(config):
         if not path.is_dir():
             raise RapoError(f"model directory {path} does not exist; download the model there")
-        if read_architecture(path) != architecture:
-            raise RapoError(
-                f"model {path} is not of the architecture of {config.model.config or config.model.path}"
-            )
-        with HFTensors(path) as tensors:
-            check_tensors(tensors, architecture)
-    if config.model.checkpoint is not None:
-        MegatronTensors(config.model.checkpoint, architecture)
-    for data_path in _data_paths(config):
-        if not data_path.is_file():
-            raise RapoError(f"data file {data_path} does not exist; correct data.path or evaluate.data.path")
+    _check_models(config, architecture)
+    environment = RankEnvironment.read()
+    if environment is None or environment.rank == 0:  # which starts the run's own servers, and logs
+        for problem in _missing_here(config):
+            raise RapoError(problem)
+    for option, data in _data_tables(config):
+        if isinstance(data, FileData) and not data.path.exists():
+            raise RapoError(f"data file {data.path} does not exist; correct {option}.path")
+    for _ in _load_data(config):
+        pass
     _check_directory(config.run.directory)
     return architecture
 
 
 def planned_architecture(config: RunConfig) -> Architecture:
-    """The model's architecture (from `model.config` where that is given), checked against the layout."""
+    """The model's architecture (of `model.config`, where given), checked against layout and lengths."""
     architecture = read_architecture(config.model.config or config.model.path)
     architecture.check_layout(config.parallel)
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    if longest > architecture.max_positions:
-        raise RapoError(
-            f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds the model's "
-            f"max_position_embeddings = {architecture.max_positions}; lower one of them"
-        )
+    architecture.check_lengths(config.rollout)
+    _check_microbatch(config)
     return architecture
 
 
 def describe_plan(config: RunConfig) -> str:
-    """The resolved configuration, the layout, the memory of a rank, and what is not on this machine yet."""
+    """The resolved configuration, the layout, data, the memory of a rank, and what is not on this machine.
+
+    Raises:
+        RapoError: of what is on this machine, something could not work.
+    """
     architecture = planned_architecture(config)
+    _check_models(config, architecture)
     layout = config.parallel
     updates = config.run.steps * config.updates_per_step
     responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
+    data = list(_load_data(config))
+    memory = estimate_memory(config, architecture)
     missing = [path for path in [*_model_paths(config), *_data_paths(config)] if not path.exists()]
     lines = [
         to_toml(config),
@@ -75,16 +90,111 @@ def describe_plan(config: RunConfig) -> str:
         f"{architecture.family} of {architecture.parameters:,} parameters in {architecture.layers} layers",
         f"{responses} responses a step in {config.updates_per_step} updates; {updates} updates in all",
         "",
+        *(["# Data", *data, ""] if data else []),
         "# Weights to the engines",
         *_weight_routes(config, architecture),
         "",
         "# Memory of a trainer rank (estimate, without the allocator's and NCCL's own)",
-        *estimate_memory(config, architecture).lines(),
+        *memory.lines(),
+        *_too_much_memory(memory),
         "",
         *(["# SLURM job", *describe(config.slurm), ""] if config.slurm else []),
         *(f"not on this machine, so not checked: {path}" for path in missing),
+        *(f"not on this machine: {problem}" for problem in _missing_here(config)),
     ]
     return "\n".join(lines)
+
+
+def _check_models(config: RunConfig, architecture: Architecture) -> None:
+    """The weights that are on this machine, by their headers."""
+    for path in _model_paths(config):
+        if not path.is_dir():
+            continue
+        if read_architecture(path) != architecture:
+            raise RapoError(
+                f"model {path} is not of the architecture of {config.model.config or config.model.path}"
+            )
+        with HFTensors(path) as tensors:
+            check_tensors(tensors, architecture)
+    if config.model.checkpoint is not None and config.model.checkpoint.exists():
+        MegatronTensors(config.model.checkpoint, architecture)
+
+
+def _check_microbatch(config: RunConfig) -> None:
+    longest, multiple = config.longest_sequence, config.sequence_multiple
+    padded = -(-longest // multiple) * multiple
+    if padded > config.algorithm.max_tokens_per_microbatch:
+        raise RapoError(
+            f"algorithm.max_tokens_per_microbatch = {config.algorithm.max_tokens_per_microbatch} cannot "
+            f"hold rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens "
+            f"({padded} padded); raise it to {padded}"
+        )
+
+
+def _load_data(config: RunConfig) -> Iterator[str]:
+    """Loads what the run trains on and is evaluated on, as far as it is on this machine: a report of each.
+
+    Without the model there is no tokenizer: of files, columns alone are looked at then.
+    """
+    training, *held_out = tables = _data_tables(config)
+    here = [(option, data) for option, data in tables if not isinstance(data, FileData) or data.path.exists()]
+    if not config.model.path.is_dir():
+        for option, data in here:
+            if isinstance(data, FileData):
+                rows = read_file(data, option)
+                yield f"{option}: {data.path}: {len(rows)} rows, no tokenizer to count their tokens with"
+        return
+    tokenizer = load_tokenizer(config.model.path)
+    vocabulary_size(tokenizer, read_architecture(config.model.path).vocabulary)
+    if training in here:
+        yield f"data: {load_training_prompts(config, tokenizer).report}"
+    if all(table in here for table in held_out):
+        reports = [loaded.report for loaded in load_held_out(config, tokenizer)]
+        yield from (f"{option}: {report}" for (option, _), report in zip(held_out, reports, strict=True))
+
+
+def _missing_here(config: RunConfig) -> Iterator[str]:
+    """What the machine of rank 0 needs beside files, and this one lacks, each as an error tells it."""
+    rollout = config.rollout
+    own_servers = not rollout.urls
+    if (
+        own_servers
+        and not rollout.sglang
+        and rollout.embedded_device == "cuda"
+        and not torch.cuda.is_available()
+    ):
+        yield 'rollout.embedded_device = "cuda" needs a GPU, and torch sees none; set "cpu", or give urls'
+    if own_servers and rollout.sglang and (problem := _without_sglang(rollout.sglang.python)):
+        yield problem
+    if config.observe.wandb != "off":
+        try:
+            import_wandb(config.observe.wandb)
+        except RapoError as error:
+            yield str(error)
+
+
+def _without_sglang(python: str) -> str | None:
+    """Why this interpreter cannot start SGLang; None if it can."""
+    finds = "import importlib.util as u, sys; sys.exit(u.find_spec('sglang') is None)"
+    remedy = "set it to the interpreter of the environment that SGLang is installed in (docs/engines.md)"
+    try:
+        found = (
+            subprocess.run([python, "-c", finds], capture_output=True, timeout=INTERPRETER_S).returncode == 0
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"rollout.sglang.python = {python!r} cannot be started: {error}; {remedy}"
+    return None if found else f"rollout.sglang.python = {python!r} has no package sglang; {remedy}"
+
+
+def _too_much_memory(memory: MemoryEstimate) -> list[str]:
+    """A line if a rank alone has no room on this machine."""
+    if torch.cuda.is_available():
+        room, what = torch.cuda.get_device_properties(0).total_memory, "GPU"
+    else:
+        room, what = psutil.virtual_memory().total, "memory (it has no GPU)"
+    if memory.total <= room:
+        return []
+    return [f"too much for this machine: {room / GIB:,.2f} GiB of {what}"]
 
 
 def _weight_routes(config: RunConfig, architecture: Architecture) -> list[str]:
@@ -110,9 +220,14 @@ def _model_paths(config: RunConfig) -> list[Path]:
     return paths
 
 
+def _data_tables(config: RunConfig) -> list[tuple[str, Data]]:
+    """The training data's table, as the user calls it, and those of the evaluation."""
+    held_out = zip(config.evaluation_tables, config.evaluation_data, strict=True)
+    return [("data", config.data), *held_out]
+
+
 def _data_paths(config: RunConfig) -> list[Path]:
-    sources = [config.data, *config.evaluation_data]
-    return list(dict.fromkeys(source.path for source in sources if isinstance(source, FileData)))
+    return list(dict.fromkeys(data.path for _, data in _data_tables(config) if isinstance(data, FileData)))
 
 
 def _check_directory(directory: Path) -> None:

@@ -80,7 +80,7 @@ class CountdownData(Section):
     numbers: Literal[3, 4] = Field(4, description="How many numbers a problem gives.")
     largest: int = Field(25, ge=2, le=99, description="Numbers are drawn from 1 to this.")
     operators: str = Field("+-*", description="Operators that a problem's hidden solution uses, of `+-*/`.")
-    problems: PositiveInt = Field(10_000, description="Size of the training set.")
+    problems: PositiveInt = Field(10_000, le=1_000_000, description="Size of the training set.")
 
     @property
     def name(self) -> str:
@@ -102,7 +102,7 @@ class ArithmeticData(Section):
     terms: int = Field(2, ge=2, le=6, description="Numbers a problem combines.")
     digits: int = Field(2, ge=1, le=6, description="Digits of the largest number.")
     operators: str = Field("+-*", description="Operators, of `+-*`.")
-    problems: PositiveInt = Field(10_000, description="Size of the training set.")
+    problems: PositiveInt = Field(10_000, le=1_000_000, description="Size of the training set.")
 
     @property
     def name(self) -> str:

@@ -64,7 +64,9 @@ class DynamicSampling(Section):
 class Rollout(Section):
     """What is sampled each step, and from which servers."""
 
-    prompts_per_step: PositiveInt = Field(description="Prompts of one rollout batch, over all replicas.")
+    prompts_per_step: PositiveInt = Field(
+        description="Prompts of one rollout batch, over all replicas; at most those that the data has."
+    )
     responses_per_prompt: int = Field(8, ge=2, description="G: responses a prompt (one group).")
     max_prompt_tokens: PositiveInt = Field(1024, description="Longer prompts are reported and dropped.")
     max_response_tokens: PositiveInt = Field(description="Responses are cut (truncated) at this length.")

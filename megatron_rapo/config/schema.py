@@ -98,12 +98,18 @@ class RunConfig(Section):
         shards = self.parallel.model_parallel // self.parallel.pipeline_parallel
         return math.lcm(halves, shards if self.parallel.sequence_parallel else 1)
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt and response."""
+        return self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
+
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         checks: list[Callable[[], None]] = [
             self._check_batch,
             self._check_overlong_buffer,
             self._check_warmup,
+            self._check_checkpoints,
             self._check_rewards,
             self._check_evaluation,
             self._check_colocation,
@@ -125,14 +131,6 @@ class RunConfig(Section):
                 f"rollout.prompts_per_step = {prompts} leaves some of parallel.data_parallel = {replicas} "
                 "replicas without a prompt; raise it, or lower data_parallel"
             )
-        longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
-        padded = -(-longest // self.sequence_multiple) * self.sequence_multiple
-        if padded > self.algorithm.max_tokens_per_microbatch:
-            raise ValueError(
-                f"algorithm.max_tokens_per_microbatch = {self.algorithm.max_tokens_per_microbatch} cannot "
-                f"hold rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens "
-                f"({padded} padded); raise it to {padded}"
-            )
 
     def _check_overlong_buffer(self) -> None:
         buffer, limit = self.algorithm.overlong_buffer_tokens, self.rollout.max_response_tokens
@@ -148,6 +146,14 @@ class RunConfig(Section):
             raise ValueError(
                 f"optimizer.warmup_updates = {warmup} leaves none of the run's {updates} updates at the full "
                 "rate; lower it, or raise run.steps"
+            )
+
+    def _check_checkpoints(self) -> None:
+        every = self.checkpoint.every
+        if every is not None and every > self.run.steps:
+            raise ValueError(
+                f"checkpoint.every = {every} is beyond run.steps = {self.run.steps} and would have no "
+                "effect; lower or remove it"
             )
 
     def _check_rewards(self) -> None:
@@ -179,6 +185,12 @@ class RunConfig(Section):
         if self.evaluate.data is None and self.data.source == "file":
             raise ValueError(
                 "evaluate.data is missing: training prompts from a file leave none held out; add it"
+            )
+        every = self.evaluate.every
+        if every is not None and every > self.run.steps:
+            raise ValueError(
+                f"evaluate.every = {every} is beyond run.steps = {self.run.steps} and would have no "
+                "effect; lower or remove it"
             )
         best = self.evaluate.best
         if best is not None and best not in (names := self._evaluation_metrics()):

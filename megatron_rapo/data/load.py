@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_rapo.config import RunConfig
 from megatron_rapo.config.data import Data, FileData
 from megatron_rapo.data.prompts import LoadReport, Prompt, PromptSet
 from megatron_rapo.data.sources import Row, generate, read_file
@@ -80,6 +81,29 @@ def load_prompts(
             f"{count} prompts were asked for, but {len(prompts)} are usable; ask for no more\n{report}"
         )
     return PromptSet(tuple(prompts), report)
+
+
+def load_training_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    """The prompts that the run trains on, at least as many as a step draws.
+
+    Raises:
+        RapoError: they cannot be loaded, or are fewer.
+    """
+    prompts = load_prompts(
+        config.data,
+        tokenizer,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        seed=config.run.seed,
+        split="train",
+        count=None,
+    )
+    if len(prompts) < (step := config.rollout.prompts_per_step):
+        raise RapoError(
+            f"rollout.prompts_per_step = {step} is more than the {len(prompts)} prompts of "
+            f"{prompts.report.source}, and a step would have copies of them; lower it to {len(prompts)} "
+            "or less, or give more data"
+        )
+    return prompts
 
 
 def _duplicates(rows: Sequence[Row]) -> tuple[tuple[int, ...], ...]:

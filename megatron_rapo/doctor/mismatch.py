@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from megatron_rapo.checkpoint.store import CheckpointStore
 from megatron_rapo.config import RunConfig
+from megatron_rapo.data.load import load_training_prompts
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.data.tokenizer import load_tokenizer, vocabulary_size
 from megatron_rapo.doctor.engines import Answer, EngineProbe
@@ -22,7 +23,6 @@ from megatron_rapo.doctor.finding import Finding
 from megatron_rapo.doctor.trainer import Trainer
 from megatron_rapo.doctor.verdicts import judge
 from megatron_rapo.experience.engines import open_engines
-from megatron_rapo.job import load_training_prompts
 from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.parallel.placement import Placement, process_groups
 from megatron_rapo.policy.policy import Policy

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rapo.config import Parallel
+from megatron_rapo.config import Parallel, Rollout
 from megatron_rapo.errors import RapoError
 
 FAMILIES = ("qwen2", "qwen3", "llama")
@@ -82,6 +82,21 @@ class Architecture:
             raise RapoError(
                 f"pipeline_parallel × virtual_pipeline_parallel = {chunks} does not divide the model's "
                 f"{self.layers} layers; choose a divisor of {self.layers}"
+            )
+
+    def check_lengths(self, rollout: Rollout) -> None:
+        """Raises RapoError where prompt and response can be longer than the model has positions."""
+        longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+        if longest > self.max_positions:
+            room = self.max_positions - rollout.max_prompt_tokens
+            remedy = (
+                f"lower rollout.max_response_tokens to {room}, or both"
+                if room > 0
+                else "lower rollout.max_prompt_tokens"
+            )
+            raise RapoError(
+                f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds the model's "
+                f"max_position_embeddings = {self.max_positions}; {remedy}"
             )
 
 

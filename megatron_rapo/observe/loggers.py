@@ -52,7 +52,7 @@ class WeightsAndBiases:
         Raises:
             RapoError: wandb is not installed, or does not start (no login, no network).
         """
-        wandb = _import_wandb(config.observe.wandb)
+        wandb = import_wandb(config.observe.wandb)
         id_file = config.run.directory / "wandb_run_id"
         if resume_step is None or not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
@@ -84,8 +84,13 @@ class WeightsAndBiases:
         self._run.finish(exit_code=1 if failed else 0)
 
 
-def _import_wandb(mode: str) -> ModuleType:
-    missing = f'observe.wandb = "{mode}" needs wandb: pip install megatron_rapo[wandb], or set it to "off"'
+def import_wandb(mode: str) -> ModuleType:
+    """The library, as `observe.wandb` = `mode` needs it.
+
+    Raises:
+        RapoError: it is not installed.
+    """
+    missing = f'observe.wandb = "{mode}" needs wandb: pip install wandb, or set it to "off"'
     try:
         wandb = importlib.import_module("wandb")
     except ModuleNotFoundError as error:

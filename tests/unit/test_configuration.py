@@ -494,17 +494,16 @@ def test_an_option_without_effect_is_refused(values: dict[str, Any], option: str
             "rollout.prompts_per_step = 8 leaves some of parallel.data_parallel = 9 replicas without",
         ),
         (
-            with_options(algorithm={"max_tokens_per_microbatch": 1087}),
-            "algorithm.max_tokens_per_microbatch = 1087 cannot hold rollout.max_prompt_tokens + "
-            "rollout.max_response_tokens = 1088 tokens (1088 padded); raise it to 1088",
+            with_options(evaluate={"every": 4}),
+            "evaluate.every = 4 is beyond run.steps = 3 and would have no effect; lower or remove it",
         ),
         (
-            with_options(
-                algorithm={"max_tokens_per_microbatch": 1091},
-                rollout__max_response_tokens=65,
-                parallel={"context_parallel": 2},
-            ),
-            "= 1089 tokens (1092 padded); raise it to 1092",
+            with_options(checkpoint={"every": 4}),
+            "checkpoint.every = 4 is beyond run.steps = 3 and would have no effect; lower or remove it",
+        ),
+        (
+            with_options(data={"source": "countdown", "problems": 1_000_001}),
+            "data.problems = 1000001: must be less than or equal to 1000000",
         ),
         (
             with_options(reward={"verifier": "math"}),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_rapo import preflight
 from megatron_rapo.config import RunConfig, load_config
@@ -50,15 +52,64 @@ def test_a_possible_run_passes_and_has_its_directory(tmp_path: Path, model: Path
         ),
         (
             {"rollout": {"max_response_tokens": 500}},
-            "= 532 exceeds the model's max_position_embeddings = 512; lower",
+            "exceeds the model's max_position_embeddings = 512; lower rollout.max_response_tokens to 480, ",
+        ),
+        (
+            {"rollout": {"max_response_tokens": 1_000_000_000}},
+            "= 1000000032 exceeds the model's max_position_embeddings = 512; lower rollout",
+        ),
+        (
+            {"rollout": {"max_prompt_tokens": 1_000_000_000}},
+            "= 1000000064 exceeds the model's max_position_embeddings = 512; lower rollout.max_prompt_tokens",
+        ),
+        (
+            {"algorithm": {"max_tokens_per_microbatch": 95}},
+            "microbatch = 95 cannot hold rollout.max_prompt_tokens + rollout.max_response_tokens = 96 "
+            "tokens (96 padded); raise it to 96",
+        ),
+        (
+            {
+                "algorithm": {"max_tokens_per_microbatch": 99},
+                "rollout": {"max_response_tokens": 65},
+                "parallel": {"context_parallel": 2},
+            },
+            "= 97 tokens (100 padded); raise it to 100",
+        ),
+        (
+            {
+                "rollout": {"prompts_per_step": 1_000_000_000},
+                "algorithm": {"minibatch_prompts": 1_000_000_000},
+            },
+            "rollout.prompts_per_step = 1000000000 is more than the 10000 prompts of arithmetic (train, "
+            "seed 1234), and a step would have copies of them; lower it to 10000 or less",
+        ),
+        (
+            {"data": {"source": "arithmetic", "problems": 7}},
+            "rollout.prompts_per_step = 8 is more than the 7 prompts",
+        ),
+        (
+            {"rollout": {"embedded_device": "cuda"}},
+            'rollout.embedded_device = "cuda" needs a GPU, and torch sees none; set "cpu", or give urls',
+        ),
+        (
+            {"rollout": {"sglang": {"python": "/nowhere/python"}}},
+            "rollout.sglang.python = '/nowhere/python' cannot be started: [Errno 2] No such file",
+        ),
+        (
+            {"rollout": {"sglang": {"python": sys.executable}}},
+            "has no package sglang; set it to the interpreter of the environment that SGLang is installed in",
+        ),
+        (
+            {"observe": {"wandb": "offline", "wandb_project": "p"}},
+            'observe.wandb = "offline" needs wandb: pip install wandb, or set it to "off"',
         ),
         (
             {"data": {"source": "file", "path": "/nowhere/x.jsonl"}},
-            "/nowhere/x.jsonl does not exist; correct data.path or evaluate.data.path",
+            "/nowhere/x.jsonl does not exist; correct data.path",
         ),
         (
             {"evaluate": {"problems": 4, "data": {"source": "file", "path": "/nowhere/y.jsonl"}}},
-            "/nowhere/y.jsonl does not exist; correct data.path or evaluate.data.path",
+            "/nowhere/y.jsonl does not exist; correct evaluate.data.path",
         ),
         ({"model": {"reference_path": "/nowhere/reference"}}, "/nowhere/reference does not exist; download"),
         (
@@ -68,8 +119,14 @@ def test_a_possible_run_passes_and_has_its_directory(tmp_path: Path, model: Path
     ],
 )
 def test_an_impossible_run_is_refused(
-    tmp_path: Path, model: Path, sections: dict[str, dict[str, Any]], message: str
+    tmp_path: Path,
+    model: Path,
+    sections: dict[str, dict[str, Any]],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(RapoError, match=re.escape(message)):
         preflight.check(config(tmp_path, model, **sections))
 
@@ -130,3 +187,85 @@ def test_a_config_that_is_not_the_models_is_refused(tmp_path: Path, model: Path)
     (tmp_path / "other.json").write_text(json.dumps(other))
     with pytest.raises(RapoError, match=r"model .* is not of the architecture of .*other\.json"):
         preflight.check(config(tmp_path, model, model={"config": str(tmp_path / "other.json")}))
+
+
+def rows(path: Path, *rows: dict[str, Any]) -> dict[str, Any]:
+    """A file with these rows, as a table of the configuration."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"source": "file", "path": str(path), "template": "plain", "template_text": "{prompt}"}
+
+
+PROBLEM = {"question": "1+1", "answer": "2"}
+
+
+def test_a_wrong_column_is_found_before_anything_starts(tmp_path: Path, model: Path) -> None:
+    good = rows(tmp_path / "good.jsonl", *[PROBLEM] * 8)
+    bad = rows(tmp_path / "bad.jsonl", {"problem": "1+1", "answer": "2"})
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"data": bad}, r"no field 'question'; set data\.prompt_field to one of its fields: answer, problem"),
+        (
+            {"data": good, "evaluate": {"data": bad}},
+            r"no field 'question'; set evaluate\.data\.prompt_field to one of its fields",
+        ),
+        (
+            {"data": good, "evaluate": {"data": [good, bad]}},
+            r"no field 'question'; set evaluate\.data\[1\]\.prompt_field to one of its fields",
+        ),
+    ]
+    for sections, message in cases:
+        with pytest.raises(RapoError, match=message):
+            preflight.check(config(tmp_path, model, **sections))
+        with pytest.raises(RapoError, match=message):
+            preflight.describe_plan(config(tmp_path, model, **sections))
+        later = {"path": str(tmp_path / "later"), "config": str(model / "config.json")}
+        with pytest.raises(RapoError, match=message):
+            preflight.describe_plan(config(tmp_path, model, model=later, **sections))
+
+
+def test_weights_of_another_shape_are_found_before_anything_starts(tmp_path: Path) -> None:
+    model = make_hf_model(tmp_path / "model", num_hidden_layers=1)
+    said = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**said, "intermediate_size": 88}))
+    for check in (preflight.check, preflight.describe_plan):
+        with pytest.raises(
+            RapoError, match=r"gate_proj.weight .* has shape \[176, 64\], config.json makes it \[88"
+        ):
+            check(config(tmp_path, model))
+
+
+def test_the_plan_tells_what_becomes_of_the_data(tmp_path: Path, model: Path) -> None:
+    training = rows(tmp_path / "t.jsonl", *[{**PROBLEM, "id": n} for n in range(8)], {"question": "2"})
+    held_out = rows(tmp_path / "h.jsonl", PROBLEM, {"question": "1" * 99, "answer": "1"})
+    planned = config(tmp_path, model, data=training, evaluate={"data": held_out, "samples": 2, "k": [1]})
+    plan = preflight.describe_plan(planned)
+    assert f"data: {tmp_path}/t.jsonl: 8 prompts from 9 rows\n  dropped 1 without an answer: rows 8" in plan
+    assert f"evaluate.data: {tmp_path}/h.jsonl: 1 prompts from 2 rows" in plan
+    assert "dropped 1 longer than 32 tokens: rows 1" in plan
+    here = config(
+        tmp_path,
+        tmp_path / "later",
+        model={"config": str(model / "config.json")},
+        data=training,
+        evaluate={"data": {**held_out, "path": "/nowhere/h.jsonl"}, "samples": 2, "k": [1]},
+    )
+    plan = preflight.describe_plan(here)
+    assert f"data: {tmp_path}/t.jsonl: 9 rows, no tokenizer to count their tokens with" in plan
+    assert "not on this machine, so not checked: /nowhere/h.jsonl" in plan
+
+
+def test_the_plan_tells_what_this_machine_lacks(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    planned = config(
+        tmp_path,
+        model,
+        rollout={"embedded_device": "cuda", "responses_per_prompt": 10_000_000},
+        observe={"wandb": "online", "wandb_project": "p"},
+    )
+    plan = preflight.describe_plan(planned)
+    assert 'not on this machine: rollout.embedded_device = "cuda" needs a GPU' in plan
+    assert 'not on this machine: observe.wandb = "online" needs wandb: pip install wandb' in plan
+    assert re.search(r"^too much for this machine: [\d.,]+ GiB of memory \(it has no GPU\)$", plan, re.M)
+    assert "too much" not in preflight.describe_plan(config(tmp_path, model))
