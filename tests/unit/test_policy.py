@@ -1,0 +1,224 @@
+"""The policy's updates in one process, against plain PyTorch; and what is not finite, which ends the run."""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_rapo.config import Algorithm, Model, Optimizer, Parallel
+from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.errors import RapoError
+from megatron_rapo.loss.objective import Objective
+from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.parallel.placement import Placement, process_groups
+from megatron_rapo.policy.learning_rate import LearningRate
+from megatron_rapo.policy.policy import Policy
+from megatron_rapo.policy.reference import Reference
+from megatron_rapo.publish.proof import check_policy
+from tests.distributed import test_training_modes as modes
+from tests.distributed.minibatches import VOCABULARY, make_minibatches
+from tests.models import make_hf_model
+
+KEYS = ("loss", "norm", "clipped", "rate")
+
+
+@pytest.fixture(scope="module")
+def placement() -> Iterator[Placement]:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    environment = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, str(value))
+        with process_groups(Parallel(), seed=1) as placement:
+            yield placement
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("models")
+    make_hf_model(base / "policy", seed=0, **modes.SMALL)
+    make_hf_model(base / "reference", seed=7, **modes.SMALL)
+    return base
+
+
+def make_policy(models: Path, placement: Placement, updates: int = 10, **optimizer: Any) -> Policy:
+    model = Model(path=models / "policy", dtype="float32")
+    return Policy(model, Optimizer(**optimizer), read_architecture(model.path), placement, updates)
+
+
+def make_objective(placement: Placement) -> Objective:
+    return Objective(
+        Algorithm(divergence="none"), temperature=1.0, vocabulary=VOCABULARY, group=placement.tensor_group
+    )
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "minibatches"),
+    [
+        ({"clip_gradient": 0.5}, 1),  # gradients' norms are above it
+        ({"beta1": 0.5, "beta2": 0.99}, 2),
+        ({"decay": "linear", "warmup_updates": 2}, 2),
+        ({"decay": "cosine", "warmup_updates": 1, "min_learning_rate": modes.LOWEST}, 2),
+    ],
+)
+def test_updates_equal_plain_pytorch(
+    models: Path, placement: Placement, optimizer: dict[str, Any], minibatches: int
+) -> None:
+    """Clipping, moments, rates, the policy that sampled in each ratio, and the reference of its own path."""
+    mode = modes.Mode("dp1", minibatches=minibatches, optimizer=optimizer)
+    expected = modes.plain_pytorch(models, mode)
+    found = modes._train(models, mode, placement)
+    for key in KEYS:
+        assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-6), key
+    assert found["exported"] == pytest.approx(expected["exported"], rel=1e-5)
+    assert max(expected["clipped"]) > 0.01 or minibatches == 1, "the data never reach the clip"
+    if "clip_gradient" in optimizer:
+        assert min(expected["norm"]) > optimizer["clip_gradient"]
+
+
+class FakeOptimizer:
+    """What Megatron's schedule writes to."""
+
+    def __init__(self) -> None:
+        self.param_groups: list[dict[str, Any]] = [{}]
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 3])
+@pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("lowest", [0.0, 0.25])
+def test_every_update_has_the_rate_of_its_formula(decay: Any, warmup: int, lowest: float) -> None:
+    """Also after a run was resumed in the middle; none is 0, the first after the warm-up is the full rate."""
+    if decay == "constant":
+        lowest = 0.0
+    updates, top = 8, 2.0
+    options = Optimizer(
+        learning_rate=top,
+        warmup_updates=warmup,
+        decay=decay,
+        **({"min_learning_rate": lowest} if decay != "constant" else {}),
+    )
+    expected = []
+    for update in range(1, updates + 1):
+        place = (update - 1 - warmup) / (updates - warmup)
+        shape = {"constant": 1.0, "linear": 1 - place, "cosine": (1 + math.cos(math.pi * place)) / 2}[decay]
+        expected.append(top * update / warmup if update <= warmup else lowest + (top - lowest) * shape)
+    assert min(expected) > 0
+    assert expected[warmup] == top
+
+    for done in (0, warmup, 5):
+        fake = FakeOptimizer()
+        rate = LearningRate(fake, options, updates)
+        rate.go_to(done)
+        found = []
+        for _ in range(done, updates):
+            rate.begin_update()
+            found.append(fake.param_groups[0]["lr"])
+        assert found == pytest.approx(expected[done:])
+
+
+def test_the_rate_told_is_the_rate_used(models: Path, placement: Placement) -> None:
+    """AdamW's first step moves a weight by the rate, as long as its gradient is far above ε."""
+    policy = make_policy(models, placement, 4, learning_rate=1e-3, weight_decay=0.0, decay="linear")
+    before = [p.detach().clone() for p in policy.chunks[0].parameters()]
+    policy.go_to_update(2)
+    told = policy.update(make_minibatches(placement, [0]), make_objective(placement), None)
+    moved = max(
+        float((p - b).abs().max()) for p, b in zip(policy.chunks[0].parameters(), before, strict=True)
+    )
+    assert told["optimizer/learning_rate"] == pytest.approx(1e-3 * 2 / 4)
+    assert moved == pytest.approx(told["optimizer/learning_rate"], rel=1e-3)
+
+
+def named(models: Path, placement: Placement) -> tuple[Policy, str, torch.nn.Parameter]:
+    """A policy, and one of its parameters."""
+    policy = make_policy(models, placement, learning_rate=1e-3)
+    name, parameter = list(policy.chunks[0].named_parameters())[3]
+    return policy, name, parameter
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_an_update_ruined_are_named(
+    models: Path, placement: Placement, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    policy, name, parameter = named(models, placement)
+
+    def ruin() -> tuple[bool, float, None]:
+        parameter.data.view(-1)[-1] = value
+        return True, 1.0, None
+
+    monkeypatch.setattr(policy.optimizer, "step", ruin)
+    expected = rf"after the step's updates, weights hold NaN or infinity: {name} on rank 0 .*lower optimizer"
+    with pytest.raises(RapoError, match=expected):
+        policy.update(make_minibatches(placement, [0]), make_objective(placement), None)
+
+
+def test_a_gradient_that_is_not_finite_is_named_before_it_is_applied(
+    models: Path, placement: Placement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, name, parameter = named(models, placement)
+    before = parameter.detach().clone()
+    parameter.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(
+        RapoError, match=f"gradients hold NaN or infinity: {name} on rank 0 .pipeline stage 0."
+    ):
+        policy.update(make_minibatches(placement, [0]), make_objective(placement), None)
+    assert torch.equal(parameter.detach(), before)
+
+
+def test_all_damaged_tensors_are_counted(models: Path, placement: Placement) -> None:
+    policy, name, parameter = named(models, placement)
+    parameter.data[0] = math.nan
+    list(policy.chunks[0].parameters())[-1].data[0] = math.inf
+    with pytest.raises(RapoError, match=rf"{name} on rank 0 .* and 1 more"):
+        policy._check_parameters("weights", "")
+
+
+@pytest.mark.parametrize("model", ["policy", "reference"])
+def test_damaged_weights_are_told_when_they_are_loaded(
+    models: Path, placement: Placement, tmp_path: Path, model: str
+) -> None:
+    path = make_hf_model(tmp_path / "damaged", seed=0, **modes.SMALL)
+    spoil(path)
+    of = {"policy": {"path": path}, "reference": {"path": models / "policy", "reference_path": path}}
+    options = Model(dtype="float32", **of[model])  # type: ignore[arg-type]
+    architecture = read_architecture(path)
+    build: Any = {
+        "policy": lambda: Policy(options, Optimizer(), architecture, placement, 1),
+        "reference": lambda: Reference(options, architecture, placement),
+    }[model]
+    with pytest.raises(
+        RapoError, match=rf"the {model}'s weights of {path} hold NaN or infinity: .*undamaged copy"
+    ):
+        build()
+
+
+def spoil(path: Path) -> None:
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][2, 3] = math.nan
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_policy_that_cannot_be_computed_is_told_before_engines_are_asked(
+    models: Path, placement: Placement
+) -> None:
+    """Weights that are finite, and so large that their products are not."""
+
+    policy, prompts = (
+        make_policy(models, placement),
+        [Prompt(0, "?", (5, 6, 7), "!"), Prompt(1, "?", (9,), "!")],
+    )
+    check_policy(policy, placement, prompts, 3, 1)
+    for parameter in policy.chunks[0].parameters():
+        parameter.data.mul_(1e25)
+    policy._check_parameters("weights", "")  # none of them alone is to blame
+    with pytest.raises(RapoError, match=r"policy of version 4 gives NaN or infinite log-probs: .*diverged"):
+        check_policy(policy, placement, prompts, 4, 1)
