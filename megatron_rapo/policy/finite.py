@@ -14,8 +14,8 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.parallel.placement import Placement
 
 DIVERGED = (
-    "training has diverged; go on from an earlier checkpoint with a lower optimizer.learning_rate "
-    "(or optimizer.clip_gradient)"
+    "training has diverged; start again, or go on from an earlier checkpoint, with a lower "
+    "optimizer.learning_rate or optimizer.clip_gradient"
 )
 
 
@@ -27,7 +27,9 @@ def named_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, t
             yield f"{prefix}{name}", parameter
 
 
-def check_finite(what: str, tensors: Mapping[str, Tensor], placement: Placement, remedy: str) -> None:
+def check_finite(
+    what: str, tensors: Mapping[str, Tensor], placement: Placement, remedy: str, bound: float = math.inf
+) -> float:
     """One pass over this rank's tensors; all ranks call it.
 
     Args:
@@ -35,20 +37,34 @@ def check_finite(what: str, tensors: Mapping[str, Tensor], placement: Placement,
         tensors: by name.
         placement: of this rank.
         remedy: how it may be mended.
+        bound: magnitudes beyond it count as infinite.
+
+    Returns:
+        The largest magnitude of all ranks' tensors.
 
     Raises:
-        RapoError: on every rank, where a tensor of any rank holds NaN or infinity.
+        RapoError: on every rank, where a tensor of any rank holds NaN, infinity, or more than `bound`.
     """
-    damaged = not math.isfinite(_largest(list(tensors.values())))
-    if not placement.largest(float(damaged)):
-        return
+
+    def damaged(largest: float) -> bool:
+        return not (math.isfinite(largest) and largest <= bound)
+
+    mine = _largest(list(tensors.values()))
+    largest = placement.largest(math.inf if damaged(mine) else mine)
+    if not damaged(largest):
+        return largest
     stage = f"rank {placement.rank} (pipeline stage {placement.pipeline_rank})"
-    mine = [f"{name} on {stage}" for name, tensor in tensors.items() if not math.isfinite(_largest([tensor]))]
+    found = [
+        f"{name} on {stage}: {own:.3g}"
+        for name, tensor in tensors.items()
+        if damaged(own := _largest([tensor]))
+    ]
     shares: list[list[str]] = [[] for _ in range(dist.get_world_size(placement.host_group))]
-    dist.all_gather_object(shares, mine, group=placement.host_group)
-    found = [name for share in shares for name in share]
-    others = f" and {len(found) - 1} more" if len(found) > 1 else ""
-    raise RapoError(f"{what} hold NaN or infinity: {found[0]}{others}; {remedy}")
+    dist.all_gather_object(shares, found, group=placement.host_group)
+    first, *others = [name for share in shares for name in share]
+    more = f", and {len(others)} more" if others else ""
+    beyond = "" if bound == math.inf else f", or more than {bound:.3g}"
+    raise RapoError(f"{what} hold NaN or infinity{beyond}: {first}{more}; {remedy}")
 
 
 def _largest(tensors: Sequence[Tensor]) -> float:

@@ -29,6 +29,10 @@ from megatron_rapo.policy.pipeline import run_forward
 from megatron_rapo.policy.reference import Reference
 from megatron_rapo.weights.load import load_weights
 
+# Times the largest weight at the start. No training comes near; far beyond, activations overflow unseen: an
+# infinite variance makes a norm's output 0, and every logit the same.
+MOST_GROWTH = 100.0
+
 
 class Policy:
     """The model in training.
@@ -66,7 +70,8 @@ class Policy:
         self.chunks: list[Body] = build_chunks(architecture, model, placement.layout)
         source = model.checkpoint or model.path
         load_weights(self.chunks, architecture, source, placement.tensor_rank)
-        self._check_parameters(f"the policy's weights of {source}", "take an undamaged copy")
+        largest = self._check_parameters(f"the policy's weights of {source}", "take an undamaged copy")
+        self._largest_weight = MOST_GROWTH * max(largest, 1.0)
         self.wrapped = wrap(self.chunks, optimizer)
         self.optimizer = _megatron_optimizer(self.wrapped, optimizer, DTYPES[model.dtype])
         self.learning_rate = LearningRate(self.optimizer, optimizer, total_updates)
@@ -112,7 +117,8 @@ class Policy:
             updates. The same on all ranks.
 
         Raises:
-            RapoError: a loss, gradient or weight is not finite; on all ranks.
+            RapoError: a loss, gradient or weight is not finite, or a weight is MOST_GROWTH times what was the
+                largest; on all ranks.
         """
         sums = torch.zeros(len(objective.parts), dtype=torch.float64, device=device())
         mismatch, norms, rates = Mismatch(device()), [], []
@@ -127,7 +133,7 @@ class Policy:
             norms.append(float(norm))
             rates.append(self.optimizer.param_groups[0]["lr"])
         self.synchronise_parameters()
-        self._check_parameters("after the step's updates, weights", DIVERGED)
+        self._check_parameters("after the step's updates, weights", DIVERGED, self._largest_weight)
         return {
             **objective.metrics(sums, updates=len(minibatches)),
             **mismatch.metrics(),
@@ -148,8 +154,8 @@ class Policy:
         check_finite("gradients", gradients, self.placement, DIVERGED)
         return found
 
-    def _check_parameters(self, what: str, remedy: str) -> None:
-        check_finite(what, dict(named_parameters(self.chunks)), self.placement, remedy)
+    def _check_parameters(self, what: str, remedy: str, bound: float = math.inf) -> float:
+        return check_finite(what, dict(named_parameters(self.chunks)), self.placement, remedy, bound)
 
     def make_room(self) -> None:
         """Before rollouts: optimizer state to host memory, gradient buffers away, if the options say so."""

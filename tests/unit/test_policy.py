@@ -145,7 +145,7 @@ def named(models: Path, placement: Placement) -> tuple[Policy, str, torch.nn.Par
     return policy, name, parameter
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e4])
 def test_weights_that_an_update_ruined_are_named(
     models: Path, placement: Placement, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
@@ -156,8 +156,17 @@ def test_weights_that_an_update_ruined_are_named(
         return True, 1.0, None
 
     monkeypatch.setattr(policy.optimizer, "step", ruin)
-    expected = rf"after the step's updates, weights hold NaN or infinity: {name} on rank 0 .*lower optimizer"
+    expected = (
+        rf"after the step's updates, weights hold NaN or infinity, or .*: {name} on rank 0 .*lower optimizer"
+    )
     with pytest.raises(RapoError, match=expected):
+        policy.update(make_minibatches(placement, [0]), make_objective(placement), None)
+
+
+def test_a_rate_that_ruins_the_weights_ends_the_run_at_once(models: Path, placement: Placement) -> None:
+    """They stay finite, and all logits become the same: nothing but their size tells it."""
+    policy = make_policy(models, placement, learning_rate=1e6)
+    with pytest.raises(RapoError, match=r"weights hold .* or more than \d+: .* on rank 0 .*diverged"):
         policy.update(make_minibatches(placement, [0]), make_objective(placement), None)
 
 
@@ -178,7 +187,7 @@ def test_all_damaged_tensors_are_counted(models: Path, placement: Placement) -> 
     policy, name, parameter = named(models, placement)
     parameter.data[0] = math.nan
     list(policy.chunks[0].parameters())[-1].data[0] = math.inf
-    with pytest.raises(RapoError, match=rf"{name} on rank 0 .* and 1 more"):
+    with pytest.raises(RapoError, match=rf"{name} on rank 0 .*, and 1 more"):
         policy._check_parameters("weights", "")
 
 
