@@ -2,12 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_rapo.config.section import PositiveInt, Section
 
+# Options of sbatch that other options of the section say.
+_OF_SBATCH = {
+    **dict.fromkeys(["--time", "-t"], "time_limit"),
+    **dict.fromkeys(["--partition", "-p"], "partition"),
+    **dict.fromkeys(["--account", "-A"], "account"),
+    **dict.fromkeys(["--nodes", "-N"], "trainer_nodes + engine_nodes"),
+    "--gpus-per-node": "gpus_per_node",
+    "--signal": "requeue_before_s",
+}
+
+
+def seconds_of(time_limit: str) -> int:
+    """The seconds of a time limit as sbatch takes it (its page: `--time`).
+
+    Raises:
+        ValueError: it is none, or has more minutes, seconds, or hours of a day than there are.
+    """
+    days, of_days, clock = time_limit.rpartition("-")
+    words = clock.split(":")
+    if len(words) > 3 or not all(
+        word.isascii() and word.isdecimal() for word in [*words, days if of_days else "0"]
+    ):
+        raise ValueError("write minutes (90), HOURS:MINUTES:SECONDS (24:00:00) or DAYS-HOURS (2-12)")
+    given = [int(word) for word in words]
+    missing = 3 - len(given)
+    if of_days:
+        hours, minutes, seconds = [*given, *[0] * missing]
+    else:
+        hours, minutes, seconds = {2: [0, *given, 0], 1: [0, *given], 0: given}[missing]
+    if seconds > 59 or (minutes > 59 and (of_days or missing == 0)) or (of_days and hours > 23):
+        raise ValueError("has more than 59 seconds, 59 minutes of an hour, or 23 hours of a day")
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _as_text(value: Any) -> Any:
+    """A number is a count of minutes."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+TimeLimit = Annotated[str, BeforeValidator(_as_text)]
 Port = Annotated[int, Field(ge=1024, le=65535)]
 
 
@@ -16,11 +56,12 @@ class Slurm(Section):
 
     partition: str | None = Field(None, description="Partition. Default: the cluster's.")
     account: str | None = Field(None, description="Account. Default: the user's.")
-    time_limit: str = Field(
+    time_limit: TimeLimit = Field(
         "24:00:00",
-        pattern=r"^((\d+-)?\d+:\d{2}:\d{2}|\d+)$",
-        description="Wall time of one allocation, as `[DAYS-]HOURS:MINUTES:SECONDS` or minutes. Before "
-        "its end the job requeues itself, to go on from its newest checkpoint.",
+        description="Wall time of one allocation, as SLURM writes it: a number of minutes (`90`), "
+        "`MINUTES:SECONDS`, `HOURS:MINUTES:SECONDS`, `DAYS-HOURS`, `DAYS-HOURS:MINUTES` or "
+        "`DAYS-HOURS:MINUTES:SECONDS`. Before its end the job requeues itself, to go on from its newest "
+        "checkpoint.",
     )
     requeue_before_s: PositiveInt = Field(
         120, description="Seconds before that end at which the job requeues itself."
@@ -70,10 +111,32 @@ class Slurm(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Slurm:
+        self._check_time()
+        self._check_arguments()
         self._check_ports()
         if self.gpus_per_node > 0:
             self._check_gpus()
         return self
+
+    def _check_time(self) -> None:
+        try:
+            limit = seconds_of(self.time_limit)
+        except ValueError as error:
+            raise ValueError(f"time_limit = {self.time_limit!r}: {error}") from None
+        if limit <= self.requeue_before_s:
+            raise ValueError(
+                f"time_limit = {self.time_limit!r} is {limit} s, no more than requeue_before_s = "
+                f"{self.requeue_before_s}: the job would requeue itself at once; raise it, or lower that"
+            )
+
+    def _check_arguments(self) -> None:
+        for argument in self.sbatch_arguments:
+            name = argument.partition("=")[0]
+            if name in _OF_SBATCH:
+                raise ValueError(
+                    f"sbatch_arguments = {self.sbatch_arguments}: {name} is set by "
+                    f"{_OF_SBATCH[name]}; set that"
+                )
 
     def _check_ports(self) -> None:
         twice = {port for port in self.engine_ports if self.engine_ports.count(port) > 1}

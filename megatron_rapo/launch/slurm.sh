@@ -39,8 +39,18 @@ toml_urls() { # toml_urls HOST…: the addresses of the engines on these hosts
     echo "[$(join , "${urls[@]}")]"
 }
 
+time_limit() { # the last --time of SBATCH_ARGUMENTS, as a setting; nothing where there is none
+    local argument found=
+    for argument in "${SBATCH_ARGUMENTS[@]}"; do
+        [[ $argument != --time=* ]] || found=${argument#--time=}
+    done
+    [[ -z $found ]] || echo "slurm.time_limit=\"$found\""
+}
+
 # The settings above as the configuration's last overlay, so that megatron-rapo checks them with all the rest.
+mapfile -t TIME_LIMIT < <(time_limit)
 OVERLAY=(
+    "${TIME_LIMIT[@]}"
     "model.path=$MODEL"
     "run.directory=$RUN_DIRECTORY"
     "slurm.trainer_nodes=$TRAINER_NODES"

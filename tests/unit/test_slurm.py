@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from megatron_rapo.config import RunConfig, load_config
+from megatron_rapo.config.cluster import seconds_of
 from megatron_rapo.config.load import validate
 from megatron_rapo.errors import RapoError
 from megatron_rapo.launch.environment import RankEnvironment
@@ -113,6 +114,10 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
         "tensor_parallel = 8 does not divide the model's 28 attention heads; choose a divisor",
     ),
     "ranks": ({"TRAINER_NODES": "3"}, "slurm.trainer_nodes = 3 × slurm.ranks_per_node = 8 are 24 ranks"),
+    "time limit": (
+        {"SBATCH_ARGUMENTS": "(--time=00:01:30)"},
+        "slurm.time_limit = '00:01:30' is 90 s, no more than requeue_before_s",
+    ),
     "two engines on one port": (
         {"ENGINE_PORTS": "(30000 30001 30000)"},
         "gives two engines of a node one port, 30000; give each its own",
@@ -318,6 +323,72 @@ def test_engines_run_in_this_packages_environment_unless_told_otherwise(engine: 
     other = with_slurm(ranks_per_node=1, engine=engine, engine_python="/opt/other/python")
     assert "\nENGINE_PYTHON=/env/bin/python " in render(default, [], command="/env/bin/megatron-rapo")
     assert "\nENGINE_PYTHON=/opt/other/python " in render(other, [], command="/env/bin/megatron-rapo")
+
+
+@pytest.mark.parametrize(
+    ("time_limit", "seconds"),
+    [
+        (90, 5400),
+        ("90", 5400),
+        ("90:30", 5430),
+        ("24:00:00", 86400),
+        ("100:59:59", 363599),
+        ("1-12", 129600),
+        ("2-00:00", 172800),
+        ("2-01:30", 178200),
+        ("7-23:59:59", 691199),
+    ],
+)
+def test_a_time_limit_is_what_sbatch_takes(time_limit: int | str, seconds: int) -> None:
+    config = with_slurm(ranks_per_node=1, time_limit=time_limit, requeue_before_s=seconds - 1)
+    assert config.slurm is not None and seconds_of(config.slurm.time_limit) == seconds
+    assert f"--time={time_limit}" in render(config, [])
+    with pytest.raises(
+        RapoError, match=rf"is {seconds} s, no more than requeue_before_s = {seconds}: the job"
+    ):
+        with_slurm(ranks_per_node=1, time_limit=time_limit, requeue_before_s=seconds)
+
+
+@pytest.mark.parametrize(
+    ("time_limit", "message"),
+    [
+        *(
+            (text, "write minutes (90), HOURS:MINUTES:SECONDS (24:00:00) or DAYS-HOURS (2-12)")
+            for text in ("", "x", "1:2:3:4", "1-", "-1", "1:", "1 day", "1.5", "2-00:00:00:00", "٣")
+        ),
+        *(
+            (text, "has more than 59 seconds, 59 minutes of an hour, or 23 hours of a day")
+            for text in ("00:99:99", "01:60:00", "01:00:60", "5:60", "1-24", "1-00:60")
+        ),
+        (0, "is 0 s, no more than requeue_before_s = 120"),
+        (
+            "00:01:00",
+            "is 60 s, no more than requeue_before_s = 120: the job would requeue itself at once; raise",
+        ),
+        (True, "slurm.time_limit = true: must be text"),
+    ],
+)
+def test_another_time_limit_is_refused(time_limit: int | str, message: str) -> None:
+    with pytest.raises(RapoError, match=re.escape(message)):
+        with_slurm(ranks_per_node=1, time_limit=time_limit)
+
+
+@pytest.mark.parametrize(
+    ("argument", "option"),
+    [("--time=9", "time_limit"), ("-p", "partition"), ("--nodes=2", "trainer_nodes"), ("-A=x", "account")],
+)
+def test_what_has_an_option_is_no_further_argument(argument: str, option: str) -> None:
+    with pytest.raises(RapoError, match=rf"sbatch_arguments = .* is set by {option}"):
+        with_slurm(ranks_per_node=1, sbatch_arguments=["--qos=high", argument])
+
+
+def test_further_arguments_reach_the_script() -> None:
+    config = with_slurm(
+        ranks_per_node=1, engine_arguments=["--mem-fraction-static", "0.7"], sbatch_arguments=["--qos=high"]
+    )
+    text = render(config, [])
+    assert "\nENGINE_ARGUMENTS=(--dtype bfloat16 --mem-fraction-static 0.7)\n" in text
+    assert "--qos=high" in re.findall(r"^SBATCH_ARGUMENTS=.*$", text, re.M)[0]
 
 
 def test_gpus_of_engines_have_no_effect_without_gpus() -> None:
