@@ -7,11 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_rapo.config.section import PathOption, PositiveInt, Section
+from megatron_rapo.config.section import NonNegativeInt, PathOption, PositiveInt, Section
 
 _LABEL = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 LABEL_MEANS = "letters, digits, dots, hyphens and underscores, a letter or digit first"
 _LABEL_MEANING = "What evaluations call it. Default: the file's name, or the task's."
+_SEED_MEANING = (
+    "Draws the problems, of training and held out; runs of another `run.seed` have the same ones, in another "
+    "order."
+)
 
 
 class FileData(Section):
@@ -81,6 +85,7 @@ class CountdownData(Section):
     largest: int = Field(25, ge=2, le=99, description="Numbers are drawn from 1 to this.")
     operators: str = Field("+-*", description="Operators that a problem's hidden solution uses, of `+-*/`.")
     problems: PositiveInt = Field(10_000, le=1_000_000, description="Size of the training set.")
+    seed: NonNegativeInt = Field(1234, description=_SEED_MEANING)
 
     @property
     def name(self) -> str:
@@ -103,6 +108,7 @@ class ArithmeticData(Section):
     digits: int = Field(2, ge=1, le=6, description="Digits of the largest number.")
     operators: str = Field("+-*", description="Operators, of `+-*`.")
     problems: PositiveInt = Field(10_000, le=1_000_000, description="Size of the training set.")
+    seed: NonNegativeInt = Field(1234, description=_SEED_MEANING)
 
     @property
     def name(self) -> str:

@@ -20,7 +20,8 @@ class Run(Section):
         1234,
         ge=0,
         lt=2**31,
-        description="Seeds prompt order, generated tasks and sampling; the same seed repeats the run.",
+        description="Seeds prompt order and sampling; the same seed repeats the run. Generated problems have "
+        "a seed of their own, `data.seed`.",
     )
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from megatron_rapo.config import RunConfig
-from megatron_rapo.config.data import Data, FileData
+from megatron_rapo.config.data import ArithmeticData, CountdownData, Data, FileData
+from megatron_rapo.config.write import toml_value
 from megatron_rapo.data.prompts import LoadReport, Prompt, PromptSet
 from megatron_rapo.data.sources import Row, generate, read_file
 from megatron_rapo.data.tasks.problem import Split
@@ -21,7 +22,6 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_prompt_tokens: int,
-    seed: int,
     split: Split,
     count: int | None,
     option: str = "data",
@@ -32,10 +32,9 @@ def load_prompts(
         data: the source and its template. A generated task's question is its whole prompt.
         tokenizer: the policy's.
         max_prompt_tokens: longer prompts are dropped.
-        seed: draws a generated task's problems; a file's rows do not depend on it.
         split: of a generated task; a file is one split, named by its path.
-        count: how many prompts; of a file, the first usable ones, so that runs with different seeds are
-            evaluated on the same. None: all of the file, or `data.problems` of a generated task.
+        count: how many prompts; of a file, the first usable ones, so that all
+            evaluations have the same. None: all of the file, or `data.problems` of a generated task.
         option: the table that the user set, as errors call it: `data`, or `evaluate.data`.
 
     Raises:
@@ -47,8 +46,9 @@ def load_prompts(
         usable = [row for row in rows if row.question and row.answer]
         encoded = encode_template([row.question for row in usable], tokenizer, data, option)
     else:
-        source = f"{data.source} ({split}, seed {seed})"
-        usable = rows = generate(data, seed, split, data.problems if count is None else count)
+        split_name = {"train": "training", "test": "held-out"}[split]
+        source = f"{data.source} ({_options(data)}; {split_name} problems of seed {data.seed})"
+        usable = rows = generate(data, split, data.problems if count is None else count)
         encoded = encode_plain([row.question for row in usable], tokenizer)
     if [] in encoded:
         raise RapoError(
@@ -93,7 +93,6 @@ def load_training_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase)
         config.data,
         tokenizer,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
-        seed=config.run.seed,
         split="train",
         count=None,
     )
@@ -104,6 +103,11 @@ def load_training_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase)
             "or less, or give more data"
         )
     return prompts
+
+
+def _options(data: CountdownData | ArithmeticData) -> str:
+    options = data.model_dump(exclude={"source", "label", "problems", "seed"})
+    return ", ".join(f"{name} = {toml_value(value)}" for name, value in options.items())
 
 
 def _duplicates(rows: Sequence[Row]) -> tuple[tuple[int, ...], ...]:

@@ -76,12 +76,12 @@ def read_file(data: FileData, option: str = "data") -> list[Row]:
     return rows
 
 
-def generate(data: CountdownData | ArithmeticData, seed: int, split: Split, count: int) -> list[Row]:
-    """`count` problems of a generated task; the same for the same arguments."""
+def generate(data: CountdownData | ArithmeticData, split: Split, count: int) -> list[Row]:
+    """`count` problems of a generated task, drawn by its seed; the same for the same arguments."""
     if isinstance(data, CountdownData):
-        problems = countdown.generate(data, seed, split, count)
+        problems = countdown.generate(data, data.seed, split, count)
     else:
-        problems = arithmetic.generate(data, seed, split, count)
+        problems = arithmetic.generate(data, data.seed, split, count)
     return [Row(index, problem.question, problem.answer) for index, problem in enumerate(problems)]
 
 

@@ -87,7 +87,6 @@ def _load(config: RunConfig, data: Data, tokenizer: PreTrainedTokenizerBase, tab
         data,
         tokenizer,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
-        seed=config.run.seed,
         split="test",
         count=count,
         option=table,

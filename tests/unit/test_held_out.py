@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_rapo.config import RunConfig, validate
+from megatron_rapo.data.load import load_training_prompts
+from megatron_rapo.data.order import PromptOrder
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.command import Request, run
@@ -17,20 +19,22 @@ from megatron_rapo.evaluate.plan import plan
 from tests.models import make_tokenizer
 
 TOKENIZER = make_tokenizer()
+ROW = {"question": "1+1", "answer": "2"}
 
 
 def configuration(tmp_path: Path, rows: list[dict[str, Any]], **evaluate: Any) -> RunConfig:
     path = tmp_path / "set.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    arithmetic = evaluate.pop("arithmetic", {})
     data = {"source": "file", "path": str(path), "template": "plain", "template_text": "{prompt}"}
     return validate(
         {
-            "run": {"directory": str(tmp_path), "steps": 1},
+            "run": {"directory": str(tmp_path), "steps": 1, "seed": evaluate.pop("seed", 1)},
             "model": {"path": "model"},
-            "data": {"source": "countdown"},
+            "data": {"source": "countdown", "problems": 100},
             "rollout": {"prompts_per_step": 1, "max_response_tokens": 8},
             "evaluate": {
-                "data": [{**data, **evaluate.pop("file", {})}, {"source": "arithmetic"}],
+                "data": [{**data, **evaluate.pop("file", {})}, {"source": "arithmetic", **arithmetic}],
                 **evaluate,
             },
         },
@@ -53,6 +57,27 @@ def test_every_data_set_has_its_verifier_and_fingerprints(tmp_path: Path) -> Non
     told, _ = load_held_out(configuration(tmp_path, rows, file={"template_text": "{prompt}="}), TOKENIZER)
     assert told.record == first.record
     assert told.prompts_fingerprint != first.prompts_fingerprint
+
+
+def test_held_out_problems_are_the_same_for_every_run_seed(tmp_path: Path) -> None:
+    """Two runs of one configuration, and their base, are compared on the same generated problems."""
+    first, second = (
+        load_held_out(configuration(tmp_path, [ROW], seed=seed), TOKENIZER)[1].record for seed in (1, 2)
+    )
+    assert first == second
+    other = configuration(tmp_path, [ROW], arithmetic={"seed": 5})
+    assert load_held_out(other, TOKENIZER)[1].record.fingerprint != first.fingerprint
+
+
+def test_training_problems_are_the_same_for_every_run_seed_in_another_order(tmp_path: Path) -> None:
+    sets, orders = [], []
+    for seed in (1, 2):
+        config = configuration(tmp_path, [ROW], seed=seed)
+        prompts = load_training_prompts(config, TOKENIZER)
+        sets.append([prompt.question for prompt in prompts])
+        orders.append([p.question for p in PromptOrder(prompts, seed=seed, shuffle=True).draw(50)])
+    assert sets[0] == sets[1]
+    assert orders[0] != orders[1]
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,8 @@ SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 TOKENIZER = make_tokenizer(vocab_size=200)
 
 
-def load(data, *, max_prompt_tokens=10_000, seed=0, split="train", count=None):
-    return load_prompts(
-        data, TOKENIZER, max_prompt_tokens=max_prompt_tokens, seed=seed, split=split, count=count
-    )
+def load(data, *, max_prompt_tokens=10_000, split="train", count=None):
+    return load_prompts(data, TOKENIZER, max_prompt_tokens=max_prompt_tokens, split=split, count=count)
 
 
 def file_data(path, **options):
@@ -201,7 +199,6 @@ def test_errors_name_the_table_that_was_set(tmp_path):
             file_data(path),
             TOKENIZER,
             max_prompt_tokens=9,
-            seed=0,
             split="test",
             count=None,
             option="evaluate.data",
@@ -223,19 +220,21 @@ def test_a_row_without_the_answer_field_counts_as_without_an_answer(tmp_path):
 @pytest.mark.parametrize(
     ("task", "data"),
     [
-        (countdown, CountdownData(source="countdown", problems=20)),
-        (arithmetic, ArithmeticData(source="arithmetic", problems=20)),
+        (countdown, CountdownData(source="countdown", problems=20, seed=3)),
+        (arithmetic, ArithmeticData(source="arithmetic", problems=20, seed=3)),
     ],
 )
 def test_a_generated_tasks_question_is_the_whole_prompt(task, data):
-    loaded = load(data, seed=3)
+    loaded = load(data)
     assert [(prompt.question, prompt.answer) for prompt in loaded] == [
         (problem.question, problem.answer) for problem in task.generate(data, 3, "train", 20)
     ]
     assert all(TOKENIZER.decode(prompt.token_ids) == prompt.question for prompt in loaded)
-    test = load(data, seed=3, split="test", count=5)
+    test = load(data, split="test", count=5)
     assert len(test) == 5
     assert not {prompt.question for prompt in test} & {prompt.question for prompt in loaded}
+    other = load(data.model_copy(update={"seed": 4}), split="test", count=5)
+    assert [prompt.question for prompt in other] != [prompt.question for prompt in test]
 
 
 def test_a_tokenizer_that_knows_no_character_of_a_prompt_is_refused(tmp_path):
