@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 _BROKEN = "\ufffd"  # what a tokenizer writes for part of a character
 _LONGEST_CHARACTER = 8  # tokens, generously: UTF-8 has four bytes
+_STRETCH = 16  # tokens that are decoded together, at least
 
 
 class TokenTexts:
@@ -20,16 +21,17 @@ class TokenTexts:
         self._tokenizer = tokenizer
         self._known: dict[tuple[int, ...], str] = {}
 
-    def __call__(self, token_ids: Sequence[int]) -> list[str] | None:
-        """`[tokens]` texts that join to the whole; a character of several tokens stands at its first.
-
-        None where tokens' texts do not join to the text of the whole, as some tokenizers have it.
+    def __call__(self, token_ids: Sequence[int]) -> list[str]:
+        """`[tokens]` texts that join to the text of the whole; a character of several tokens stands at its
+        first.
         """
-        whole = self._decode(tuple(token_ids))
-        for texts in (self._alone(token_ids), self._after_another(token_ids)):
+        ids = tuple(token_ids)
+        whole = self._decode(ids)
+        # Two quick ways, of which one fits most responses, and one that fits all.
+        for texts in (self._alone(ids), self._after_another(ids)):
             if "".join(texts) == whole:
                 return texts
-        return None
+        return self._by_growth(ids, whole)
 
     def _alone(self, ids: Sequence[int]) -> list[str]:
         texts: list[str] = []
@@ -51,6 +53,39 @@ class TokenTexts:
             texts.append(self._text((before, token)).removeprefix(self._text((before,))))
         return texts
 
+    def _by_growth(self, ids: tuple[int, ...], whole: str) -> list[str]:
+        """A token's text is what the decoded beginning has in common with the whole, and had not before."""
+        texts = [""] * len(ids)
+        told = 0  # characters of the whole that tokens have
+        start = begun = 0  # the stretch that is decoded, and where its text begins in the whole
+        context = 0  # the stretch is decoded behind this token: what its first one looks like hangs on it
+        opened = None  # the token that a character which is not whole yet began with
+        for place in range(len(ids)):
+            text = self._decode(ids[context : place + 1])
+            text = text.removeprefix(self._decode(ids[context:start]))
+            known = max(told, begun + _common(text, whole[begun : begun + len(text)]))
+            grown, told = whole[told:known], known
+            is_clean = text == whole[begun:told]
+            if opened is not None and grown:
+                texts[opened], grown = grown[0], grown[1:]
+                opened = None
+            texts[place] += grown
+            if not is_clean and opened is None:
+                opened = place
+            if is_clean and not text.endswith(_BROKEN) and place + 1 - start >= _STRETCH:
+                start, begun = place + 1, told
+                context = self._whole_character(ids, start)
+        if ids:
+            texts[-1] += whole[told:]
+        return texts
+
+    def _whole_character(self, ids: tuple[int, ...], end: int) -> int:
+        """Where the last tokens before `end` begin that make whole characters."""
+        for size in range(1, _LONGEST_CHARACTER):
+            if _BROKEN not in self._decode(ids[end - size : end]):
+                return end - size
+        return end - _LONGEST_CHARACTER
+
     def _text(self, ids: tuple[int, ...]) -> str:
         if ids not in self._known:
             self._known[ids] = self._decode(ids)
@@ -62,3 +97,9 @@ class TokenTexts:
         )
         assert isinstance(text, str)
         return text
+
+
+def _common(one: str, other: str) -> int:
+    """Characters that both begin with."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
+import random
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_rapo.errors import RapoError
 from megatron_rapo.report.build import build_report
@@ -165,8 +168,33 @@ class TestTokens:
     def test_a_tokenizer_that_strips_a_leading_space(self) -> None:
         assert TokenTexts(_Words())([0, 1, 0]) == ["one", " two", " one"]
 
-    def test_none_where_tokens_do_not_join(self) -> None:
-        assert TokenTexts(_Reversed())([0, 1]) is None
+    @pytest.mark.parametrize("strips_spaces", [False, True])
+    @pytest.mark.parametrize("byte_tokens", ["ByteLevel", "ByteFallback"])
+    def test_characters_that_are_cut_keep_the_texts_of_all_tokens(
+        self, byte_tokens: str, strips_spaces: bool
+    ) -> None:
+        tokenizer = _byte_tokenizer(byte_tokens, strips_spaces)
+        texts_of = TokenTexts(tokenizer)
+        generator = random.Random(0)
+        ids = tokenizer.encode("ab 答案 é🐕 c", add_special_tokens=False)
+        cases = [
+            ids[:i] + ids[j:] for i, j in itertools.combinations_with_replacement(range(len(ids) + 1), 2)
+        ]
+        cases += [generator.choices(range(256), k=generator.randrange(1, 40)) for _ in range(50)]
+        for case in cases:
+            texts = texts_of(case)
+            assert len(texts) == len(case)
+            assert "".join(texts) == tokenizer.decode(case, clean_up_tokenization_spaces=False)
+
+    @pytest.mark.parametrize("byte_tokens", ["ByteLevel", "ByteFallback"])
+    def test_in_a_cut_response_whole_characters_stand_where_they_are(self, byte_tokens: str) -> None:
+        tokenizer = _byte_tokenizer(byte_tokens, strips_spaces=True)
+        ids = [
+            token for text in ("x", "答") * 20 for token in tokenizer.encode(text, add_special_tokens=False)
+        ]
+        texts = TokenTexts(tokenizer)(ids[:-1])
+        assert texts[:76] == ["x", "答", "", ""] * 19
+        assert texts[76] == "x" and set(texts[77:]) <= {"\ufffd", ""} and len(texts) == 79
 
 
 class _Bytes:
@@ -179,9 +207,22 @@ class _Words:
         return " ".join(["one", "two"][token] for token in ids)
 
 
-class _Reversed:
-    def decode(self, ids: list[int], **options: bool) -> str:
-        return "".join("ab"[token] for token in reversed(ids))
+def _byte_tokenizer(byte_tokens: str, strips_spaces: bool) -> PreTrainedTokenizerFast:
+    """256 tokens of a byte each: as GPT-2's, or as sentencepiece's, beside which there are letters."""
+    if byte_tokens == "ByteLevel":
+        tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        parts = [decoders.ByteLevel()]
+    else:
+        tokens = [f"<0x{byte:02X}>" for byte in range(256)] + ["▁", "a", "b", "x"]
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    parts += [decoders.Strip(" ", 1, 0)] if strips_spaces else []
+    tokenizer.decoder = decoders.Sequence(parts)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def test_an_adaptive_budget_says_what_it_saved(tmp_path: Path) -> None:
