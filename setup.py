@@ -17,7 +17,7 @@ setup(
         "matplotlib",
         # 0.16.x only: the CPU adapter and the optimizer-checkpoint repair name its internals.
         "megatron-core>=0.16.1,<0.17",
-        "math-verify[antlr4_13_2]",
+        "latex2sympy2_extended[antlr4_13_2]",
         "numpy",
         "psutil",  # also: without it megatron's dist_checkpointing.save waits for ever
         "pyarrow",

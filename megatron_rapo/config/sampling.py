@@ -195,8 +195,8 @@ class Reward(Section):
 
     verifier: VerifierName | None = Field(
         None,
-        description="`math`: math-verify; `countdown`, `integer`: exact checkers of the generated tasks. "
-        "Default: the one that belongs to `data.source`.",
+        description="`math`: final answers, marked by what they say (docs/evaluation.md); `countdown`, "
+        "`integer`: exact checkers of the generated tasks. Default: the one that belongs to `data.source`.",
     )
     workers: PositiveInt = Field(2, description="Verifier processes of each data-parallel head.")
     time_limit_s: PositiveFloat = Field(

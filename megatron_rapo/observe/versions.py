@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_rapo.errors import RapoError
 
 FILE = "versions.jsonl"
-LIBRARIES = ("megatron_rapo", "torch", "megatron-core", "transformers", "math-verify")
+LIBRARIES = ("megatron_rapo", "torch", "megatron-core", "transformers", "latex2sympy2_extended", "sympy")
 OPTIONAL = ("transformer-engine", "triton")
 
 Versions = Mapping[str, str]

@@ -1,95 +1,90 @@
-r"""The `math` verifier: a response's final answer against a gold answer, by math-verify.
+r"""The `math` verifier: a response's final answer against a gold answer.
+
+The final answer is found in the response (`extraction`), brought to one notation (`notation`), read
+(`reading`, `quantity`, `units`), and compared with the gold (`comparison`, `values`, `intervals`). Each
+states its rules; together they are the marking scheme.
 
 Imported in verifier processes only: SymPy can hang or eat memory on what a policy writes.
 """
 
 from __future__ import annotations
 
-import logging
 import re
-import sys
-import unicodedata
 from functools import lru_cache
-from typing import Any
 
-import sympy.core.random
-from math_verify import parse, verify
+from megatron_rapo.data.golds import split
+from megatron_rapo.reward.comparison import same
+from megatron_rapo.reward.extraction import final_text
+from megatron_rapo.reward.notation import plain
+from megatron_rapo.reward.reading import Answer, Words, listed, read
 
 RESPONSE_TAIL = 4096
 """Characters at a response's end in which its final answer must stand; bounds the extraction's time."""
 
-_DIGITS = {
-    code: str(unicodedata.decimal(chr(code)))
-    for code in range(sys.maxunicode + 1)
-    if chr(code).isdecimal() and not chr(code).isascii()
-}
-"""Decimal digits of all scripts: LaTeX's lexer takes them for digits, SymPy cannot read them."""
-
 _INTEGER = re.compile(r"-?[0-9]{1,100}")
-
-# math-verify warns that its own time limits are off. They are: this process is killed instead, which also
-# ends what a signal handler cannot interrupt, such as one long multiplication of big integers.
-logging.getLogger("math_verify").setLevel(logging.ERROR)
+_SPACES = re.compile(r"(?<!\d) | (?!\d)")
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_SENTENCES = re.compile(r"####|<<|[a-z]{2,}[^.]*[.!?]\s+[A-Z]|[a-z]{2,}\s*\n+\s*[A-Za-z]{2,}")
+_MOST_WORDS = 10  # of a gold answer: no response will repeat a longer sentence
 
 
 def is_correct(response: str, answer: str) -> bool:
     r"""Whether the response's final answer equals the gold answer.
 
-    The final answer is the last `\boxed{…}` or "final answer is …", else an expression after "answer", else
-    the last expression or number. Boxes close together are one list, as math-verify reads them. An answer
-    that is no mathematics (a name, `(A)`) is compared as text.
-
     Args:
         response: any text; its last `RESPONSE_TAIL` characters count.
-        answer: LaTeX or plain, such as `\frac{3}{4}`, `(1,2)`, `10,000`, `12\%`.
+        answer: LaTeX or plain, such as `\frac{3}{4}`, `(1,2)`, `10,000`, `12\%`; several as `data.golds`
+            joins them.
 
     Raises:
-        ValueError: there is nothing to compare with in `answer`.
-        Exception: whatever SymPy raises where it cannot compare the two.
+        ValueError: no response could match `answer`: it is empty, or a worked solution.
     """
-    gold = _parse_gold(answer)
-    predicted = _parse_tail(response[-RESPONSE_TAIL:])
-    if _is_integer(gold) and _is_integer(predicted):
-        return int(gold[-1]) == int(predicted[-1])  # SymPy would simplify their difference, at length
-    # SymPy tries some equalities at random points; seeded, the same two texts always compare the same.
-    sympy.core.random.seed(0)
-    # A parse is [expression, text]. Reversed, equal texts are found first, before any algebra.
-    return verify(gold[::-1], predicted[::-1], timeout_seconds=None, raise_on_error=True)
+    several, golds = split(answer)
+    readings = [_gold(gold) for gold in golds]
+    predicted = final_answer(response)
+    if predicted is None:
+        return False
+    if several == "all":
+        return same(listed(readings), read(predicted))
+    return any(_matches(gold, reading, predicted) for gold, reading in zip(golds, readings, strict=True))
 
 
 def final_answer(response: str) -> str | None:
-    """The response's final answer as text, by the same rules; None where there is none."""
-    found = _parse_tail(response[-RESPONSE_TAIL:])
-    return str(found[-1]) if found else None
+    """The response's final answer as it is written; None where there is none."""
+    return _final_answer(response[-RESPONSE_TAIL:])
+
+
+def stating(answer: str) -> str:
+    """A response that gives this gold answer, by which golds are judged when data are loaded."""
+    several, golds = split(answer)
+    return rf"\boxed{{{', '.join(golds) if several == 'all' else golds[0]}}}"
+
+
+def _matches(gold: str, reading: Answer, predicted: str) -> bool:
+    if _INTEGER.fullmatch(predicted) and _INTEGER.fullmatch(gold):
+        return int(predicted) == int(gold)
+    return _bare(predicted) == _bare(gold) or same(reading, read(predicted))
+
+
+def _bare(text: str) -> str:
+    """The text in one notation; a space between digits is kept."""
+    return _SPACES.sub("", plain(text))
 
 
 @lru_cache(maxsize=1)  # of the response that was just verified
-def _parse_tail(text: str) -> list[Any]:
-    return _parse(text)
+def _final_answer(tail: str) -> str | None:
+    found = final_text(tail)
+    return found.strip() if found else None
 
 
 @lru_cache(maxsize=4096)
-def _parse_gold(answer: str) -> list[Any]:
-    gold = _parse(f"\\boxed{{{answer}}}")
-    if not gold:
-        raise ValueError(f"the gold answer {answer!r} holds nothing to compare with")
+def _gold(answer: str) -> Answer:
+    text = (final_text(answer) or "") if "\\boxed" in answer else answer
+    if _SENTENCES.search(text) or len(_WORD.findall(text)) > _MOST_WORDS:
+        raise ValueError(
+            f"the gold answer {text[:60]!r} is a sentence or a solution; give the final answer alone"
+        )
+    gold = read(text)
+    if isinstance(gold, Words) and not gold.key:
+        raise ValueError(f"the gold answer {answer[:60]!r} holds nothing to compare with")
     return gold
-
-
-def _is_integer(found: list[Any]) -> bool:
-    """Whether the answer is written as plain digits."""
-    return bool(found) and isinstance(found[-1], str) and _INTEGER.fullmatch(found[-1]) is not None
-
-
-def _parse(text: str) -> list[Any]:
-    r"""The text's final answer: the SymPy expression, if it is one, and the text it was read from.
-
-    `first_match`: what does not parse is not replaced by another number from the text. Without it the gold
-    answer `2007 + \frac\pi 2`, on whose LaTeX math-verify fails, would be 2.
-    """
-    text = text.translate(_DIGITS)
-    found = parse(text, extraction_mode="first_match", parsing_timeout=None, raise_on_error=True)
-    source = found[-1] if found else None
-    if isinstance(source, str) and source.endswith("."):  # a sentence's; LaTeX does not parse with it
-        found = _parse(f"\\boxed{{{source.rstrip('.')}}}") + found
-    return found

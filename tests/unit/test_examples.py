@@ -136,8 +136,8 @@ def test_constraints_pin_every_requirement() -> None:
 def test_what_must_move_together_is_what_the_code_names() -> None:
     pins = constraints()
     assert pins["megatron-core"].release[:2] == (0, 16)
-    assert str(pins["antlr4-python3-runtime"]) == "4.13.2"  # setup.py's extra of math-verify
-    assert "math-verify[antlr4_13_2]" in setup_arguments()["install_requires"]
+    assert str(pins["antlr4-python3-runtime"]) == "4.13.2"  # setup.py's extra of the parser
+    assert "latex2sympy2_extended[antlr4_13_2]" in setup_arguments()["install_requires"]
 
 
 def make_targets() -> set[str]:

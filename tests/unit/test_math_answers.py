@@ -1,15 +1,23 @@
 r"""The `math` verifier: which final answers it finds, and what it takes for equal."""
 
 import json
+import random
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rapo.reward.math_answers import RESPONSE_TAIL, is_correct
+from megatron_rapo.data.golds import join
+from megatron_rapo.reward import values
+from megatron_rapo.reward.math_answers import RESPONSE_TAIL, is_correct, stating
 from megatron_rapo.reward.outcome import Outcome
 from megatron_rapo.reward.verifier import Verifier
+
+SPELLINGS = defaultdict(list)
+for line in (Path(__file__).parents[1] / "spellings.jsonl").open(encoding="utf-8"):
+    SPELLINGS[json.loads(line)["kind"]].append(json.loads(line))
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 
@@ -20,31 +28,11 @@ def verifier():
         yield started
 
 
-@pytest.mark.parametrize(
-    ("answer", "right", "wrong"),
-    [
-        ("42", ["42", "42.0", "042", r"\text{42}", "42."], ["41", "-42", "4", "2", r"\{4,2\}"]),
-        (r"\frac{3}{4}", [r"\dfrac34", "0.75", "3/4", r"\frac{6}{8}"], [r"\frac{4}{3}", "0.7", "34"]),
-        ("-2", ["-2", "- 2"], ["2"]),
-        (r"336^\circ", ["336", r"336^\circ", r"336^{\circ}"], ["335", "33"]),
-        ("10,000", ["10000", r"10,\!000", "10{,}000"], ["10", "1000"]),
-        (r"12\%", [r"12\%", "12", "0.12"], ["1.2", r"13\%"]),
-        ("(1,2)", ["(1,2)", "(1, 2)", r"\left(1,2\right)"], ["(2,1)", "(1,2,3)", "12", "[1,3]"]),
-        (r"\{1,2\}", [r"\{2,1\}", "1,2", "1 and 2"], [r"\{1,3\}", "1", "12"]),
-        ("x^2+1", ["1+x^2", "x^{2}+1", "(x+1)^2-2x"], ["x^2-1", "x^2", "x+1"]),
-        (r"2\sqrt{3}", [r"\sqrt{12}", r"2 \sqrt 3"], [r"3\sqrt{2}", "3.46"]),
-        (r"\frac{\pi}{2}", [r"\pi/2", r"0.5\pi"], [r"\pi", "1.57"]),
-        ("[0,1)", ["[0,1)", r"\left[0, 1\right)"], ["[0,1]", "(0,1)"]),
-        (r"-\frac{5}{3}.", [r"-\frac{5}{3}", "-5/3", r"-\frac{5}{3}."], [r"\frac{5}{3}"]),
-        (r"\text{Evelyn}", [r"\text{Evelyn}"], [r"\text{Carla}", "1"]),
-        (r"05\!:\!00", [r"05\!:\!00", "05:00"], []),
-        (r"\$32", ["32", r"\$32"], ["23"]),
-        ("0.75", ["٠.٧٥", r"\frac{３}{４}", r"\frac{३}{४}"], ["٧.٥", r"\frac{\frac{١}{٣}}{４}"]),
-    ],
-)
-def test_equal_answers_are_correct_and_others_wrong(answer, right, wrong):
-    assert [text for text in right if not is_correct(rf"So it is \boxed{{{text}}}.", answer)] == []
-    assert [text for text in wrong if is_correct(rf"So it is \boxed{{{text}}}.", answer)] == []
+@pytest.mark.parametrize("kind", sorted(SPELLINGS))
+def test_right_spellings_are_correct_and_near_misses_wrong(kind):
+    found = [(row, is_correct(row["response"], row["gold"])) for row in SPELLINGS[kind]]
+    assert [row for row, correct in found if correct is not row["right"]] == []
+    assert {True, False} == {row["right"] for row in SPELLINGS[kind]}
 
 
 @pytest.mark.parametrize(
@@ -84,9 +72,56 @@ def test_only_the_end_of_a_response_counts():
     assert not is_correct(answer + " " * RESPONSE_TAIL, "2")
 
 
-def test_a_gold_answer_that_is_empty_is_an_error():
+@pytest.mark.parametrize("gold", ["", "  ", "$$", r"\text{}", r"\boxed{}", r"\boxed{5", "."])
+def test_a_gold_answer_that_is_empty_is_an_error(gold):
     with pytest.raises(ValueError, match="holds nothing to compare with"):
-        is_correct(r"\boxed{2}", "")
+        is_correct(r"\boxed{2}", gold)
+
+
+@pytest.mark.parametrize(
+    "gold",
+    [
+        "Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 duck eggs a day.\nShe makes 9 * 2 = $18.\n#### 18",
+        "#### 18",
+        "He has 5 apples. She has 6.",
+        "Natalia sold altogether in the months of April and May as many as 72 clips to her friends",
+    ],
+)
+def test_a_gold_answer_that_is_a_solution_is_an_error(gold):
+    with pytest.raises(ValueError, match="is a sentence or a solution; give the final answer alone"):
+        is_correct(rf"\boxed{{{gold}}}", gold)
+
+
+@pytest.mark.parametrize(
+    ("several", "right", "wrong"),
+    [
+        ("any", [r"\boxed{1/2}", r"\boxed{(1,2)}", r"\boxed{0.5}"], [r"\boxed{1/2,(1,2)}", r"\boxed{2}"]),
+        ("all", [r"\boxed{1/2, (1,2)}", r"\boxed{(1,2), 0.5}"], [r"\boxed{1/2}", r"\boxed{(1,2)}"]),
+    ],
+)
+def test_several_gold_answers_are_right_one_by_one_or_together(several, right, wrong):
+    gold = join([r"\frac{1}{2}", "(1,2)"], several)
+    assert is_correct(stating(gold), gold)
+    assert [response for response in right if not is_correct(response, gold)] == []
+    assert [response for response in wrong if is_correct(response, gold)] == []
+
+
+def test_golds_of_a_list_may_be_lists():
+    gold = join(["1,2", "3"], "all")
+    assert is_correct(r"\boxed{3,2,1}", gold)
+    assert not is_correct(r"\boxed{3,2}", gold)
+
+
+def test_one_gold_of_a_list_is_itself():
+    assert join(["5"], "any") == join(["5"], "all") == "5"
+
+
+def test_values_are_compared_at_the_same_points_each_time():
+    seen = []
+    for seed in (1, 2):
+        random.seed(seed)
+        seen.append(values._coordinates(3, 1, whole=False))
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize(
