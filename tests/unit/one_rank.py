@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
+
+from megatron_rapo.config import Parallel
+from megatron_rapo.parallel.placement import Placement, process_groups
 
 
 @contextmanager
@@ -16,3 +21,17 @@ def one_rank(directory: Path) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def one_placement() -> Iterator[Placement]:
+    """All process groups of a layout of one rank."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    environment = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, str(value))
+        with process_groups(Parallel(), seed=1) as placement:
+            yield placement

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_rapo.config import Algorithm, Model, Optimizer, Parallel
+from megatron_rapo.config import Algorithm, Model, Optimizer
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import RapoError
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.model.architecture import read_architecture
-from megatron_rapo.parallel.placement import Placement, process_groups
+from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.learning_rate import LearningRate
 from megatron_rapo.policy.policy import Policy
 from megatron_rapo.policy.reference import Reference
@@ -25,21 +24,15 @@ from megatron_rapo.publish.proof import check_policy
 from tests.distributed import test_training_modes as modes
 from tests.distributed.minibatches import VOCABULARY, make_minibatches
 from tests.models import make_hf_model
+from tests.unit.one_rank import one_placement
 
 KEYS = ("loss", "norm", "clipped", "rate")
 
 
 @pytest.fixture(scope="module")
 def placement() -> Iterator[Placement]:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    environment = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, str(value))
-        with process_groups(Parallel(), seed=1) as placement:
-            yield placement
+    with one_placement() as placement:
+        yield placement
 
 
 @pytest.fixture(scope="module")
