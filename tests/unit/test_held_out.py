@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from megatron_rapo.config import RunConfig, validate
+from megatron_rapo.config import Evaluate, RunConfig, validate
 from megatron_rapo.data.load import load_training_prompts
 from megatron_rapo.data.order import PromptOrder
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.command import Request, run
+from megatron_rapo.evaluate.evaluator import Evaluator
 from megatron_rapo.evaluate.held_out import load_held_out, setting_records
 from megatron_rapo.evaluate.plan import plan
 from tests.models import make_tokenizer
@@ -155,3 +156,28 @@ def test_closed_problems_are_not_planned() -> None:
 def test_what_cannot_be_asked_for_is_refused(request_: Request, message: str) -> None:
     with pytest.raises(RapoError, match=message):
         run(request_)
+
+
+def test_a_data_set_is_filed_under_its_label(tmp_path: Path) -> None:
+    rows = [{"question": "1+1", "answer": "2"}]
+    first, _ = load_held_out(configuration(tmp_path, rows, file={"label": "sums-1"}), TOKENIZER)
+    assert (first.name, first.record.name) == ("sums-1", "sums-1")
+    for source in ("countdown", "arithmetic"):
+        table = {"source": source, "label": "mine"}
+        config = configuration(tmp_path, rows).model_copy(
+            update={"evaluate": Evaluate.model_validate({"data": table, "problems": 2})}
+        )
+        assert [one.name for one in load_held_out(config, TOKENIZER)] == ["mine"]
+
+
+@pytest.mark.parametrize(("every", "steps"), [(None, [0, 7]), (2, [0, 2, 4, 6, 7]), (3, [0, 3, 6, 7])])
+def test_it_is_evaluated_when_due(tmp_path: Path, every: int | None, steps: list[int]) -> None:
+    options = {
+        "run": {"directory": str(tmp_path), "steps": 7},
+        "model": {"path": "model"},
+        "data": {"source": "countdown"},
+        "rollout": {"prompts_per_step": 1, "max_response_tokens": 8},
+        "evaluate": {"problems": 1, **({"every": every} if every else {})},
+    }
+    evaluator = Evaluator(validate(options, "test"), TOKENIZER, collector=None, verifiers={})  # type: ignore[arg-type]
+    assert [step for step in range(8) if evaluator.due(step)] == steps

@@ -103,6 +103,18 @@ def test_a_tied_embedding_is_held_once() -> None:
     assert estimate().gradients - tied.gradients == 4 * table
 
 
+def test_a_reference_in_host_memory_leaves_its_head_alone() -> None:
+    found = estimate(model={"path": "model", "reference_in_host_memory": True})
+    assert found.reference == 2 * QWEN2_7B.vocabulary * QWEN2_7B.hidden
+    assert found.reference_hidden == 0
+
+
+def test_padded_rows_are_counted() -> None:
+    padded = replace(QWEN2_7B, vocabulary=QWEN2_7B.vocabulary // 1024 * 1024 + 1024)
+    found = estimate(model={"path": "model", "vocabulary_multiple": 1024})
+    assert found.weights == estimate(padded).weights > estimate().weights
+
+
 def test_the_lines_are_in_gib_and_sum_up() -> None:
     found = estimate()
     *parts, total = found.lines()

@@ -131,6 +131,25 @@ def test_the_rate_told_is_the_rate_used(models: Path, placement: Placement) -> N
     assert moved == pytest.approx(told["optimizer/learning_rate"], rel=1e-3)
 
 
+def test_padded_rows_of_the_head_change_nothing(models: Path, placement: Placement) -> None:
+    found = {}
+    for multiple in (1, 64):
+        model = Model(path=models / "policy", dtype="float32", vocabulary_multiple=multiple)
+        policy = Policy(model, Optimizer(learning_rate=1e-3), read_architecture(model.path), placement, 1)
+        told = policy.update(make_minibatches(placement, [0]), make_objective(placement), None)
+        found[policy.chunks[-1].head_weight.size(0)] = told
+    assert found.keys() == {61, 64}
+    assert found[64] == pytest.approx(found[61], rel=1e-5)
+
+
+def test_a_reference_in_host_memory_needs_another_one(models: Path, placement: Placement) -> None:
+    model = Model(path=models / "policy", dtype="float32", reference_in_host_memory=True)
+    with pytest.raises(
+        RapoError, match=r"reference_in_host_memory = true has no effect where .* CPU; remove it"
+    ):
+        Reference(model, read_architecture(model.path), placement)
+
+
 def named(models: Path, placement: Placement) -> tuple[Policy, str, torch.nn.Parameter]:
     """A policy, and one of its parameters."""
     policy = make_policy(models, placement, learning_rate=1e-3)

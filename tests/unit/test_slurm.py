@@ -384,11 +384,16 @@ def test_what_has_an_option_is_no_further_argument(argument: str, option: str) -
 
 def test_further_arguments_reach_the_script() -> None:
     config = with_slurm(
-        ranks_per_node=1, engine_arguments=["--mem-fraction-static", "0.7"], sbatch_arguments=["--qos=high"]
+        ranks_per_node=1,
+        partition="h100",
+        account="lab",
+        engine_arguments=["--mem-fraction-static", "0.7"],
+        sbatch_arguments=["--qos=high"],
     )
     text = render(config, [])
     assert "\nENGINE_ARGUMENTS=(--dtype bfloat16 --mem-fraction-static 0.7)\n" in text
-    assert "--qos=high" in re.findall(r"^SBATCH_ARGUMENTS=.*$", text, re.M)[0]
+    asked = "(--job-name=run --time=24:00:00 --partition=h100 --account=lab --qos=high)"
+    assert f"\nSBATCH_ARGUMENTS={asked} " in text
 
 
 def test_gpus_of_engines_have_no_effect_without_gpus() -> None:

@@ -110,6 +110,13 @@ def test_the_configured_text_goes_around_the_question_braces_and_all(template):
     assert made.decode(ids) == (text if template == "plain" else f"user:{text}\nassistant:")
 
 
+def test_the_configured_system_prompt_comes_first():
+    made = tokenizer(chat_template=CHAT_TEMPLATE)
+    data = FileData(source="file", path="x.jsonl", template_text="{prompt}", system_prompt="be brief")
+    (ids,) = encode_template(["1+1"], made, data)
+    assert made.decode(ids) == "system:be brief\nuser:1+1\nassistant:"
+
+
 def test_braces_in_the_question_are_no_placeholders():
     made = tokenizer()
     made.add_tokens(["{", "}"])

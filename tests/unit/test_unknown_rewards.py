@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_rapo.config import Reward
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.unknown import UnknownRewards
@@ -44,7 +45,7 @@ def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("tells", [True, False])
 def test_beyond_the_limit_the_run_ends_on_every_rank(tells: bool) -> None:
-    watch = UnknownRewards(0.25, tells=tells)
+    watch = UnknownRewards(Reward(unknown_limit=0.25).unknown_limit, tells=tells)
     watch.check(1, [group("ccwx", "crash: KeyError: 'a'")])
     expected = (
         r"step 2: 2 of 4 rewards are unknown, the first by crash: KeyError: 'a'; .*unknown_limit = 0\.25"
