@@ -15,6 +15,7 @@ from megatron_rapo.checkpoint.files import how_to_go_on
 from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.checkpoint.store import CheckpointStore
 from megatron_rapo.config import RunConfig
+from megatron_rapo.config.date import with_date
 from megatron_rapo.config.write import to_toml
 from megatron_rapo.data.load import load_training_prompts
 from megatron_rapo.data.order import PromptOrder
@@ -194,6 +195,8 @@ def open_job(config: RunConfig) -> Iterator[Job]:
     """Joins the ranks, opens engines and verifiers where they belong, and builds the models."""
     with ExitStack() as stack:
         placement = stack.enter_context(process_groups(config.parallel, config.run.seed))
+        # Ranks that start at midnight, or whose machines' clocks differ, have the same prompts.
+        config = with_date(config, placement.share_from_main(config.run.date))
         if placement.is_main:
             requests.last_words = partial(_tell_loss, config.run.directory)
         observer = stack.enter_context(Observer(config, placement.rank, placement.layout.world_size))

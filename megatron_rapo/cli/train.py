@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_rapo.cli.overrides import add_configuration
 from megatron_rapo.config import RunConfig, load_config
+from megatron_rapo.config.date import recorded_date, with_date
 
 if TYPE_CHECKING:
     from megatron_rapo.launch.environment import RankEnvironment
@@ -44,6 +45,7 @@ def _train(options: argparse.Namespace) -> int:
         from megatron_rapo.launch.slurm import submit
 
         return submit(config, options.configs, options.set, dry_run=options.dry_run)
+    config = with_date(config, recorded_date(config.run.directory))
     if options.dry_run:
         print(preflight.describe_plan(config))
         return 0

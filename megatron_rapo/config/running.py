@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date as Day
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -23,6 +24,21 @@ class Run(Section):
         description="Seeds prompt order and sampling; the same seed repeats the run. Generated problems have "
         "a seed of their own, `data.seed`.",
     )
+    date: str | None = Field(
+        None,
+        description="The day, like `2026-11-28`, that chat templates are told where they ask "
+        "(`strftime_now`). Default: that of the first start (UTC), which the run and its evaluations keep.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Run:
+        try:
+            is_day = self.date is None or Day.fromisoformat(self.date).isoformat() == self.date
+        except ValueError:
+            is_day = False
+        if not is_day:
+            raise ValueError(f"date = {self.date!r} is no day; write it like 2026-11-28")
+        return self
 
 
 class Checkpoint(Section):

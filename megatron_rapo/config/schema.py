@@ -14,7 +14,7 @@ from pydantic import model_validator
 
 from megatron_rapo.config.algorithm import Algorithm
 from megatron_rapo.config.cluster import Slurm
-from megatron_rapo.config.data import Data
+from megatron_rapo.config.data import Data, FileData
 from megatron_rapo.config.evaluation import Evaluate, Setting
 from megatron_rapo.config.running import Checkpoint, Observe, Run
 from megatron_rapo.config.sampling import Reward, Rollout
@@ -80,6 +80,12 @@ class RunConfig(Section):
         return [f"evaluate.data[{i}]" if several else "evaluate.data" for i in range(len(self.evaluate.data))]
 
     @property
+    def has_chat_data(self) -> bool:
+        """Whether a chat template makes prompts of the run or its evaluation."""
+        sources = [self.data, *self.evaluation_data]
+        return any(isinstance(source, FileData) and source.template == "chat" for source in sources)
+
+    @property
     def evaluation_settings(self) -> list[Setting]:
         """How they are sampled."""
         if self.evaluate is None:
@@ -107,6 +113,7 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         checks: list[Callable[[], None]] = [
             self._check_batch,
+            self._check_date,
             self._check_overlong_buffer,
             self._check_warmup,
             self._check_checkpoints,
@@ -130,6 +137,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"rollout.prompts_per_step = {prompts} leaves some of parallel.data_parallel = {replicas} "
                 "replicas without a prompt; raise it, or lower data_parallel"
+            )
+
+    def _check_date(self) -> None:
+        if self.run.date is not None and not self.has_chat_data:
+            raise ValueError(
+                f'run.date = {self.run.date!r} would have no effect: no data has template = "chat"; remove it'
             )
 
     def _check_overlong_buffer(self) -> None:

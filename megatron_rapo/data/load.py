@@ -25,6 +25,7 @@ def load_prompts(
     split: Split,
     count: int | None,
     option: str = "data",
+    date: str | None = None,
 ) -> PromptSet:
     """Loads prompts, drops the unusable ones, and reports them.
 
@@ -33,9 +34,10 @@ def load_prompts(
         tokenizer: the policy's.
         max_prompt_tokens: longer prompts are dropped.
         split: of a generated task; a file is one split, named by its path.
-        count: how many prompts; of a file, the first usable ones, so that all
-            evaluations have the same. None: all of the file, or `data.problems` of a generated task.
+        count: how many prompts; of a file, the first usable ones, so that all evaluations have
+            the same. None: all of the file, or `data.problems` of a generated task.
         option: the table that the user set, as errors call it: `data`, or `evaluate.data`.
+        date: the day that chat templates are told; None: today (UTC).
 
     Raises:
         RapoError: the source cannot be read, holds fewer usable prompts than `count` or none at all, or
@@ -44,7 +46,7 @@ def load_prompts(
     if isinstance(data, FileData):
         source, rows = str(data.path), read_file(data, option)
         usable = [row for row in rows if row.question and row.answer]
-        encoded = encode_template([row.question for row in usable], tokenizer, data, option)
+        encoded = encode_template([row.question for row in usable], tokenizer, data, option, date)
     else:
         split_name = {"train": "training", "test": "held-out"}[split]
         source = f"{data.source} ({_options(data)}; {split_name} problems of seed {data.seed})"
@@ -95,6 +97,7 @@ def load_training_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase)
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         split="train",
         count=None,
+        date=config.run.date,
     )
     if len(prompts) < (step := config.rollout.prompts_per_step):
         raise RapoError(

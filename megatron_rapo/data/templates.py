@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime, time
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -28,20 +29,31 @@ def encode_chat(
     tokenizer: PreTrainedTokenizerBase,
     system_prompt: str | None,
     option: str = "data",
+    date: str | None = None,
 ) -> list[list[int]]:
     """Each text as the user's turn of the tokenizer's chat template, up to where the assistant's begins.
 
-    `option` is the table that the user set, as errors call it.
+    Args:
+        texts: the user's turns.
+        tokenizer: the policy's.
+        system_prompt: the system's turn, if there is one.
+        option: the table that the user set, as errors call it.
+        date: the day that the template is told where it asks for the time, at midnight: a run that goes on
+            later has the same prompts. None: today (UTC).
 
     Raises:
         RapoError: the tokenizer has no chat template, or none by default, or its template refuses the
             conversation or fails.
     """
     _require_template(tokenizer, option)
+    day = datetime.now(UTC).date() if date is None else datetime.fromisoformat(date).date()
+    told = datetime.combine(day, time(), UTC)
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     conversations = [[*system, {"role": "user", "content": text}] for text in texts]
     try:
-        rendered = tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+        rendered = tokenizer.apply_chat_template(
+            conversations, tokenize=False, add_generation_prompt=True, strftime_now=told.strftime
+        )
     except Exception as error:  # a template is a program, which may fail in every way
         remedy = f"remove {option}.system_prompt" if system else f'set {option}.template = "plain"'
         reason = str(error) if isinstance(error, TemplateError) else repr(error)
@@ -53,12 +65,16 @@ def encode_chat(
 
 
 def encode_template(
-    questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, data: FileData, option: str = "data"
+    questions: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    data: FileData,
+    option: str = "data",
+    date: str | None = None,
 ) -> list[list[int]]:
     """The questions' prompts, by the template that the configuration names."""
     texts = [data.template_text.format(prompt=question) for question in questions]
     if data.template == "chat":
-        return encode_chat(texts, tokenizer, data.system_prompt, option)
+        return encode_chat(texts, tokenizer, data.system_prompt, option, date)
     return encode_plain(texts, tokenizer)
 
 

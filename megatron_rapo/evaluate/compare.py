@@ -125,19 +125,30 @@ def _check_same(base: Evaluation, other: Evaluation) -> None:
                 f"({data.problems} problems, fingerprint {data.fingerprint}) and {theirs[data.name].source} "
                 f"({theirs[data.name].problems}, {theirs[data.name].fingerprint}); evaluate both on the same"
             )
-        for what in ("prompts", "verifier"):
-            mine, their = getattr(base.manifest, what)[data.name], getattr(other.manifest, what)[data.name]
-            if mine != their:
-                raise RapoError(
-                    f"{where} differ in the {what} of {data.name} ({mine} and {their}): another template, "
-                    "tokenizer or verifier; evaluate both alike"
-                )
+        verifiers = [one.manifest.verifier[data.name] for one in (base, other)]
+        if verifiers[0] != verifiers[1]:
+            raise RapoError(
+                f"{where} differ in the verifier of {data.name} ({' and '.join(verifiers)}); evaluate "
+                "both alike"
+            )
+        if base.manifest.prompts[data.name] != other.manifest.prompts[data.name]:
+            told = " and ".join(one.manifest.told_prompts(data.name) for one in (base, other))
+            raise RapoError(
+                f"{where} differ in the prompts of {data.name} ({told}): another template, tokenizer or day; "
+                "evaluate both alike" + _same_day(base, other)
+            )
     for setting in base.manifest.settings:
         if setting.name in settings and settings[setting.name] != setting:
             raise RapoError(
                 f"{where} differ in setting {setting.name}: {setting} and {settings[setting.name]}; evaluate "
                 "both alike"
             )
+
+
+def _same_day(base: Evaluation, other: Evaluation) -> str:
+    """How to evaluate on the day that the base's chat template was told."""
+    day = base.manifest.date
+    return "" if day in (None, other.manifest.date) else f" (--set run.date={day}, for the day)"
 
 
 def _check_budgets(base: Evaluation, model: Evaluation) -> None:

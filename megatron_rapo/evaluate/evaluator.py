@@ -125,6 +125,7 @@ class Evaluator:
             settings=self.settings,
             samples=self.evaluate.samples,
             seed=run.seed,
+            date=run.date,
             verifier={held_out.name: held_out.verifier for held_out in self.data_sets},
             prompts={held_out.name: held_out.prompts_fingerprint for held_out in self.data_sets},
             versions=software_versions(),

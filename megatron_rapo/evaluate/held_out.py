@@ -90,6 +90,7 @@ def _load(config: RunConfig, data: Data, tokenizer: PreTrainedTokenizerBase, tab
         split="test",
         count=count,
         option=table,
+        date=config.run.date,
     )
     _refuse_duplicates(loaded.prompts, loaded.report.source, table)
     return HeldOut(data.name, loaded.prompts, config.verifier_of(data), loaded.report)

@@ -78,6 +78,7 @@ class Manifest(_Record):
         samples: N: samples of every problem, or the most of any where the budget was adaptive.
         adaptive: correct samples at which a problem is done, where the budget is adaptive (`sequential`).
         seed: of the samples' seeds.
+        date: the day that chat templates were told; None where there were none.
         prompts: the fingerprint of the templated prompts' tokens, by data set.
         started, finished: UTC, ISO 8601; `finished` is None until every sample is on disk.
     """
@@ -89,6 +90,7 @@ class Manifest(_Record):
     samples: int
     adaptive: int | None = None
     seed: int
+    date: str | None = None
     verifier: dict[str, str]
     prompts: dict[str, str]
     versions: dict[str, str]
@@ -123,16 +125,17 @@ class Manifest(_Record):
             RapoError: the samples of both would not belong together, or some would be left without purpose.
         """
         mine, theirs = self._identity(), before._identity()
-        for what, old in theirs.items():
+        for what, (old, as_told) in theirs.items():
             if what not in mine:
                 raise RapoError(
                     f"{directory} was begun with {what}, which is not asked for now; name it again beside "
                     "what is new, or choose another --out"
                 )
-            if mine[what] != old:
+            now, told_now = mine[what]
+            if now != old:
                 raise RapoError(
-                    f"{directory} holds an evaluation with another {what} ({old}, now {mine[what]}); restore "
-                    "it to go on there, or choose another --out"
+                    f"{directory} holds an evaluation that differs in {what} ({as_told}, now {told_now}); "
+                    "restore it to go on there, or choose another --out"
                 )
         if self.samples < before.samples:
             raise RapoError(
@@ -141,17 +144,28 @@ class Manifest(_Record):
             )
         return self.model_copy(update={"started": before.started})
 
-    def _identity(self) -> dict[str, object]:
-        """What samples depend on, by name."""
-        return {
-            "model": self.model.fingerprint,
-            "seed": self.seed,
-            "adaptive budget": self.adaptive,
-            **{f"data set {data.name}": data.fingerprint for data in self.data},
-            **{f"prompts of {name}": prompts for name, prompts in self.prompts.items()},
-            **{f"verifier of {name}": verifier for name, verifier in self.verifier.items()},
-            **{f"setting {setting.name}": setting for setting in self.settings},
+    def told_prompts(self, data: str) -> str:
+        """What made a data set's prompts, for people: template and tokenizer have no names."""
+        day = "" if self.date is None else f" of a chat template on {self.date}"
+        return f"fingerprint {self.prompts[data]}{day}"
+
+    def _identity(self) -> dict[str, tuple[object, str]]:
+        """What samples depend on, by name: what must be the same, and how it is told."""
+        model = self.model
+        found: dict[str, tuple[object, str]] = {
+            "the model": (model.fingerprint, f"{model.path}, fingerprint {model.fingerprint}"),
+            "the seed": (self.seed, str(self.seed)),
+            "the adaptive budget": (self.adaptive, str(self.adaptive or "none")),
         }
+        for data in self.data:
+            told = f"{data.source}, fingerprint {data.fingerprint}"
+            found[f"data set {data.name}"] = (data.fingerprint, told)
+        for name in self.prompts:
+            found[f"the prompts of {name}"] = (self.prompts[name], self.told_prompts(name))
+            found[f"the verifier of {name}"] = (self.verifier[name], self.verifier[name])
+        for setting in self.settings:
+            found[f"setting {setting.name}"] = (setting, str(setting))
+        return found
 
     def write(self, directory: Path) -> None:
         """Writes or replaces it, whole."""

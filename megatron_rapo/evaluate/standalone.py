@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_rapo.config import RunConfig
+from megatron_rapo.config.date import recorded_date, with_date
 from megatron_rapo.data.tokenizer import load_tokenizer
 from megatron_rapo.evaluate.held_out import HeldOut, load_held_out, setting_records
 from megatron_rapo.evaluate.manifest import FILE, Manifest, ModelRecord, SettingRecord, now
@@ -38,10 +39,16 @@ def evaluate(
     Raises:
         RapoError: the directory holds another evaluation, or something failed; what was sampled stays.
     """
+    before = Manifest.read(directory) if (directory / FILE).exists() else None
+    config = with_date(
+        config,
+        None if before is None else before.date or before.started[:10],  # it tells only when it started
+        None if model.run is None else recorded_date(Path(model.run)),
+    )
     assert config.evaluate is not None
     tokenizer = load_tokenizer(config.model.path)
     data_sets = load_held_out(config, tokenizer)
-    evaluation = _open(config, model, data_sets, directory, adaptive)
+    evaluation = _open(config, model, data_sets, directory, before, adaptive)
     for held_out in data_sets:
         print(held_out.report)
     work = [
@@ -117,7 +124,12 @@ class _Work:
 
 
 def _open(
-    config: RunConfig, model: ModelRecord, data_sets: list[HeldOut], directory: Path, adaptive: int | None
+    config: RunConfig,
+    model: ModelRecord,
+    data_sets: list[HeldOut],
+    directory: Path,
+    before: Manifest | None,
+    adaptive: int | None,
 ) -> Evaluation:
     """The evaluation in the directory, begun if there is none; refused if it is another one."""
     assert config.evaluate is not None
@@ -128,13 +140,14 @@ def _open(
         samples=config.evaluate.samples,
         adaptive=adaptive,
         seed=config.run.seed,
+        date=config.run.date,
         verifier={held_out.name: held_out.verifier for held_out in data_sets},
         prompts={held_out.name: held_out.prompts_fingerprint for held_out in data_sets},
         versions=software_versions(),
         started=now(),
     )
-    if (directory / FILE).exists():
-        manifest = manifest.going_on_from(Manifest.read(directory), directory)
+    if before is not None:
+        manifest = manifest.going_on_from(before, directory)
     return begin(directory, manifest, {held_out.name: held_out.problems for held_out in data_sets})
 
 

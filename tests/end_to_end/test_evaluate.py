@@ -107,7 +107,7 @@ def test_more_samples_are_added_to_those_that_are_there(whole: tuple[Path, str])
     assert len(after) == 4 * 8 * 50
     assert {key: after[key] for key in before} == before
     _, stderr = evaluate(*OPTIONS, "run.seed=5", "--samples", "50", "--out", str(directory), status=1)
-    assert "holds an evaluation with another seed (1234, now 5)" in stderr
+    assert "holds an evaluation that differs in the seed (1234, now 5)" in stderr
 
 
 def test_an_adaptive_budget_saves_samples(whole: tuple[Path, str], tmp_path: Path) -> None:

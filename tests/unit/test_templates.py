@@ -1,5 +1,7 @@
 """Prompt tokens: plain text, the tokenizer's own habits, and its chat template."""
 
+from datetime import UTC, datetime
+
 import pytest
 from tokenizers.processors import TemplateProcessing
 
@@ -123,3 +125,11 @@ def test_braces_in_the_question_are_no_placeholders():
     data = FileData(source="file", path="x.jsonl", template="plain", template_text="{{{prompt}}}")
     (ids,) = encode_template(["{0}{prompt}"], made, data)
     assert "".join(made.convert_ids_to_tokens(ids)) == "{{0}{prompt}}"
+
+
+def test_a_template_is_told_the_day_and_no_time():
+    made = tokenizer(chat_template="{{ strftime_now('%Y-%m-%d %H:%M:%S') }} {{ messages[0].content }}")
+    (ids,) = encode_chat(["1"], made, None, date="2026-02-03")
+    assert made.decode(ids) == "2026-02-03 00:00:00 1"
+    (ids,) = encode_chat(["1"], made, None)
+    assert made.decode(ids) == f"{datetime.now(UTC).date()} 00:00:00 1"
