@@ -80,8 +80,7 @@ def test_a_possible_run_passes_and_has_its_directory(tmp_path: Path, model: Path
                 "rollout": {"prompts_per_step": 1_000_000_000},
                 "algorithm": {"minibatch_prompts": 1_000_000_000},
             },
-            "rollout.prompts_per_step = 1000000000 is more than the 10000 prompts of arithmetic (train, "
-            "seed 1234), and a step would have copies of them; lower it to 10000 or less",
+            "; training problems of seed 1234), and a step would have copies of them; lower it to 10000",
         ),
         (
             {"data": {"source": "arithmetic", "problems": 7}},
