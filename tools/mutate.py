@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def main() -> None:
     print(f"{len(faults)} faults in {len({fault.file for fault in faults})} files", flush=True)
     preload()
     with slots(arguments.processes) as copies:
-        coverage = cover(copies, arguments.tests, {fault.file for fault in planted})
+        coverage = cover(copies, arguments.tests)
         report([*known, *judge(copies, coverage, planted)], time.monotonic() - began)
 
 
@@ -78,10 +78,15 @@ def draw(arguments: argparse.Namespace) -> list[Fault]:
         for room in arguments.room or ROOMS
         for path in sorted((ROOT / "megatron_rapo" / room).rglob("*.py"))
     ]
-    sources = {file: (ROOT / file).read_bytes() for file in files}
-    faults = [fault for file, source in sources.items() for fault in find_faults(file, source)]
-    valid = (fault for fault in shuffled(faults, arguments.seed) if fault.plant(sources[fault.file]))
+    faults = [fault for file in files for fault in find_faults(file, source(file))]
+    valid = (fault for fault in shuffled(faults, arguments.seed) if fault.plant(source(fault.file)))
     return list(islice(valid, arguments.count))
+
+
+@cache
+def source(file: str) -> bytes:
+    """A file as it was when the run began."""
+    return (ROOT / file).read_bytes()
 
 
 @contextmanager
@@ -94,9 +99,9 @@ def slots(processes: int) -> Iterator[list[Copy]]:
         yield [Copy(ROOT, Path(folder)) for folder in folders]
 
 
-def cover(copies: Sequence[Copy], places: Sequence[str], targets: set[str]) -> Coverage:
-    """Which tests run which lines of the targets; traces what is not known."""
-    store = Store(CACHE, ROOT, targets)
+def cover(copies: Sequence[Copy], places: Sequence[str]) -> Coverage:
+    """Which tests run which lines; traces what is not known."""
+    store = Store(CACHE, ROOT)
     coverage = Coverage(ROOT)
     missing = []
     for place in places:
@@ -116,7 +121,7 @@ def cover(copies: Sequence[Copy], places: Sequence[str], targets: set[str]) -> C
         print(f"traced {name}: {len(traced.seconds)} tests", flush=True)
         if traced.failing:
             print(f"  left out, as they fail without a fault: {', '.join(traced.failing)}", flush=True)
-        store.save(name, traced)
+        store.save(name, traced, copy.directory)
 
     jobs = [Job(name, partial(trace, name), TRACE_S) for name in missing]
     run_jobs(copies, jobs, lambda copy, name: None, done)
@@ -136,11 +141,11 @@ def judge(copies: Sequence[Copy], coverage: Coverage, faults: Sequence[Fault]) -
 
     def plant(copy: Copy, subject: tuple[Fault, list[str]]) -> None:
         fault = subject[0]
-        copy.write(fault.file, fault.plant((ROOT / fault.file).read_bytes()) or b"")
+        copy.write(fault.file, fault.plant(source(fault.file)) or b"")
 
     def done(copy: Copy, subject: tuple[Fault, list[str]], status: int | None) -> None:
         fault, tests = subject
-        copy.write(fault.file, (ROOT / fault.file).read_bytes())
+        copy.write(fault.file, source(fault.file))
         outcome = "timeout" if status is None else "caught" if status else "survived"
         verdicts.append(Verdict(fault, outcome, len(tests)))
         if outcome == "survived":

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 sys.path.insert(0, str(ROOT / "tools"))  # the tool is a script beside the package, not a part of it
-from mutation.coverage import Coverage, Traced  # noqa: E402
+from mutation.coverage import Coverage, Store, Traced, digest  # noqa: E402
 from mutation.equivalent import read_equivalents  # noqa: E402
 from mutation.faults import Fault, find_faults, shuffled  # noqa: E402
 
@@ -111,6 +111,27 @@ def test_a_fault_is_shown_to_the_tests_that_run_its_line_quick_ones_first(tmp_pa
     assert coverage.tests(fault("3")) == coverage.tests(
         fault(">")
     )  # run by the import: whoever uses the file
+
+
+def test_traces_follow_lines_that_have_moved_and_forget_those_that_are_gone(tmp_path: Path) -> None:
+    package, tests = tmp_path / "megatron_rapo", tmp_path / "tests"
+    package.mkdir()
+    tests.mkdir()
+    (tests / "test_a.py").write_text("from tests.helper import b\n")
+    (tests / "helper.py").write_text("b = 1\n")
+    (package / "a.py").write_text("one\ntwo\nthree\n")
+    store = Store(tmp_path / "cache", tmp_path)
+    name, file = "tests/test_a.py", "megatron_rapo/a.py"
+    lines = {1: ["t"], 2: ["t", "u"], 3: ["u"]}
+    store.save(
+        name, Traced({file: digest(package / "a.py")}, {"t": 1.0, "u": 1.0}, [], {file: lines}), tmp_path
+    )
+    (package / "a.py").write_text("new\none\nthree\n")
+    moved = Store(tmp_path / "cache", tmp_path).load(name)
+    assert moved is not None and moved.lines == {file: {2: ["t"], 3: ["u"]}}
+    (tests / "helper.py").write_text("b = 2\n")
+    digest.cache_clear()
+    assert Store(tmp_path / "cache", tmp_path).load(name) is None, "another helper, another test"
 
 
 def test_the_draw_takes_other_lines_first_and_does_not_depend_on_lines_elsewhere() -> None:

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -86,37 +87,68 @@ class Coverage:
 
 
 class Store:
-    """Traces on disk, good as long as the test file, and what it ran of `targets`, are as they were."""
+    """Traces on disk, each good for a test file as it is, with what it imports of `tests`.
 
-    def __init__(self, directory: Path, root: Path, targets: Iterable[str]) -> None:
-        self._directory, self._root, self._targets = directory, root, set(targets)
-        directory.mkdir(parents=True, exist_ok=True)
+    Where the package has changed since, lines that stand there still keep their tests, wherever they are now.
+    """
+
+    def __init__(self, directory: Path, root: Path) -> None:
+        self._directory, self._root = directory, root
+        self._sources = directory / "sources"
+        self._sources.mkdir(parents=True, exist_ok=True)
 
     def load(self, test_file: str) -> Traced | None:
-        """The trace of a test file, where a good one is there."""
-        for path in self._directory.glob(f"{self._key(test_file)}-*.json"):
-            raw = json.loads(path.read_text())
-            lines = {
-                file: {int(number): tests for number, tests in numbers.items()}
-                for file, numbers in raw.pop("lines").items()
-            }
-            traced = Traced(lines=lines, **raw)
-            if all(digest(self._root / file) == traced.hashes[file] for file in self._targets & lines.keys()):
-                return traced
-        return None
+        """The newest trace of a test file, where there is one."""
+        path = self._path(test_file)
+        if not path.is_file():
+            return None
+        raw = json.loads(path.read_text())
+        lines = {}
+        for file, numbers in raw.pop("lines").items():
+            places = self._places(raw["hashes"][file], self._root / file)
+            moved = ((places.get(int(number)), tests) for number, tests in numbers.items())
+            lines[file] = {place: tests for place, tests in moved if place is not None}
+        return Traced(lines=lines, **raw)
 
-    def save(self, test_file: str, traced: Traced) -> None:
-        """Keeps it, beside those of other states of the package."""
-        content = json.dumps(vars(traced))
-        name = f"{self._key(test_file)}-{hashlib.sha256(content.encode()).hexdigest()[:12]}.json"
-        partial = self._directory / f".{name}.{os.getpid()}"
-        partial.write_text(content)
-        partial.replace(self._directory / name)
+    def save(self, test_file: str, traced: Traced, copy: Path) -> None:
+        """Keeps it, with the sources that its lines are of."""
+        for file, found in traced.hashes.items():
+            _write(self._sources / found, (copy / file).read_text())
+        _write(self._path(test_file), json.dumps(vars(traced)))
 
-    def _key(self, test_file: str) -> str:
-        helpers = [path for path in sorted((self._root / "tests").rglob("*.py")) if path.name[:5] != "test_"]
-        digests = [digest(path) for path in (self._root / test_file, *helpers)]
-        return hashlib.sha256("".join(digests).encode()).hexdigest()[:24]
+    @cache  # noqa: B019  # one store a process
+    def _places(self, former: str, path: Path) -> dict[int, int]:
+        """Where each line of a former source stands now."""
+        old = (self._sources / former).read_text().splitlines()
+        new = path.read_text().splitlines() if path.is_file() else []
+        blocks = (
+            [(0, 0, len(old))] if old == new else SequenceMatcher(None, old, new, False).get_matching_blocks()
+        )
+        return {before + n + 1: now + n + 1 for before, now, size in blocks for n in range(size)}
+
+    def _path(self, test_file: str) -> Path:
+        imported = sorted(_with_helpers(self._root / test_file, self._root))
+        key = hashlib.sha256("".join(map(digest, imported)).encode()).hexdigest()[:24]
+        return self._directory / f"{Path(test_file).stem}-{key}.json"
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+@cache
+def _with_helpers(test_file: Path, root: Path) -> frozenset[Path]:
+    """A test file, and the modules of `tests` that it imports, by way of each other too."""
+    found = {test_file}
+    for node in ast.walk(ast.parse(test_file.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tests":
+            base = root / (node.module or "").replace(".", "/")
+            for path in (base.with_suffix(".py"), *(base / f"{alias.name}.py" for alias in node.names)):
+                if path.is_file() and path != test_file:
+                    found |= _with_helpers(path, root)
+    return frozenset(found)
 
 
 class Recorder:
