@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from megatron_rapo.config import Algorithm, Model, Optimizer
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import RapoError
-from megatron_rapo.loss.objective import Objective
+from megatron_rapo.loss.objective import HeadStates, Objective
 from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.learning_rate import LearningRate
@@ -243,3 +243,46 @@ def test_a_policy_that_cannot_be_computed_is_told_before_engines_are_asked(
     policy._check_parameters("weights", "")  # none of them alone is to blame
     with pytest.raises(RapoError, match=r"policy of version 4 gives NaN or infinite log-probs: .*diverged"):
         check_policy(policy, placement, prompts, 4, 1)
+
+
+def updated(model: Model, placement: Placement, algorithm: Algorithm) -> tuple[Policy, dict[str, float]]:
+    """A policy after a step's update with its reference, and the step's metrics."""
+    architecture = read_architecture(model.path)
+    policy = Policy(model, Optimizer(learning_rate=1e-3), architecture, placement, 3)
+    reference = Reference(model, architecture, placement)
+    objective = Objective(algorithm, temperature=1.0, vocabulary=VOCABULARY, group=placement.tensor_group)
+    minibatches = make_minibatches(placement, [0])
+    policy.annotate(minibatches, objective)
+    reference.annotate(minibatches, objective)
+    return policy, dict(policy.update(minibatches, objective, reference))
+
+
+def test_a_reference_in_host_memory_is_on_the_device_only_to_annotate(
+    models: Path, placement: Placement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"path": models / "policy", "reference_path": models / "reference", "dtype": "float32"}
+    plain = updated(Model(**options), placement, Algorithm())[1]  # type: ignore[arg-type]
+    moves: list[str] = []
+    to = torch.nn.Module.to
+
+    def move(module: torch.nn.Module, target: Any) -> torch.nn.Module:
+        if not module.training:  # the frozen reference alone
+            moves.append("device" if target is GPU else str(target))
+        return to(module, "cpu")
+
+    class Gpu:
+        """Stands for a GPU where the reference asks which device it has."""
+
+        type = "cuda"
+
+    GPU = Gpu()
+    monkeypatch.setattr(torch.nn.Module, "to", move)
+    monkeypatch.setattr("megatron_rapo.policy.reference.device", lambda: GPU)
+    monkeypatch.setattr(
+        "megatron_rapo.policy.reference.Reference.states",
+        lambda self, microbatch: HeadStates(microbatch.reference_hidden[microbatch.is_response], self._head),
+    )
+    model = Model(**options, reference_in_host_memory=True)  # type: ignore[arg-type]
+    kept = updated(model, placement, Algorithm())[1]
+    assert moves == ["cpu", "device", "cpu"]
+    assert kept == plain
