@@ -126,8 +126,8 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
     if sections_of(annotation):
         return "table, below" if _own_tables(annotation) else "table like `[data]`"
     if origin is Annotated:
-        base, field = arguments
-        return _kind(base, [*metadata, *field.metadata])
+        base, *more = arguments
+        return _kind(base, [*metadata, *(bound for part in more for bound in getattr(part, "metadata", ()))])
     if origin in (types.UnionType, Union):
         (kind,) = [part for part in arguments if part is not type(None)]
         return _kind(kind, metadata)

@@ -49,7 +49,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise RapoError(
             f"configuration {path} does not exist; examples/configs/ has some to start from"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RapoError(f"configuration {path} is not valid TOML: {error}; mend it there") from error
     except OSError as error:
         raise RapoError(f"configuration {path} cannot be read: {error.strerror}; give a TOML file") from error
@@ -82,7 +82,7 @@ def _toml_value(text: str) -> Any:
     """A TOML value; text that is none (a bare word, a path), or that is a date, is a string."""
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
     alone = parsed.keys() == {"value"} and isinstance(parsed["value"], bool | int | float | str | list | dict)
     return parsed["value"] if alone else text

@@ -7,7 +7,14 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megatron_rapo.config.address import same_server
-from megatron_rapo.config.section import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from megatron_rapo.config.section import (
+    Fraction,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seconds,
+    Section,
+)
 from megatron_rapo.config.verifiers import VerifierName
 
 # Arguments of sglang.launch_server that a run has its own ideas of.
@@ -106,13 +113,13 @@ class Rollout(Section):
     requests_per_engine: PositiveInt = Field(
         32, description="Most requests that a replica has under way at one engine; the others wait."
     )
-    startup_timeout_s: PositiveFloat = Field(600.0, description="Seconds for servers to become healthy.")
-    request_timeout_s: PositiveFloat = Field(
+    startup_timeout_s: Seconds = Field(600.0, description="Seconds for servers to become healthy.")
+    request_timeout_s: Seconds = Field(
         1800.0,
         description="Seconds for one request's answer. An engine that takes longer is out, and others do its "
         "work.",
     )
-    health_interval_s: PositiveFloat = Field(
+    health_interval_s: Seconds = Field(
         10.0,
         description="Seconds between two looks at each engine; one that is silent three times in a row is "
         "out. One that answers but does not generate is only found by request_timeout_s.",
@@ -199,7 +206,7 @@ class Reward(Section):
         "`integer`: exact checkers of the generated tasks. Default: the one that belongs to `data.source`.",
     )
     workers: PositiveInt = Field(2, description="Verifier processes of each data-parallel head.")
-    time_limit_s: PositiveFloat = Field(
+    time_limit_s: Seconds = Field(
         5.0, description="Hard limit for one verification; past it the process is killed: outcome `timeout`."
     )
     unknown_limit: Fraction = Field(

@@ -7,12 +7,14 @@ from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -20,8 +22,18 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+# Clocks and timers of libraries overflow somewhere; nobody waits longer than a year.
+Seconds = Annotated[float, Field(gt=0, le=365 * 24 * 3600, allow_inf_nan=False)]
+
+
+def _names_a_file(value: Any) -> Any:
+    if isinstance(value, str) and (not value or "\0" in value):
+        raise PydanticCustomError("path", "must name a file or folder")
+    return value
+
+
 # TOML has no paths: the one kind of value that is written as another type.
-PathOption = Annotated[Path, Field(strict=False)]
+PathOption = Annotated[Path, Field(strict=False), BeforeValidator(_names_a_file)]
 
 
 class Section(BaseModel):

@@ -12,6 +12,7 @@ from megatron_rapo.config.section import (
     PathOption,
     PositiveFloat,
     PositiveInt,
+    Seconds,
     Section,
 )
 
@@ -67,7 +68,7 @@ class Parallel(Section):
         False,
         description="Shards norms and residuals over the TP group along tokens; needs tensor_parallel > 1.",
     )
-    timeout_s: PositiveFloat = Field(
+    timeout_s: Seconds = Field(
         1800.0, description="Seconds that a rank waits in a collective before the job is declared dead."
     )
 

@@ -123,5 +123,5 @@ def _read_index(file: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(file.read_text())["weight_map"]
         return {str(name): str(part) for name, part in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RapoError(f"{file} is no index of weights ({error!r}); copy it again") from error

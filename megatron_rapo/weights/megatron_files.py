@@ -44,17 +44,19 @@ class MegatronTensors:
         """
         self.directory = find_checkpoint(path)
         self._reader = _SafeReader(self.directory)
+        self.parameters = list(stored_parameters(architecture))
+        self._place = {name: (each, part) for each in self.parameters for part, name in enumerate(each.hf)}
         try:
             self._index = self._reader.read_metadata()
             self._reader.set_up_storage_reader(self._index, is_coordinator=True)
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
+            self._check_architecture(architecture)
+            self._check_files()
+        except RapoError:
+            raise
+        except Exception as error:  # a damaged pickle raises anything, and its objects lack anything
             raise RapoError(
                 f"checkpoint {self.directory} has no index that can be read ({error}); copy it again"
             ) from error
-        self.parameters = list(stored_parameters(architecture))
-        self._place = {name: (each, part) for each in self.parameters for part, name in enumerate(each.hf)}
-        self._check_architecture(architecture)
-        self._check_files()
         self._last: tuple[StoredParameter, list[Tensor]] | None = None
 
     def shape(self, name: str) -> list[int]:
@@ -82,12 +84,12 @@ class MegatronTensors:
         shape, offsets = list(parameter.shape), [0] * len(parameter.shape)
         if parameter.layer is not None:
             shape, offsets = [1, *shape], [parameter.layer, *offsets]
-        target = torch.empty(shape, dtype=self.dtype(parameter))
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
-        items = create_read_items_for_chunk_list(parameter.key, self._stored(parameter.key), [chunk])
         try:
+            target = torch.empty(shape, dtype=self.dtype(parameter))
+            items = create_read_items_for_chunk_list(parameter.key, self._stored(parameter.key), [chunk])
             self._reader.read_data(LoadPlan(items), _Into(target)).wait()
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # of damaged files and places in the index
             raise RapoError(
                 f"checkpoint {self.directory}: {parameter.key} cannot be read ({error}); copy it again"
             ) from error
@@ -176,14 +178,14 @@ def _tracked(path: Path) -> list[Path]:
     file = path / TRACKER
     if not file.is_file():
         return []
-    name = file.read_text().strip()
+    name = file.read_text(errors="replace").strip()
     return [path / (f"iter_{int(name):07d}" if name.isdecimal() else name)]
 
 
 def _check_form(file: Path) -> None:
     try:
         form = json.loads(file.read_text())["sharded_backend"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RapoError(f"{file} is damaged ({error!r}); copy the checkpoint again") from error
     if form != "torch_dist":
         raise RapoError(

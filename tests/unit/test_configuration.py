@@ -154,7 +154,8 @@ def test_a_directory_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"[run\nsteps = 3", b"[run]\nsteps = 3\nsteps = 4", b"[run]\nx = '\xff'"]
+    "content",
+    [b"x = " + b"[" * 100_000, b"[run\nsteps = 3", b"[run]\nsteps = 3\nsteps = 4", b"[run]\nx = '\xff'"],
 )
 def test_malformed_toml_names_the_file(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.toml"
@@ -308,6 +309,19 @@ def test_a_missing_option_is_named(values: dict[str, Any], message: str) -> None
         (
             with_options(data={"source": "countdown", "label": "a b"}),
             'data.label = "a b": must be of letters, digits',
+        ),
+        (with_options(model__path=""), 'model.path = "": must name a file or folder'),
+        (with_options(run__directory="a\0b"), 'run.directory = "a\\u0000b": must name a file or folder'),
+        *(
+            (
+                with_options(**{f"{table}__{option}": 1e300}),
+                f"{table}.{option} = 1e+300: must be less than or",
+            )
+            for table, option in (
+                ("parallel", "timeout_s"),
+                ("rollout", "request_timeout_s"),
+                ("reward", "time_limit_s"),
+            )
         ),
         (with_options(model__path=3), 'model.path = 3: must be text; write path = "3", or --set'),
         (with_options(observe__wandb="on"), "observe.wandb = \"on\": must be 'off', 'offline' or 'online'"),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from megatron_rapo.convert.to_megatron import convert_to_megatron
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.weights.hf_files import HFTensors
+from megatron_rapo.weights.megatron_files import MegatronTensors
 from megatron_rapo.weights.parameter_map import stored_parameters
 from tests.models import FAMILIES, make_hf_model
 
@@ -197,6 +199,23 @@ def test_a_broken_checkpoint_is_refused_before_anything_is_written(
         convert_to_hf(tmp_path / "checkpoint", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
     assert not Path("/tmp/rapo-evil").exists()
+
+
+def test_a_damaged_index_is_refused_whatever_it_runs_into(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    index, architecture = _index(tmp_path / "checkpoint"), read_architecture(checkpoint / "release")
+    whole, random = index.read_bytes(), Random(0)
+    refused = 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for _ in range(4):
+            damaged[random.randrange(len(whole))] = random.randrange(256)
+        index.write_bytes(damaged)
+        try:
+            MegatronTensors(tmp_path / "checkpoint", architecture).read("model.norm.weight", None, 0, 0)
+        except RapoError:
+            refused += 1
+    assert refused > 100
 
 
 def test_a_legacy_checkpoint_is_named_as_such(tmp_path: Path) -> None:
