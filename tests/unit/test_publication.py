@@ -223,3 +223,65 @@ def test_what_fails_again_and_again_with_all_engines_there_ends(tmp_path, monkey
             publisher.publish(VERSION)
         assert len(pool.urls) == 2
     assert transport.tries == 2
+
+
+# Records
+
+
+def test_weights_of_a_checkpoint_must_be_those_published_before(tmp_path, monkeypatch) -> None:
+    with publication(tmp_path, monkeypatch, Told()) as (_, _, publisher):
+        publisher.publish(VERSION)
+    with publication(tmp_path, monkeypatch, Told()) as (_, _, publisher):
+        publisher.publish(VERSION, resumed=True)
+    assert [line["version"] for line in published(tmp_path)] == [VERSION, VERSION]
+    monkeypatch.setitem(CHECKSUMS, "norm", 1)
+    with publication(tmp_path, monkeypatch, Told()) as (_, _, publisher):
+        with pytest.raises(RapoError, match=r"weights of step 4 are not those that were published .*digest"):
+            publisher.publish(VERSION, resumed=True)
+        publisher.publish(VERSION)  # of a run that goes on, not of a checkpoint
+    assert published(tmp_path)[0]["digest"] != published(tmp_path)[-1]["digest"]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"version": 1}', '{"version": "x", "dtype": "", "digest": ""}'])
+def test_a_record_that_cannot_be_read_names_its_line(line: str, tmp_path) -> None:
+    good = {"version": 1, "dtype": "float32", "digest": "d"}
+    (tmp_path / "published.jsonl").write_text(f"{json.dumps(good)}\n{line}\n")
+    with pytest.raises(RapoError, match=r"published\.jsonl, line 2 is no publication"):
+        Record(tmp_path)
+
+
+# An echo of another engine's death
+
+
+def test_a_refusal_while_another_engine_dies_is_its_echo(tmp_path, monkeypatch) -> None:
+    class Breaking:
+        tries = 0
+
+        def send(self, engines, version: int) -> dict[str, int]:
+            self.tries += 1
+            engines.begin_update()
+            if self.tries == 1:
+                raise RapoError("the broadcast broke off")
+            engines.end_update(version)
+            return CHECKSUMS
+
+    transport = Breaking()
+    with publication(tmp_path, monkeypatch, transport) as (servers, pool, publisher):
+        servers[0].fault, servers[0].faulty = "closed", "/server_info"  # dead from now on
+        publisher.publish(VERSION)
+        assert transport.tries == 2 and len(pool.urls) == 1
+
+
+def test_a_refusal_by_engines_that_are_all_there_is_final(tmp_path, monkeypatch) -> None:
+    class Refused:
+        def send(self, engines, version: int) -> dict[str, int]:
+            engines.begin_update()
+            raise RapoError("another shape")
+
+    with publication(tmp_path, monkeypatch, Refused()) as (servers, _, publisher):
+        with pytest.raises(RapoError, match="another shape") as refused:
+            publisher.publish(VERSION)
+        assert not isinstance(refused.value, EngineLost)
+        for server in servers:
+            assert server.asked[-1][0] != "/pause_generation"
+            assert "/continue_generation" in [path for path, _ in server.asked]

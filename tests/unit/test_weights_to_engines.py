@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from megatron_rapo.checksum import tensor_checksum
 from megatron_rapo.config import Model, Weights
+from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import Architecture, read_architecture
 from megatron_rapo.model.build import build_chunks
 from megatron_rapo.parallel.placement import Placement
@@ -23,7 +24,9 @@ from megatron_rapo.publish.opening import open_transport
 from megatron_rapo.rollout.launchers import EmbeddedLauncher
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.servers import LocalServers
+from megatron_rapo.weights import export
 from megatron_rapo.weights.export import hf_tensors, write_hf_model
+from megatron_rapo.weights.hf_files import HFTensors
 from megatron_rapo.weights.load import load_weights
 from megatron_rapo.weights.parameter_map import mapped_parameters
 from tests.models import make_hf_model
@@ -101,6 +104,44 @@ def test_what_is_exported_is_what_was_loaded(
     written = {k: v for file in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(file).items()}
     assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_model_that_cannot_be_written_leaves_nothing(
+    path: Path,
+    architecture: Architecture,
+    chunks: Any,
+    placement: Placement,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("save_tensors", "write_companions"):
+        with monkeypatch.context() as patch:
+            patch.setattr(export, name, full)
+            with pytest.raises(RapoError, match="out: No space left on device; free space"):
+                write_hf_model(chunks, architecture, placement, tmp_path / "out", companions_of=path)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_is_written_in_files_of_a_size(
+    path: Path,
+    architecture: Architecture,
+    chunks: Any,
+    placement: Placement,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(export, "FILE_BYTES", 100_000)
+    for _ in range(2):  # the second takes the place of the first
+        write_hf_model(chunks, architecture, placement, tmp_path / "out", companions_of=path)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    sizes = [sum(tensor.nbytes for tensor in load_file(file).values()) for file in files]
+    assert len(files) > 2 and max(sizes) <= 100_000
+    with HFTensors(tmp_path / "out") as written:
+        for name, tensor in load_file(path / "model.safetensors").items():
+            assert torch.equal(written.read(name, None, 0, 0), tensor)
 
 
 def test_a_tied_head_is_loaded_like_the_embedding_and_never_exported(architecture: Architecture) -> None:
