@@ -64,7 +64,9 @@ def estimate_differences(values: Floats) -> list[Estimate]:
     """
     if len(values) == 0:
         raise ValueError("the mean of no problems has no interval; evaluate at least one problem")
-    squares = (values - values.mean(axis=0)) ** 2
+    deviations = values - values.mean(axis=0)
+    # Equal values deviate from their mean by rounding, which is no spread.
+    squares = np.where(np.abs(deviations) > _ROUNDING, deviations, 0.0) ** 2
     fourth = (squares**2).sum(axis=0)
     carriers = np.divide(squares.sum(axis=0) ** 2, fourth, out=np.zeros_like(fourth), where=fourth > 0)
     return _estimates(values, (-1.0, 1.0), 1 / (1 + carriers))

@@ -52,6 +52,13 @@ def test_values_that_are_all_alike_are_no_certainty() -> None:
     assert -found.low == found.high > 0.08
 
 
+@pytest.mark.parametrize("value", [0.1, 1 / 3, -0.7])
+def test_equal_differences_have_no_spread_whatever_their_rounding(value: float) -> None:
+    """The mean of 30 times 0.1 is not 0.1, that of 30 times 1/8 is: their intervals are alike."""
+    found, exact = estimate_difference(np.full(30, value)), estimate_difference(np.full(30, 0.125))
+    assert found.high - found.low == pytest.approx(exact.high - exact.low, abs=0.05)
+
+
 def test_many_small_differences_have_a_narrow_interval() -> None:
     """Differences of 0.05 ± 0.02 on 30 problems leave no doubt that there is one."""
     values = 0.05 + 0.02 * np.sin(np.arange(30))
