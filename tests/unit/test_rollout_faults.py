@@ -198,6 +198,14 @@ def test_what_other_heads_lost_is_lost_for_all(model):
             assert other.urls == urls[:1]
 
 
+def test_an_engine_that_did_not_get_the_weights_is_out_and_keeps_its_place(model):
+    with stand_ins(2) as (_, urls), make_pool(urls, reviver=make_reviver(model)) as pool:
+        pool.use(urls[1:])
+        assert (pool.urls, pool.failures) == (urls[1:], {urls[0]: "it did not get the current weights"})
+        revive_until(pool, 2)
+        assert pool.urls == urls
+
+
 def test_an_engine_with_another_model_is_refused_by_name(model, tmp_path):
     other = make_hf_model(tmp_path / "other", seed=0, intermediate_size=96)
     with stand_ins(2) as (servers, urls), make_pool(urls, reviver=make_reviver(model)) as pool:
