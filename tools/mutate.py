@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
@@ -59,6 +60,7 @@ class Verdict:
 def main() -> None:
     """Draws, plants, reports."""
     arguments, began = _parse_arguments(), time.monotonic()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell has it in the background
     faults = draw(arguments)
     equivalents = read_equivalents(ROOT)
     known = [Verdict(f, "equivalent") for f in faults if any(known.is_it(f) for known in equivalents)]
@@ -151,7 +153,8 @@ def judge(copies: Sequence[Copy], coverage: Coverage, faults: Sequence[Fault]) -
         if outcome == "survived":
             print(f"[{len(verdicts)} of {len(faults)}] {describe(verdicts[-1])}", flush=True)
 
-    run_jobs(copies, jobs, plant, done)
+    with suppress(KeyboardInterrupt):  # what has been judged by then is reported
+        run_jobs(copies, jobs, plant, done)
     return verdicts
 
 

@@ -109,24 +109,28 @@ def run_jobs(
     queue = iter(jobs)
     running: dict[Copy, tuple[Job, int, float]] = {}
     idle = list(copies)
-    while True:
-        while idle and (job := next(queue, None)):
-            copy = idle.pop()
-            prepare(copy, job.subject)
-            running[copy] = (job, _fork(copy, job.work), time.monotonic() + job.limit_s)
-        if not running:
-            return
-        time.sleep(0.02)
-        for copy, (job, pid, deadline) in list(running.items()):
-            late = time.monotonic() > deadline
-            if late:
-                _end_group(pid)
-            ended, status = os.waitpid(pid, 0 if late else os.WNOHANG)
-            if ended:
-                _end_group(pid)
-                del running[copy]
-                idle.append(copy)
-                done(copy, job.subject, None if late else os.waitstatus_to_exitcode(status))
+    try:
+        while True:
+            while idle and (job := next(queue, None)):
+                copy = idle.pop()
+                prepare(copy, job.subject)
+                running[copy] = (job, _fork(copy, job.work), time.monotonic() + job.limit_s)
+            if not running:
+                return
+            time.sleep(0.02)
+            for copy, (job, pid, deadline) in list(running.items()):
+                late = time.monotonic() > deadline
+                if late:
+                    _end_group(pid)
+                ended, status = os.waitpid(pid, 0 if late else os.WNOHANG)
+                if ended:
+                    _end_group(pid)
+                    del running[copy]
+                    idle.append(copy)
+                    done(copy, job.subject, None if late else os.waitstatus_to_exitcode(status))
+    finally:
+        for _, pid, _ in running.values():
+            _end_group(pid)
 
 
 def _end_group(pid: int) -> None:
