@@ -5,8 +5,8 @@
 #   bash THIS_FILE              checks, then submits itself with sbatch
 #
 # Trainer ranks take the job's first TRAINER_NODES, engines the others (or, with ENGINE_NODES=0, further GPUs of the
-# same nodes). The job requeues itself before its time is up, and SLURM requeues it after preemption or the loss of
-# a node; either way it goes on from its newest checkpoint. All nodes must see RUN_DIRECTORY and MODEL. Relative
+# same nodes). Before its time is up the trainer saves and the job requeues itself, and SLURM requeues it after
+# preemption or the loss of a node; either way it goes on from its newest checkpoint. All nodes must see RUN_DIRECTORY and MODEL. Relative
 # paths start where it is submitted. docs/slurm.md says more.
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -35,6 +35,7 @@ ENVIRONMENT=(OMP_NUM_THREADS=1 CUDA_DEVICE_MAX_CONNECTIONS=1 HF_HUB_OFFLINE=1) #
 
 set -euo pipefail
 LOGS=$RUN_DIRECTORY/slurm
+REQUEUE_S=20 # of REQUEUE_BEFORE_S, for the requeue itself
 QUICK_S=30 # an engine that ends sooner after its start could not be started
 NODES=$((TRAINER_NODES + ENGINE_NODES))
 
@@ -129,10 +130,20 @@ newest_checkpoint() {
     echo "${steps[-1]}"
 }
 
-on_time_up() {
+on_time_up() { # the trainer ends its step and saves; where that takes too long, its newest checkpoint must do
+    local left=$((REQUEUE_BEFORE_S > 2 * REQUEUE_S ? REQUEUE_BEFORE_S - REQUEUE_S : REQUEUE_BEFORE_S / 2))
+    echo "time is nearly up: the trainer is to save after its step, within $left s"
+    kill -USR1 "$TRAINER" 2>/dev/null || true # srun hands it on to all ranks
+    for (( ; left > 0; left--)); do
+        kill -0 "$TRAINER" 2>/dev/null || break
+        sleep 1
+    done
+    if ! kill -0 "$TRAINER" 2>/dev/null && wait "$TRAINER"; then
+        exit 0 # it was its last step
+    fi
     [[ $(newest_checkpoint) != "$FIRST_CHECKPOINT" ]] ||
         fail "no checkpoint was written within the time limit, so that to go on would lead nowhere;" \
-            "raise --time or lower checkpoint.every"
+            "raise --time or REQUEUE_BEFORE_S, or lower checkpoint.every"
     echo "time is nearly up: requeued, to go on from $(newest_checkpoint)"
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
@@ -210,4 +221,5 @@ done
 srun "${STEP[@]}" --nodes="$TRAINER_NODES" --ntasks=$((TRAINER_NODES * RANKS_PER_NODE)) \
     --ntasks-per-node="$RANKS_PER_NODE" --distribution=block --nodelist="$(join , "${TRAINERS[@]}")" \
     "${RAPO[@]}" train "${CONFIGS[@]}" --set "${OVERLAY[@]}" "rollout.urls=$(toml_urls "${addresses[@]}")" &
-wait $! # here, where a signal interrupts it
+TRAINER=$!
+wait "$TRAINER" # here, where a signal interrupts it

@@ -16,13 +16,12 @@ from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.checkpoint.store import CheckpointStore
 from megatron_rapo.config import RunConfig
 from megatron_rapo.config.date import with_date
-from megatron_rapo.config.write import to_toml
 from megatron_rapo.data.load import load_training_prompts
 from megatron_rapo.data.order import PromptOrder
-from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.data.prompts import Prompt, PromptSet
 from megatron_rapo.data.tokenizer import load_tokenizer, vocabulary_size
-from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.evaluator import Evaluator
+from megatron_rapo.evaluate.held_out import load_held_out
 from megatron_rapo.experience.batch import Batch, collect
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import open_engines
@@ -33,13 +32,16 @@ from megatron_rapo.loss.objective import Objective
 from megatron_rapo.model.architecture import Architecture, read_architecture
 from megatron_rapo.observe.heartbeat import where_is
 from megatron_rapo.observe.observer import Observer
-from megatron_rapo.observe.versions import record_versions, software_versions
+from megatron_rapo.observe.versions import software_versions
 from megatron_rapo.parallel.device import peak_memory
 from megatron_rapo.parallel.placement import Placement, process_groups
 from megatron_rapo.policy.policy import Policy
 from megatron_rapo.policy.reference import Reference
 from megatron_rapo.publish.opening import open_publisher
 from megatron_rapo.publish.publisher import Publisher
+from megatron_rapo.record.identity import Identity
+from megatron_rapo.record.standing import finish
+from megatron_rapo.record.start import begin, check_identity
 from megatron_rapo.reward.scoring import ScoredGroup
 from megatron_rapo.reward.verifier import Verifier
 from megatron_rapo.weights.export import write_hf_model
@@ -52,6 +54,7 @@ class Job:
     config: RunConfig
     observer: Observer
     placement: Placement
+    identity: Identity
     architecture: Architecture
     vocabulary: int
     prompts: PromptOrder
@@ -70,17 +73,14 @@ class Job:
         checkpoint = self.checkpoints.newest()
         state = TrainState()
         if checkpoint is not None:
-            if not self.config.checkpoint.resume:
-                raise RapoError(
-                    f"run.directory = {self.config.run.directory} holds {checkpoint.name}; choose another "
-                    "directory, or set checkpoint.resume = true to go on from it"
-                )
             with self.observer.phase("resume"):
                 state = self.checkpoints.load(checkpoint, self.policy)
         self.prompts.position = state.prompts_drawn
         resume_step = None if checkpoint is None else state.step
         if self.placement.is_main:
-            self._record(resume_step)
+            versions = {**software_versions(), "engines": self.collector.engines.software()}
+            for line in begin(self.config, self.identity, versions, resume_step):
+                print(line, flush=True)
         self.observer.open_logs(resume_step)
         self.observer.begin_step(state.step)
         with self.observer.phase("publish"):
@@ -88,14 +88,6 @@ class Job:
         if state.step == 0:
             self.observer.finish_step(self._evaluate_if_due(step=0))
         return state
-
-    def _record(self, resume_step: int | None) -> None:
-        """Leaves in the run's directory with which configuration and software it goes on."""
-        directory = self.config.run.directory
-        (directory / "config.toml").write_text(to_toml(self.config))
-        versions = {**software_versions(), "engines": self.collector.engines.software()}
-        if changed := record_versions(directory, resume_step, versions):
-            print(changed)
 
     def sampling_seed(self, step: int) -> int:
         """The seed of a step's samples; 0 is evaluation's, whose samples are the same each time."""
@@ -159,6 +151,8 @@ class Job:
                 directory,
                 companions_of=self.config.model.path,
             )
+        if self.placement.is_main:
+            finish(self.config.run.directory, state.step)
 
     def _tell_stop(self, state: TrainState) -> None:
         """Once all is written, on all ranks: a launcher may end the others as soon as one has ended."""
@@ -205,10 +199,12 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             tokenizer = load_tokenizer(config.model.path)
             vocabulary = vocabulary_size(tokenizer, architecture.vocabulary)
             prompts = load_training_prompts(config, tokenizer)
+            identity = placement.share_from_main(_identify(config, prompts, tokenizer, placement.is_main))
+            check_identity(config, identity)
         with observer.phase("start engines"):
             collector = _open_collector(stack, config, placement, tokenizer, architecture)
         with observer.phase("build models"):
-            total_updates = config.run.steps * config.updates_per_step
+            total_updates = config.decay_steps * config.updates_per_step
             policy = Policy(config.model, config.optimizer, architecture, placement, total_updates)
             reference = (
                 Reference(config.model, architecture, placement) if config.algorithm.wants_reference else None
@@ -219,6 +215,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             config=config,
             observer=observer,
             placement=placement,
+            identity=identity,
             architecture=architecture,
             vocabulary=vocabulary,
             prompts=PromptOrder(prompts, seed=config.run.seed, shuffle=getattr(config.data, "shuffle", True)),
@@ -235,7 +232,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
                 context_group=placement.context_group,
             ),
             publisher=open_publisher(config, policy, placement, collector.engines, prompts),
-            checkpoints=CheckpointStore(config),
+            checkpoints=CheckpointStore(config, identity.fingerprints()),
         )
         collector.recover = job.publisher.publish
         yield job
@@ -245,6 +242,17 @@ def _tell_loss(directory: Path, reason: str) -> None:
     """That the run stops with a step undone."""
     where = where_is(directory, rank=0)
     print(f"stopped {where} without saving, as {reason}: {how_to_go_on(directory)}", flush=True)
+
+
+def _identify(
+    config: RunConfig, prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, is_main: bool
+) -> Identity | None:
+    """What the run loaded, on the main rank: reading weights once is enough."""
+    if not is_main:
+        return None
+    data_sets = load_held_out(config, tokenizer)
+    evaluation = {one.name: f"{one.record.fingerprint} {one.prompts_fingerprint}" for one in data_sets}
+    return Identity.of(config, prompts.prompts, evaluation)
 
 
 def _open_collector(

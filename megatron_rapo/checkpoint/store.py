@@ -10,7 +10,7 @@ import json
 import pickle
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,14 @@ UNREADABLE = (CheckpointException, CheckpointingException, OSError, EOFError, pi
 class CheckpointStore:
     """The checkpoints of one run."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, fingerprints: Mapping[str, str] | None = None) -> None:
+        """
+        Args:
+            config: of the run.
+            fingerprints: of what it loaded, by name: checkpoints are of no other.
+        """
         self.config = config
+        self.fingerprints = fingerprints or {}
         self.directory = config.run.directory / files.FOLDER
         self._saved = time.monotonic()
         best = config.evaluate.best if config.evaluate else None
@@ -107,10 +113,10 @@ class CheckpointStore:
             state, saved, files = TrainState(**record["state"]), record["must_match"], record["files"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RapoError(f"checkpoint {checkpoint} is damaged (run.json: {error!r}); {remedy}") from error
-        for option, value in self._must_match().items():
-            if saved.get(option) != value:
+        for name, value in self._must_match().items():
+            if saved.get(name, value) != value:
                 raise RapoError(
-                    f"checkpoint {checkpoint} was made with {option} = {saved.get(option)!r}, this run has "
+                    f"checkpoint {checkpoint} was made with {name} = {saved[name]!r}, this run has "
                     f"{value!r}; restore it, or choose another run.directory"
                 )
         found = _file_sizes(checkpoint)
@@ -132,7 +138,12 @@ class CheckpointStore:
 
     def _complete(self, partial: Path, final: Path, state: TrainState) -> None:
         """Adds run.json, which makes a checkpoint of it, moves it into place, and removes old ones."""
-        record = {"state": asdict(state), "must_match": self._must_match(), "files": _file_sizes(partial)}
+        record = {
+            "state": asdict(state),
+            "must_match": self._must_match(),
+            "model_path": str(self.config.model.path),  # whose tokenizer an export carries over
+            "files": _file_sizes(partial),
+        }
         (partial / "run.json").write_text(json.dumps(record, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -142,15 +153,12 @@ class CheckpointStore:
 
     def _must_match(self) -> dict[str, Any]:
         """What would silently change the meaning of the saved state if it changed."""
-        values = self.config.resolved()
-        model = values["model"]
+        config = self.config
         return {
-            "model.path": model["path"],
-            "model.checkpoint": model.get("checkpoint"),
-            "model.reference_path": model.get("reference_path"),
-            "run.seed": values["run"]["seed"],
-            "data": values["data"],
-            "optimizer.distributed": values["optimizer"]["distributed"],
+            "run.seed": config.run.seed,
+            "model.dtype": config.model.dtype,
+            "optimizer.distributed": config.optimizer.distributed,
+            **{f"fingerprint of {name}": value for name, value in self.fingerprints.items()},
         }
 
     def _prune(self) -> None:

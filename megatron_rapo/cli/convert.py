@@ -31,13 +31,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _convert_to_hf(options: argparse.Namespace) -> int:
     from megatron_rapo.convert.to_hf import convert_to_hf
+    from megatron_rapo.launch.stop import requests
 
-    convert_to_hf(options.source, options.destination, options.model)
+    with requests.noted():  # so that what is half done is removed
+        convert_to_hf(options.source, options.destination, options.model)
     return 0
 
 
 def _convert_to_megatron(options: argparse.Namespace) -> int:
     from megatron_rapo.convert.to_megatron import convert_to_megatron
+    from megatron_rapo.launch.stop import requests
 
-    convert_to_megatron(options.source, options.destination)
+    with requests.noted():
+        convert_to_megatron(options.source, options.destination)
     return 0

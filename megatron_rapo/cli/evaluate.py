@@ -53,18 +53,24 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _evaluate(options: argparse.Namespace) -> int:
     from megatron_rapo.evaluate.command import Request, run
+    from megatron_rapo.launch.stop import requests
 
-    return run(
-        Request(
-            configs=options.configs,
-            settings=options.set,
-            model=options.model,
-            data=options.data,
-            template=options.template,
-            samples=options.samples,
-            k=options.k,
-            max_response_tokens=options.max_response_tokens,
-            stop_after_correct=options.stop_after_correct,
-            out=options.out,
-        )
+    request = Request(
+        configs=options.configs,
+        settings=options.set,
+        model=options.model,
+        data=options.data,
+        template=options.template,
+        samples=options.samples,
+        k=options.k,
+        max_response_tokens=options.max_response_tokens,
+        stop_after_correct=options.stop_after_correct,
+        out=options.out,
     )
+    requests.last_words = _tell_stop
+    with requests.noted():
+        return run(request)
+
+
+def _tell_stop(_: str) -> None:
+    print("stopped: what was sampled stays, and the same command goes on", flush=True)

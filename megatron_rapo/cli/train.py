@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from contextlib import nullcontext
 from functools import partial
@@ -30,6 +31,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="print the resolved configuration, layout and memory, then stop",
     )
     train.add_argument(
+        "--accept-changes",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="SECTION.KEY",
+        help="go on with another value of these options than before (docs/resume.md)",
+    )
+    train.add_argument(
         "--slurm",
         action="store_true",
         help="submit the run as a SLURM job, laid out by [slurm]; with --dry-run, only print its plan",
@@ -38,24 +47,32 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _train(options: argparse.Namespace) -> int:
+    if options.accept_changes:  # as a setting, so that a SLURM job has it, too
+        options.set = [*options.set, f"checkpoint.accept_changes={json.dumps(options.accept_changes)}"]
     config = load_config(options.configs, options.set)
-    from megatron_rapo import preflight
-
     if options.slurm:
         from megatron_rapo.launch.slurm import submit
 
         return submit(config, options.configs, options.set, dry_run=options.dry_run)
     config = with_date(config, recorded_date(config.run.directory))
     if options.dry_run:
+        from megatron_rapo import preflight
+
         print(preflight.describe_plan(config))
         return 0
     from megatron_rapo.folder import own_folder
     from megatron_rapo.launch.environment import RankEnvironment
+    from megatron_rapo.record.standing import check_standing
 
     environment = RankEnvironment.read()
     # One process of the job holds the folder: the launcher, or rank 0 where there is none of ours.
     holds = environment is None or environment.rank == 0
     with own_folder(config.run.directory, "run.directory") if holds else nullcontext():
+        if done := check_standing(config):
+            print(done if holds else "", end="\n" if holds else "")
+            return 0
+        from megatron_rapo import preflight  # it takes seconds, which a folder that is taken must not cost
+
         preflight.check(config)
         _start(config, environment)
     return 0

@@ -51,6 +51,11 @@ class RunConfig(Section):
         return self.rollout.prompts_per_step // self.minibatch_prompts
 
     @property
+    def decay_steps(self) -> int:
+        """Steps over which the learning rate decays."""
+        return self.optimizer.decay_steps or self.run.steps
+
+    @property
     def verifier(self) -> str:
         """The name of the training data's verifier."""
         return self.verifier_of(self.data)
@@ -159,6 +164,17 @@ class RunConfig(Section):
             raise ValueError(
                 f"optimizer.warmup_updates = {warmup} leaves none of the run's {updates} updates at the full "
                 "rate; lower it, or raise run.steps"
+            )
+        decay = self.decay_steps
+        if decay < self.run.steps and self.optimizer.min_learning_rate == 0:
+            raise ValueError(
+                f"optimizer.decay_steps = {decay} is below run.steps = {self.run.steps}, whose last steps "
+                "would learn nothing at min_learning_rate = 0; set that, or raise decay_steps"
+            )
+        if warmup >= decay * self.updates_per_step:
+            raise ValueError(
+                f"optimizer.warmup_updates = {warmup} does not end before optimizer.decay_steps = {decay} "
+                f"({decay * self.updates_per_step} updates); lower it, or raise decay_steps"
             )
 
     def _check_checkpoints(self) -> None:

@@ -110,7 +110,12 @@ class Optimizer(Section):
     )
     warmup_updates: int = Field(0, ge=0, description="Optimizer updates of linear warm-up from zero.")
     decay: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="Shape of the decay over the run's optimizer updates."
+        "constant", description="Shape of the decay over the optimizer updates of `decay_steps`."
+    )
+    decay_steps: PositiveInt | None = Field(
+        None,
+        description="Steps after which the decay has ended; beyond them the rate is `min_learning_rate`. "
+        "Default: `run.steps`, so that to raise that later is to ask for another schedule.",
     )
     weight_decay: NonNegativeFloat = Field(0.01, description="Decoupled weight decay.")
     beta1: BelowOne = Field(0.9, description="Decay of the first moment.")
@@ -131,7 +136,8 @@ class Optimizer(Section):
     )
 
     def without_effect(self) -> dict[str, str]:
-        return {"min_learning_rate": 'decay is "constant"'} if self.decay == "constant" else {}
+        options = ["min_learning_rate", "decay_steps"] if self.decay == "constant" else []
+        return dict.fromkeys(options, 'decay is "constant"')
 
     @model_validator(mode="after")
     def _check(self) -> Optimizer:

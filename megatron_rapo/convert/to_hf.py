@@ -62,7 +62,7 @@ def _companions(checkpoint: Path, model: Path | None) -> Path:
     if (checkpoint / "config.json").is_file():
         return checkpoint
     try:
-        path = Path(json.loads((checkpoint / "run.json").read_text())["must_match"]["model.path"])
+        path = Path(json.loads((checkpoint / "run.json").read_text())["model_path"])
     except (OSError, ValueError, KeyError, TypeError):
         path = None
     if path is None or not (path / "config.json").is_file():

@@ -65,7 +65,7 @@ def examine_at(config: RunConfig, placement: Placement) -> list[Finding]:
             config.optimizer,
             architecture,
             placement,
-            total_updates=config.run.steps * config.updates_per_step,
+            total_updates=config.decay_steps * config.updates_per_step,
         )
         checkpoints = CheckpointStore(config)
         newest = checkpoints.newest()

@@ -20,22 +20,29 @@ def closing_summary(run_directory: Path) -> str:
 
 def metrics_summary(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines for people: mean reward at both ends, and pass@k in a row for each evaluation; what there is."""
+    return _rewards(metrics) + _pass_at_k(metrics)
+
+
+def _rewards(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     ends = reward_ends(metrics)
-    rewards = []
-    if ends is not None:
-        window, first, last = ends
-        rewards = [
-            f"mean reward: {first:.3f} over the first {window} steps, {last:.3f} over the last {window}"
-        ]
-    return rewards + _pass_at_k(metrics)
+    if ends is None:
+        only = [line["reward/mean"] for line in metrics if line.get("reward/mean") is not None]
+        return [f"mean reward: {reward:.3f} in the only step" for reward in only]
+    window, first, last = ends
+    if window == 1:
+        return [f"mean reward: {first:.3f} in the first step, {last:.3f} in the last"]
+    return [f"mean reward: {first:.3f} over the first {window} steps, {last:.3f} over the last {window}"]
 
 
 def reward_ends(metrics: Sequence[Mapping[str, Any]]) -> tuple[int, float, float] | None:
-    """Steps averaged over, and the mean reward over the first and the last so many; None without rewards."""
+    """Steps averaged over, and the mean reward over the first and the last so many, which share none.
+
+    None where fewer than two steps have rewards.
+    """
     rewards = [line["reward/mean"] for line in metrics if line.get("reward/mean") is not None]
-    if not rewards:
+    if len(rewards) < 2:
         return None
-    window = min(WINDOW, len(rewards))
+    window = min(WINDOW, len(rewards) // 2)
     first, last = (sum(part) / window for part in (rewards[:window], rewards[-window:]))
     return window, first, last
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -9,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rapo.config.resuming import changes
 from megatron_rapo.config.write import toml_value
 from megatron_rapo.errors import RapoError
 from megatron_rapo.observe.versions import read_versions
+from megatron_rapo.record.configurations import read_configurations
 from megatron_rapo.report.sources import EvaluatedModel, Sources
 
 
@@ -68,6 +71,21 @@ def _table(title: str, names: Sequence[str], columns: Sequence[Mapping[str, str]
 
 
 def _run_options(directory: Path) -> dict[str, str]:
+    """Each option's value, and from which step on it had another."""
+    now = _configuration(directory)
+    history = read_configurations(directory)
+    for start, following in itertools.pairwise(history):
+        for option, (old, new) in changes(start.options, following.options).items():
+            before = now.get(option, _text(old)) if "after step" in now.get(option, "") else _text(old)
+            now[option] = f"{before}; after step {following.step}: {_text(new)}"
+    return now
+
+
+def _text(value: Any) -> str:
+    return "none" if value is None else toml_value(value)
+
+
+def _configuration(directory: Path) -> dict[str, str]:
     path = directory / "config.toml"
     try:
         return _flat(tomllib.loads(path.read_text(encoding="utf-8")))

@@ -44,14 +44,18 @@ def _rewards(runs: Sequence[TrainingRun]) -> str:
         ends = reward_ends(run.steps)
         name = "The run" if len(runs) == 1 else run.name
         if ends is None:
-            sentences.append(f"{name} has finished no training step.")
+            sentences.append(f"{name} has finished fewer than two training steps.")
         else:
             window, first, last = ends
             sentences.append(
-                f"{name} earned a mean reward of {first:.3f} over its first {window} steps and {last:.3f} "
-                f"over its last {window}, of {run.steps[-1]['step']} in all."
+                f"{name} earned a mean reward of {first:.3f} over its first {_steps(window)} and {last:.3f} "
+                f"over its last{'' if window == 1 else f' {window}'}, of {run.steps[-1]['step']} in all."
             )
     return " ".join(sentences)
+
+
+def _steps(count: int) -> str:
+    return "step" if count == 1 else f"{count} steps"
 
 
 def headlines(benchmarks: Sequence[Benchmark]) -> list[Headline]:

@@ -138,7 +138,7 @@ def test_a_failed_save_ends_all_ranks_and_leaves_the_earlier_checkpoint(
     failed = measured["failed"][how]
     assert len(set(failed["messages"])) == 1, "all ranks tell the same"
     assert "cannot be written" in failed["messages"][0]
-    assert "run the same command again" in failed["messages"][0]
+    assert "step_000001, and the same command goes on from there" in failed["messages"][0]
     assert failed["reason"] in failed["messages"][0]
     assert failed["seconds"] < SECONDS
     assert failed["left"] == []

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megatron_rapo.observe.closing import closing_summary
 
 
@@ -19,9 +21,20 @@ def test_rewards_are_averaged_over_both_ends(tmp_path: Path) -> None:
     assert summary(tmp_path, *steps)[0] == "mean reward: 0.030 over the first 5 steps, 0.180 over the last 5"
 
 
-def test_a_short_run_has_short_windows(tmp_path: Path) -> None:
-    lines = summary(tmp_path, {"step": 1, "reward/mean": 0.25}, {"step": 2, "reward/mean": None})
-    assert lines[0] == "mean reward: 0.250 over the first 1 steps, 0.250 over the last 1"
+@pytest.mark.parametrize(
+    ("rewards", "line"),
+    [
+        ([0.25, None], "0.250 in the only step"),
+        ([0.25, 0.5, 0.75], "0.250 in the first step, 0.750 in the last"),
+        ([0.0, 0.0, 0.0, 1.0, 1.0, 1.0], "0.000 over the first 3 steps, 1.000 over the last 3"),
+        ([0.0] * 5 + [0.5] + [1.0] * 5, "0.000 over the first 5 steps, 1.000 over the last 5"),
+    ],
+)
+def test_the_two_ends_of_a_short_run_share_no_step(
+    tmp_path: Path, rewards: list[float | None], line: str
+) -> None:
+    steps = [{"step": n, "reward/mean": reward} for n, reward in enumerate(rewards, 1)]
+    assert summary(tmp_path, *steps)[0] == f"mean reward: {line}"
 
 
 def test_pass_at_k_stands_in_a_row_for_each_evaluation(tmp_path: Path) -> None:

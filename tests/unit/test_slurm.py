@@ -164,7 +164,9 @@ SRUN = """\
 printf '%s ' "GPUS=${CUDA_VISIBLE_DEVICES-}" "MASTER=${MASTER_ADDR-}:${MASTER_PORT-}" "$@" >>"$NOTES/srun"
 echo >>"$NOTES/srun"
 case "$*" in
-*" train "*) until [[ -e $NOTES/go ]]; do sleep 0.05; done; exit "$(cat "$NOTES/go")" ;;
+*" train "*)
+    [[ ! -e $NOTES/saves ]] || trap 'mkdir -p "$NOTES/../run/checkpoints/step_000003"; exit 138' USR1
+    until [[ -e $NOTES/go ]]; do sleep 0.05; done; exit "$(cat "$NOTES/go")" ;;
 *) [[ -e $NOTES/no_engines ]] || exec sleep 60 ;;
 esac
 """
@@ -279,12 +281,24 @@ def test_the_job_requeues_itself_only_if_it_went_on(notes: Path) -> None:
         output = finish(job)
         if number == 1:
             assert job.returncode == 1
-            assert "raise --time or lower checkpoint.every" in output
+            assert "raise --time or REQUEUE_BEFORE_S, or lower checkpoint.every" in output
             assert not (notes / "scontrol").exists()
         else:
             assert job.returncode == 0
             assert "requeued, to go on from" in output and "step_000002" in output
             assert (notes / "scontrol").read_text() == "requeue 7\n"
+
+
+def test_before_its_time_is_up_the_trainer_saves(notes: Path) -> None:
+    """Its first checkpoint is of this start; without the signal there would be none to go on from."""
+    (notes / "saves").touch()
+    job = start(notes)
+    wait_until(lambda: any(" train " in call for call in calls(notes)))
+    job.send_signal(signal.SIGUSR1)
+    output = finish(job)
+    assert job.returncode == 0
+    assert "the trainer is to save after its step, within 100 s" in output
+    assert re.search(r"requeued, to go on from \S+/step_000003", output), output
 
 
 def with_slurm(**slurm: Any) -> RunConfig:

@@ -1,0 +1,142 @@
+"""What a run loaded, by content: it goes on with the same alone, wherever that lies by then."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_rapo.config import RunConfig
+from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.errors import RapoError
+from megatron_rapo.fingerprint import (
+    files_fingerprint,
+    fingerprint,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
+
+FILE = "identity.json"
+SHOWN = 3  # rows in a message
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt that the run trains on: its row in the source, and fingerprints of what it became."""
+
+    index: int
+    question: str
+    answer: str
+    tokens: str
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What was loaded.
+
+    Attributes:
+        contents: weights and tokenizer, a fingerprint each, by a name for people.
+        evaluation: the problems of each evaluation data set, likewise.
+        prompts: in the source's order, which the run's order follows from.
+    """
+
+    contents: dict[str, str]
+    evaluation: dict[str, str]
+    prompts: Sequence[Row]
+
+    @classmethod
+    def of(cls, config: RunConfig, prompts: Sequence[Prompt], evaluation: dict[str, str]) -> Identity:
+        """Reads weights and tokenizer in part (`fingerprint`).
+
+        Args:
+            config: of the run.
+            prompts: all that it may train on, as they became: rows that are dropped are not among them.
+            evaluation: the fingerprint of each evaluation data set, by name.
+        """
+        model = config.model
+        contents = {
+            "weights of model.path": weights_fingerprint(model.path),
+            "tokenizer or chat template of model.path": tokenizer_fingerprint(model.path),
+        }
+        if model.checkpoint is not None:
+            files = [file for file in model.checkpoint.rglob("*") if file.is_file()]
+            contents["weights of model.checkpoint"] = files_fingerprint(files)
+        if model.reference_path is not None:
+            contents["weights of model.reference_path"] = weights_fingerprint(model.reference_path)
+        return cls(contents, evaluation, [_row(prompt) for prompt in prompts])
+
+    @classmethod
+    def read(cls, directory: Path) -> Identity | None:
+        """That of the run in the directory; None where it tells none.
+
+        Raises:
+            RapoError: the file is damaged.
+        """
+        path = directory / FILE
+        if not path.exists():
+            return None
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            rows = [Row(*row) for row in values["prompts"]]
+            return cls(dict(values["contents"]), dict(values["evaluation"]), rows)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise RapoError(
+                f"{path} is damaged ({error!r}); restore it: nothing else tells whether the run goes on with "
+                "the data and weights that it began with"
+            ) from error
+
+    def write(self, directory: Path) -> None:
+        """Leaves it in the run's directory, whole."""
+        values = {**vars(self), "prompts": [list(asdict(row).values()) for row in self.prompts]}
+        partial = directory / f".{FILE}.partial"
+        partial.write_text(json.dumps(values) + "\n", encoding="utf-8")
+        partial.replace(directory / FILE)
+
+    def fingerprints(self) -> dict[str, str]:
+        """What a checkpoint must share with the run, in short."""
+        prompts = fingerprint(asdict(row).values() for row in self.prompts)
+        return {"training prompts": prompts, **self.contents}
+
+    def differences(self, now: Identity) -> list[str]:
+        """What `now` has otherwise, a phrase each. What only one of them has is no difference."""
+        others = [
+            *(f"other {name}" for name in _other(self.contents, now.contents)),
+            *(f"other problems to evaluate on in {name}" for name in _other(self.evaluation, now.evaluation)),
+        ]
+        return [*_row_differences(self.prompts, now.prompts), *others]
+
+
+def _other(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    return [name for name, value in before.items() if now.get(name, value) != value]
+
+
+def _row(prompt: Prompt) -> Row:
+    parts = (prompt.question, prompt.answer, prompt.token_ids)
+    return Row(prompt.index, *(fingerprint([part]) for part in parts))
+
+
+def _row_differences(before: Sequence[Row], now: Sequence[Row]) -> list[str]:
+    if list(before) == list(now):
+        return []
+    old, new = ({row.index: row for row in rows} for rows in (before, now))
+    both = [(row, new[row.index]) for row in before if row.index in new]
+    kinds = {
+        "another question in": [one.index for one, other in both if one.question != other.question],
+        "another answer in": [
+            one.index for one, other in both if one.question == other.question and one.answer != other.answer
+        ],
+        "other tokens of the same question in": [
+            one.index for one, other in both if one.question == other.question and one.tokens != other.tokens
+        ],
+        "no more": [index for index in old if index not in new],
+        "new": [index for index in new if index not in old],
+    }
+    told = [f"{kind} {_named(rows)}" for kind, rows in kinds.items() if rows]
+    return [f"other training prompts ({'; '.join(told) or 'in another order'})"]
+
+
+def _named(rows: Sequence[int]) -> str:
+    shown = ", ".join(map(str, rows[:SHOWN]))
+    more = f" and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
+    return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"
