@@ -164,6 +164,7 @@ def _missing_here(config: RunConfig) -> Iterator[str]:
         and not torch.cuda.is_available()
     ):
         yield 'rollout.embedded_device = "cuda" needs a GPU, and torch sees none; set "cpu", or give urls'
+    yield from _without_host_memory(config)
     if own_servers and rollout.sglang and (problem := _without_sglang(rollout.sglang.python)):
         yield problem
     if config.observe.wandb != "off":
@@ -171,6 +172,17 @@ def _missing_here(config: RunConfig) -> Iterator[str]:
             import_wandb(config.observe.wandb)
         except RapoError as error:
             yield str(error)
+
+
+def _without_host_memory(config: RunConfig) -> Iterator[str]:
+    """Options that move tensors from GPU to host memory, where there is no GPU."""
+    options = {
+        "model.reference_in_host_memory": config.model.reference_in_host_memory,
+        "optimizer.in_host_memory_during_rollouts": config.optimizer.in_host_memory_during_rollouts,
+    }
+    for option, chosen in options.items():
+        if chosen and not torch.cuda.is_available():
+            yield f"{option} = true needs a GPU, and torch sees none: all is in host memory; remove it"
 
 
 def _without_sglang(python: str) -> str | None:

@@ -91,6 +91,17 @@ def test_a_possible_run_passes_and_has_its_directory(tmp_path: Path, model: Path
             'rollout.embedded_device = "cuda" needs a GPU, and torch sees none; set "cpu", or give urls',
         ),
         (
+            {"model": {"reference_in_host_memory": True}},
+            "model.reference_in_host_memory = true needs a GPU, and torch sees none",
+        ),
+        (
+            {
+                "model": {"dtype": "bfloat16"},
+                "optimizer": {"in_host_memory_during_rollouts": True},
+            },
+            "optimizer.in_host_memory_during_rollouts = true needs a GPU, and torch sees none",
+        ),
+        (
             {"rollout": {"sglang": {"python": "/nowhere/python"}}},
             "rollout.sglang.python = '/nowhere/python' cannot be started: [Errno 2] No such file",
         ),
