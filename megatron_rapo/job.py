@@ -42,6 +42,7 @@ from megatron_rapo.publish.publisher import Publisher
 from megatron_rapo.record.identity import Identity
 from megatron_rapo.record.standing import finish
 from megatron_rapo.record.start import begin, check_identity
+from megatron_rapo.reward.golds import gold_judge
 from megatron_rapo.reward.scoring import ScoredGroup
 from megatron_rapo.reward.verifier import Verifier
 from megatron_rapo.weights.export import write_hf_model
@@ -198,7 +199,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             architecture = read_architecture(config.model.path)
             tokenizer = load_tokenizer(config.model.path)
             vocabulary = vocabulary_size(tokenizer, architecture.vocabulary)
-            prompts = load_training_prompts(config, tokenizer)
+            prompts = load_training_prompts(config, tokenizer, gold_judge(config, placement))
             identity = placement.share_from_main(_identify(config, prompts, tokenizer, placement.is_main))
             check_identity(config, identity)
         with observer.phase("start engines"):

@@ -13,7 +13,7 @@ import torch
 
 from megatron_rapo.config import Data, FileData, RunConfig
 from megatron_rapo.config.write import to_toml
-from megatron_rapo.data.load import load_training_prompts
+from megatron_rapo.data.load import Judge, load_training_prompts
 from megatron_rapo.data.sources import read_file
 from megatron_rapo.data.tokenizer import load_tokenizer, vocabulary_size
 from megatron_rapo.errors import RapoError
@@ -23,6 +23,7 @@ from megatron_rapo.launch.slurm import describe
 from megatron_rapo.model.architecture import Architecture, read_architecture
 from megatron_rapo.model.build import DTYPES
 from megatron_rapo.observe.loggers import import_wandb
+from megatron_rapo.reward.golds import gold_judge
 from megatron_rapo.scaling.memory import GIB, MemoryEstimate, estimate_memory
 from megatron_rapo.weights.hf_check import check_tensors
 from megatron_rapo.weights.hf_files import HFTensors
@@ -77,7 +78,7 @@ def describe_plan(config: RunConfig) -> str:
     layout = config.parallel
     updates = config.run.steps * config.updates_per_step
     responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
-    data = list(_load_data(config))
+    data = list(_load_data(config, gold_judge(config)))
     memory = estimate_memory(config, architecture)
     missing = [path for path in [*_model_paths(config), *_data_paths(config)] if not path.exists()]
     lines = [
@@ -131,7 +132,7 @@ def _check_microbatch(config: RunConfig) -> None:
         )
 
 
-def _load_data(config: RunConfig) -> Iterator[str]:
+def _load_data(config: RunConfig, judge: Judge | None = None) -> Iterator[str]:
     """Loads what the run trains on and is evaluated on, as far as it is on this machine: a report of each.
 
     Without the model there is no tokenizer: of files, columns alone are looked at then.
@@ -147,9 +148,9 @@ def _load_data(config: RunConfig) -> Iterator[str]:
     tokenizer = load_tokenizer(config.model.path)
     vocabulary_size(tokenizer, read_architecture(config.model.path).vocabulary)
     if training in here:
-        yield f"data: {load_training_prompts(config, tokenizer).report}"
+        yield f"data: {load_training_prompts(config, tokenizer, judge).report}"
     if all(table in here for table in held_out):
-        reports = [loaded.report for loaded in load_held_out(config, tokenizer)]
+        reports = [loaded.report for loaded in load_held_out(config, tokenizer, judge)]
         yield from (f"{option}: {report}" for (option, _), report in zip(held_out, reports, strict=True))
 
 

@@ -28,6 +28,12 @@ class FileData(Section):
     answer_field: str = Field(
         "answer", description="Field that holds the gold answer; rows without one are reported and dropped."
     )
+    answer_lists: Literal["any", "all"] | None = Field(
+        None,
+        description="What a list in `answer_field` means, as OlympiadBench's `final_answer` is one. `any`: "
+        "each of its answers is right by itself; `all`: a response must give them all. Default: lists are "
+        "refused.",
+    )
     id_field: str | None = Field(
         None, description="Field that names a problem. Default: `id` where a row has it, else its number."
     )

@@ -13,7 +13,8 @@ VERIFIERS = {
 }
 """Name (`reward.verifier`) to the `module:function` that decides; function(response, answer) → bool.
 
-A module may also have `final_answer(response)` → the answer as it reads it, or None.
+A module may also have `final_answer(response)` → the answer as it reads it, or None, and `stating(answer)`
+→ a response that gives this answer, by which the golds of files are judged when they are loaded.
 
 Addresses, not functions: only verifier processes import them, each the one that it needs.
 """

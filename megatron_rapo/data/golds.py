@@ -11,8 +11,10 @@ Several = Literal["any", "all"]
 
 
 def join(answers: Sequence[str], several: Several) -> str:
-    """The answers as one text; a single one is itself."""
-    return answers[0] if len(answers) == 1 else json.dumps({several: list(answers)}, ensure_ascii=False)
+    """The answers as one text; a single one is itself, and none are blank."""
+    if len(answers) < 2:
+        return "".join(answers)
+    return json.dumps({several: list(answers)}, ensure_ascii=False)
 
 
 def split(answer: str) -> tuple[Several, list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +16,9 @@ from megatron_rapo.data.tasks.problem import Split
 from megatron_rapo.data.templates import encode_plain, encode_template
 from megatron_rapo.errors import RapoError
 
+Judge = Callable[[FileData, Sequence[str]], Sequence[str | None]]
+"""Of a file's gold answers: why no response can match each, or None where one can."""
+
 
 def load_prompts(
     data: Data,
@@ -26,6 +29,7 @@ def load_prompts(
     count: int | None,
     option: str = "data",
     date: str | None = None,
+    judge: Judge | None = None,
 ) -> PromptSet:
     """Loads prompts, drops the unusable ones, and reports them.
 
@@ -38,6 +42,8 @@ def load_prompts(
             the same. None: all of the file, or `data.problems` of a generated task.
         option: the table that the user set, as errors call it: `data`, or `evaluate.data`.
         date: the day that chat templates are told; None: today (UTC).
+        judge: a file's rows whose gold answer no response can match are dropped, too; None: golds are not
+            looked at.
 
     Raises:
         RapoError: the source cannot be read, holds fewer usable prompts than `count` or none at all, or
@@ -46,11 +52,15 @@ def load_prompts(
     if isinstance(data, FileData):
         source, rows = str(data.path), read_file(data, option)
         usable = [row for row in rows if row.question and row.answer]
+        whys = judge(data, [row.answer for row in usable]) if judge else [None] * len(usable)
+        unmatched = {row.index: why for row, why in zip(usable, whys, strict=True) if why is not None}
+        usable = [row for row in usable if row.index not in unmatched]
         encoded = encode_template([row.question for row in usable], tokenizer, data, option, date)
     else:
         split_name = {"train": "training", "test": "held-out"}[split]
         source = f"{data.source} ({_options(data)}; {split_name} problems of seed {data.seed})"
         usable = rows = generate(data, split, data.problems if count is None else count)
+        unmatched = {}  # right by construction
         encoded = encode_plain([row.question for row in usable], tokenizer)
     if [] in encoded:
         raise RapoError(
@@ -68,6 +78,7 @@ def load_prompts(
         kept=len(prompts),
         without_question=tuple(row.index for row in rows if not row.question),
         without_answer=tuple(row.index for row in rows if row.question and not row.answer),
+        unmatched=unmatched,
         too_long=tuple(
             row.index
             for row, token_ids in zip(usable, encoded, strict=True)
@@ -85,8 +96,13 @@ def load_prompts(
     return PromptSet(tuple(prompts), report)
 
 
-def load_training_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+def load_training_prompts(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, judge: Judge | None = None
+) -> PromptSet:
     """The prompts that the run trains on, at least as many as a step draws.
+
+    Args:
+        judge: as in `load_prompts`.
 
     Raises:
         RapoError: they cannot be loaded, or are fewer.
@@ -98,6 +114,7 @@ def load_training_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase)
         split="train",
         count=None,
         date=config.run.date,
+        judge=judge,
     )
     if len(prompts) < (step := config.rollout.prompts_per_step):
         raise RapoError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+_SHOWN = 5  # rows of a finding
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class LoadReport:
         too_long: rows whose prompt has more than `max_prompt_tokens` tokens; dropped.
         max_prompt_tokens: the limit that `too_long` was measured against.
         duplicates: groups of rows that ask the same, but for white space; kept, so they count double.
+        unmatched: rows whose answer no response can match, and why; dropped.
     """
 
     source: str
@@ -56,17 +59,21 @@ class LoadReport:
     too_long: tuple[int, ...]
     max_prompt_tokens: int
     duplicates: tuple[tuple[int, ...], ...]
+    unmatched: Mapping[int, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.kept} prompts from {self.rows} rows"]
         dropped = {
             "without a question": self.without_question,
             "without an answer": self.without_answer,
+            "whose answer no response can match": tuple(self.unmatched),
             f"longer than {self.max_prompt_tokens} tokens": self.too_long,
         }
         for finding, rows in dropped.items():
             if rows:
                 lines.append(f"  dropped {len(rows)} {finding}: rows {_examples(rows)}")
+        for row, why in list(self.unmatched.items())[:_SHOWN]:
+            lines.append(f"    row {row}: {why}")
         if self.duplicates:
             pairs = _examples(["=".join(map(str, rows)) for rows in self.duplicates])
             lines.append(f"  kept {len(self.duplicates)} questions that occur more than once: rows {pairs}")
@@ -91,5 +98,4 @@ class PromptSet:
 
 
 def _examples(rows: tuple[int, ...] | list[str]) -> str:
-    shown = 5
-    return ", ".join(map(str, rows[:shown])) + (", …" if len(rows) > shown else "")
+    return ", ".join(map(str, rows[:_SHOWN])) + (", …" if len(rows) > _SHOWN else "")

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 
 from megatron_rapo.config.data import ArithmeticData, CountdownData, FileData
+from megatron_rapo.data.golds import join
 from megatron_rapo.data.tasks import arithmetic, countdown
 from megatron_rapo.data.tasks.problem import Split
 from megatron_rapo.errors import RapoError
@@ -37,8 +39,9 @@ def read_file(data: FileData, option: str = "data") -> list[Row]:
 
     Raises:
         RapoError: the file is missing or malformed, lacks a configured field in every row, or holds something
-            else than text in the question, or than text or a number in the answer or the id; or text that
-            is no Unicode.
+            else than text in the question, or than text or a number (or as `answer_lists` says a list of
+            them) in the answer, or than those in the id; or text that is no Unicode; or `answer_lists` is
+            set and no answer is a list.
     """
     try:
         records = _read_parquet(data.path) if data.path.suffix == ".parquet" else _read_jsonl(data.path)
@@ -59,13 +62,9 @@ def read_file(data: FileData, option: str = "data") -> list[Row]:
                 f"{place}: field '{data.prompt_field}' is {question!r}, not text; set {option}.prompt_field "
                 "to a field with the problem's text"
             )
-        if not isinstance(answer, str | int | float | None):
-            raise RapoError(
-                f"{place}: field '{data.answer_field}' is {answer!r}, no text and no number; set "
-                f"{option}.answer_field to a field with the gold answer alone"
-            )
         text = question if question and question.strip() else ""
-        row = Row(index, text, _answer_text(answer), _name(data, option, index, record))
+        gold = _gold(answer, data, option, f"{place}: field '{data.answer_field}'")
+        row = Row(index, text, gold, _name(data, option, index, record))
         for field, value in (
             (data.prompt_field, row.question),
             (data.answer_field, row.answer),
@@ -73,6 +72,11 @@ def read_file(data: FileData, option: str = "data") -> list[Row]:
         ):
             _require_unicode(value, f"{place}: field '{field}'")
         rows.append(row)
+    if data.answer_lists and not any(isinstance(record.get(data.answer_field), list) for record in records):
+        raise RapoError(
+            f"{option}.answer_lists = {data.answer_lists!r} has no effect: no answer of {data.path} is a "
+            "list; remove it"
+        )
     return rows
 
 
@@ -147,8 +151,28 @@ def _name(data: FileData, option: str, index: int, record: Mapping[str, Any]) ->
     return None if name is None or isinstance(name, bool | list | dict) else str(name)
 
 
-def _answer_text(answer: str | float | None) -> str:
+def _gold(answer: object, data: FileData, option: str, place: str) -> str:
+    """The gold answer as one text; blank where there is none."""
+    if not isinstance(answer, list):
+        return _answer_text(answer, option, place)
+    if data.answer_lists is None:
+        raise RapoError(
+            f'{place} is {answer!r}, a list; set {option}.answer_lists to "any" if each of its answers is '
+            'right by itself, or to "all" if a response must give them all'
+        )
+    texts = [_answer_text(one, option, place) for one in answer]
+    return join([text for text in texts if text], data.answer_lists)
+
+
+def _answer_text(answer: object, option: str, place: str) -> str:
     """The answer as stripped text; null and NaN (the null of some Parquet writers) are blank."""
-    if answer is None or (isinstance(answer, float) and math.isnan(answer)):
+    if isinstance(answer, float) and math.isnan(answer):
         return ""
-    return str(answer).strip()
+    if isinstance(answer, bool | list | dict) or not isinstance(answer, str | int | float | Decimal | None):
+        raise RapoError(
+            f"{place} is {answer!r}, no text and no number; set {option}.answer_field to a field with the "
+            "gold answer alone"
+        )
+    if isinstance(answer, float | Decimal) and not math.isfinite(answer):
+        raise RapoError(f"{place} is {answer!r}, no finite number; correct or remove the row")
+    return "" if answer is None else str(answer).strip()

@@ -18,6 +18,7 @@ from megatron_rapo.evaluate.statistics import COLUMNS, Statistics, summarise
 from megatron_rapo.evaluate.store import SAMPLES, SampleStore, begin, remove
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.observe.versions import software_versions
+from megatron_rapo.reward.golds import gold_judge
 from megatron_rapo.reward.verifier import Verifier
 
 
@@ -42,7 +43,7 @@ class Evaluator:
         self.tokenizer = tokenizer
         self.collector = collector
         self.verifiers = verifiers
-        self.data_sets = load_held_out(config, tokenizer)
+        self.data_sets = load_held_out(config, tokenizer, gold_judge(config, collector.placement))
         self.settings = setting_records(config)
 
     def due(self, step: int) -> bool:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_rapo.config import FileData, RunConfig
 from megatron_rapo.config.data import Data
-from megatron_rapo.data.load import load_prompts
+from megatron_rapo.data.load import Judge, load_prompts
 from megatron_rapo.data.prompts import LoadReport, Prompt
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.manifest import DataRecord, SettingRecord
@@ -54,14 +54,19 @@ class HeldOut:
         return fingerprint(prompt.token_ids for prompt in self.prompts)
 
 
-def load_held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[HeldOut]:
+def load_held_out(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, judge: Judge | None = None
+) -> list[HeldOut]:
     """The data sets that the configuration names.
+
+    Args:
+        judge: as in `data.load.load_prompts`.
 
     Raises:
         RapoError: one cannot be read, has too few usable problems, or has an id twice.
     """
     tables = zip(config.evaluation_data, config.evaluation_tables, strict=True)
-    return [_load(config, data, tokenizer, table) for data, table in tables]
+    return [_load(config, data, tokenizer, table, judge) for data, table in tables]
 
 
 def setting_records(config: RunConfig) -> tuple[SettingRecord, ...]:
@@ -78,7 +83,9 @@ def setting_records(config: RunConfig) -> tuple[SettingRecord, ...]:
     )
 
 
-def _load(config: RunConfig, data: Data, tokenizer: PreTrainedTokenizerBase, table: str) -> HeldOut:
+def _load(
+    config: RunConfig, data: Data, tokenizer: PreTrainedTokenizerBase, table: str, judge: Judge | None
+) -> HeldOut:
     assert config.evaluate is not None
     count = config.evaluate.problems
     if count is None and not isinstance(data, FileData):
@@ -91,6 +98,7 @@ def _load(config: RunConfig, data: Data, tokenizer: PreTrainedTokenizerBase, tab
         count=count,
         option=table,
         date=config.run.date,
+        judge=judge,
     )
     _refuse_duplicates(loaded.prompts, loaded.report.source, table)
     return HeldOut(data.name, loaded.prompts, config.verifier_of(data), loaded.report)

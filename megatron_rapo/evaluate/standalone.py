@@ -18,6 +18,7 @@ from megatron_rapo.evaluate.store import Evaluation, StoredSample, begin
 from megatron_rapo.experience.engines import open_own_engines
 from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.observe.versions import software_versions
+from megatron_rapo.reward.golds import gold_judge
 from megatron_rapo.reward.outcome import Outcome
 from megatron_rapo.reward.verifier import Verifier
 
@@ -47,7 +48,7 @@ def evaluate(
     )
     assert config.evaluate is not None
     tokenizer = load_tokenizer(config.model.path)
-    data_sets = load_held_out(config, tokenizer)
+    data_sets = load_held_out(config, tokenizer, gold_judge(config))
     evaluation = _open(config, model, data_sets, directory, before, adaptive)
     for held_out in data_sets:
         print(held_out.report)

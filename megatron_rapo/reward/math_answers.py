@@ -55,7 +55,7 @@ def final_answer(response: str) -> str | None:
 
 
 def stating(answer: str) -> str:
-    """A response that gives this gold answer, by which golds are judged when data are loaded."""
+    """A response that gives this gold answer."""
     several, golds = split(answer)
     return rf"\boxed{{{', '.join(golds) if several == 'all' else golds[0]}}}"
 

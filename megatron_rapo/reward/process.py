@@ -63,7 +63,7 @@ class VerifierProcess:
         """Whether the process has started."""
         return self._ready
 
-    def submit(self, response: str, answer: str) -> None:
+    def submit(self, response: str | None, answer: str) -> None:
         """Hands over one item; its time starts now.
 
         Raises:

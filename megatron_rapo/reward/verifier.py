@@ -50,8 +50,12 @@ class Verifier:
         """The outcomes of `verify`."""
         return [verification.outcome for verification in self.verify(items)]
 
-    def verify(self, items: Sequence[tuple[str, str]]) -> list[Verification]:
-        """Verifies (response text, gold answer) pairs, in the items' order.
+    def judge(self, golds: Sequence[str]) -> list[Verification]:
+        """Verifies of each gold answer a response that gives it; correct where the verifier knows of none."""
+        return self.verify([(None, gold) for gold in golds])
+
+    def verify(self, items: Sequence[tuple[str | None, str]]) -> list[Verification]:
+        """Verifies (response text, gold answer) pairs, in the items' order; without a response as `judge`.
 
         Raises:
             RapoError: a process that was to replace a killed one cannot start, or the verifier returned
@@ -88,7 +92,7 @@ class Verifier:
     ) -> None:
         self.close()
 
-    def _submit(self, process: VerifierProcess, item: tuple[str, str]) -> bool:
+    def _submit(self, process: VerifierProcess, item: tuple[str | None, str]) -> bool:
         """Whether the process took the item; one that died while idle is replaced instead."""
         try:
             process.submit(*item)

@@ -1,9 +1,9 @@
 """The verifier process: `python -m megatron_rapo.reward.worker FD MODULE:FUNCTION TIME_LIMIT_S`.
 
 Over the inherited socket FD it sends `(READY, "")` or `(FAILED, why)` once, then receives (response, answer)
-and sends `(verification, "")` or `(REFUSED, why)` for each, until the other end is closed. It holds no state
-that a SIGKILL could damage. It enforces no limits of its own but those that keep it from outliving or
-starving the trainer.
+and sends `(verification, "")` or `(REFUSED, why)` for each, until the other end is closed. Without a response
+it verifies one that gives the answer. It holds no state that a SIGKILL could damage. It enforces no limits of
+its own but those that keep it from outliving or starving the trainer.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ _MEMORY_LIMIT = 4 * 2**30  # bytes of address space; SymPy itself needs 0.1 GiB
 
 
 class Check(NamedTuple):
-    """What decides, and what tells the answer that it read (its module's `final_answer`, if there is one)."""
+    """A verifier's functions (`config.verifiers`); `stating` is None where its module has none."""
 
     is_correct: Callable[[str, str], object]
     final_answer: Callable[[str], str | None]
+    stating: Callable[[str], str] | None
 
 
 def main(arguments: list[str]) -> None:
@@ -73,7 +74,11 @@ def _start(connection: Connection, address: str) -> Check | None:
     module, _, function = address.partition(":")
     try:
         imported = importlib.import_module(module)
-        check = Check(getattr(imported, function), getattr(imported, "final_answer", lambda response: None))
+        check = Check(
+            getattr(imported, function),
+            getattr(imported, "final_answer", lambda response: None),
+            getattr(imported, "stating", None),
+        )
     except Exception as error:  # whatever keeps it from starting is the trainer's to report
         connection.send((FAILED, repr(error)))
         return None
@@ -81,8 +86,13 @@ def _start(connection: Connection, address: str) -> Check | None:
     return check
 
 
-def _verify(check: Check, response: str, answer: str) -> tuple[Verification | str, str]:
+def _verify(check: Check, response: str | None, answer: str) -> tuple[Verification | str, str]:
+    if response is None and check.stating is None:
+        return Verification(Outcome.CORRECT), ""
     try:
+        if response is None:
+            assert check.stating is not None
+            response = check.stating(answer)
         correct = check.is_correct(response, answer)
         extracted = check.final_answer(response)
     except MemoryError:

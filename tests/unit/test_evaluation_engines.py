@@ -52,7 +52,7 @@ def evaluation(directory, monkeypatch, reviver=None, **options):
     rollout = Rollout(prompts_per_step=8, max_response_tokens=8)
     evaluate = Evaluate(samples=SAMPLES, k=[1], batch=8)
     settings = [Setting(temperature=0.6, top_p=0.95, top_k=5, max_response_tokens=4)]
-    run = SimpleNamespace(directory=directory, seed=11, steps=10)
+    run = SimpleNamespace(directory=directory, seed=11, steps=10, date="2026-11-28")
     model = SimpleNamespace(path=directory)
     config = SimpleNamespace(
         run=run, model=model, rollout=rollout, evaluate=evaluate, evaluation_settings=settings

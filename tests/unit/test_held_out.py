@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -179,5 +180,6 @@ def test_it_is_evaluated_when_due(tmp_path: Path, every: int | None, steps: list
         "rollout": {"prompts_per_step": 1, "max_response_tokens": 8},
         "evaluate": {"problems": 1, **({"every": every} if every else {})},
     }
-    evaluator = Evaluator(validate(options, "test"), TOKENIZER, collector=None, verifiers={})  # type: ignore[arg-type]
+    alone = cast(Any, SimpleNamespace(placement=None))
+    evaluator = Evaluator(validate(options, "test"), TOKENIZER, collector=alone, verifiers={})
     assert [step for step in range(8) if evaluator.due(step)] == steps

@@ -8,11 +8,13 @@ import pyarrow.parquet
 import pytest
 
 from megatron_rapo.config.data import ArithmeticData, CountdownData, FileData
+from megatron_rapo.data.golds import split
 from megatron_rapo.data.load import load_prompts
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.data.sources import read_file
 from megatron_rapo.data.tasks import arithmetic, countdown
 from megatron_rapo.errors import RapoError
+from megatron_rapo.reward.math_answers import is_correct
 from tests.models import make_tokenizer
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
@@ -279,3 +281,62 @@ def test_a_problem_is_named_by_its_id_or_its_row(tmp_path):
     assert Prompt(3, "", (1,), "", name="one").id == "one"
     with pytest.raises(RapoError, match=r"row 1: field 'nr' is None.*set data.id_field"):
         read_file(FileData(source="file", path=path, id_field="nr"))
+
+
+def test_a_gold_answer_that_no_response_can_match_is_told_and_dropped(tmp_path):
+    rows = [{"question": f"q{i}", "answer": answer} for i, answer in enumerate(["1", "bad", "2", "bad"])]
+    asked = []
+
+    def judge(data, golds):
+        asked.append((data.path, list(golds)))
+        return ["ValueError: it is bad" if gold == "bad" else None for gold in golds]
+
+    data = file_data(jsonl(tmp_path, rows))
+    loaded = load_prompts(data, TOKENIZER, max_prompt_tokens=99, split="train", count=2, judge=judge)
+    assert asked == [(data.path, ["1", "bad", "2", "bad"])]
+    assert [prompt.index for prompt in loaded] == [0, 2]
+    assert str(loaded.report).splitlines()[1:] == [
+        "  dropped 2 whose answer no response can match: rows 1, 3",
+        "    row 1: ValueError: it is bad",
+        "    row 3: ValueError: it is bad",
+    ]
+    with pytest.raises(RapoError, match="3 prompts were asked for, but 2 are usable"):
+        load_prompts(data, TOKENIZER, max_prompt_tokens=99, split="train", count=3, judge=judge)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (True, r"field 'answer' is True, no text and no number; set data\.answer_field"),
+        ({"a": 1}, r"no text and no number"),
+        (float("inf"), r"field 'answer' is inf, no finite number"),
+        (["1", "2"], r'a list; set data\.answer_lists to "any"'),
+    ],
+)
+def test_an_answer_that_is_no_text_and_no_number_is_refused(tmp_path, answer, message):
+    with pytest.raises(RapoError, match=message):
+        read_file(file_data(jsonl(tmp_path, [{"question": "q", "answer": answer}])))
+
+
+@pytest.mark.parametrize("write", [jsonl, parquet])
+@pytest.mark.parametrize("several", ["any", "all"])
+def test_lists_of_answers_load_as_declared(tmp_path, write, several):
+    rows = [{"question": "q", "answer": ["1", "(2,3)", " "]}, {"question": "r", "answer": ["7"]}]
+    rows += [{"question": "s", "answer": []}]
+    loaded = load(file_data(write(tmp_path, rows), answer_lists=several))
+    assert [split(prompt.answer) for prompt in loaded] == [(several, ["1", "(2,3)"]), ("any", ["7"])]
+    assert loaded.report.without_answer == (2,)
+
+
+def test_lists_of_answers_that_are_declared_but_not_there_are_refused(tmp_path):
+    data = file_data(jsonl(tmp_path, [{"question": "q", "answer": "1"}]), answer_lists="any")
+    with pytest.raises(RapoError, match=r"data\.answer_lists = 'any' has no effect: .* remove it"):
+        load(data)
+
+
+def test_floats_as_answers_are_read_back_by_the_verifier(tmp_path):
+    rows = [{"question": "q", "answer": answer} for answer in (1e22, 2.5e-7, 0.1)]
+    golds = [row.answer for row in read_file(file_data(jsonl(tmp_path, rows)))]
+    assert golds == ["1e+22", "2.5e-07", "0.1"]
+    responses = [r"\boxed{10^{22}}", r"\boxed{2.5\times10^{-7}}", r"\boxed{\frac{1}{10}}"]
+    assert all(map(is_correct, responses, golds))

@@ -55,6 +55,11 @@ def is_correct(response: str, answer: str) -> bool:
     return content is not None and _integer(content) == expected
 
 
+def stating(answer: str) -> str:
+    """A response that gives this gold answer."""
+    return rf"\boxed{{{answer}}}"
+
+
 def final_answer(response: str) -> str | None:
     """What the response's last box holds; None where there is no box, or it is not closed."""
     _, box, rest = response.rpartition(_BOX)
