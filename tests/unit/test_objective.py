@@ -12,6 +12,7 @@ import torch
 from megatron_rapo.config import Algorithm
 from megatron_rapo.data.batching import Microbatch, Sample, pack
 from megatron_rapo.loss.divergence import LOG_RATIO_BOUNDS
+from megatron_rapo.loss.mismatch import Mismatch
 from megatron_rapo.loss.objective import HeadStates, Objective
 from tests.unit.one_rank import one_rank
 
@@ -145,6 +146,21 @@ def test_mismatch_is_that_of_the_policy_that_sampled_by_position_in_the_response
             expected[f"mismatch/kl{where}"] = k3.mean()
         *_, mismatch = objective(divergence="none")(batch, policy, None)
         assert mismatch.metrics() == pytest.approx(expected, rel=1e-5)
+
+
+def test_mismatches_add_up_in_any_order():
+    random = np.random.default_rng(0)
+    log_probs, engine = (torch.from_numpy(random.normal(-2.0, 1.0, 300)) for _ in range(2))
+    positions = torch.from_numpy(random.integers(0, 100, 300))
+    whole, parts = Mismatch(), [Mismatch(), Mismatch()]
+    whole.add(log_probs, engine, positions)
+    for part, rows in zip(parts, (slice(0, 100), slice(100, None)), strict=True):
+        part.add(log_probs[rows], engine[rows], positions[rows])
+    for first, second in ((0, 1), (1, 0)):
+        both = Mismatch()
+        both.merge(parts[first])
+        both.merge(parts[second])
+        assert both.metrics() == pytest.approx(whole.metrics())
 
 
 def test_clamped_log_ratios_are_counted():

@@ -210,6 +210,7 @@ def test_token_weights_add_up(lengths):
         (math.log(0.5), -1.0, None, -0.8, True),
         (math.log(9.0), -1.0, 3.0, -3.0, True),
         (math.log(9.0), 1.0, 3.0, 1.3, True),
+        (0.0, 0.5, 3.0, 0.5, False),
     ],
 )
 def test_the_clipped_surrogate(log_ratio, advantage, dual, value, clipped):

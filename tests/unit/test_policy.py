@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_rapo.config import Algorithm, Model, Optimizer
 from megatron_rapo.data.prompts import Prompt
@@ -22,7 +23,7 @@ from megatron_rapo.policy.policy import Policy
 from megatron_rapo.policy.reference import Reference
 from megatron_rapo.publish.proof import check_policy
 from tests.distributed import test_training_modes as modes
-from tests.distributed.minibatches import VOCABULARY, make_minibatches
+from tests.distributed.minibatches import VOCABULARY, make_minibatches, make_samples
 from tests.models import make_hf_model
 from tests.unit.one_rank import one_placement
 
@@ -175,6 +176,18 @@ def test_weights_that_an_update_ruined_are_named(
         policy.update(make_minibatches(placement, [0]), make_objective(placement), None)
 
 
+def test_a_hundredfold_weight_is_too_large_and_no_smaller_one(models: Path, placement: Placement) -> None:
+    """Of what was the largest at the start, or of 1 where all were smaller."""
+    policy, _, parameter = named(models, placement)
+    start = max(float(p.detach().abs().max()) for p in policy.chunks[0].parameters())
+    objective, minibatch = make_objective(placement), make_minibatches(placement, [0])
+    parameter.data.view(-1)[0] = 99 * max(start, 1.0)
+    policy._check_parameters("weights", "", policy._largest_weight)
+    parameter.data.view(-1)[0] = 101 * max(start, 1.0)
+    with pytest.raises(RapoError, match="diverged"):
+        policy.update(minibatch, objective, None)
+
+
 def test_a_rate_that_ruins_the_weights_ends_the_run_at_once(models: Path, placement: Placement) -> None:
     """They stay finite, and all logits become the same: nothing but their size tells it."""
     policy = make_policy(models, placement, learning_rate=1e6)
@@ -257,6 +270,19 @@ def updated(model: Model, placement: Placement, algorithm: Algorithm) -> tuple[P
     return policy, dict(policy.update(minibatches, objective, reference))
 
 
+def test_an_optimizer_in_host_memory_is_refused_without_a_gpu(models: Path, placement: Placement) -> None:
+    with pytest.raises(
+        RapoError, match=r"in_host_memory_during_rollouts = true has no effect .* CPU; remove"
+    ):
+        make_policy(models, placement, in_host_memory_during_rollouts=True)
+
+
+def test_a_reference_is_frozen(models: Path, placement: Placement) -> None:
+    model = Model(path=models / "reference", dtype="float32")
+    reference = Reference(model, read_architecture(model.path), placement)
+    assert not any(parameter.requires_grad for parameter in reference.chunks[0].parameters())
+
+
 def test_a_reference_in_host_memory_is_on_the_device_only_to_annotate(
     models: Path, placement: Placement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,3 +312,32 @@ def test_a_reference_in_host_memory_is_on_the_device_only_to_annotate(
     kept = updated(model, placement, Algorithm())[1]
     assert moves == ["cpu", "device", "cpu"]
     assert kept == plain
+
+
+@pytest.mark.parametrize("divergence", ["k3", "forward_printed"])
+def test_sampled_divergences_are_those_of_plain_pytorch(
+    models: Path, placement: Placement, divergence: Any
+) -> None:
+    """At the sampled tokens, from what the reference left there: its log-probs, or the flattened ones."""
+    model = Model(path=models / "policy", reference_path=models / "reference", dtype="float32")
+    algorithm = Algorithm(divergence=divergence)
+    found = updated(model, placement, algorithm)[1]["loss/divergence"]
+    networks = [
+        AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float32)
+        for name in ("policy", "reference")
+    ]
+    values = []
+    for sample in make_samples(0):
+        ids = torch.from_numpy(sample.token_ids).long()
+        with torch.no_grad():
+            policy, reference = (
+                network(ids[None]).logits[0, sample.prompt_tokens - 1 : -1, :VOCABULARY].log_softmax(-1)
+                for network in networks
+            )
+        if divergence == "forward_printed":
+            reference = ((0.8 + 0.2 * sample.reward) * reference).log_softmax(-1)
+        at = ids[sample.prompt_tokens :, None]
+        log_rho = (reference - policy).gather(1, at).clamp(-10.0, math.log(10.0))
+        rho = log_rho.exp()
+        values.append(rho - log_rho - 1 if divergence == "k3" else rho * log_rho - rho + 1)
+    assert found == pytest.approx(float(torch.cat(values).mean()), rel=1e-4)

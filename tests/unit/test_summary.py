@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,6 +75,12 @@ def test_lengths_and_cut_responses() -> None:
 
 def test_the_version_that_sampled_is_told() -> None:
     assert summarise(Batch(GROUPS, GROUPS, 0), VOCABULARY)["rollout/weight_version"] == VERSION
+
+
+def test_of_several_versions_the_oldest_is_told() -> None:
+    newer = replace(GROUPS[0].responses[0], weight_version=VERSION + 1)
+    mixed = [replace(GROUPS[0], responses=(newer, *GROUPS[0].responses[1:]))]
+    assert summarise(Batch(mixed, mixed, 0), VOCABULARY)["rollout/weight_version"] == VERSION
 
 
 def test_the_trainer_sees_each_response_with_its_prompt() -> None:

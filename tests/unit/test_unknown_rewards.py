@@ -71,6 +71,7 @@ def test_scored_groups_tell_what_happened_to_the_first() -> None:
     tokenizer: Any = SimpleNamespace(decode=lambda ids, skip_special_tokens: str(ids[0]))
     scored = score_groups(groups, verifier, tokenizer)
     assert asked == [(str(n), f"answer {m}") for m in range(2) for n in range(3)]
+    assert [(one.prompt, one.responses) for one in scored] == [(one.prompt, one.responses) for one in groups]
     assert [one.outcomes for one in scored] == [(C, X, T), (W, C, W)]
     assert [one.why_unknown for one in scored] == ["crash: ValueError: no", None]
     assert scored[0].rewards == [1.0, None, None]
