@@ -2,6 +2,7 @@
 
     python tools/bench_verifier.py DATA_FOLDER [--workers 2]
     python tools/bench_verifier.py --adversarial 10000 --time-limit 1
+    python tools/bench_verifier.py --spellings tests/spellings.jsonl
 
 Each .jsonl file of the folder with the fields `question` and `answer` is one data set: every gold answer is
 put into a box and graded against itself; where rows have a `solution`, that is graded, too. What is not
@@ -10,6 +11,9 @@ problem, half of them right.
 
 With --adversarial, texts that are to harm a verifier (`adversarial_answers.py`) are graded instead, and right
 answers among them: no text may be correct or crash a process, and what is right must stay so.
+
+With --spellings, each row of a JSONL file with `gold`, `response` and `right` (and maybe `kind`) is graded:
+how many right responses are accepted, and how many wrong ones rejected. The others are listed.
 """
 
 from __future__ import annotations
@@ -52,12 +56,15 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("folder", type=Path, nargs="?", help="with .jsonl files")
     what.add_argument("--adversarial", type=int, metavar="TEXTS", help="grade so many hostile texts")
+    what.add_argument("--spellings", type=Path, metavar="FILE", help="grade a .jsonl file of verdicts")
     parser.add_argument("--workers", type=int, default=2, help="verifier processes")
     parser.add_argument("--time-limit", type=float, default=5.0, help="seconds for one verification")
     parser.add_argument("--answers", type=int, default=5000, help="that the speed is measured with")
     arguments = parser.parse_args()
     if arguments.adversarial is not None:
         return _withstand(arguments.adversarial, arguments.workers, arguments.time_limit)
+    if arguments.spellings is not None:
+        return _spellings(arguments.spellings, arguments.workers, arguments.time_limit)
     data_sets = dict(_data_sets(arguments.folder))
     if not data_sets:
         print(f"{arguments.folder} has no .jsonl file with questions and answers", file=sys.stderr)
@@ -74,6 +81,29 @@ def main() -> int:
         speed = _speed(golds, arguments.answers, verifier)
     print(f"\n{speed:,.0f} verifications/s, {arguments.workers} workers")
     return 0
+
+
+def _spellings(file: Path, workers: int, time_limit_s: float) -> int:
+    """Grades responses whose verdicts are known; 1 where one is graded otherwise."""
+    rows = [json.loads(line) for line in file.open(encoding="utf-8") if line.strip()]
+    with Verifier("math", workers=workers, time_limit_s=time_limit_s) as verifier:
+        outcomes = verifier.score([(row["response"], row["gold"]) for row in rows])
+    wanted = [Outcome.CORRECT if row["right"] else Outcome.WRONG for row in rows]
+    counts = Counter(
+        (row.get("kind", "all"), bool(row["right"]), outcome is want)
+        for row, outcome, want in zip(rows, outcomes, wanted, strict=True)
+    )
+    print("| kind | right and accepted | wrong and rejected |\n|---|---|---|")
+    for kind in dict.fromkeys(kind for kind, _, _ in counts):
+        shares = [
+            f"{counts[kind, right, True]:,} of {counts[kind, right, True] + counts[kind, right, False]:,}"
+            for right in (True, False)
+        ]
+        print(f"| {kind} | {' | '.join(shares)} |")
+    failed = [one for one in zip(rows, outcomes, wanted, strict=True) if one[1] is not one[2]]
+    for row, outcome, _ in failed:
+        print(f"- gold `{row['gold']}`, response `{row['response'][-200:]}`: {outcome}")
+    return 1 if failed else 0
 
 
 def _withstand(count: int, workers: int, time_limit_s: float) -> int:
