@@ -1,40 +1,42 @@
-"""When a checkpoint is due: by steps, by the clock, and after the last step."""
+"""When a checkpoint is due: by steps, by rank 0's clock, and after the last step."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_rapo.checkpoint import store as module
 from megatron_rapo.checkpoint.store import CheckpointStore
-from megatron_rapo.config import validate
-
-
-def store(tmp_path: Path, **checkpoint: Any) -> CheckpointStore:
-    options = {
-        "run": {"directory": str(tmp_path), "steps": 9},
-        "model": {"path": "model"},
-        "data": {"source": "countdown"},
-        "rollout": {"prompts_per_step": 1, "max_response_tokens": 8},
-        "checkpoint": checkpoint,
-    }
-    return CheckpointStore(validate(options, source="test"))
-
-
-def test_by_steps_and_after_the_last(tmp_path: Path) -> None:
-    assert [step for step in range(1, 10) if store(tmp_path, every=4).due(step)] == [4, 8, 9]
-    assert [step for step in range(1, 10) if store(tmp_path).due(step)] == [9]
+from megatron_rapo.config.load import validate
 
 
 @pytest.mark.parametrize(
-    ("minutes", "after_s", "due"), [(2.0, 119, False), (2.0, 121, True), (0.0, 10**9, False)]
+    ("options", "minutes", "due"),
+    [
+        ({}, 29.9, [9]),
+        ({}, 30.1, [1, 2, 3, 9]),
+        ({"every_minutes": 5.0}, 5.1, [1, 2, 3, 9]),
+        ({"every_minutes": 0.0}, 600.0, [9]),
+        ({"every": 2}, 1.0, [2, 9]),
+    ],
 )
-def test_by_the_clock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float, after_s: float, due: bool
+def test_a_checkpoint_is_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], minutes: float, due: list[int]
 ) -> None:
-    started = store(tmp_path, every_minutes=minutes)
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + after_s)
-    assert started.due(1) is due
+    config = validate(
+        {
+            "run": {"directory": str(tmp_path), "steps": 9},
+            "model": {"path": "model"},
+            "data": {"source": "countdown"},
+            "rollout": {"prompts_per_step": 1, "max_response_tokens": 8},
+            "checkpoint": options,
+        },
+        "test",
+    )
+    now = 1000.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    store = CheckpointStore(config)
+    now += minutes * 60
+    assert [step for step in (1, 2, 3, 9) if store.due(step)] == due
