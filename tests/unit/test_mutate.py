@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 sys.path.insert(0, str(ROOT / "tools"))  # the tool is a script beside the package, not a part of it
+import mutation.coverage  # noqa: E402
 from mutation.coverage import Coverage, Store, Traced, digest  # noqa: E402
 from mutation.equivalent import read_equivalents  # noqa: E402
 from mutation.faults import Fault, find_faults, shuffled  # noqa: E402
@@ -94,7 +95,9 @@ def fault(before: str) -> Fault:
     return next(found for found in find_faults("room/file.py", SOURCE) if found.before == before)
 
 
-def test_a_fault_is_shown_to_the_tests_that_run_its_line_quick_ones_first(tmp_path: Path) -> None:
+def test_a_fault_is_shown_to_the_tests_that_run_its_line_quick_ones_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = {5: ["tests/a.py::slow", "tests/a.py::quick", "tests/b.py::other"], 6: ["tests/a.py::slow"]}
     coverage = Coverage(tmp_path)
     for name, seconds in [
@@ -107,6 +110,10 @@ def test_a_fault_is_shown_to_the_tests_that_run_its_line_quick_ones_first(tmp_pa
             {}, {f"{name}::{test}": value for test, value in seconds.items()}, [], {"room/file.py": lines}
         )
     assert coverage.tests(fault(">")) == ["tests/b.py::other", "tests/a.py::quick", "tests/a.py::slow"]
+    monkeypatch.setattr(mutation.coverage, "BUDGET_S", 3.0)
+    assert coverage.tests(fault(">")) == ["tests/b.py::other", "tests/a.py::quick"]
+    monkeypatch.setattr(mutation.coverage, "BUDGET_S", 0.0)
+    assert coverage.tests(fault(">")) == ["tests/b.py::other", "tests/a.py::quick"], "one of each file"
     assert coverage.tests(fault("+")) == ["tests/a.py::slow"]  # a later line of one statement
     assert coverage.tests(fault("3")) == coverage.tests(
         fault(">")

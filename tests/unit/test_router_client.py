@@ -22,11 +22,12 @@ ONE, TWO, OTHER = (f"http://127.0.0.1:{port}" for port in (7001, 7002, 7003))
 
 
 class StandInRouter:
-    """Workers become healthy one look after they were added, as the real router asks them first."""
+    """Workers are listed a look after they were added, and healthy later: the real router asks them first."""
 
     def __init__(self, *urls: str) -> None:
         self.workers = dict.fromkeys(urls, True)
         self.asked: list[tuple[str, str, Any]] = []
+        self.accepted: list[str] = []
         self.takes = True
         self.removes = True
         self.slow = 1  # looks until one is healthy
@@ -42,7 +43,7 @@ class StandInRouter:
             )
         if request.method == "POST":
             if self.takes:
-                self.workers[body["url"]] = False
+                self.accepted.append(body["url"])
             return httpx.Response(202, json={})
         if request.method == "DELETE":
             url = path.removeprefix("/workers/id of ")
@@ -50,10 +51,12 @@ class StandInRouter:
                 return httpx.Response(404)
             if self.removes:
                 del self.workers[url]
+                self.accepted = [other for other in self.accepted if other != url]
             return httpx.Response(202, json={})
         if self.answer is not None:
             return httpx.Response(200, json=self.answer)
         listed = [{"id": f"id of {url}", "url": url, "is_healthy": ok} for url, ok in self.workers.items()]
+        self.workers |= dict.fromkeys(self.accepted, False)
         self.slow -= 1
         if self.slow <= 0:
             self.workers = dict.fromkeys(self.workers, True)

@@ -50,6 +50,12 @@ def test_rewards_and_outcomes_are_shares_of_all_responses() -> None:
     assert found["reward/timeout"] == found["reward/crash"] == 1 / 8
 
 
+def test_the_oldest_weights_of_a_batch_are_told() -> None:
+    newer = [replace(response, weight_version=VERSION + 1) for response in GROUPS[1].responses]
+    groups = [GROUPS[0], replace(GROUPS[1], responses=tuple(newer))]
+    assert summarise(Batch(groups, groups, 0), VOCABULARY)["rollout/weight_version"] == VERSION
+
+
 def test_unknown_rewards_are_counted_and_in_no_mean() -> None:
     found = summarise(Batch(GROUPS, GROUPS, 0), VOCABULARY)
     assert found["reward/unknown"] == 2 / 8

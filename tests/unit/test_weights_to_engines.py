@@ -29,6 +29,8 @@ from megatron_rapo.weights.export import hf_tensors, write_hf_model
 from megatron_rapo.weights.hf_files import HFTensors
 from megatron_rapo.weights.load import load_weights
 from megatron_rapo.weights.parameter_map import mapped_parameters
+from megatron_rapo.weights.transports import tensor
+from megatron_rapo.weights.transports.tensor import TensorTransport, handle_memory
 from tests.models import make_hf_model
 from tests.unit.one_rank import one_placement
 
@@ -97,12 +99,12 @@ def test_what_is_exported_is_what_was_loaded(
     expected = load_file(path / "model.safetensors")
     exported = dict(hf_tensors(chunks, architecture, placement))
     assert exported.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(exported[name], tensor), name
+    for name, values in expected.items():
+        assert torch.equal(exported[name], values), name
     checksums = write_hf_model(chunks, architecture, placement, tmp_path / "out", companions_of=path)
-    assert checksums == {name: tensor_checksum(tensor) for name, tensor in expected.items()}
+    assert checksums == {name: tensor_checksum(values) for name, values in expected.items()}
     written = {k: v for file in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(file).items()}
-    assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
+    assert all(torch.equal(written[name], values) for name, values in expected.items())
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -137,11 +139,11 @@ def test_a_model_is_written_in_files_of_a_size(
     for _ in range(2):  # the second takes the place of the first
         write_hf_model(chunks, architecture, placement, tmp_path / "out", companions_of=path)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
-    sizes = [sum(tensor.nbytes for tensor in load_file(file).values()) for file in files]
+    sizes = [sum(values.nbytes for values in load_file(file).values()) for file in files]
     assert len(files) > 2 and max(sizes) <= 100_000
     with HFTensors(tmp_path / "out") as written:
-        for name, tensor in load_file(path / "model.safetensors").items():
-            assert torch.equal(written.read(name, None, 0, 0), tensor)
+        for name, values in load_file(path / "model.safetensors").items():
+            assert torch.equal(written.read(name, None, 0, 0), values)
 
 
 def test_a_tied_head_is_loaded_like_the_embedding_and_never_exported(architecture: Architecture) -> None:
@@ -152,6 +154,25 @@ def test_a_tied_head_is_loaded_like_the_embedding_and_never_exported(architectur
     [head] = mapped_parameters(cast(Any, [last]), architecture)
     assert head.exported is not architecture.tied
     assert head.hf == ("model.embed_tokens.weight" if architecture.tied else "lm_head.weight",)
+
+
+def test_handles_are_of_shared_memory_and_too_little_of_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = handle_memory(100)
+    assert (memory.shape, memory.dtype, memory.is_shared()) == ((100,), torch.uint8, True)
+    usage = SimpleNamespace(free=2**20)
+    monkeypatch.setattr(tensor.shutil, "disk_usage", lambda _: usage)
+    handle_memory(2**20)
+    with pytest.raises(
+        RapoError, match=r"has 1 MiB left, a bucket of weights needs 3: .*weights\.bucket_bytes"
+    ):
+        handle_memory(3 * 2**20)
+
+
+def test_engines_of_another_machine_get_no_handles() -> None:
+    engines = SimpleNamespace(urls=["http://localhost:1", "http://10.0.0.1:2"])
+    way = TensorTransport(cast(Any, None))
+    with pytest.raises(RapoError, match=r'"tensor" cannot reach http://10\.0\.0\.1:2: .*use "distributed"'):
+        way._prepare(cast(Any, engines))
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +214,7 @@ def test_an_engine_gets_every_tensor_twice_in_a_row(
                 parameter.mul_(0.5)  # exact
         sent = way.send(pool, version)
         factor = 0.5 ** (version - first)
-        expected = {name: tensor_checksum(tensor * factor) for name, tensor in file.items()}
+        expected = {name: tensor_checksum(values * factor) for name, values in file.items()}
         [arrived] = pool.weights_checksums("float32").values()
         assert arrived == expected
         if transport in ("distributed", "tensor"):
