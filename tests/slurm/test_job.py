@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -162,17 +163,23 @@ def test_a_job_whose_time_is_up_goes_on_in_another_allocation(
 
 
 @pytest.mark.parametrize(
-    ("argument", "message"),
+    ("options", "message"),
     [
-        ("--nodelist=n9", r"Invalid node name specified.*error: SLURM refuses the job"),
-        ("--nodes=9", r"(More processors requested|node count|configuration).*error: SLURM refuses the job"),
-        ("--partition=gpu", r"invalid partition specified: gpu.*error: SLURM refuses the job"),
+        (
+            {"sbatch_arguments": ["--nodelist=n9"]},
+            r"Invalid node name specified.*error: SLURM refuses the job",
+        ),
+        (
+            {"engine_nodes": 8},
+            r"(More processors requested|node count|configuration).*error: SLURM refuses the job",
+        ),
+        ({"partition": "gpu"}, r"invalid partition specified: gpu.*error: SLURM refuses the job"),
     ],
 )
 def test_what_slurm_does_not_have_is_told_before_submitting(
-    cluster: Cluster, tmp_path: Path, argument: str, message: str
+    cluster: Cluster, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
-    slurm = {**ENGINE, "ranks_per_node": 1, "sbatch_arguments": [argument]}
+    slurm = {**ENGINE, "ranks_per_node": 1, **options}
     config = write_config(tmp_path / "slurm.toml", tmp_path / "run", slurm=slurm)
     before = cluster.command("squeue", "--noheader", "--format=%i")
     result = submit(cluster, config)
