@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tomllib
 from collections.abc import Sequence
@@ -10,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rapo.config import RunConfig, load_config
+from megatron_rapo.config.data import ArithmeticData, CountdownData, FileData
 from megatron_rapo.config.write import toml_value
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.frontier import powers_of_two
 from megatron_rapo.evaluate.results import compute, examples_of_failed_extraction, table, write
 from megatron_rapo.evaluate.standalone import evaluate
-from megatron_rapo.evaluate.subject import default_name, open_model
+from megatron_rapo.evaluate.subject import default_name, open_model, recorded_configuration
 from megatron_rapo.folder import own_folder
 
 GENERATED = ("countdown", "arithmetic")
+DATA_OPTIONS = sorted({*FileData.model_fields, *CountdownData.model_fields, *ArithmeticData.model_fields})
 
 # Without a configuration: what an evaluation takes no part of, and defaults that suit any model.
 WITHOUT_CONFIGURATION: dict[str, Any] = {
@@ -63,11 +66,13 @@ def run(request: Request) -> int:
     Raises:
         RapoError: what was asked for does not work, or something failed meanwhile.
     """
-    config = _configuration(request)
-    assert config.evaluate is not None
-    out = request.out or _default_directory(request, config)
-    with own_folder(out, "--out"):
-        return _evaluate(request, config, out)
+    try:
+        config = _configuration(request)
+        out = request.out or _default_directory(request, config)
+        with own_folder(out, "--out"):
+            return _evaluate(request, config, out)
+    except RapoError as error:
+        raise RapoError(as_typed(str(error), request)) from error
 
 
 def _evaluate(request: Request, config: RunConfig, out: Path) -> int:
@@ -104,7 +109,7 @@ def _configuration(request: Request) -> RunConfig:
     if request.model is not None:
         asked["model.path"] = str(request.model)
     if request.data is not None:
-        asked["evaluate.data"] = [_source(text, request.template) for text in request.data]
+        asked["evaluate.data"] = [_source(text, request) for text in request.data]
         if not request.configs:
             asked |= {f"data.{key}": value for key, value in asked["evaluate.data"][0].items()}
     if request.max_response_tokens is not None:
@@ -126,10 +131,10 @@ def _configuration(request: Request) -> RunConfig:
     return config
 
 
-def _source(text: str, template: str | None) -> dict[str, Any]:
+def _source(text: str, request: Request) -> dict[str, Any]:
     """One table of evaluate.data."""
     if text in GENERATED:
-        return {"source": text}
+        return _generated(text, request)
     if text.startswith("{"):
         try:
             return tomllib.loads(f"table = {text}")["table"]
@@ -138,7 +143,46 @@ def _source(text: str, template: str | None) -> dict[str, Any]:
                 f"--data {text} is no TOML table ({error}); write it like "
                 '{source = "countdown", numbers = 3}'
             ) from error
-    return {"source": "file", "path": text, **({"template": template} if template else {})}
+    return {"source": "file", "path": text, **({"template": request.template} if request.template else {})}
+
+
+def _generated(task: str, request: Request) -> dict[str, Any]:
+    """The task as the model was trained on it, where that can be told; else by its defaults."""
+    trained_on = None
+    if request.configs:
+        trained_on = load_config(request.configs, request.settings).data
+    elif request.model is not None and (recorded := recorded_configuration(request.model)) is not None:
+        trained_on = load_config([recorded]).data
+    if trained_on is None or trained_on.source != task:
+        return {"source": task}
+    return trained_on.model_dump(mode="json", exclude_none=True)
+
+
+def as_typed(message: str, request: Request) -> str:
+    """An error's text with options by the names under which the command line has them.
+
+    Without a configuration none of the others were written by the user.
+    """
+    if request.data is not None:
+        # Without a configuration the first data set stands for the training data as well.
+        table = r"(?<![\w./-])evaluate\.data(?:\[\d+\])?"
+        if not request.configs:
+            table = r"(?<![\w./-])(?:evaluate\.)?data(?:\[\d+\])?"
+        message = re.sub(table + r'\.template = "(\w+)"', r"--template \1", message)
+        message = re.sub(table + r"\.path(?![\w.])", "--data", message)
+        message = re.sub(table + rf"\.({'|'.join(DATA_OPTIONS)})(?![\w.])", r"\1 of --data's table", message)
+        message = re.sub(r"(?<![\w./-])evaluate\.data(?:\[\d+\])?(?![\w.])", "--data", message)
+    for said, option, typed in (
+        (request.model, "model.path", "--model"),
+        (request.samples, "evaluate.samples", "--samples"),
+        (request.k, "evaluate.k", "--k"),
+        (request.max_response_tokens, "rollout.max_response_tokens", "--max-response-tokens"),
+    ):
+        if said is not None or not request.configs:
+            message = re.sub(rf"(?<![\w./-]){re.escape(option)}(?![\w.])", typed, message)
+    if not request.configs:
+        message = message.replace("configuration --set is not valid", "the command line is not valid")
+    return "\n".join(dict.fromkeys(message.splitlines()))
 
 
 def _default_directory(request: Request, config: RunConfig) -> Path:

@@ -72,12 +72,23 @@ def table(results: Sequence[Result]) -> str:
         rows = [(name, _shown(value)) for name, value in _metrics(result.statistics)]
         width = max(len(name) for name, _ in rows)
         blocks.append("\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in rows)]))
-        if result.statistics.unknown:
-            blocks[-1] += (
-                f"\n  {result.statistics.unknown:.2%} of the samples could not be verified (timeout or "
-                "crash); they count as not correct"
-            )
+        blocks[-1] += "".join(f"\n  {warning}" for warning in _warnings(result.statistics))
     return "\n\n".join(blocks)
+
+
+def _warnings(statistics: Statistics) -> Iterator[str]:
+    """What keeps the numbers from meaning what they seem to."""
+    if statistics.unknown:
+        yield (
+            f"{statistics.unknown:.2%} of the samples could not be verified (timeout or crash); they count "
+            "as not correct"
+        )
+    if statistics.outcomes.get(Outcome.CORRECT, 0.0) == 0.0:
+        yield (
+            f"no sample is correct, and in {statistics.unextracted:.0%} no answer was found: the model may "
+            "not have been made for these problems, this template or this form of answers; look at some "
+            "responses"
+        )
 
 
 def examples_of_failed_extraction(evaluation: Evaluation) -> str:

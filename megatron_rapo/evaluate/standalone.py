@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_rapo.config import RunConfig
 from megatron_rapo.config.date import recorded_date, with_date
 from megatron_rapo.data.tokenizer import load_tokenizer
+from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.held_out import HeldOut, load_held_out, setting_records
 from megatron_rapo.evaluate.manifest import FILE, Manifest, ModelRecord, SettingRecord, now
 from megatron_rapo.evaluate.plan import Batch, plan
@@ -48,7 +49,9 @@ def evaluate(
     )
     assert config.evaluate is not None
     tokenizer = load_tokenizer(config.model.path)
+    architecture = read_architecture(config.model.path)
     data_sets = load_held_out(config, tokenizer, gold_judge(config))
+    _check_context(data_sets, setting_records(config), architecture.max_positions)
     evaluation = _open(config, model, data_sets, directory, before, adaptive)
     for held_out in data_sets:
         print(held_out.report)
@@ -63,7 +66,7 @@ def evaluate(
         print(f"{directory} has {total - left:,} of {total:,} samples; going on")
     if left:
         progress = SampleProgress(total, present=total - left)
-        with open_own_engines(config, read_architecture(config.model.path)) as pool:
+        with open_own_engines(config, architecture) as pool:
             # Also where servers run already: what they serve is then what is evaluated, for certain.
             pool.update_weights(config.model.path, WEIGHT_VERSION)
             sampler = Sampler(pool, tokenizer, weight_version=WEIGHT_VERSION, seed=config.run.seed)
@@ -122,6 +125,18 @@ class _Work:
     def left(self) -> int:
         """Samples that are missing, at most."""
         return sum(len(batch.prompts) * batch.count for batch in self.batches())
+
+
+def _check_context(data_sets: Sequence[HeldOut], settings: Sequence[SettingRecord], positions: int) -> None:
+    """Refuses responses that the model has no positions for, before engines do."""
+    longest = max(len(prompt.token_ids) for held_out in data_sets for prompt in held_out.prompts)
+    most = max(setting.max_response_tokens for setting in settings)
+    if longest + most > positions:
+        raise RapoError(
+            f"rollout.max_response_tokens = {most} and the longest prompt's {longest} tokens are more than "
+            f"the model's {positions} positions; give rollout.max_response_tokens of at most "
+            f"{max(positions - longest, 1)}"
+        )
 
 
 def _open(

@@ -41,6 +41,13 @@ def open_model(model: Path, directory: Path) -> tuple[Path, ModelRecord]:
     return hf, ModelRecord(path=str(model), run=run, step=step, fingerprint=weights_fingerprint(hf))
 
 
+def recorded_configuration(model: Path) -> Path | None:
+    """The configuration of the run that a model, checkpoint or run directory is of, where it can be told."""
+    run, _ = _origin(model)
+    file = Path(run or model) / "config.toml"
+    return file if file.is_file() else None
+
+
 def _origin(model: Path) -> tuple[str | None, int | None]:
     """The run and step of a checkpoint or a run's final model, where they can be told."""
     if (model.parent / "config.toml").is_file() and model.name == "model":
