@@ -373,13 +373,18 @@ def test_an_aborted_request_is_answered_with_what_it_has(service, path, body):
 
 
 def test_a_request_that_nobody_waits_for_is_not_decoded_on(service, monkeypatch):
-    decoded, decode = [], service.engine.generate
-    monkeypatch.setattr(service.engine, "generate", lambda *arguments: decoded.extend(decode(*arguments)))
+    decoded, decode, begun = [], service.engine.generate, threading.Event()
+
+    def generate(*arguments):
+        begun.set()
+        decoded.extend(decode(*arguments))
+
+    monkeypatch.setattr(service.engine, "generate", generate)
 
     async def scenario():
         async with connect(service) as http:
             running = asyncio.create_task(http.post("/generate", json={**LONG, "input_ids": [PROMPT] * 50}))
-            await until_working(service)
+            await asyncio.to_thread(begun.wait, 60)  # before that, it would not be decoded at all
             running.cancel()
             await asyncio.wait([running])
             assert await service.idle(timeout=60)

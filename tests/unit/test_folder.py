@@ -96,7 +96,7 @@ def test_a_holder_on_another_machine_is_waited_for(
 
         def end(_: float) -> None:
             process.kill()
-            process.wait(10)
+            process.wait()  # with a limit it would sleep, by this very function
 
         monkeypatch.setattr(folder.time, "sleep", end)
         with own_folder(tmp_path, "--out"):

@@ -382,7 +382,7 @@ def test_a_process_that_does_not_come_to_its_end_is_ended() -> None:
 def test_two_signals_at_once_are_one_request() -> None:
     """Schedulers signal a process and its launcher, which hands the signal on."""
     status, output = stopped(GRACE.format(grace_s=2.0, closing="pass"), signal.SIGTERM, signal.SIGINT)
-    assert status == 143
+    assert status in (143, 130)  # signals that are pending together come in the order of their numbers
     assert "within 2 s" in output
 
 
