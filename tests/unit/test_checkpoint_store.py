@@ -1,0 +1,186 @@
+"""Checkpoints saved and loaded by one rank; what several ranks do with them is in tests/distributed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_rapo.checkpoint import files
+from megatron_rapo.checkpoint.bucket_repair import _with_padding
+from megatron_rapo.checkpoint.state import TrainState
+from megatron_rapo.checkpoint.store import CheckpointStore
+from megatron_rapo.config import RunConfig
+from megatron_rapo.config.load import validate
+from megatron_rapo.errors import RapoError
+from megatron_rapo.loss.objective import Objective
+from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.parallel.placement import Placement
+from megatron_rapo.policy.policy import Policy
+from tests.distributed.minibatches import VOCABULARY, make_minibatches
+from tests.models import make_hf_model
+from tests.unit.one_rank import one_placement
+
+
+@pytest.fixture(scope="module")
+def placement() -> Iterator[Placement]:
+    with one_placement() as placement:
+        yield placement
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "model"
+    make_hf_model(path, seed=0, hidden_size=32, intermediate_size=48, head_dim=8)
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path, model: Path) -> RunConfig:
+    return validate(
+        {
+            "run": {"directory": str(tmp_path), "steps": 9},
+            "model": {"path": str(model), "dtype": "float32"},
+            "data": {"source": "countdown"},
+            "rollout": {"prompts_per_step": 1, "max_response_tokens": 8},
+            "algorithm": {"divergence": "none"},
+            "optimizer": {"learning_rate": 4e-3, "decay": "linear"},
+            "checkpoint": {"keep": 1},
+            "evaluate": {"best": "pass@1"},
+        },
+        "test",
+    )
+
+
+def make_policy(config: RunConfig, placement: Placement) -> Policy:
+    architecture = read_architecture(config.model.path)
+    return Policy(config.model, config.optimizer, architecture, placement, total_updates=9)
+
+
+def train(policy: Policy, config: RunConfig, updates: range) -> list[float]:
+    """Losses of one update a number, on that number's data."""
+    objective = Objective(
+        config.algorithm, temperature=1.0, vocabulary=VOCABULARY, group=policy.placement.tensor_group
+    )
+    batches = [make_minibatches(policy.placement, [number]) for number in updates]
+    return [policy.update(batch, objective, None)["loss/total"] for batch in batches]
+
+
+def weights(policy: Policy) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in policy.chunks[0].parameters()]
+
+
+def names(store: CheckpointStore) -> list[str]:
+    return sorted(path.name for path in store.directory.iterdir())
+
+
+def test_training_goes_on_bit_for_bit(config: RunConfig, placement: Placement) -> None:
+    """Weights, moments, steps of Adam and the rate; also where nothing was trained before the save."""
+    for done in (0, 2):
+        policy, store = make_policy(config, placement), CheckpointStore(config)
+        train(policy, config, range(done))
+        store.save(policy, TrainState(step=done, prompts_drawn=7))
+        expected = train(policy, config, range(done, 4))
+
+        resumed, store = make_policy(config, placement), CheckpointStore(config)
+        newest = store.newest()
+        assert newest is not None
+        assert store.load(newest, resumed) == TrainState(step=done, prompts_drawn=7)
+        assert train(resumed, config, range(done, 4)) == expected
+        pairs = zip(weights(resumed), weights(policy), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_the_newest_and_the_best_are_kept(config: RunConfig, placement: Placement) -> None:
+    policy, store = make_policy(config, placement), CheckpointStore(config)
+    (store.directory / ".partial_step_000001").mkdir(parents=True)
+    (store.directory / ".partial_step_000001/left").write_text("by a start that was killed")
+    for step, value in ((1, 0.1), (2, 0.5), (3, 0.4), (4, 0.3)):
+        assert store.best is not None
+        store.best.take(step, {"evaluate/pass@1": value})
+        store.save(policy, TrainState(step, step))
+    assert names(store) == ["best.json", "step_000002", "step_000004"]
+    assert json.loads((store.directory / "best.json").read_text())["step"] == 2
+    record = json.loads((store.directory / "step_000004/run.json").read_text())
+    found = {path.name: path.stat().st_size for path in (store.directory / "step_000004").iterdir()}
+    assert record["files"] == {name: size for name, size in found.items() if name != "run.json"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("shard", r"is damaged: \S+\.distcp has 100 of \d+ bytes; remove it to go on from the one before"),
+        ("record", r"is damaged \(run\.json: .*; remove it"),
+        ("index", r"cannot be read: .*; remove it"),
+        ("data", r"made with fingerprint of data = 'a', this run has 'b'; restore it, or choose another run"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    config: RunConfig, placement: Placement, damage: str, message: str
+) -> None:
+    policy = make_policy(config, placement)
+    CheckpointStore(config, {"data": "a"}).save(policy, TrainState(1, 1))
+    store = CheckpointStore(config, {"data": "b" if damage == "data" else "a"})
+    checkpoint = store.newest()
+    assert checkpoint is not None
+    if damage == "shard":
+        os.truncate(next(checkpoint.glob("*.distcp")), 100)
+    elif damage == "record":
+        os.truncate(checkpoint / "run.json", 20)
+    elif damage == "index":
+        (checkpoint / ".metadata").write_bytes(bytes((checkpoint / ".metadata").stat().st_size))
+    with pytest.raises(RapoError, match=message):
+        store.load(checkpoint, policy)
+
+
+def test_a_failed_save_tells_the_first_ranks_reason_and_leaves_nothing(
+    config: RunConfig, placement: Placement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures: Mapping[int, Any] = {2: (ValueError("second"), None), 1: (OSError("first"), None)}
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise CheckpointException("both", dict(failures))
+
+    monkeypatch.setattr(dist_checkpointing, "save", fail)
+    policy, store = make_policy(config, placement), CheckpointStore(config)
+    told = r"OSError: first \(rank 1\), with \d+ MiB free on that disk; .* there is no checkpoint yet"
+    with pytest.raises(RapoError, match=told):
+        store.save(policy, TrainState(1, 1))
+    assert names(store) == []
+    (store.directory / "step_000003").mkdir()
+    (store.directory / "step_000003" / files.RECORD).write_text("{}")
+    with pytest.raises(RapoError, match=r"the newest checkpoint is .*step_000003, and the same command"):
+        store.save(policy, TrainState(4, 1))
+
+
+def test_what_is_no_matter_of_the_disk_is_not_told_as_one(
+    config: RunConfig, placement: Placement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a peer is lost")
+
+    monkeypatch.setattr(dist_checkpointing, "save", fail)
+    with pytest.raises(RuntimeError, match="a peer is lost"):
+        CheckpointStore(config).save(make_policy(config, placement), TrainState(1, 1))
+
+
+def test_a_bucket_lies_where_its_offset_says() -> None:
+    """The elements are strung together; in the buffer each bucket begins at its own place, zeros between."""
+
+    class Bucket:
+        def __init__(self, offset: int, numel_unpadded: int) -> None:
+            self.offset, self.numel_unpadded = offset, numel_unpadded
+
+    class Buffer:
+        numel = 8
+        buckets = (Bucket(0, 3), Bucket(4, 2))
+
+    found = _with_padding(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), Buffer())
+    assert found.tolist() == [1, 2, 3, 0, 4, 5, 0, 0]
