@@ -41,7 +41,8 @@ def benchmarks_of(models: Sequence[EvaluatedModel], control: Evaluation | None) 
     for model in others:
         ks = powers_of_two(min(base.evaluation.manifest.samples, model.evaluation.manifest.samples))
         for comparison in compare(base.evaluation, model.evaluation, ks, control=control, seed=SEED):
-            found[comparison.data, comparison.setting].append(Against(model.label, comparison))
+            run = model.evaluation.manifest.model.run
+            found[comparison.data, comparison.setting].append(Against(model.label, run, comparison))
     return [_benchmark(models, *pair, against) for pair, against in found.items()]
 
 

@@ -28,7 +28,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Headline:
-    """The summary's numbers of one benchmark."""
+    """The summary's numbers of one model on one benchmark."""
 
     benchmark: str
     tiles: tuple[Tile, ...]
@@ -60,9 +60,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class Against:
-    """A model's comparison with the base."""
+    """A model's comparison with the base.
+
+    Attributes:
+        run: the training run's directory; None for a model that is of none.
+    """
 
     model: str
+    run: str | None
     comparison: Comparison
 
 
@@ -83,6 +88,10 @@ class Benchmark:
     shown_k: tuple[int, ...]
     scores: tuple[Scores, ...]
     against: tuple[Against, ...]
+
+    def last_of_each_run(self) -> list[Against]:
+        """What the summary speaks of: the last model of each run, and every model that is of none."""
+        return list({entry.run or entry.model: entry for entry in self.against}.values())
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from megatron_rapo.report.words import (
 
 
 def answer(runs: Sequence[TrainingRun], benchmarks: Sequence[Benchmark]) -> str:
-    """Whether the last model is beyond its base, a line a benchmark; else what became of the reward."""
-    compared = [(benchmark, benchmark.against[-1]) for benchmark in benchmarks if benchmark.against]
+    """Whether each run's last model is beyond the base, a line each; else what became of the reward."""
+    compared = [(benchmark, last) for benchmark in benchmarks for last in benchmark.last_of_each_run()]
     if compared:
         return "\n".join(_standing(benchmark, against) for benchmark, against in compared)
     if benchmarks:
@@ -59,11 +59,11 @@ def _steps(count: int) -> str:
 
 
 def headlines(benchmarks: Sequence[Benchmark]) -> list[Headline]:
-    """The numbers of the last model on each benchmark."""
+    """The numbers of each run's last model on each benchmark."""
     return [
-        Headline(f"{benchmark.against[-1].model} on {benchmark.name}", tuple(_tiles(benchmark.against[-1])))
+        Headline(f"{last.model} on {benchmark.name}", tuple(_tiles(last)))
         for benchmark in benchmarks
-        if benchmark.against
+        for last in benchmark.last_of_each_run()
     ]
 
 

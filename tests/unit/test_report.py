@@ -267,3 +267,28 @@ def test_the_page_asks_for_nothing_else(tmp_path: Path) -> None:
     assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', page.replace('xlink:href="#', ""))
     assert "url(http" not in page
     assert "default-src 'none'" in html.unescape(page)
+
+
+def test_the_summary_speaks_of_the_last_model_of_each_run(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name) for name in ("rapo", "grpo")]
+    store_evaluation(runs[0] / "evaluations/step_000000", [0, 1, 2], step=0, run=str(runs[0]))
+    for run, right in zip(runs, ([8, 8, 8], [2, 2, 2]), strict=True):
+        for step in (1, 3):
+            store_evaluation(run / f"evaluations/step_{step:06d}", right, step=step, run=str(run), seed=step)
+    report = build_report(open_sources(runs))
+    assert [headline.benchmark for headline in report.headlines] == [
+        "rapo step 3 on toy",
+        "grpo step 3 on toy",
+    ]
+    first, second = report.answer.splitlines()
+    assert "rapo step 3" in first and "pass@8 is 1.000" in first
+    assert "grpo step 3" in second
+    assert "step 1" not in report.answer
+
+
+def test_the_summary_speaks_of_every_model_that_is_of_no_run(tmp_path: Path) -> None:
+    directories = [tmp_path / name for name in ("base", "one", "two")]
+    for directory in directories:
+        store_evaluation(directory, [1, 2], model=f"/models/{directory.name}")
+    report = build_report(open_sources(directories))
+    assert [headline.benchmark for headline in report.headlines] == ["one on toy", "two on toy"]
