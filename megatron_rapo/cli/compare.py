@@ -13,8 +13,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="a model's evaluation against its base's",
         description="Frontier, crossover, tests, ledger and hard subset of two stored evaluations.",
     )
-    compare.add_argument("base", type=Path, metavar="BASE", help="the base's evaluation")
-    compare.add_argument("model", type=Path, metavar="MODEL", help="a trained model's evaluation")
+    compare.add_argument(
+        "base", type=Path, metavar="BASE", help="the base's evaluation, or a run: its newest"
+    )
+    compare.add_argument(
+        "model", type=Path, metavar="MODEL", help="a trained model's evaluation, or a run: its newest"
+    )
     compare.add_argument(
         "--control",
         type=Path,

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_rapo.evaluate import comparison_files
 from megatron_rapo.evaluate.compare import Comparison, compare
 from megatron_rapo.evaluate.frontier import powers_of_two
+from megatron_rapo.evaluate.manifest import FILE, Manifest
 from megatron_rapo.evaluate.store import Evaluation
 from megatron_rapo.folder import own_folder
 
@@ -25,16 +26,26 @@ def run_compare(
     Raises:
         RapoError: one is no evaluation, they cannot be compared, or their models are gone.
     """
-    first, second = Evaluation.open(base), Evaluation.open(model)
+    first, second = _open(base), _open(model)
     comparisons = compare(
         first,
         second,
         ks or powers_of_two(min(first.manifest.samples, second.manifest.samples)),
-        control=None if control is None else Evaluation.open(control),
+        control=None if control is None else _open(control),
     )
-    out = out or model / "comparison"
+    out = out or second.directory / "comparison"
     with own_folder(out, "--out"):
         return _write(first, second, comparisons, diagnosed, out)
+
+
+def _open(directory: Path) -> Evaluation:
+    """The evaluation in a directory, or a run's newest one: then a line says which."""
+    found = [file.parent for file in directory.glob(f"evaluations/*/{FILE}")]
+    if (directory / FILE).exists() or not found:
+        return Evaluation.open(directory)
+    newest = max(found, key=lambda path: (Manifest.read(path).model.step or 0, path.name))
+    print(f"{directory} is a run; its newest evaluation is {newest}")
+    return Evaluation.open(newest)
 
 
 def _write(

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.compare import compare
+from megatron_rapo.evaluate.compare_command import run_compare
 from megatron_rapo.evaluate.control import Choice
 from megatron_rapo.evaluate.draws import Draws
 from megatron_rapo.evaluate.frontier import Crossover, Paired, crossover, curve, grid, paired
@@ -242,3 +243,20 @@ def test_what_is_no_control_is_refused(tmp_path: Path) -> None:
     other = store(tmp_path / "other", NONE, seed=3, model=ModelRecord(path="x", fingerprint="v"))
     with pytest.raises(RapoError, match="is of other weights"):
         compare(base, model, [1], control=other)
+
+
+def test_of_a_run_the_newest_evaluation_is_compared_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, run = tmp_path / "base", tmp_path / "run"
+    store(base, np.zeros((3, 4), dtype=bool))
+    for step, right in ((999_999, False), (1_000_000, True)):
+        directory = run / f"evaluations/step_{step:06d}"
+        model = ModelRecord(path=str(run), run=str(run), step=step)
+        store(directory, np.full((3, 4), right), model=model)
+    assert run_compare(base, run, None, [1], None, None) == 0
+    newest = run / "evaluations/step_1000000"
+    assert f"{run} is a run; its newest evaluation is {newest}\n" in capsys.readouterr().out
+    assert (newest / "comparison/comparison.json").exists()
+    with pytest.raises(RapoError, match="is no evaluation"):
+        run_compare(base, tmp_path, None, [1], None, None)
