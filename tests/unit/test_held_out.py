@@ -148,7 +148,7 @@ def test_closed_problems_are_not_planned() -> None:
         (Request(model=Path("m")), "evaluate needs a configuration, or --model and --data"),
         (Request(configs=[Path("c")], template="plain"), "--template plain is that of the files of --data"),
         (Request(model=Path("m"), data=["{source="]), r"--data \{source= is no TOML table"),
-        (Request(model=Path("m"), data=["countdown"], samples=4, k=[8]), r"evaluate.k = \[8\] needs values"),
+        (Request(model=Path("m"), data=["countdown"], samples=4, k=[8]), r"--k = \[8\] needs values"),
         (Request(model=Path("m"), data=["x.csv"]), r"'x.csv' is neither .jsonl nor .parquet"),
         (Request(model=Path("/nowhere/m"), data=["countdown"]), "model /nowhere/m does not exist"),
         (Request(model=Path("m"), data=["countdown"], stop_after_correct=1), "give at least 2"),
