@@ -51,10 +51,7 @@ def load_prompts(
     """
     if isinstance(data, FileData):
         source, rows = str(data.path), read_file(data, option)
-        usable = [row for row in rows if row.question and row.answer]
-        whys = judge(data, [row.answer for row in usable]) if judge else [None] * len(usable)
-        unmatched = {row.index: why for row, why in zip(usable, whys, strict=True) if why is not None}
-        usable = [row for row in usable if row.index not in unmatched]
+        usable, unmatched = _judged(data, rows, judge)
         encoded = encode_template([row.question for row in usable], tokenizer, data, option, date)
     else:
         split_name = {"train": "training", "test": "held-out"}[split]
@@ -94,6 +91,14 @@ def load_prompts(
             f"{count} prompts were asked for, but {len(prompts)} are usable; ask for no more\n{report}"
         )
     return PromptSet(tuple(prompts), report)
+
+
+def _judged(data: FileData, rows: Sequence[Row], judge: Judge | None) -> tuple[list[Row], dict[int, str]]:
+    """A file's rows that can be trained on; of those whose gold no response can match, why, by row."""
+    whole = [row for row in rows if row.question and row.answer]
+    whys = judge(data, [row.answer for row in whole]) if judge else [None] * len(whole)
+    unmatched = {row.index: why for row, why in zip(whole, whys, strict=True) if why is not None}
+    return [row for row in whole if row.index not in unmatched], unmatched
 
 
 def load_training_prompts(
