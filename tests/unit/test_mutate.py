@@ -125,7 +125,8 @@ def test_traces_follow_lines_that_have_moved_and_forget_those_that_are_gone(tmp_
     package.mkdir()
     tests.mkdir()
     (tests / "test_a.py").write_text("from tests.helper import b\n")
-    (tests / "helper.py").write_text("b = 1\n")
+    (tests / "helper.py").write_text("b = open('rows.jsonl')\n")
+    (tests / "rows.jsonl").write_text("{}\n")
     (package / "a.py").write_text("one\ntwo\nthree\n")
     store = Store(tmp_path / "cache", tmp_path)
     name, file = "tests/test_a.py", "megatron_rapo/a.py"
@@ -136,9 +137,13 @@ def test_traces_follow_lines_that_have_moved_and_forget_those_that_are_gone(tmp_
     (package / "a.py").write_text("new\none\nthree\n")
     moved = Store(tmp_path / "cache", tmp_path).load(name)
     assert moved is not None and moved.lines == {file: {2: ["t"], 3: ["u"]}}
-    (tests / "helper.py").write_text("b = 2\n")
-    digest.cache_clear()
-    assert Store(tmp_path / "cache", tmp_path).load(name) is None, "another helper, another test"
+    for other, text in (("rows.jsonl", "{}\n{}\n"), ("helper.py", "b = open('rows.jsonl', 'rb')\n")):
+        (tests / other).write_text(text)
+        digest.cache_clear()
+        mutation.coverage._with_helpers.cache_clear()
+        forgotten = Store(tmp_path / "cache", tmp_path).load(name)
+        assert forgotten is None, f"another {other}, another test"
+        store.save(name, Traced({}, {}, [], {}), tmp_path)
 
 
 def test_the_draw_takes_other_lines_first_and_does_not_depend_on_lines_elsewhere() -> None:

@@ -140,9 +140,11 @@ def _write(path: Path, text: str) -> None:
 
 @cache
 def _with_helpers(test_file: Path, root: Path) -> frozenset[Path]:
-    """A test file, and the modules of `tests` that it imports, by way of each other too."""
+    """A test file, the modules of `tests` that it imports, by way of each other too, and data files named."""
+    source = test_file.read_text(encoding="utf-8")
     found = {test_file}
-    for node in ast.walk(ast.parse(test_file.read_bytes())):
+    found |= {path for path in (root / "tests").glob("*.*") if path.suffix != ".py" and path.name in source}
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tests":
             base = root / (node.module or "").replace(".", "/")
             for path in (base.with_suffix(".py"), *(base / f"{alias.name}.py" for alias in node.names)):
