@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_rapo.config.section import BelowOne, Fraction, NonNegativeFloat, PositiveInt, Section
+from megatron_rapo.section import BelowOne, Fraction, NonNegativeFloat, PositiveInt, Section
 
 Preset = Literal["rapo", "grpo", "dapo", "dr_grpo", "gspo", "lite_ppo"]
 Divergence = Literal[

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from megatron_rapo.config.section import PositiveInt, Section
+from megatron_rapo.section import PositiveInt, Section
 
 # Options of sbatch that other options of the section say.
 _OF_SBATCH = {

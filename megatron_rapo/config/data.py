@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_rapo.config.section import NonNegativeInt, PathOption, PositiveInt, Section
+from megatron_rapo.section import NonNegativeInt, PathOption, PositiveInt, Section
 
 _LABEL = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 LABEL_MEANS = "letters, digits, dots, hyphens and underscores, a letter or digit first"

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_rapo.config.data import Data
-from megatron_rapo.config.section import PositiveFloat, PositiveInt, Section
+from megatron_rapo.section import PositiveFloat, PositiveInt, Section
 
 
 class Setting(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from megatron_rapo.config.section import Section
+from megatron_rapo.section import Section
 
 
 def sections_of(annotation: Any) -> list[type[Section]]:

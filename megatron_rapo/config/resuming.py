@@ -10,7 +10,7 @@ from pydantic_core import PydanticUndefined
 
 from megatron_rapo.config.options import sections_of
 from megatron_rapo.config.schema import RunConfig
-from megatron_rapo.config.section import Section
+from megatron_rapo.section import Section
 
 
 class Change(enum.Enum):

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_rapo.config.section import NonNegativeFloat, PathOption, PositiveFloat, PositiveInt, Section
+from megatron_rapo.section import NonNegativeFloat, PathOption, PositiveFloat, PositiveInt, Section
 
 
 class Run(Section):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_rapo.config.section import (
+from megatron_rapo.section import (
     BelowOne,
     NonNegativeFloat,
     PathOption,

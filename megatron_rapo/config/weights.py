@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_rapo.config.section import PositiveFloat, PositiveInt, Section
+from megatron_rapo.section import PositiveFloat, PositiveInt, Section
 
 
 class Weights(Section):

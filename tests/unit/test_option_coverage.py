@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_rapo.config import RunConfig
 from megatron_rapo.config.options import sections_of
-from megatron_rapo.config.section import Section
+from megatron_rapo.section import Section
 
 TESTS = Path(__file__).parents[1]
 # They ask what is refused, whatever the option does.

@@ -1,0 +1,58 @@
+"""Token sequences that carry what was sampled, with which probability, and by which weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One trainable sequence of tokens, in which one or several spans were sampled.
+
+    Attributes:
+        token_ids: `[tokens]` int32.
+        sampled: `[tokens]` bool; False: prompt, what a tool answered, or a template's tokens.
+        log_probs: `[tokens]` float32, the engine's, in nats, of the temperature-scaled distribution; NaN where
+            not sampled.
+        versions: `[tokens]` int32, of the weights that sampled the token; −1 where not sampled.
+
+    Raises:
+        ValueError: the fields are not of one length, a sampled token has no finite log-prob or no version, or
+            the first token is sampled, which nothing predicts.
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    sampled: npt.NDArray[np.bool_]
+    log_probs: npt.NDArray[np.float32]
+    versions: npt.NDArray[np.int32]
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.token_ids), len(self.sampled), len(self.log_probs), len(self.versions)}
+        if len(lengths) > 1:
+            raise ValueError(f"a sequence's fields have lengths {sorted(lengths)}; give each one a token")
+        if not len(self.token_ids) or self.sampled[0]:
+            raise ValueError("a sequence must begin with a token that was given, not sampled")
+        if not np.isfinite(self.log_probs[self.sampled]).all():
+            raise ValueError("a sampled token has no finite log-prob; pass on what the engine returned")
+        if (self.versions[self.sampled] < 0).any():
+            raise ValueError(
+                "a sampled token has no version of the weights; pass on what the engine returned"
+            )
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def sampled_tokens(self) -> int:
+        """How many tokens were sampled."""
+        return int(self.sampled.sum())
+
+    def leaves(self, vocabulary: int) -> bool:
+        """Whether a sampled token is no token of a tokenizer of that size.
+
+        Models' heads have spare rows, of tokens that do not exist; engines sample them, if hardly ever.
+        """
+        return bool((self.token_ids[self.sampled] >= vocabulary).any())
