@@ -11,8 +11,8 @@ from pydantic.fields import FieldInfo
 
 from megatron_rapo.config.options import sections_of
 from megatron_rapo.config.schema import RunConfig
-from megatron_rapo.section import Section
 from megatron_rapo.config.write import toml_value
+from megatron_rapo.section import Section
 
 INTRODUCTION = """\
 # Configuration

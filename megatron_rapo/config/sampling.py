@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megatron_rapo.config.address import same_server
+from megatron_rapo.config.verifiers import VerifierName
 from megatron_rapo.section import (
     Fraction,
     NonNegativeInt,
@@ -15,7 +16,6 @@ from megatron_rapo.section import (
     Seconds,
     Section,
 )
-from megatron_rapo.config.verifiers import VerifierName
 
 # Arguments of sglang.launch_server that a run has its own ideas of.
 _SET_BY_THE_RUN = ("--model-path", "--model", "--host", "--port", "--dtype", "--tp-size", "--tp")

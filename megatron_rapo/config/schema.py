@@ -18,9 +18,9 @@ from megatron_rapo.config.data import Data, FileData
 from megatron_rapo.config.evaluation import Evaluate, Setting
 from megatron_rapo.config.running import Checkpoint, Observe, Run
 from megatron_rapo.config.sampling import Reward, Rollout
-from megatron_rapo.section import Section
 from megatron_rapo.config.training import Model, Optimizer, Parallel
 from megatron_rapo.config.weights import Weights
+from megatron_rapo.section import Section
 
 
 class RunConfig(Section):

@@ -1,1 +1,1 @@
-"""What a user's file sees of a sample: problems, scores, sequences, episodes, and the protocols between them."""
+"""What a user's file sees of a sample: problems, scores, sequences, episodes, and their protocols."""

@@ -15,8 +15,8 @@ class Sequence:
     Attributes:
         token_ids: `[tokens]` int32.
         sampled: `[tokens]` bool; False: prompt, what a tool answered, or a template's tokens.
-        log_probs: `[tokens]` float32, the engine's, in nats, of the temperature-scaled distribution; NaN where
-            not sampled.
+        log_probs: `[tokens]` float32, the engine's, in nats, of the temperature-scaled distribution; NaN
+            where not sampled.
         versions: `[tokens]` int32, of the weights that sampled the token; −1 where not sampled.
 
     Raises:
