@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 WHOLE_BYTES = 8 << 20  # files up to this size are read whole
 BLOCK_BYTES = 1 << 12
@@ -31,6 +32,11 @@ def fingerprint(parts: Iterable[object]) -> str:
         digest.update(f"{len(text)}:".encode())
         digest.update(text)
     return digest.hexdigest()
+
+
+def in_json(value: Any) -> str:
+    """One text of nested plain values: the same whatever the order of keys; what JSON lacks by its `repr`."""
+    return json.dumps(value, sort_keys=True, default=repr)
 
 
 def weights_fingerprint(model: Path) -> str:

@@ -65,7 +65,15 @@ def load_prompts(
             f"{usable[encoded.index([])].question!r}; use the tokenizer that the model was trained with"
         )
     prompts = [
-        Prompt(row.index, row.question, tuple(token_ids), row.answer, name=row.name)
+        Prompt(
+            row.index,
+            row.question,
+            tuple(token_ids),
+            row.answer,
+            name=row.name,
+            source=data.name,
+            columns=row.columns,
+        )
         for row, token_ids in zip(usable, encoded, strict=True)
         if len(token_ids) <= max_prompt_tokens
     ][:count]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_rapo.episode.problem import Problem
 
 _SHOWN = 5  # rows of a finding
 
@@ -20,6 +23,8 @@ class Prompt:
         draw: which draw of the run this is (from 0): it tells the prompt from itself in
             another epoch; 0 where prompts are not drawn from an order.
         name: what its source calls it; None where it has no name.
+        source: the name of its data set (`data.label`).
+        columns: all columns of its row, as plain Python values.
     """
 
     index: int
@@ -28,11 +33,18 @@ class Prompt:
     answer: str
     draw: int = 0
     name: str | None = None
+    source: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def id(self) -> str:
         """The source's name for it, or else its row."""
         return str(self.index) if self.name is None else self.name
+
+    @property
+    def problem(self) -> Problem:
+        """What rewards, environments and methods see of it."""
+        return Problem(self.id, self.question, self.answer, self.source, self.token_ids, self.columns)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from megatron_rapo.errors import RapoError
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a source; a blank question or answer is an empty string."""
+    """One row of a source; a blank question or answer is an empty string, and `columns` are all it has."""
 
     index: int
     question: str
     answer: str
     name: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_file(data: FileData, option: str = "data") -> list[Row]:
@@ -64,13 +65,13 @@ def read_file(data: FileData, option: str = "data") -> list[Row]:
             )
         text = question if question and question.strip() else ""
         gold = _gold(answer, data, option, f"{place}: field '{data.answer_field}'")
-        row = Row(index, text, gold, _name(data, option, index, record))
-        for field, value in (
+        row = Row(index, text, gold, _name(data, option, index, record), record)
+        for column, value in (
             (data.prompt_field, row.question),
             (data.answer_field, row.answer),
             (data.id_field or "id", row.name or ""),
         ):
-            _require_unicode(value, f"{place}: field '{field}'")
+            _require_unicode(value, f"{place}: field '{column}'")
         rows.append(row)
     if data.answer_lists and not any(isinstance(record.get(data.answer_field), list) for record in records):
         raise RapoError(
@@ -86,7 +87,10 @@ def generate(data: CountdownData | ArithmeticData, split: Split, count: int) -> 
         problems = countdown.generate(data, data.seed, split, count)
     else:
         problems = arithmetic.generate(data, data.seed, split, count)
-    return [Row(index, problem.question, problem.answer) for index, problem in enumerate(problems)]
+    return [
+        Row(index, problem.question, problem.answer, columns=problem.columns)
+        for index, problem in enumerate(problems)
+    ]
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from megatron_rapo.data.prompts import LoadReport, Prompt
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.manifest import DataRecord, SettingRecord
 from megatron_rapo.evaluate.store import Problem
-from megatron_rapo.fingerprint import fingerprint
+from megatron_rapo.fingerprint import fingerprint, in_json
 
 GENERATED_PROBLEMS = 64  # of a generated task, where the configuration does not say how many
 
@@ -45,7 +45,9 @@ class HeldOut:
             name=self.name,
             source=self.report.source,
             problems=len(self.prompts),
-            fingerprint=fingerprint(part for p in self.prompts for part in (p.id, p.question, p.answer)),
+            fingerprint=fingerprint(
+                part for p in self.prompts for part in (p.id, p.question, p.answer, in_json(p.columns))
+            ),
         )
 
     @property

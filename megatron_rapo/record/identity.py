@@ -13,6 +13,7 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.fingerprint import (
     files_fingerprint,
     fingerprint,
+    in_json,
     tokenizer_fingerprint,
     weights_fingerprint,
 )
@@ -29,6 +30,7 @@ class Row:
     question: str
     answer: str
     tokens: str
+    columns: str
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def _other(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def _row(prompt: Prompt) -> Row:
-    parts = (prompt.question, prompt.answer, prompt.token_ids)
+    parts = (prompt.question, prompt.answer, prompt.token_ids, in_json(prompt.columns))
     return Row(prompt.index, *(fingerprint([part]) for part in parts))
 
 
@@ -129,11 +131,21 @@ def _row_differences(before: Sequence[Row], now: Sequence[Row]) -> list[str]:
         "other tokens of the same question in": [
             one.index for one, other in both if one.question == other.question and one.tokens != other.tokens
         ],
+        "other columns of the same question and answer in": [
+            one.index
+            for one, other in both
+            if _beside(one) == _beside(other) and one.columns != other.columns
+        ],
         "no more": [index for index in old if index not in new],
         "new": [index for index in new if index not in old],
     }
     told = [f"{kind} {_named(rows)}" for kind, rows in kinds.items() if rows]
     return [f"other training prompts ({'; '.join(told) or 'in another order'})"]
+
+
+def _beside(row: Row) -> tuple[str, str]:
+    """What other findings tell of, which are columns too."""
+    return row.question, row.answer
 
 
 def _named(rows: Sequence[int]) -> str:

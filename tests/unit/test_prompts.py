@@ -304,6 +304,31 @@ def test_a_gold_answer_that_no_response_can_match_is_told_and_dropped(tmp_path):
         load_prompts(data, TOKENIZER, max_prompt_tokens=99, split="train", count=3, judge=judge)
 
 
+@pytest.mark.parametrize("write", [jsonl, parquet])
+def test_a_prompt_keeps_all_columns_of_its_row(tmp_path, write):
+    row = {"question": "q", "answer": 7, "level": 3, "extra": {"tags": ["a", "b"], "none": None}}
+    (prompt,) = load(file_data(write(tmp_path, [row]), label="mine"))
+    assert prompt.columns == row
+    assert prompt.columns["question"] is prompt.question  # not stored twice
+    problem = prompt.problem
+    assert (problem.id, problem.question, problem.answer, problem.source) == ("0", "q", "7", "mine")
+    assert problem.token_ids == prompt.token_ids
+    assert dict(problem) == row
+    assert hash(prompt) == hash(prompt)
+
+
+def test_generated_problems_have_columns_too():
+    (prompt,) = load(CountdownData(source="countdown", numbers=3), count=1)
+    numbers, _, target = prompt.question.rstrip(":").partition("=")
+    assert prompt.problem["numbers"] == [int(number) for number in numbers.split()]
+    assert prompt.problem["target"] == int(target)
+    assert prompt.problem["question"] == prompt.question
+    assert prompt.source == "countdown"
+    (prompt,) = load(ArithmeticData(source="arithmetic", terms=2, operators="+"), count=1)
+    assert sum(prompt.problem["numbers"]) == int(prompt.answer)
+    assert prompt.problem["operators"] == ["+"]
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

@@ -309,6 +309,9 @@ OTHERS = {
     "other tokens of the same question in row 5": [
         replace(p, token_ids=(1,)) if p.index == 5 else p for p in PROMPTS
     ],
+    "other columns of the same question and answer in row 3": [
+        replace(p, columns={"level": {"of": [1, 2.5]}}) if p.index == 3 else p for p in PROMPTS
+    ],
     "no more rows 0, 1": PROMPTS[2:],
     "new row 9": [*PROMPTS, Prompt(9, "9?", (9,), "9")],
     "in another order": PROMPTS[::-1],

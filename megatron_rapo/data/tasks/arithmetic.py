@@ -33,7 +33,8 @@ def generate(config: ArithmeticData, seed: int, split: Split, count: int) -> lis
         question = str(numbers[0])
         for operator, number in zip(operators, numbers[1:], strict=True):
             question += f"{operator}{number}"
-        problem = Problem(question=f"{question}=", answer=str(flat_value(numbers, operators)))
+        parts = {"numbers": numbers, "operators": operators}
+        problem = Problem(f"{question}=", str(flat_value(numbers, operators)), parts)
         return f"{sorted(numbers)} {sorted(operators)}", problem
 
     return distinct(draw, split, count, f"arithmetic ({config.model_dump(exclude={'source', 'problems'})})")

@@ -45,7 +45,8 @@ def generate(config: CountdownData, seed: int, split: Split, count: int) -> list
 def pose(numbers: Sequence[int], target: int) -> Problem:
     """The problem's texts: `3 7 12 25=41:`, answered by JSON of the sorted numbers and the target."""
     answer = json.dumps({"numbers": sorted(numbers), "target": target}, separators=(",", ":"))
-    return Problem(question=f"{' '.join(map(str, numbers))}={target}:", answer=answer)
+    question = f"{' '.join(map(str, numbers))}={target}:"
+    return Problem(question, answer, {"numbers": list(numbers), "target": target})
 
 
 def is_correct(response: str, answer: str) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from megatron_rapo.errors import RapoError
 
@@ -22,10 +22,17 @@ class Problem:
     Attributes:
         question: the prompt's text; the response follows it directly.
         answer: what the task's checker needs, in the task's own notation.
+        parts: what the problem was made of, by name.
     """
 
     question: str
     answer: str
+    parts: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        """Those that a row of a file would have."""
+        return {"question": self.question, "answer": self.answer, **self.parts}
 
 
 def split_of(key: str) -> Split:
