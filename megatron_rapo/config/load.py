@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from megatron_rapo.config.explain import explain
 from megatron_rapo.config.schema import RunConfig
 from megatron_rapo.errors import RapoError
+from megatron_rapo.user_code import is_named_in
 
 # As a value in an overlay or a setting: takes back what an earlier file set.
 DEFAULT = "@default"
@@ -31,7 +32,10 @@ def load_config(paths: Sequence[Path], settings: Sequence[str] = ()) -> RunConfi
     for setting in settings:
         _apply(values, setting)
     sources = [str(path) for path in paths] + (["--set"] if settings else [])
-    return validate(_without_defaults(values), source=", ".join(sources))
+    values = _without_defaults(values)
+    if is_named_in(values) and isinstance(run := values.get("run"), dict):
+        run.setdefault("code", _folders(paths))
+    return validate(values, source=", ".join(sources))
 
 
 def validate(values: dict[str, Any], source: str) -> RunConfig:
@@ -40,6 +44,12 @@ def validate(values: dict[str, Any], source: str) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise RapoError(explain(error, source, values)) from error
+
+
+def _folders(paths: Sequence[Path]) -> list[str]:
+    """Where code of the user's own is found: beside the configuration, or else here."""
+    folders = [str(path.absolute().parent) for path in reversed(paths)]
+    return list(dict.fromkeys(folders)) or [str(Path.cwd())]
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Change(enum.Enum):
 CLASSES: Mapping[Change, tuple[str, ...]] = {
     # How and where it is computed, observed and kept; and how far the run goes.
     Change.FREE: (
-        *("run.directory", "run.steps", "parallel", "weights", "checkpoint", "observe", "slurm"),
+        *("run.directory", "run.steps", "run.code", "parallel", "weights", "checkpoint", "observe", "slurm"),
         *("model.config", "model.recompute", "model.reference_in_host_memory", "model.vocabulary_multiple"),
         *("rollout.urls", "rollout.router", "rollout.sglang", "rollout.colocated", "rollout.restarts"),
         *("rollout.embedded_servers", "rollout.embedded_device", "rollout.embedded_threads"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from datetime import date as Day
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_rapo.section import NonNegativeFloat, PathOption, PositiveFloat, PositiveInt, Section
 
@@ -29,6 +30,19 @@ class Run(Section):
         description="The day, like `2026-11-28`, that chat templates are told where they ask "
         "(`strftime_now`). Default: that of the first start (UTC), which the run and its evaluations keep.",
     )
+
+    code: list[PathOption] = Field(
+        [],
+        description="Folders with modules of your own, which other options name as `module:name`; they are "
+        "looked at in order, before installed packages. Default: those of the configuration's files, of "
+        "later files first.",
+    )
+
+    @field_validator("code")
+    @classmethod
+    def _from_anywhere(cls, code: list[Path]) -> list[Path]:
+        """The resolved copy is read from other working directories, too."""
+        return [folder.resolve() for folder in code]
 
     @model_validator(mode="after")
     def _check(self) -> Run:

@@ -21,6 +21,7 @@ from megatron_rapo.config.sampling import Reward, Rollout
 from megatron_rapo.config.training import Model, Optimizer, Parallel
 from megatron_rapo.config.weights import Weights
 from megatron_rapo.section import Section
+from megatron_rapo.user_code import is_named_in
 
 
 class RunConfig(Section):
@@ -119,6 +120,7 @@ class RunConfig(Section):
         checks: list[Callable[[], None]] = [
             self._check_batch,
             self._check_date,
+            self._check_code,
             self._check_overlong_buffer,
             self._check_warmup,
             self._check_checkpoints,
@@ -148,6 +150,13 @@ class RunConfig(Section):
         if self.run.date is not None and not self.has_chat_data:
             raise ValueError(
                 f'run.date = {self.run.date!r} would have no effect: no data has template = "chat"; remove it'
+            )
+
+    def _check_code(self) -> None:
+        if self.run.code and not is_named_in(self.resolved()):
+            raise ValueError(
+                f"run.code = {[str(folder) for folder in self.run.code]} would have no effect: no option "
+                'names a module of yours ("module:name"); remove it'
             )
 
     def _check_overlong_buffer(self) -> None:

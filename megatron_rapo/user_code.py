@@ -1,0 +1,200 @@
+"""Code of the user's own, named in the configuration as "module:name"."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+from megatron_rapo.errors import RapoError
+
+ADDRESS = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+"""How the configuration names an object of a module: `my_rewards:score`, `my_package.rewards:score`."""
+
+_LIBRARY = Path(importlib.__file__).parents[1]
+_CALLERS = (Path(__file__).parent, _LIBRARY / "importlib", _LIBRARY / "asyncio")  # of the user's code
+_LONGEST_TRACEBACK = 4000  # characters
+_SHOWN = 8  # modules of a folder
+
+
+def is_named_in(values: Any) -> bool:
+    """Whether a text of a configuration's values is such a name."""
+    if isinstance(values, Mapping):
+        return any(map(is_named_in, values.values()))
+    if isinstance(values, list):
+        return any(map(is_named_in, values))
+    return isinstance(values, str) and ADDRESS.fullmatch(values) is not None
+
+
+def load(address: str, folders: Sequence[Path], option: str) -> Any:
+    """The object that an address names, in a module of one of the folders or of an installed package.
+
+    The folders come first on `sys.path` from then on, so that what is in them imports its neighbours.
+
+    Args:
+        address: `module:name`.
+        folders: of the user's own modules (`run.code`).
+        option: that holds the address, for errors.
+
+    Raises:
+        RapoError: there is no such module or name, or the module fails when it is imported.
+    """
+    named = f'{option} = "{address}"'
+    if not ADDRESS.fullmatch(address) or ".py:" in address:
+        raise RapoError(f"{named} is no address; {_instead(address)}")
+    module_name, _, name = address.partition(":")
+    for folder in reversed(folders):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    _refuse_a_taken_name(module_name.partition(".")[0], folders, named)
+    try:
+        module = importlib.import_module(module_name)
+    except BaseException as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            raise RapoError(f"{named}: {_no_module(address, folders)}") from error
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise RapoError(
+            f"{named}: the module {module_name} fails when it is imported; mend it, or install what it "
+            f"needs:\n{own_traceback(error)}"
+        ) from error
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        raise RapoError(f"{named}: {_no_name(address, vars(module), place_of(module))}") from None
+
+
+def check_callable(found: object, parameters: Sequence[str], address: str, option: str) -> None:
+    """Refuses what cannot be called with so many positional arguments.
+
+    Args:
+        found: what `load` returned.
+        parameters: the arguments' names, for people.
+        address: of it.
+        option: that holds the address, for errors.
+
+    Raises:
+        RapoError: it is no function, or takes other arguments.
+    """
+    named = f'{option} = "{address}"'
+    called = f"{address.partition(':')[2]}({', '.join(parameters)})"
+    if not callable(found):
+        raise RapoError(
+            f"{named} is {found!r:.60}, which cannot be called; name a function that takes {called}"
+        )
+    try:
+        signature = inspect.signature(found)
+    except (TypeError, ValueError):  # written in C, without one
+        return
+    try:
+        signature.bind(*parameters)
+    except TypeError as error:
+        raise RapoError(
+            f"{named} ({place_of(found)}) takes {signature}, but it is called as {called}: {error}; give it "
+            "these parameters"
+        ) from None
+
+
+def place_of(found: object) -> str:
+    """The file of a module, class or function, and but for modules the line; or else its name."""
+    if isinstance(found, functools.partial):
+        return place_of(found.func)
+    if callable(found):
+        found = inspect.unwrap(found)
+    if not (inspect.ismodule(found) or inspect.isclass(found) or inspect.isroutine(found)):
+        found = type(found)
+    try:
+        file = inspect.getsourcefile(found) or inspect.getfile(found)
+        line = "" if inspect.ismodule(found) else f":{inspect.getsourcelines(found)[1]}"
+    except (TypeError, OSError):
+        return getattr(found, "__name__", repr(found))
+    return f"{_short(Path(file))}{line}"
+
+
+def own_traceback(error: BaseException) -> str:
+    """The traceback as Python prints it, without the frames that led to the user's code."""
+    told = traceback.TracebackException.from_exception(error)
+    for part in _chain(told):
+        frames = [frame for frame in part.stack if not frame.filename.startswith("<frozen importlib")]
+        while frames and any(Path(frames[0].filename).is_relative_to(folder) for folder in _CALLERS):
+            del frames[0]
+        part.stack = traceback.StackSummary.from_list(frames)
+    text = "".join(told.format()).rstrip()
+    if len(text) > _LONGEST_TRACEBACK:
+        half = _LONGEST_TRACEBACK // 2
+        text = f"{text[:half]}\n  […]\n{text[-half:]}"
+    return text
+
+
+def _chain(told: traceback.TracebackException | None) -> Iterator[traceback.TracebackException]:
+    """An exception, and those that it came of."""
+    if told is not None:
+        yield told
+        yield from _chain(told.__cause__)
+        yield from _chain(told.__context__)
+
+
+def _instead(address: str) -> str:
+    """What may have been meant by what is no address."""
+    module, _, name = address.replace("/", ".").partition(":")
+    module = module.strip(".").replace(".py", "") if module.endswith(".py") else module
+    if not name and "." in module:
+        module, _, name = module.rpartition(".")
+    meant = f"{module}:{name}"
+    return f'write "{meant if ADDRESS.fullmatch(meant) else "module:name"}"'
+
+
+def _refuse_a_taken_name(top: str, folders: Sequence[Path], named: str) -> None:
+    """Python has one module of a name: that of the folders must not be another than the one in use."""
+    theirs = PathFinder.find_spec(top, [str(folder) for folder in folders])
+    taken = getattr(sys.modules.get(top), "__spec__", None)
+    if theirs is None or taken is None or theirs.origin is None or theirs.origin == taken.origin:
+        return
+    raise RapoError(
+        f"{named}: {_short(Path(theirs.origin))} cannot be imported, since {top} is already the name of "
+        f"{taken.origin}; rename yours"
+    )
+
+
+def _no_module(address: str, folders: Sequence[Path]) -> str:
+    module, _, name = address.partition(":")
+    there = sorted({found for folder in folders for found in _modules(folder)})
+    near = difflib.get_close_matches(module, there, n=1)
+    meant = f'; did you mean "{near[0]}:{name}"?' if near else "; correct it, or run.code"
+    if not folders:
+        return f"no module {module} is installed, and run.code names no folder with one{meant}"
+    where = " and ".join(map(str, folders))
+    has = ", ".join(there[:_SHOWN]) + (", …" if len(there) > _SHOWN else "") if there else "no module"
+    return f"there is no module {module} in {where}, which has {has}, and none is installed{meant}"
+
+
+def _modules(folder: Path) -> Iterator[str]:
+    """The modules of a folder and of its packages, one level deep."""
+    for file in sorted([*folder.glob("*.py"), *folder.glob("*/*.py")]):
+        parts = file.relative_to(folder).with_suffix("").parts
+        if all(part.isidentifier() for part in parts) and parts[-1] != "__init__":
+            yield ".".join(parts)
+
+
+def _no_name(address: str, names: dict[str, Any], place: str) -> str:
+    module, _, name = address.partition(":")
+    own = [key for key, value in names.items() if getattr(value, "__module__", None) == names["__name__"]]
+    near = difflib.get_close_matches(name, own, n=1)
+    if near:
+        return f'{place} has no {name}; did you mean "{module}:{near[0]}"?'
+    return f"{place} has no {name}; it has {', '.join(own[:_SHOWN]) or 'nothing of its own'}"
+
+
+def _short(file: Path) -> str:
+    """As seen from the working directory, where the file is below it."""
+    here = Path.cwd()
+    return str(file.relative_to(here) if file.is_relative_to(here) else file)
