@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from megatron_rapo.loss.rows import Pull
 from megatron_rapo.loss.statistics import ChunkDistribution, Upstream
 from megatron_rapo.loss.vocabulary import VocabularyShard
 from tests.unit.one_rank import one_rank
+from tests.unit.thread_ranks import on_ranks
 
 TOKENS, HIDDEN, ROWS, VOCABULARY, TEMPERATURE = 11, 6, 23, 19, 0.7
 FIELDS = ("log_prob", "entropy", "forward_kl", "reverse_kl")
@@ -42,9 +45,11 @@ def head_of(weight, chunk_tokens=4):
     return Head(weight, shard, TEMPERATURE, chunk_tokens)
 
 
-def plain(hidden, weight, targets, reference):
-    log_policy = ((hidden @ weight.T)[:, :VOCABULARY] / TEMPERATURE).log_softmax(-1)
-    log_reference = ((reference.hidden @ reference.weight.T)[:, :VOCABULARY] / TEMPERATURE).log_softmax(-1)
+def plain(hidden, weight, targets, reference, vocabulary=VOCABULARY):
+    log_policy, log_reference = (
+        ((states @ rows.T)[:, :vocabulary] / TEMPERATURE).log_softmax(-1)
+        for states, rows in ((hidden, weight), (reference.hidden, reference.weight))
+    )
     flattened = (reference.flattening[:, None] * log_reference).log_softmax(-1)
     at = targets[:, None]
     return {
@@ -124,6 +129,48 @@ def test_extreme_logits_are_finite_and_right(kind):
     assert gradient.isfinite().all()
     assert not gradient[:, vocabulary:].any()
     torch.testing.assert_close(gradient.sum(-1), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("rows", [12, 8, 6], ids=["2 ranks", "3 ranks", "4, of which one has padding alone"])
+@pytest.mark.parametrize("scale", [1.0, 300.0], ids=["", "far apart"])
+def test_a_vocabulary_over_several_ranks_is_one_vocabulary(rows, scale):
+    """Each rank's maxima, sums and targets are others'; `far apart`, most have no share in the softmax."""
+    ranks, vocabulary = 24 // rows, 13 if rows == 6 else VOCABULARY
+    torch.manual_seed(2)
+    hidden = torch.randn(TOKENS, HIDDEN, dtype=torch.float64)
+    weight, other = (scale * torch.randn(ranks * rows, HIDDEN, dtype=torch.float64) for _ in "ab")
+    reference = ReferenceStates(
+        torch.randn(TOKENS, HIDDEN, dtype=torch.float64), other, torch.rand(TOKENS).double(), True, True
+    )
+    targets = torch.arange(TOKENS) % vocabulary
+    coefficients = torch.randn(len(FIELDS), TOKENS, dtype=torch.float64)
+
+    def total(values, chosen):
+        return sum(coefficients[i, chosen] * values[name] for i, name in enumerate(FIELDS))
+
+    def share(group):
+        mine = slice(group.rank() * rows, (group.rank() + 1) * rows)
+        states, part = hidden.clone().requires_grad_(), weight[mine].clone().requires_grad_()
+        head = Head(part, VocabularyShard.of(rows, vocabulary, group), TEMPERATURE, 4)
+        pull = replace(reference, weight=other[mine])
+        statistics = chunked_statistics(states, targets, head, pull)
+        loss = chunked_loss(states, targets, head, lambda s, chosen: total(s._asdict(), chosen), pull)
+        loss.backward()
+        return statistics, loss, states.grad, part.grad
+
+    statistics, losses, hidden_grads, weight_grads = zip(*on_ranks(ranks, share), strict=True)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    expected = plain(hidden, weight, targets, reference, vocabulary)
+    loss = total(expected, slice(None)).sum()
+    loss.backward()
+    close = {"rtol": 1e-9, "atol": 1e-9 * scale}
+    for found, of_rank in zip(statistics, losses, strict=True):
+        torch.testing.assert_close(of_rank, loss, **close)
+        for name, value in expected.items():
+            torch.testing.assert_close(getattr(found, name), value.detach(), **close)
+    torch.testing.assert_close(sum(hidden_grads), hidden.grad, **close)
+    torch.testing.assert_close(torch.cat(weight_grads), weight.grad, **close)
 
 
 def test_no_tokens_at_all():
