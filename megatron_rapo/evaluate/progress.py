@@ -40,10 +40,6 @@ class SampleProgress:
             self._told = now
             print(f"{what} · {self.line()}", file=sys.stderr, flush=True)
 
-    def drop(self, samples: int) -> None:
-        """So many will not be needed after all."""
-        self._total -= samples
-
     def line(self) -> str:
         """What is known now, on one line."""
         elapsed = max(time.monotonic() - self._began, 1e-9)

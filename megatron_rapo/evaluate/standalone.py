@@ -62,7 +62,7 @@ def evaluate(
     ]
     total = sum(len(one.held_out.prompts) for one in work) * config.evaluate.samples
     left = sum(one.left() for one in work)
-    if left < total:
+    if 0 < left < total:
         print(f"{directory} has {total - left:,} of {total:,} samples; going on")
     if left:
         progress = SampleProgress(total, present=total - left)
