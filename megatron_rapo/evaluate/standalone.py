@@ -168,11 +168,9 @@ def _open(
 
 
 def _finish(evaluation: Evaluation) -> Evaluation:
-    if evaluation.manifest.finished is None:
-        finished = evaluation.manifest.model_copy(update={"finished": now()})
-        finished.write(evaluation.directory)
-        return Evaluation(evaluation.directory, finished)
-    return evaluation
+    finished = evaluation.manifest.model_copy(update={"finished": now()})
+    finished.write(evaluation.directory)
+    return Evaluation(evaluation.directory, finished)
 
 
 def _open_verifier(config: RunConfig, held_out: HeldOut) -> Verifier:

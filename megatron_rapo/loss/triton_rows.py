@@ -87,15 +87,13 @@ def _sum_rows(
     tl.store(out + row, m)
     tl.store(out + rows + row, total)
     tl.store(out + 2 * rows + row, weighted)
-    if FORWARD:
-        tl.store(out + 3 * rows + row, mp)
-        tl.store(out + 4 * rows + row, mass)
-        tl.store(out + 5 * rows + row, mass_powers)
-        tl.store(out + 6 * rows + row, mass_logits)
-    if REVERSE:
-        tl.store(out + 7 * rows + row, mr)
-        tl.store(out + 8 * rows + row, reference_total)
-        tl.store(out + 9 * rows + row, cross)
+    tl.store(out + 3 * rows + row, mp)
+    tl.store(out + 4 * rows + row, mass)
+    tl.store(out + 5 * rows + row, mass_powers)
+    tl.store(out + 6 * rows + row, mass_logits)
+    tl.store(out + 7 * rows + row, mr)
+    tl.store(out + 8 * rows + row, reference_total)
+    tl.store(out + 9 * rows + row, cross)
 
 
 @triton.jit

@@ -81,7 +81,8 @@ def test_log_probs_divergences_and_entropies_are_those_of_whole_logits(
     assert found is not None and found.responses == 3
     assert found.reaching == (3, 3, 2, 1, 1, 1, 1)
     forward = np.full((3, 7), np.nan)
-    base_total, model_total, entropy = [], [], np.full((3, 7), np.nan)
+    base_total, model_total = [], []
+    entropies = {path: np.full((3, 7), np.nan) for path in models}
     reverse = np.full((3, 7), np.nan)
     for row, (key, ids) in enumerate(RESPONSES.items()):
         base, model = (whole_log_probs(path, key, pair.vocabulary) for path in models)
@@ -94,12 +95,14 @@ def test_log_probs_divergences_and_entropies_are_those_of_whole_logits(
         reverse[row, : len(ids)] = torch.nn.functional.kl_div(
             base, model, log_target=True, reduction="none"
         ).sum(1)
-        entropy[row, : len(ids)] = torch.distributions.Categorical(logits=model).entropy()
+        for path, log_probs in zip(models, (base, model), strict=True):
+            entropies[path][row, : len(ids)] = torch.distributions.Categorical(logits=log_probs).entropy()
     assert sorted(found.base_log_prob) == pytest.approx(sorted(base_total), rel=1e-4)
     assert sorted(found.model_log_prob) == pytest.approx(sorted(model_total), rel=1e-4)
     assert found.forward_kl == pytest.approx(np.nanmean(forward, axis=0), rel=1e-3)
     assert found.reverse_kl == pytest.approx(np.nanmean(reverse, axis=0), rel=1e-3)
-    assert found.model_entropy == pytest.approx(np.nanmean(entropy, axis=0), rel=1e-3)
+    for path, told in zip(models, (found.base_entropy, found.model_entropy), strict=True):
+        assert told == pytest.approx(np.nanmean(entropies[path], axis=0), rel=1e-3)
 
 
 def test_a_model_does_not_diverge_from_itself(models: tuple[Path, Path], tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
@@ -29,6 +31,7 @@ from tests.stand_in import VOCAB, stand_ins
 
 PROMPTS = tuple(Prompt(i, "?", (i, 7), "1") for i in range(6))
 HELD_OUT = HeldOut("sums", PROMPTS, "math", LoadReport("sums.jsonl", 6, 6, (), (), (), 100, ()))
+OTHER = HeldOut("more", PROMPTS[:2], "math", LoadReport("more.jsonl", 2, 2, (), (), (), 100, ()))
 SAMPLES = 4
 STEP = 3  # that the stand-ins have
 
@@ -39,38 +42,64 @@ def reviver_of(tmp_path_factory):
     return lambda: Reviver(None, architecture, restarts=3, startup_timeout=20)
 
 
-@contextmanager
-def evaluation(directory, monkeypatch, reviver=None, **options):
-    """Stand-ins, their pool, and the evaluator of the one rank of a run."""
-    placement = SimpleNamespace(
-        is_main=True,
-        data_rank=0,
-        layout=SimpleNamespace(data_parallel=1),
-        share_from_heads=lambda mine: [mine],
-        share_from_main=lambda mine: mine,
-    )
+SETTING = Setting(temperature=0.6, top_p=0.95, top_k=5, max_response_tokens=4)
+ALONE = SimpleNamespace(
+    is_main=True,
+    data_rank=0,
+    layout=SimpleNamespace(data_parallel=1),
+    share_from_heads=lambda mine: [mine],
+    share_from_main=lambda mine: mine,
+)
+
+
+def judge(pairs: list[tuple[str, str]]) -> list[Verification]:
+    """Correct where the text is its problem's answer."""
+    return [
+        Verification(Outcome.CORRECT if text == gold else Outcome.WRONG, text or None) for text, gold in pairs
+    ]
+
+
+def evaluator_of(directory, placement, pool, reviver=None, settings=(SETTING,)) -> Evaluator:
+    """One rank's; a response's text is 1 where its last token is odd."""
     rollout = Rollout(prompts_per_step=8, max_response_tokens=8)
-    evaluate = Evaluate(samples=SAMPLES, k=[1], batch=8)
-    settings = [Setting(temperature=0.6, top_p=0.95, top_k=5, max_response_tokens=4)]
-    run = SimpleNamespace(directory=directory, seed=11, steps=10, date="2026-11-28")
-    model = SimpleNamespace(path=directory)
     config = SimpleNamespace(
-        run=run, model=model, rollout=rollout, evaluate=evaluate, evaluation_settings=settings
+        run=SimpleNamespace(directory=directory, seed=11, steps=10, date="2026-11-28"),
+        model=SimpleNamespace(path=directory),
+        rollout=rollout,
+        evaluate=Evaluate(samples=SAMPLES, k=[1, 2], batch=8),
+        evaluation_settings=settings,
     )
+    tokenizer = SimpleNamespace(
+        batch_decode=lambda ids, skip_special_tokens: ["1" if row[-1] % 2 else "" for row in ids]
+    )
+    engines = SharedEngines(cast(Any, placement), pool, reviver)
+    collector = Collector(rollout, cast(Any, placement), cast(Any, tokenizer), engines, None)
+    verifiers = {} if pool is None else {"math": SimpleNamespace(verify=judge)}
+    return Evaluator(cast(Any, config), cast(Any, tokenizer), collector, cast(Any, verifiers))
+
+
+@pytest.fixture(autouse=True)
+def held_out(monkeypatch) -> None:
     monkeypatch.setattr(evaluator_module, "load_held_out", lambda *_: [HELD_OUT])
-    verifier = SimpleNamespace(verify=lambda pairs: [Verification(Outcome.CORRECT, "1") for _ in pairs])
-    tokenizer = SimpleNamespace(batch_decode=lambda ids, skip_special_tokens: ["1"] * len(ids))
-    defaults = {"vocab_size": VOCAB, "prompts_per_request": 1, "request_timeout": 60.0, "reviver": reviver}
-    with stand_ins(2) as (servers, urls), EnginePool(urls, **{**defaults, **options}) as pool:
+
+
+@contextmanager
+def evaluation(directory, reviver=None, settings=(SETTING,)):
+    """Stand-ins, their pool, and the evaluator of the one rank of a run."""
+    with engines_of(2) as (servers, urls), pool_of(urls, reviver) as pool:
+        yield servers, pool, evaluator_of(directory, ALONE, pool, reviver, settings)
+
+
+@contextmanager
+def engines_of(count):
+    with stand_ins(count) as (servers, urls):
         for server in servers:
             server.version = str(STEP)
-        engines = SharedEngines(cast(Any, placement), pool, reviver)
-        collector = Collector(rollout, cast(Any, placement), cast(Any, tokenizer), engines, None)
-        yield (
-            servers,
-            pool,
-            Evaluator(cast(Any, config), cast(Any, tokenizer), collector, {"math": cast(Any, verifier)}),
-        )
+        yield servers, urls
+
+
+def pool_of(urls, reviver=None) -> EnginePool:
+    return EnginePool(urls, vocab_size=VOCAB, prompts_per_request=1, request_timeout=60.0, reviver=reviver)
 
 
 def stored(directory) -> list[tuple[str, int, list[int]]]:
@@ -82,8 +111,8 @@ def stored(directory) -> list[tuple[str, int, list[int]]]:
     return sorted((row["problem"], row["sample"], list(row["token_ids"])) for row in rows)
 
 
-def test_engines_are_asked_as_the_setting_says(tmp_path, monkeypatch) -> None:
-    with evaluation(tmp_path, monkeypatch) as (servers, _, evaluator):
+def test_engines_are_asked_as_the_setting_says(tmp_path) -> None:
+    with evaluation(tmp_path) as (servers, _, evaluator):
         evaluator.run(STEP)
         bodies = [body for server in servers for path, body in server.asked if path == "/generate"]
     assert sum(len(body["input_ids"]) for body in bodies) == len(PROMPTS) * SAMPLES
@@ -93,11 +122,11 @@ def test_engines_are_asked_as_the_setting_says(tmp_path, monkeypatch) -> None:
             assert asked == {"temperature": 0.6, "top_p": 0.95, "top_k": 5, "max_new_tokens": 4}
 
 
-def test_samples_are_the_same_when_all_engines_are_lost_on_the_way(tmp_path, monkeypatch, reviver_of) -> None:
-    with evaluation(tmp_path / "undisturbed", monkeypatch) as (_, _, evaluator):
+def test_samples_are_the_same_when_all_engines_are_lost_on_the_way(tmp_path, reviver_of) -> None:
+    with evaluation(tmp_path / "undisturbed") as (_, _, evaluator):
         undisturbed = evaluator.run(STEP)
     reviver, recovered = reviver_of(), []
-    with evaluation(tmp_path / "disturbed", monkeypatch, reviver) as (servers, pool, evaluator):
+    with evaluation(tmp_path / "disturbed", reviver) as (servers, pool, evaluator):
         for number, server in enumerate(servers):
             server.change = _fail_after(server, 2 + number)
 
@@ -114,8 +143,8 @@ def test_samples_are_the_same_when_all_engines_are_lost_on_the_way(tmp_path, mon
     assert len(stored(tmp_path / "disturbed")) == len(PROMPTS) * SAMPLES
 
 
-def test_engines_that_do_not_come_back_are_named(tmp_path, monkeypatch) -> None:
-    with evaluation(tmp_path, monkeypatch) as (servers, pool, evaluator):
+def test_engines_that_do_not_come_back_are_named(tmp_path) -> None:
+    with evaluation(tmp_path) as (servers, pool, evaluator):
         for server in servers:
             server.answers["/generate"] = (500, b"out of memory")
         with pytest.raises(RapoError, match="too few engines are left to sample from") as failed:
@@ -147,6 +176,73 @@ def test_an_evaluation_of_its_own_brings_engines_back_and_draws_what_is_missing(
     standalone._draw(*(cast(Any, part) for part in (work, OnceTooFew(), None, progress, tmp_path)))
     assert loaded == [(tmp_path, standalone.WEIGHT_VERSION)]
     assert drawn == [[0], [1]]  # planned anew, from what is there
+
+
+class Ranks:
+    """What ranks that are threads share; of TP 2 and two replicas, ranks 0 and 2 are heads."""
+
+    def __init__(self) -> None:
+        self._barrier, self._box = threading.Barrier(4), {}
+
+    def placement(self, rank: int) -> SimpleNamespace:
+        def exchange(mine: object) -> dict[int, Any]:
+            self._box[rank] = mine
+            self._barrier.wait(timeout=20)
+            shared = dict(self._box)
+            self._barrier.wait(timeout=20)
+            return shared
+
+        return SimpleNamespace(
+            is_main=rank == 0,
+            data_rank=rank // 2,
+            layout=SimpleNamespace(data_parallel=2),
+            share_from_heads=lambda mine: [*map(exchange(mine).get, (0, 2))],
+            share_from_main=lambda mine: exchange(mine)[0],
+        )
+
+
+def test_replicas_share_an_evaluation_between_them(tmp_path) -> None:
+    """Every head samples its share of the problems; all ranks get the numbers of one rank alone."""
+    with evaluation(tmp_path / "alone") as (_, _, evaluator):
+        alone = evaluator.run(STEP)
+    ranks = Ranks()
+    with engines_of(2) as (servers, urls), pool_of(urls) as first, pool_of(urls) as second:
+        pools = [first, None, second, None]
+
+        def run(rank: int) -> Any:
+            return evaluator_of(tmp_path / "together", ranks.placement(rank), pools[rank]).run(STEP)
+
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(run, range(4)))
+        bodies = [body for server in servers for path, body in server.asked if path == "/generate"]
+    assert found == [alone] * 4
+    assert 0 < alone["pass@1"] < 1
+    assert sum(len(body["input_ids"]) for body in bodies) == len(PROMPTS) * SAMPLES
+    assert stored(tmp_path / "together") == stored(tmp_path / "alone")
+
+
+def test_metrics_are_named_by_data_set_and_setting_where_there_are_several(tmp_path, monkeypatch) -> None:
+    with evaluation(tmp_path) as (_, _, evaluator):
+        one = evaluator.run(STEP)
+    k = {f"{kind}@{k}{end}" for kind in ("pass", "maj") for k in (1, 2) for end in ("", "_low", "_high")}
+    assert one.keys() == k | {"response_tokens_mean", "truncated", "unknown"}
+    for k in (1, 2):
+        for kind in ("pass", "maj"):
+            assert one[f"{kind}@{k}_low"] <= one[f"{kind}@{k}"] <= one[f"{kind}@{k}_high"]
+    right = [rows[-1] % 2 for _, _, rows in stored(tmp_path)]
+    assert one["pass@1"] == pytest.approx(sum(right) / len(right))
+    assert one["response_tokens_mean"] == 2.0
+
+    with evaluation(tmp_path, settings=(SETTING, Setting())) as (_, _, evaluator):
+        several = evaluator.run(STEP)
+    assert several.keys() == {f"sums/{s}/{name}" for s in (SETTING.name, "t1") for name in one}
+    assert {name: several[f"sums/{SETTING.name}/{name}"] for name in one} == one
+    monkeypatch.setattr(evaluator_module, "load_held_out", lambda *_: [HELD_OUT, OTHER])
+    with evaluation(tmp_path) as (_, _, evaluator):
+        several = evaluator.run(STEP)
+    assert several.keys() == {f"{data}/{SETTING.name}/{name}" for data in ("sums", "more") for name in one}
+    manifest = Evaluation.open(tmp_path / "evaluations" / f"step_{STEP:06d}").manifest
+    assert (manifest.finished is not None, manifest.model.step, manifest.seed) == (True, STEP, 11)
 
 
 def _fail_after(server, count: int):

@@ -91,6 +91,7 @@ def test_columns_are_estimated_each_by_itself() -> None:
         assert [astuple(one) for one in together(values)] == [pytest.approx(one) for one in expected]
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("of", [estimate, estimate_difference])
 def test_what_has_no_interval_is_refused(of) -> None:
     with pytest.raises(ValueError, match="evaluate at least one problem"):
