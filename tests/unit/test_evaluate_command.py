@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_rapo.config import RunConfig
 from megatron_rapo.errors import RapoError
+from megatron_rapo.evaluate import command
 from megatron_rapo.evaluate.command import Request, as_typed, run
 from megatron_rapo.evaluate.interval import Estimate
 from megatron_rapo.evaluate.results import Result, table
@@ -116,3 +120,115 @@ def test_a_table_of_zeros_says_what_else_it_may_mean(correct: float, told: bool)
         lengths=Lengths(1.0, 1.0, 1.0, 1),
     )
     assert ("no sample is correct, and in 50% no answer" in table([Result("a", "t1", statistics)])) is told
+
+
+RUN = """
+[run]
+directory = "{directory}"
+steps = 4
+[model]
+path = "{model}"
+[data]
+source = "arithmetic"
+terms = 2
+[rollout]
+prompts_per_step = 4
+max_prompt_tokens = 32
+max_response_tokens = 32
+{evaluate}
+"""
+
+
+@pytest.fixture
+def asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[RunConfig, Path, int | None]]:
+    """What is evaluated, where, and the correct samples at which a problem is done; nothing is."""
+
+    class Asked(Exception):
+        pass
+
+    def evaluate(config: RunConfig, record: object, out: Path, *, adaptive: int | None) -> None:
+        raise Asked(config, out, adaptive)
+
+    monkeypatch.setattr(command, "evaluate", evaluate)
+    monkeypatch.setattr(command, "open_model", lambda model, out: (model, None))
+    monkeypatch.chdir(tmp_path)
+
+    def ask(evaluate: str | None = "[evaluate]", **said: Any) -> tuple[RunConfig, Path, int | None]:
+        if evaluate is not None:
+            file = tmp_path / "run.toml"
+            file.write_text(RUN.format(directory=tmp_path / "run", model=MODEL, evaluate=evaluate))
+            said = {"configs": [file], **said}
+        with pytest.raises(Asked) as raised:
+            run(Request(**said))
+        found: tuple[RunConfig, Path, int | None] = raised.value.args
+        return found
+
+    return ask
+
+
+def test_what_is_said_beside_a_configuration_changes_that_alone(asked: Any, tmp_path: Path) -> None:
+    plain, out, adaptive = asked()
+    assert (plain.model.path, plain.evaluate.samples, plain.evaluate.k) == (MODEL, 16, [1, 4, 16])
+    assert (out, adaptive) == (tmp_path / "run/evaluations/tiny-countdown", None)
+    assert plain.run.directory == out
+    assert plain.data.source == "arithmetic" and plain.rollout.max_response_tokens == 32
+    said, out, adaptive = asked(
+        model=Path("other"),
+        data=["countdown"],
+        samples=12,
+        max_response_tokens=9,
+        stop_after_correct=12,
+        out=tmp_path / "x",
+        settings=["run.seed=3"],
+    )
+    assert (said.model.path, said.rollout.max_response_tokens, said.run.seed) == (Path("other"), 9, 3)
+    assert [one.source for one in said.evaluate.data] == ["countdown"]
+    assert said.data == plain.data
+    assert (said.evaluate.samples, said.evaluate.k) == (12, [1, 2, 4, 8, 12])
+    assert (out, adaptive) == (tmp_path / "x", 12)
+    assert asked(samples=12, k=[3])[0].evaluate.k == [3]
+    assert asked(evaluate="[evaluate]\nsamples = 32", k=[32])[0].evaluate.samples == 32
+
+
+def test_a_generated_task_has_the_runs_options_in_its_evaluation(asked: Any) -> None:
+    found, *_ = asked(data=["arithmetic", "countdown"])
+    assert found.evaluate.data[0] == found.data and found.data.terms == 2
+    assert found.evaluate.data[1].numbers == 4
+
+
+def test_without_a_configuration_the_rest_has_defaults(asked: Any, tmp_path: Path) -> None:
+    found, out, adaptive = asked(None, model=MODEL, data=["arithmetic", "x.jsonl"], template="plain")
+    assert (out, adaptive) == (Path("evaluations/tiny-countdown"), None)
+    assert (found.rollout.max_prompt_tokens, found.rollout.max_response_tokens) == (1024, 2048)
+    assert (found.evaluate.samples, found.evaluate.k) == (16, [1, 4, 16])
+    assert (found.data.source, found.evaluate.data[1].template) == ("arithmetic", "plain")
+    found, _, adaptive = asked(
+        None, model=MODEL, data=["{source = 'countdown', numbers = 3}"], stop_after_correct=2
+    )
+    assert (found.evaluate.data[0].numbers, found.data.numbers, adaptive) == (3, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"model": MODEL}, "evaluate needs a configuration, or --model and --data; name them"),
+        ({"data": ["countdown"]}, "evaluate needs a configuration, or --model and --data; name them"),
+        ({"configs": True}, "the configuration has no .evaluate.; add it, or say --data and --samples"),
+        (
+            {"model": MODEL, "data": ["countdown"], "stop_after_correct": 17},
+            "--stop-after-correct 17 has no effect beside 16 samples a problem",
+        ),
+        ({"configs": True, "samples": 0}, r"^configuration run.toml, --set is not valid:\n  --samples = 0"),
+    ],
+)
+def test_what_says_too_little_or_too_much_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if said.pop("configs", False):
+        Path("run.toml").write_text(RUN.format(directory="run", model=MODEL, evaluate=""))
+        said = {**said, "configs": [Path("run.toml")]}
+    with pytest.raises(RapoError, match=message):
+        run(Request(**said))
