@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -12,7 +14,15 @@ import pytest
 
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.manifest import DataRecord, Manifest, ModelRecord, SettingRecord
-from megatron_rapo.evaluate.store import Evaluation, Problem, SampleStore, StoredSample, write_problems
+from megatron_rapo.evaluate.store import (
+    Evaluation,
+    Problem,
+    SampleStore,
+    StoredSample,
+    begin,
+    remove,
+    write_problems,
+)
 from megatron_rapo.fingerprint import fingerprint, weights_fingerprint
 from megatron_rapo.reward.outcome import Outcome
 
@@ -170,3 +180,100 @@ def test_counts_read_neither_texts_nor_tokens(stored: Evaluation, monkeypatch: p
     samples.counts()
     assert not {"text", "token_ids", "log_probs"} & set(read)
     assert pyarrow.parquet.read_metadata(samples.parts()[0]).num_rows == 1
+
+
+def changed(**changes: Any) -> Manifest:
+    return MANIFEST.model_copy(update=changes)
+
+
+OTHER_DATA = DataRecord(name="more", source="more.jsonl", problems=1, fingerprint="22")
+COLD = SettingRecord(name="t0.5", temperature=0.5, max_response_tokens=8)
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        changed(started="2026-02-02T00:00:00+00:00"),
+        changed(samples=5),
+        changed(settings=(*MANIFEST.settings, COLD)),
+        changed(
+            data=(*MANIFEST.data, OTHER_DATA),
+            prompts={"sums": "11", "more": "12"},
+            verifier={"sums": "math", "more": "integer"},
+        ),
+        changed(versions={"torch": "9"}, finished="then", model=ModelRecord(path="elsewhere")),
+    ],
+    ids=["the same", "more samples", "another setting", "another data set", "elsewhere"],
+)
+def test_an_evaluation_may_go_on_as_the_same_or_with_more(now: Manifest) -> None:
+    found = now.going_on_from(MANIFEST, Path("out"))
+    assert found == now.model_copy(update={"started": MANIFEST.started})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model": ModelRecord(path="m", fingerprint="v")},
+            "in the model (models/base, fingerprint None, now m, fingerprint v)",
+        ),
+        ({"seed": 8}, "in the seed (7, now 8)"),
+        ({"adaptive": 2}, "in the adaptive budget (none, now 2)"),
+        (
+            {"data": (MANIFEST.data[0].model_copy(update={"fingerprint": "01"}),)},
+            "in data set sums (sums.jsonl, fingerprint 00, now sums.jsonl, fingerprint 01)",
+        ),
+        ({"prompts": {"sums": "12"}}, "in the prompts of sums (fingerprint 11, now fingerprint 12)"),
+        (
+            {"prompts": {"sums": "12"}, "date": "2026-01-02"},
+            "now fingerprint 12 of a chat template on 2026-01-02)",
+        ),
+        ({"verifier": {"sums": "integer"}}, "in the verifier of sums (math, now integer)"),
+        (
+            {"settings": (MANIFEST.settings[0].model_copy(update={"top_k": 3}),)},
+            "in setting t1 (name='t1' temperature=1.0 top_p=1.0 top_k=-1 max_response_tokens=8, now",
+        ),
+        ({"settings": (COLD,)}, "out was begun with setting t1, which is not asked for now; name it again"),
+        ({"samples": 3}, "out was begun with 4 samples a problem, more than the 3 of now; ask for no fewer"),
+    ],
+)
+def test_samples_that_do_not_belong_together_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RapoError, match=re.escape(message)):
+        changed(**changes).going_on_from(MANIFEST, Path("out"))
+
+
+def test_models_have_short_names() -> None:
+    assert ModelRecord(path="models/Qwen").label == "Qwen"
+    assert ModelRecord(path="runs/one/model", run="runs/one", step=7).label == "one step 7"
+
+
+def test_what_cannot_be_written_is_told_and_leaves_no_half(
+    stored: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = stored.samples("sums", "t1")
+    samples.write([])
+    assert not samples.directory.exists()  # nothing is no part
+    samples.write([sample("a", 0)])
+
+    def full(table: object, where: Path, **options: object) -> None:
+        where.write_bytes(b"PAR1")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pyarrow.parquet, "write_table", full)
+    with pytest.raises(RapoError, match=r"part-002-000000\.parquet: .*No space left .* intact: free space"):
+        samples.write([sample("a", 1)], writer=2)
+    assert [path.name for path in samples.directory.iterdir()] == ["part-000-000000.parquet"]
+    with pytest.raises(RapoError, match=r"cannot be written to .*: No space left on device; free space"):
+        begin(stored.directory, MANIFEST, {"sums": PROBLEMS})
+
+
+def test_an_evaluation_is_removed_whole(stored: Evaluation) -> None:
+    remove(stored.directory)
+    assert not stored.directory.exists()
+    remove(stored.directory)
+
+
+def test_problems_that_cannot_be_read_are_told(stored: Evaluation) -> None:
+    (stored.directory / "sums/problems.parquet").write_bytes(b"PAR1")
+    with pytest.raises(RapoError, match=r"problems\.parquet cannot be read: .*into another directory"):
+        Evaluation.open(stored.directory)
