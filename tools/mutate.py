@@ -137,7 +137,9 @@ def judge(copies: Sequence[Copy], coverage: Coverage, faults: Sequence[Fault]) -
     for fault in faults:
         tests = coverage.tests(fault)
         if tests:
-            jobs.append(Job((fault, tests), partial(attempt, tests), 60.0 + 5 * coverage.seconds(tests)))
+            longest = max(coverage.seconds([test]) for test in tests)
+            work = partial(attempt, tests, 20.0 + 5 * longest)
+            jobs.append(Job((fault, tests), work, 60.0 + 5 * coverage.seconds(tests)))
         else:
             verdicts.append(Verdict(fault, "untested"))
 
@@ -158,14 +160,14 @@ def judge(copies: Sequence[Copy], coverage: Coverage, faults: Sequence[Fault]) -
     return verdicts
 
 
-def attempt(tests: list[str], copy: Copy) -> int:
-    """In a child: the status of a fault's tests."""
+def attempt(tests: list[str], limit_s: float, copy: Copy) -> int:
+    """In a child: the status of a fault's tests, none of which may take longer than the limit."""
     del copy
-    status = run_tests(tests)
+    status = run_tests(tests, limit_s=limit_s)
     if status not in (4, 5):
         return status
     # Parameters of a test may come from the package: under the fault it has another name.
-    return run_tests(list(dict.fromkeys(test.split("::")[0] for test in tests)))
+    return run_tests(list(dict.fromkeys(test.split("::")[0] for test in tests)), limit_s=limit_s)
 
 
 def describe(verdict: Verdict) -> str:

@@ -69,8 +69,14 @@ class Copy:
         path.write_bytes(source)
 
 
-def run_tests(tests: Sequence[str], plugins: Sequence[Any] = (), *, to_the_first_failure: bool = True) -> int:
-    """In a child: pytest's status of these tests, in this order."""
+def run_tests(
+    tests: Sequence[str],
+    plugins: Sequence[Any] = (),
+    *,
+    to_the_first_failure: bool = True,
+    limit_s: float | None = None,
+) -> int:
+    """In a child: pytest's status of these tests, in this order; one that takes longer than a limit fails."""
     import hypothesis
     import pytest
 
@@ -80,6 +86,8 @@ def run_tests(tests: Sequence[str], plugins: Sequence[Any] = (), *, to_the_first
     options = ["--tb=line", "-p", "no:cacheprovider", "--hypothesis-seed=0", "--basetemp=tmp/pytest"]
     if to_the_first_failure:
         options.append("-x")
+    if limit_s is not None:
+        options.append(f"--timeout={limit_s}")
     return int(pytest.main([*options, *tests], plugins=list(plugins)))
 
 
