@@ -84,6 +84,7 @@ _SIGNS = {
     "€": "",
     "£": "",
     "¥": "",
+    "¢": r"\text{ cents}",
     "￥": "",
     "＜": "<",
     "＞": ">",
@@ -132,8 +133,9 @@ _RULES = [
         (r"(?<!\\)\$|\\[()](?![A-Za-z])|\\\[|\\\](?![A-Za-z])|\*\*\*?(?=\W|$)|(?<!\S)\*\*\*?|__", ""),
         (r"\\(?:,|;|:|>|\s|quad(?![A-Za-z])|qquad(?![A-Za-z])|thinspace|enspace|hspace\{[^{}]*\})", " "),
         (r"(?<!\\)~", " "),
-        (r"\\\$|\\(?:textdollar|pounds|euro)(?![A-Za-z])|\\#", ""),
+        (r"\\(?:pounds|euro)(?![A-Za-z])|\\#", ""),
         # Variants of commands.
+        (r"\\textdollar(?![A-Za-z])", r"\\$"),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
         (

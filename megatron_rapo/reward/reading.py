@@ -36,7 +36,7 @@ class Words:
     @property
     def key(self) -> str:
         """What is compared."""
-        bare = re.sub(r"\\text\s*|[{}\s\"'`*]|\\(?=[^A-Za-z])", "", self.text)
+        bare = re.sub(r"\\text\s*|[{}\s\"'`*$]|\\(?=[^A-Za-z])", "", self.text)
         return bare.strip(".,;:!").casefold()
 
 
@@ -132,7 +132,7 @@ def _read(text: str) -> Answer:
         text = text[1:-1].strip()
     if whole := _WHOLE_TEXT.fullmatch(text):
         text = plain(whole[1])
-        if _ENGLISH.fullmatch(text):
+        if _ENGLISH.fullmatch(text.replace("\\$", "")):
             return Words(text)
     if _CAPITALS.fullmatch(text):
         return Words(text)

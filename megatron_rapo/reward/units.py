@@ -5,7 +5,8 @@ r"""What may stand beside a number: a unit, a percent sign, degrees, an ordinal'
 | `36 cm^2`, `36\text{ cm}^2`, `36\text{ square centimeters}` | `36` | `cm^2` |
 | `50 km/h`, `50\ \frac{\text{km}}{\text{h}}` | `50` | `km/h` |
 | `4\text{ different ways}`, `36 apples` | `4`, `36` | the words |
-| `60^\circ`, `60\text{ degrees}`, `12\text{th}`, `\$32` | `60`, `12`, `32` | nothing |
+| `\$32`, `32\text{ dollars}` | `32` | `dollar` |
+| `60^\circ`, `60\text{ degrees}`, `12\text{th}` | `60`, `12` | nothing |
 | `12\%`, `12 percent` | `12` | a percent sign |
 | `5 \pmod 7`, `5 (mod 7)` | `5` | the modulus 7 |
 
@@ -123,11 +124,12 @@ def separate(text: str) -> tuple[str, Beside]:
     if found := _MODULUS.search(text):
         modulus = int(found[1] or found[2])
         text = text[: found.start()]
+    text, dollars = text.replace("\\$", ""), "\\$" in text
     number = _PERCENT.sub("", text)
     percent = number != text
     number = _ORDINAL.sub("", _DEGREES.sub("", number)).strip()
     number, unit = _without_unit(_FRACTION.sub(r" \\text{\1}\2/\\text{\3}\4", number))
-    return number, Beside(unit, percent, modulus)
+    return number, Beside(unit or ("dollar" if dollars else ""), percent, modulus)
 
 
 def conflict(one: str, other: str) -> bool:
