@@ -1,0 +1,418 @@
+"""What the client of an engine asks, request by request: routes, bodies, seconds; and how long it waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from megatron_rapo.errors import EngineLost, RapoError
+from megatron_rapo.rollout import client as module
+from megatron_rapo.rollout import exchange as exchange_module
+from megatron_rapo.rollout.client import EngineClient, EngineInfo
+from megatron_rapo.rollout.exchange import EXCERPT, Exchange, NoSuchRoute, http_client
+
+URL = "http://127.0.0.1:7001"
+TIMEOUT = 77.0
+MODEL = {"model_path": "models/m", "weight_version": 3}
+SERVER = {"tp_size": "2", "dtype": "bfloat16", "version": "0.5.21"}
+
+
+class Asked(Exchange):
+    """Notes each request, and answers from a table; a list is answered one after the other."""
+
+    def __init__(self, answers: dict[str, Any]) -> None:
+        self.url = URL
+        self.answers = answers
+        self.asked: list[tuple[Any, ...]] = []
+        self._diagnose = None
+
+    def _next(self, path: str, otherwise: Any) -> Any:
+        found = self.answers.get(path, otherwise)
+        if isinstance(found, list):
+            found = found.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    async def json(
+        self, method: str, path: str, body: Any = None, *, timeout: float, when_late: str = ""
+    ) -> Any:
+        self.asked.append((method, path, body, timeout))
+        return self._next(path, {"success": True})
+
+    async def request(
+        self, method: str, path: str, body: Any = None, *, timeout: float, when_late: str = ""
+    ) -> Any:
+        self.asked.append((method, path, body, timeout))
+        return self._next(path, None)
+
+    async def status(self, method: str, path: str, *, timeout: float) -> int:
+        self.asked.append((method, path, None, timeout))
+        return int(self._next(path, 405))
+
+
+def asked(
+    work: Callable[[EngineClient], Coroutine[Any, Any, Any]], answers: dict[str, Any] | None = None
+) -> tuple[Any, list[Any]]:
+    """What `work(client)` makes, and the requests of it; its error in place of that where it fails."""
+
+    async def scenario() -> Any:
+        async with http_client() as http:
+            client = EngineClient(http, URL, timeout=TIMEOUT)
+            client._exchange = exchange = Asked(answers or {})
+            try:
+                return await work(client), exchange.asked
+            except RapoError as error:
+                return error, exchange.asked
+
+    return asyncio.run(scenario())
+
+
+CONTROL = 60.0
+SESSIONS = ("GET", "/begin_weight_update", None, CONTROL)
+BEGIN = ("POST", "/begin_weight_update", {"selector": "all"}, TIMEOUT)
+END = ("POST", "/end_weight_update", {}, TIMEOUT)
+QUIET = [
+    ("POST", "/pause_generation", {"mode": "retract"}, CONTROL),
+    ("POST", "/flush_cache", {}, CONTROL),
+]
+GO_ON = ("POST", "/continue_generation", {}, CONTROL)
+FROM_DISK = (
+    "POST",
+    "/update_weights_from_disk",
+    {"model_path": "/w", "weight_version": "8", "flush_cache": False, "abort_all_requests": False},
+    TIMEOUT,
+)
+REFUSED, LOST = RapoError("refused"), EngineLost("lost")
+
+
+@pytest.mark.parametrize(
+    ("work", "requests"),
+    [
+        (lambda c: c.pause("in_place"), [("POST", "/pause_generation", {"mode": "in_place"}, CONTROL)]),
+        (lambda c: c.continue_generation(), [GO_ON]),
+        (lambda c: c.flush_cache(), QUIET[1:]),
+        (
+            lambda c: c.release_memory(("weights", "kv_cache")),
+            [("POST", "/release_memory_occupation", {"tags": ["weights", "kv_cache"]}, CONTROL)],
+        ),
+        (
+            lambda c: c.resume_memory(("weights",)),
+            [("POST", "/resume_memory_occupation", {"tags": ["weights"]}, CONTROL)],
+        ),
+        (lambda c: c.post("/x", {"a": 1}), [("POST", "/x", {"a": 1}, TIMEOUT)]),
+        (lambda c: c.post("/x", {"a": 1}, timeout=5.0), [("POST", "/x", {"a": 1}, 5.0)]),
+        (lambda c: c.abort(), [("POST", "/abort_request", {"abort_all": True}, CONTROL)]),
+        (lambda c: c.abort("unknown"), []),
+        (lambda c: c.silence(3.0), [("GET", "/model_info", None, 3.0)]),
+        (lambda c: c.silence(30.0), [("GET", "/model_info", None, 5.0)]),
+        (lambda c: c.begin_update(), [*QUIET, SESSIONS, BEGIN]),
+        (lambda c: c.end_update(), [SESSIONS, END, GO_ON]),
+        (lambda c: c.abandon_update(), [END, GO_ON]),
+        (lambda c: c.update_weights_from_disk(Path("/w"), "8"), [*QUIET, FROM_DISK, GO_ON]),
+    ],
+)
+def test_each_request_has_its_route_its_body_and_its_seconds(work: Any, requests: list[Any]) -> None:
+    found, made = asked(work)
+    assert made == requests
+    assert not isinstance(found, RapoError)
+
+
+@pytest.mark.parametrize(
+    ("work", "answers", "requests"),
+    [
+        # An engine without sessions is asked once whether it has them.
+        (lambda c: c.begin_update(), {SESSIONS[1]: 404}, [*QUIET, SESSIONS]),
+        (lambda c: c.end_update(), {SESSIONS[1]: 404}, [SESSIONS, GO_ON]),
+        # What fails is undone, as far as it goes.
+        (lambda c: c.begin_update(), {"/pause_generation": LOST}, [QUIET[0], END, GO_ON]),
+        (
+            lambda c: c.begin_update(),
+            {SESSIONS[1]: [405, LOST]},
+            [*QUIET, SESSIONS, BEGIN, END, GO_ON],
+        ),
+        (
+            lambda c: c.begin_update(),
+            {SESSIONS[1]: [405, REFUSED, {}], END[1]: REFUSED},
+            [*QUIET, SESSIONS, BEGIN, END, BEGIN],
+        ),
+        (
+            lambda c: c.begin_update(),
+            {SESSIONS[1]: [405, REFUSED, REFUSED]},
+            [*QUIET, SESSIONS, BEGIN, END, BEGIN, END, GO_ON],
+        ),
+        (lambda c: c.end_update(), {END[1]: REFUSED, GO_ON[1]: LOST}, [SESSIONS, END, GO_ON]),
+        (lambda c: c.abandon_update(), {END[1]: LOST, GO_ON[1]: LOST}, [END, GO_ON]),
+        *[
+            (
+                lambda c: c.update_weights_from_disk(Path("/w"), "8"),
+                {FROM_DISK[1]: answer},
+                [*QUIET, FROM_DISK, GO_ON],
+            )
+            for answer in (REFUSED, LOST, {}, {"message": "done"}, ["success"], None)
+        ],
+    ],
+)
+def test_a_step_that_fails_is_undone(work: Any, answers: dict[str, Any], requests: list[Any]) -> None:
+    answers = {
+        path: list(found) if isinstance(found, list) and path == SESSIONS[1] else [found] * 3
+        for path, found in answers.items()
+    }
+    _, made = asked(work, answers)
+    assert made == requests
+
+
+@pytest.mark.parametrize("sessions", [404, 405, 200])
+def test_an_abandoned_update_is_ended_where_there_may_be_one(sessions: int) -> None:
+    async def work(client: EngineClient) -> None:
+        await client.begin_update()
+        await client.abandon_update()
+
+    _, made = asked(work, {SESSIONS[1]: [sessions, {}]})
+    opened = [] if sessions == 404 else [BEGIN, END]
+    assert made == [*QUIET, SESSIONS, *opened, GO_ON]
+
+
+@pytest.mark.parametrize(
+    ("server", "expected"),
+    [
+        ({}, {"takes_slices": False, "software": "sglang 0.5.21"}),
+        ({"server": "own", "takes_slices": True}, {"takes_slices": True, "software": "own 0.5.21"}),
+        ({"version": None}, {"takes_slices": False, "software": "sglang of unknown version"}),
+    ],
+)
+def test_an_engine_says_what_it_is(server: dict[str, Any], expected: dict[str, Any]) -> None:
+    said = {name: value for name, value in {**SERVER, **server}.items() if value is not None}
+    found, made = asked(lambda c: c.info(), {"/model_info": MODEL, "/server_info": said})
+    usual = {"model_path": "models/m", "weight_version": "3", "tensor_parallel": 2, "dtype": "bfloat16"}
+    assert found == EngineInfo(**{**usual, "update_sessions": True, **expected})
+    assert made == [("GET", path, None, CONTROL) for path in ("/model_info", "/server_info", SESSIONS[1])]
+
+
+@pytest.mark.parametrize("lacks", ["model_path", "weight_version", "tp_size", "dtype"])
+def test_what_an_engine_does_not_say_is_named(lacks: str) -> None:
+    model, server = ({k: v for k, v in one.items() if k != lacks} for one in (MODEL, SERVER))
+    found, _ = asked(lambda c: c.info(), {"/model_info": model, "/server_info": server})
+    assert isinstance(found, EngineLost)
+    assert f"lacks '{lacks}'" in str(found)
+
+
+@pytest.mark.parametrize(("answer", "found"), [(MODEL, "3"), ({}, None), ([], None), (None, None)])
+def test_the_version_of_its_weights_is_read(answer: Any, found: str | None) -> None:
+    version, _ = asked(lambda c: c.weight_version(), {"/model_info": [answer]})
+    assert version == found if found else isinstance(version, EngineLost)
+
+
+def test_checksums_take_their_time() -> None:
+    answer = {"weight_version": 3, "checksums": {"a": "5"}}
+    found, made = asked(lambda c: c.weights_checksum(), {"/weights_checksum": answer})
+    assert found == ("3", {"a": 5})
+    assert made == [("GET", "/weights_checksum", None, TIMEOUT)]
+    assert asked(lambda c: c.weights_checksum(), {"/weights_checksum": NoSuchRoute("no")})[0] is None
+
+
+@pytest.mark.parametrize("rid", [None, "mine"])
+def test_a_batch_is_known_by_its_id_while_it_is_under_way(rid: str | None) -> None:
+    async def work(client: EngineClient) -> Any:
+        exchange: Any = client._exchange
+        waits = asyncio.get_running_loop().create_future()
+        post, client.post = client.post, lambda *_: waits  # type: ignore[method-assign]
+        request = asyncio.ensure_future(client.generate([[1], [2, 3]], [{}, {"n": 1}], rid))
+        await asyncio.sleep(0)
+        await client.abort("mine")
+        waits.set_result(["one", "two"])
+        assert await request == ["one", "two"]
+        await client.abort("mine")
+        client.post = post  # type: ignore[method-assign]
+        exchange.answers = {"/generate": [["first", "second"]]}
+        return await client.generate([[1], [2, 3]], [{}, {"n": 1}], rid)
+
+    found, made = asked(work)
+    assert found == ["first", "second"]
+    aborts = [("POST", "/abort_request", {"rid": f"mine_{number}"}, CONTROL) for number in range(2)]
+    body = {"input_ids": [[1], [2, 3]], "sampling_params": [{}, {"n": 1}], "return_logprob": True}
+    said = {} if rid is None else {"rid": rid}
+    assert made == [*(aborts if rid else []), ("POST", "/generate", {**body, **said}, TIMEOUT)]
+
+
+@pytest.mark.parametrize("answer", [["one"], ["one", "two", "three"], {"a": 1, "b": 2}, "ab", None])
+def test_as_many_responses_as_prompts_are_wanted(answer: Any) -> None:
+    found, _ = asked(lambda c: c.generate([[1], [2]], [{}, {}]), {"/generate": [answer]})
+    assert isinstance(found, EngineLost)
+    assert "not a list of 2 responses" in str(found)
+
+
+# How long it waits
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that goes on while someone sleeps."""
+    clock = [1000.0]
+
+    async def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(module.asyncio, "sleep", sleep)
+    return clock
+
+
+def test_it_waits_for_an_engine_as_long_as_it_is_told(now: list[float]) -> None:
+    patience: list[float] = []
+
+    async def work(client: EngineClient) -> None:
+        async def health_problem(timeout: float) -> str:
+            patience.append(timeout)
+            now[0] += timeout
+            return "no answer"
+
+        client._exchange.health_problem = health_problem  # type: ignore[method-assign]
+        await client.until_healthy(12.0)
+
+    found, _ = asked(work)
+    assert isinstance(found, EngineLost)
+    assert "was not ready within 12 s (no answer)" in str(found)
+    # Five seconds a question, the rest of the time, and at the least a moment.
+    assert patience == pytest.approx([5.0, 5.0, 1.8, 0.1])
+    assert now[0] == pytest.approx(1012.2)
+
+
+@pytest.mark.parametrize(("reasons", "asks"), [([], 3), ([None, "it was killed"], 2)])
+def test_it_waits_no_longer_for_an_engine_that_has_ended_or_is_ready(
+    reasons: list[str | None], asks: int, now: list[float]
+) -> None:
+    problems = ["status 503", "status 503"]
+    asks_made: list[float] = []
+
+    async def work(client: EngineClient) -> None:
+        async def health_problem(timeout: float) -> str | None:
+            asks_made.append(timeout)
+            return problems.pop(0) if problems else None
+
+        client._exchange.health_problem = health_problem  # type: ignore[method-assign]
+        client._exchange.diagnosis = lambda: reasons.pop(0) if reasons else None  # type: ignore[method-assign]
+        await client.until_healthy(600.0)
+
+    ends = bool(reasons)
+    found, _ = asked(work)
+    assert len(asks_made) == asks
+    assert now[0] == pytest.approx(1000.0 + 0.1 * (asks - 1))
+    if ends:
+        assert str(found) == f"{URL} did not become ready: it was killed"
+    else:
+        assert found is None
+
+
+def test_a_busy_cache_is_asked_for_again_so_long(now: list[float]) -> None:
+    found, made = asked(lambda c: c.flush_cache(), {"/flush_cache": [REFUSED] * 500})
+    assert found is REFUSED
+    assert len(made) in (101, 102)  # every tenth of a second, for ten seconds
+    assert 1010.0 - 1e-6 <= now[0] <= 1010.2
+    found, made = asked(lambda c: c.flush_cache(), {"/flush_cache": [LOST] * 500})
+    assert (found, len(made)) == (LOST, 1)
+
+
+# One exchange
+
+
+def exchanged(answer: httpx.Response | Exception, url: str = URL, diagnose: Any = None) -> Any:
+    """What `json` makes of an answer: the content, or the error."""
+
+    def serve(request: httpx.Request) -> httpx.Response:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def scenario() -> Any:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(serve)) as http:
+            try:
+                return await Exchange(http, url, diagnose).json(
+                    "POST", "/x", {}, timeout=30.0, when_late="wait"
+                )
+            except RapoError as error:
+                return error
+
+    return asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "message"),
+    [
+        (httpx.Response(200, json={"a": 1}), dict, ""),
+        (httpx.Response(202, json=[1]), list, ""),
+        (httpx.Response(200, json={"success": True}), dict, ""),
+        (httpx.Response(200, json={"success": False, "message": "no"}), RapoError, f"{URL}/x refused: no"),
+        (httpx.Response(200, json={"success": None}), RapoError, "refused: {'success': None}"),
+        (httpx.Response(200, json={"success": "yes"}), RapoError, "refused"),
+        (httpx.Response(201, json={}), EngineLost, "answered status 201"),
+        (httpx.Response(203, json={}), EngineLost, "answered status 203"),
+        (httpx.Response(302, json={}), EngineLost, "answered status 302"),
+        (httpx.Response(400, text="too long"), RapoError, "answered status 400: too long"),
+        (httpx.Response(401), RapoError, "answered 401: the server demands an API key"),
+        (httpx.Response(402), RapoError, "answered status 402"),
+        (httpx.Response(404), NoSuchRoute, "answered status 404"),
+        (httpx.Response(405), RapoError, "answered status 405"),
+        (httpx.Response(499), RapoError, "answered status 499"),
+        (httpx.Response(500, text="out of memory"), EngineLost, "answered status 500: out of memory"),
+        (httpx.Response(200, text="<html>"), EngineLost, "answered not JSON: <html>"),
+        (httpx.ConnectError("refused"), EngineLost, r"cannot connect (ConnectError: refused); check that"),
+        (httpx.ConnectTimeout(""), EngineLost, "cannot connect (ConnectTimeout); check that"),
+        (httpx.ReadError("reset"), EngineLost, "the connection was lost (ReadError: reset); look into"),
+    ],
+)
+def test_each_answer_is_content_a_refusal_or_a_lost_engine(answer: Any, kind: type, message: str) -> None:
+    found = exchanged(answer)
+    assert type(found) is kind
+    assert message in str(found)
+
+
+def test_an_answer_that_is_late_has_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert str(exchanged(TimeoutError())) == f"POST {URL}/x was not answered within 30 s; wait"
+    told = exchanged(TimeoutError(), diagnose=lambda url: f"{url} was killed")
+    assert str(told) == f"POST {URL}/x was not answered within 30 s; {URL} was killed"
+    assert str(exchanged(TimeoutError(), diagnose=lambda url: None)).endswith("; wait")
+    assert exchanged(httpx.Response(200, json={}), url=URL + "/") == {}
+
+
+@pytest.mark.parametrize(("length", "cut"), [(EXCERPT - 1, False), (EXCERPT, False), (EXCERPT + 1, True)])
+def test_a_long_answer_is_shown_in_part(length: int, cut: bool) -> None:
+    assert EXCERPT == 500
+    shown = exchange_module._excerpt("x" * length)
+    assert shown == ("x" * EXCERPT + f"… ({length} characters)" if cut else "x" * length)
+
+
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("10.0.0.1", False),
+        ("::", False),
+        ("0.0.0.0", False),
+        ("engine.example", False),
+        ("", False),
+    ],
+)
+def test_what_only_this_machine_reaches(host: str, own: bool) -> None:
+    assert exchange_module.is_loopback(host) == own
+
+
+def test_connections_are_not_kept_and_the_environments_proxy_is_not_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:1")
+    monkeypatch.delenv("RAPO_ENGINE_API_KEY", raising=False)
+    http = http_client()
+    assert http._mounts == {}, "no proxy"
+    assert "authorization" not in http.headers
+    pool: Any = http._transport
+    assert pool._pool._max_keepalive_connections == 0
+    asyncio.run(http.aclose())
