@@ -1,5 +1,6 @@
 """Decoding, against transformers' own generation and full forwards."""
 
+import math
 import threading
 
 import pytest
@@ -22,8 +23,8 @@ def models(request, tmp_path_factory):
     return Engine(path, "cpu", "float32"), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
-def sample(prompt, seed=0, *, max_new_tokens=20, temperature=1.0, stop_ids=(EOS,)):
-    return Sample(tuple(prompt), max_new_tokens, temperature, frozenset(stop_ids), seed)
+def sample(prompt, seed=0, *, max_new_tokens=20, temperature=1.0, stop_ids=(EOS,), **limits):
+    return Sample(tuple(prompt), max_new_tokens, temperature, frozenset(stop_ids), seed, **limits)
 
 
 def run(engine, samples):
@@ -142,3 +143,109 @@ def test_broken_weights_are_an_error(models, monkeypatch):
     finally:
         with torch.no_grad():
             parameter.copy_(whole)
+
+
+class Noted:
+    """Notes what decoding does of its work: draws, forwards, and rows that are kept."""
+
+    def __init__(self, monkeypatch):
+        self.draws, self.forwards, self.kept, self.room = 0, 0, [], []
+        draw, forward, select = decoding.draw, decoding._forward, decoding.Cache.batch_select_indices
+        cache = decoding.growing_cache
+
+        def drawn(*arguments):
+            self.draws += 1
+            return draw(*arguments)
+
+        def forwarded(*arguments):
+            self.forwards += 1
+            return forward(*arguments)
+
+        def selected(of, indices):
+            self.kept.append(len(indices))
+            return select(of, indices)
+
+        def made(layers, room):
+            self.room.append(room)
+            return cache(layers, room)
+
+        monkeypatch.setattr(decoding, "draw", drawn)
+        monkeypatch.setattr(decoding, "_forward", forwarded)
+        monkeypatch.setattr(decoding.Cache, "batch_select_indices", selected)
+        monkeypatch.setattr(decoding, "growing_cache", made)
+
+
+def test_rows_that_have_ended_are_dropped_once_they_are_many(models, monkeypatch):
+    engine, _ = models
+    noted = Noted(monkeypatch)
+    run(engine, [sample(PROMPTS[0], i, max_new_tokens=i + 1, stop_ids=()) for i in range(10)])
+    # Of ten rows one ends at each token: eight of ten are few enough, seven of eight are not, …
+    assert noted.kept == [10, 8, 6, 5, 4, 3, 2, 1]
+    assert (noted.draws, noted.forwards) == (10, 9), "no work for a token that nobody has"
+
+
+@pytest.mark.parametrize(("max_new_tokens", "room"), [(5, 12 + 5), (300, 12 + 256)])
+def test_the_cache_has_room_for_the_response_up_to_a_bound(models, monkeypatch, max_new_tokens, room):
+    engine, _ = models
+    noted = Noted(monkeypatch)
+    aborted = threading.Event()
+    aborted.set()
+    engine.generate([sample(prompt, max_new_tokens=max_new_tokens) for prompt in PROMPTS], aborted)
+    assert noted.room == [room]
+
+
+def test_an_abort_is_heeded_before_the_next_token(models):
+    engine, _ = models
+    whole = run(engine, [sample(prompt, 1, stop_ids=()) for prompt in PROMPTS])
+
+    class ThirdLook(threading.Event):
+        looks = 0
+
+        def is_set(self):
+            self.looks += 1
+            return self.looks == 3
+
+    cut = engine.generate([sample(prompt, 1, stop_ids=()) for prompt in PROMPTS], ThirdLook())
+    for one, other in zip(cut, whole, strict=True):
+        assert (one.token_ids, one.finish) == (other.token_ids[:2], "abort")
+
+
+def test_rows_with_fewer_stop_tokens_have_no_others(models):
+    engine, _ = models
+    samples = [sample(PROMPTS[0], seed, stop_ids=()) for seed in range(30)]
+    free = run(engine, samples)
+    tokens = [token for completion in free for token in completion.token_ids]
+    assert {1, 2} <= set(tokens)  # what a filled-up row could be taken to have
+    beside = run(engine, [*samples, sample(PROMPTS[0], 0, stop_ids=range(50, 61))])
+    assert beside[:-1] == free
+
+
+@pytest.mark.parametrize(
+    "limits", [{"top_k": 1}, {"top_p": 1e-6}, {"top_p": 1e-6, "top_k": 5}, {"top_p": 1.0, "top_k": 1}]
+)
+def test_limits_of_one_row_are_not_the_others(models, limits):
+    """The likeliest token alone is greedy decoding, with the log-probs of sampling."""
+    engine, reference = models
+    limited, free, greedy = (
+        sample(PROMPTS[2], 5, stop_ids=(), max_new_tokens=6, **limits),
+        sample(PROMPTS[2], 5, stop_ids=(), max_new_tokens=6),
+        sample(PROMPTS[2], 5, stop_ids=(), max_new_tokens=6, temperature=0.0),
+    )
+    [expected_free], [expected] = run(engine, [free]), run(engine, [greedy])
+    found = run(engine, [limited, free])
+    assert found[0].token_ids == expected.token_ids != expected_free.token_ids
+    assert found[1].token_ids == expected_free.token_ids
+    expected_log_probs = log_probs_of(reference, PROMPTS[2], found[0].token_ids)
+    torch.testing.assert_close(
+        torch.tensor(found[0].log_probs).double(), expected_log_probs, atol=1e-4, rtol=0
+    )
+
+
+@pytest.mark.parametrize("values", [[0.0, math.nan], [-math.inf, -1.0], [math.nan, math.nan]])
+def test_one_log_prob_that_is_not_finite_is_an_error(values):
+    arguments = torch.tensor([[3, 4, 0]]), torch.tensor([[*values, math.nan]]), torch.tensor([2])
+    with pytest.raises(FloatingPointError, match="not finite"):
+        decoding._completions([sample(PROMPTS[0])], *arguments)
+    fine = torch.tensor([[-0.5, -1.0, math.nan]])  # beyond its end nothing counts
+    [completion] = decoding._completions([sample(PROMPTS[0])], arguments[0], fine, arguments[2])
+    assert completion.log_probs == [-0.5, -1.0]

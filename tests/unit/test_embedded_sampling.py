@@ -122,3 +122,30 @@ def test_truncation_is_each_rows_own():
     free, _ = draw(logits, torch.ones(300), uniform)
     assert set(tokens[::2].tolist()) == {2}
     assert torch.equal(tokens[1::2].bincount(), free[1::2].bincount())
+
+
+def kept(probs: torch.Tensor, top_p: float, top_k: int) -> list[int]:
+    found = Truncation(torch.tensor([top_p]), torch.tensor([top_k])).apply(probs[None])[0]
+    assert torch.equal(found[found > 0], probs[found > 0]), "not renormalised"
+    return found.nonzero().squeeze(1).tolist()
+
+
+def test_of_tokens_alike_the_first_are_kept():
+    assert kept(torch.full((4096,), 2.0**-12), 1.0, 3) == [0, 1, 2]
+
+
+def test_the_tokens_that_just_reach_top_p_are_enough():
+    probs = torch.tensor([0.25, 0.5, 0.125, 0.125])  # sums without rounding
+    assert kept(probs, 0.5, 4) == [1]
+    assert kept(probs, 0.75, 4) == [0, 1]
+    assert kept(probs, 0.751, 4) == [0, 1, 2]
+    assert kept(probs, 0.6, 2) == [1]  # of the 0.75 that the two likeliest have
+    assert kept(probs, 0.7, 2) == [0, 1]
+
+
+def test_without_a_limit_every_token_stays_however_sums_are_rounded():
+    """Added up, so many small numbers come to more than their sum: the last would be beyond it."""
+    for seed in range(20):
+        probs = torch.rand(20_000, generator=torch.Generator().manual_seed(seed)) ** 8 + 1e-12
+        probs /= probs.sum()
+        assert kept(probs, 1.0, 2**62) == list(range(20_000))

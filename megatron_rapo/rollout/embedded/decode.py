@@ -16,7 +16,7 @@ from megatron_rapo.rollout.embedded.cache import growing_cache
 from megatron_rapo.rollout.embedded.sampling import Truncation, draw, uniforms
 
 COMPACT_BELOW = 0.85  # dropping finished rows copies the cache: done once they are this much of the batch
-_NO_LIMIT = 2**62
+_NO_LIMIT = torch.iinfo(torch.int64).max
 ROOM = 256  # tokens of a response that the cache has room for before it must grow
 
 

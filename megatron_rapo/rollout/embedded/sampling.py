@@ -57,16 +57,16 @@ class Truncation:
 
     def apply(self, probs: torch.Tensor) -> torch.Tensor:
         """`[rows, vocab]` probabilities with those that may not be drawn set to 0, not renormalised."""
-        ordered, tokens = probs.sort(dim=-1, descending=True, stable=True)
-        beyond_k = torch.arange(probs.shape[-1], device=probs.device) >= self.top_k[:, None]
+        ordered, tokens = probs.sort(dim=1, descending=True, stable=True)
+        beyond_k = torch.arange(probs.shape[1], device=probs.device) >= self.top_k[:, None]
         ordered = ordered.masked_fill(beyond_k, 0.0)
-        before = ordered.cumsum(dim=-1) - ordered
+        before = ordered.cumsum(dim=1) - ordered
         # A rounded total may lie below it: top-p 1 must keep everything.
-        beyond_p = (before >= self.top_p[:, None] * ordered.sum(dim=-1, keepdim=True)) & (self.top_p < 1)[
+        beyond_p = (before >= self.top_p[:, None] * ordered.sum(dim=1, keepdim=True)) & (self.top_p < 1)[
             :, None
         ]
         beyond_p[:, 0] = False
-        return torch.zeros_like(probs).scatter(-1, tokens, ordered.masked_fill(beyond_p, 0.0))
+        return torch.zeros_like(probs).scatter(1, tokens, ordered.masked_fill(beyond_p, 0.0))
 
 
 def draw(
@@ -90,14 +90,14 @@ def draw(
     """
     greedy = temperatures == 0
     logits = logits.float()
-    log_probs = torch.log_softmax(logits / temperatures.masked_fill(greedy, 1.0).unsqueeze(-1), dim=-1)
+    log_probs = torch.log_softmax(logits / temperatures.masked_fill(greedy, 1.0).unsqueeze(1), dim=1)
     probs = log_probs.exp()
     if truncation is not None:
         probs = truncation.apply(probs)
-    cumulative = probs.cumsum(dim=-1)
+    cumulative = probs.cumsum(dim=1)
     # With uniform ≤ 1 − 2⁻²⁴ the product rounds below the total, so no token of probability 0 is reached.
     threshold = uniform * cumulative[:, -1]
-    sampled = torch.searchsorted(cumulative, threshold.unsqueeze(-1), right=True).squeeze(-1)
-    sampled.clamp_(max=logits.shape[-1] - 1)  # past the end only where logits are NaN
-    tokens = torch.where(greedy, logits.argmax(dim=-1), sampled)
-    return tokens, log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    sampled = torch.searchsorted(cumulative, threshold.unsqueeze(1), right=True).squeeze(1)
+    sampled.clamp_(max=logits.shape[1] - 1)  # past the end only where logits are NaN
+    tokens = torch.where(greedy, logits.argmax(dim=1), sampled)
+    return tokens, log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)

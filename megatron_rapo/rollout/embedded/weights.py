@@ -201,5 +201,6 @@ class Weights:
 
 
 def _some(names: Iterable[str]) -> str:
-    first, more = sorted(names)[:3], sorted(names)[3:]
+    ordered = sorted(names)
+    first, more = ordered[:3], ordered[3:]
     return ", ".join(first) + (", …" if more else "")
