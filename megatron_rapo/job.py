@@ -20,6 +20,7 @@ from megatron_rapo.data.load import load_training_prompts
 from megatron_rapo.data.order import PromptOrder
 from megatron_rapo.data.prompts import Prompt, PromptSet
 from megatron_rapo.data.tokenizer import load_tokenizer, vocabulary_size
+from megatron_rapo.episode.group import Group
 from megatron_rapo.evaluate.evaluator import Evaluator
 from megatron_rapo.evaluate.held_out import load_held_out
 from megatron_rapo.experience.batch import Batch, collect
@@ -43,7 +44,6 @@ from megatron_rapo.record.identity import Identity
 from megatron_rapo.record.standing import finish
 from megatron_rapo.record.start import begin, check_identity
 from megatron_rapo.reward.golds import gold_judge
-from megatron_rapo.reward.scoring import ScoredGroup
 from megatron_rapo.reward.verifier import Verifier
 from megatron_rapo.weights.export import write_hf_model
 
@@ -97,7 +97,7 @@ class Job:
     def collect(self, step: int) -> Batch:
         """Rollouts and rewards of the step's prompts, and of further ones where need be; on all ranks."""
 
-        def score(prompts: Sequence[Prompt]) -> list[ScoredGroup]:
+        def score(prompts: Sequence[Prompt]) -> list[Group]:
             with self.observer.phase("rollout"):
                 groups = self.collector.sample(
                     prompts,

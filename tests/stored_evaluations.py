@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.evaluate.manifest import DataRecord, Manifest, ModelRecord, SettingRecord
 from megatron_rapo.evaluate.store import Evaluation, Problem, SampleStore, StoredSample, write_problems
 from megatron_rapo.fingerprint import fingerprint
-from megatron_rapo.reward.outcome import Outcome
 
 VERSIONS = {"python": "3.11.2", "megatron_rapo": "0.1.0", "torch": "2.13.0"}
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
+from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.evaluate.manifest import (
     DataRecord,
     Manifest,
@@ -26,7 +27,6 @@ from megatron_rapo.evaluate.manifest import (
 )
 from megatron_rapo.evaluate.store import Problem, SampleStore, StoredSample, write_problems
 from megatron_rapo.observe.versions import software_versions
-from megatron_rapo.reward.outcome import Outcome
 
 MODEL = Path(__file__).parents[1] / "examples/models/tiny-countdown"
 POOL = 2000  # different responses

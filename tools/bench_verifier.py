@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rapo.reward.outcome import Outcome
+from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.reward.verifier import Verifier
 
 GROUP = 8  # responses a problem

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_rapo.config import Parallel
-from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.episode.episode import Episode, ScoredEpisode
+from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.outcome import Outcome, Verification
+from megatron_rapo.episode.problem import Problem
+from megatron_rapo.episode.sequence import Sequence
 from megatron_rapo.model.architecture import Architecture
-from megatron_rapo.reward.outcome import Outcome
-from megatron_rapo.reward.scoring import ScoredGroup
-from megatron_rapo.rollout.groups import Response
 
 RANKS = 4
 # Fewer real tokens than head rows, and an odd number: no TP divides it, and padding must be masked.
@@ -88,24 +89,34 @@ def small(architecture: Architecture) -> Architecture:
     )
 
 
-def batch(seed: int = 0) -> list[ScoredGroup]:
-    """Groups of random tokens, of mixed lengths down to one token, with both outcomes in each group."""
+def batch(seed: int = 0) -> list[Group]:
+    """Groups of random tokens, with both outcomes in each: of mixed lengths down to one sampled token.
+
+    Every other episode is of two turns: between its two sampled spans stand tokens that were given.
+    """
     random = np.random.default_rng(seed)
 
-    def response() -> Response:
+    def episode(prompt: tuple[int, ...], outcome: Outcome, given: int) -> ScoredEpisode:
         tokens = int(random.choice([1, *range(2, MAX_RESPONSE_TOKENS + 1)]))
-        return Response(
-            token_ids=random.integers(0, VOCABULARY, tokens).astype(np.int32),
-            # Near what a random model gives, so that ratios lie on both sides of the clip.
-            log_probs=(random.normal(0.0, 0.3, tokens) - np.log(VOCABULARY)).astype(np.float32),
-            weight_version=0,
-            finish_reason="stop",
+        first = tokens // 2 if given else tokens
+        sampled = np.repeat([False, True, False, True], [len(prompt), first, given, tokens - first])
+        rest = random.integers(0, VOCABULARY, tokens + given)
+        # Near what a random model gives, so that ratios lie on both sides of the clip.
+        log_probs = random.normal(0.0, 0.3, len(sampled)) - np.log(VOCABULARY)
+        sequence = Sequence(
+            token_ids=np.concatenate([prompt, rest]).astype(np.int32),
+            sampled=sampled,
+            log_probs=np.where(sampled, log_probs, np.nan).astype(np.float32),
+            versions=np.where(sampled, 0, -1).astype(np.int32),
         )
+        return ScoredEpisode(Episode((sequence,), ""), Verification(outcome))
 
     groups = []
     for index in range(4):
         token_ids = tuple(int(t) for t in random.integers(0, VOCABULARY, random.integers(2, 9)))
-        outcomes = tuple(Outcome.CORRECT if number <= index % 3 else Outcome.WRONG for number in range(4))
-        prompt = Prompt(index, "", token_ids, "")
-        groups.append(ScoredGroup(prompt, tuple(response() for _ in range(4)), outcomes))
+        outcomes = [Outcome.CORRECT if number <= index % 3 else Outcome.WRONG for number in range(4)]
+        episodes = [
+            episode(token_ids, outcome, given=3 * (number % 2)) for number, outcome in enumerate(outcomes)
+        ]
+        groups.append(Group(Problem(str(index), "", token_ids=token_ids), tuple(episodes)))
     return groups

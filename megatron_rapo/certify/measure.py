@@ -140,11 +140,7 @@ def _reference(
 def _longest(config: RunConfig, layout: Parallel) -> int:
     """Tokens of the longest sequence, padded: no two sequences then share a microbatch."""
     multiple = config.model_copy(update={"parallel": layout}).sequence_multiple
-    lengths = [
-        len(group.prompt.token_ids) + len(response.token_ids)
-        for group in batch()
-        for response in group.responses
-    ]
+    lengths = [one.episode.tokens for group in batch() for one in group.episodes]
     return -(-max(lengths) // multiple) * multiple
 
 

@@ -1,4 +1,4 @@
-"""The objective in plain PyTorch: `log_softmax` over full logits and autograd, one response at a time."""
+"""The objective in plain PyTorch: `log_softmax` over full logits and autograd, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def plain_loss(
     The policy that they were drawn from is taken to have had the engine's log-probs. Token weights and
     advantages are inputs in fp32, whatever the model's type.
     """
-    lengths = [len(sample.engine_log_probs) for sample in samples]
+    lengths = [int(sample.sequence.sampled.sum()) for sample in samples]
     weights = {
         "token_mean": [1.0 / sum(lengths) for _ in lengths],
         "sequence_mean": [1.0 / (len(lengths) * length) for length in lengths],
@@ -39,18 +39,18 @@ def plain_loss(
     }[algorithm.loss_aggregation]
     terms = []
     for sample, weight in zip(samples, weights, strict=True):
-        token_ids = torch.from_numpy(sample.token_ids).long()
-        predicting = slice(sample.prompt_tokens - 1, -1)
+        token_ids = torch.from_numpy(sample.sequence.token_ids).long()
+        predicting = torch.from_numpy(sample.sequence.sampled).roll(-1)
 
         def distribution(
-            weights: Weights, token_ids: Tensor = token_ids, predicting: slice = predicting
+            weights: Weights, token_ids: Tensor = token_ids, predicting: Tensor = predicting
         ) -> Tensor:
             own = logits(weights, architecture, token_ids)[predicting, :vocabulary]
             return (own / temperature).log_softmax(-1)
 
         with torch.no_grad():
             log_reference = distribution(reference)
-        chosen = token_ids[sample.prompt_tokens :]
+        chosen = token_ids[predicting.roll(1)]
         per_token = _token_loss(distribution(policy), log_reference, chosen, sample, algorithm)
         terms.append(float(np.float32(weight)) * per_token.sum())
     return torch.stack(terms).sum()
@@ -60,7 +60,8 @@ def _token_loss(
     log_policy: Tensor, log_reference: Tensor, chosen: Tensor, sample: Sample, algorithm: Algorithm
 ) -> Tensor:
     log_prob = log_policy.gather(1, chosen[:, None]).squeeze(1)
-    old = torch.from_numpy(sample.engine_log_probs).to(log_prob.dtype)
+    engine = sample.sequence.log_probs[sample.sequence.sampled]
+    old = torch.from_numpy(engine).to(log_prob.dtype)
     entropy = -(log_policy.exp() * log_policy).sum(-1)
 
     log_ratio = log_prob - old

@@ -11,29 +11,26 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.parallel.context import rank_major_order
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One response with what the loss needs of it.
+    """One sequence with what the loss needs of it.
 
     Attributes:
-        token_ids: `[prompt + response]` int32.
-        prompt_tokens: how many of them are the prompt.
-        engine_log_probs: `[response]` float32, as sampled.
-        reward: of the response.
-        advantage: of the response.
-        token_weight: weight of each response token in the minibatch's loss; 0: it is masked out.
+        sequence: tokens, of which those that were sampled are trained on.
+        reward: of its episode.
+        advantage: of all its sampled tokens, or one of each, `[sampled tokens]`.
+        token_weight: weight of a sampled token in the minibatch's loss, or one of each; 0: it is masked out.
         has_probability: whether all its tokens exist; where not, it is not even measured.
     """
 
-    token_ids: npt.NDArray[np.int32]
-    prompt_tokens: int
-    engine_log_probs: npt.NDArray[np.float32]
+    sequence: TokenSequence
     reward: float
-    advantage: float
-    token_weight: float
+    advantage: float | npt.NDArray[np.floating]
+    token_weight: float | npt.NDArray[np.floating]
     has_probability: bool = True
 
 
@@ -47,7 +44,8 @@ class Microbatch:
         token_ids, position_ids, targets: int64.
         weights: fp32, of the token in the minibatch's loss; 0 where it takes no part.
         rewards, advantages, engine_log_probs: fp32, of the predicted token.
-        response_positions: int64, of the predicted token in its response; −1 where it is none of one.
+        response_positions: int64, of the predicted token among its sequence's sampled ones; −1 where it is
+            none of them.
         sequences: int64, which of the packed sequences the position belongs to.
         lengths: padded length of each sequence, over all CP ranks.
         old_log_probs: fp32, under the policy that starts the step; None: the policy has not moved yet.
@@ -74,7 +72,7 @@ class Microbatch:
 
     @property
     def is_response(self) -> Tensor:
-        """`[tokens / CP]` bool: whether a response token is predicted, be it masked out of the loss."""
+        """`[tokens / CP]` bool: whether a sampled token is predicted, be it masked out of the loss."""
         return self.response_positions >= 0
 
 
@@ -166,7 +164,7 @@ def pack(
         context_rank, context_ranks: whose tokens to keep.
         device: where the tensors go.
     """
-    lengths = [padded_length(len(s.token_ids), sequence_multiple) for s in samples]
+    lengths = [padded_length(len(sample.sequence), sequence_multiple) for sample in samples]
     longest = max(lengths, default=sequence_multiple)
     missing = max(total_tokens or 0, sequence_multiple) - sum(lengths)
     while missing > 0:
@@ -179,17 +177,19 @@ def pack(
     sequences = np.repeat(np.arange(len(lengths)), lengths)
     start = 0
     for sample, length in zip(samples, lengths, strict=False):
-        tokens = len(sample.token_ids)
-        integers["token_ids"][start : start + tokens] = sample.token_ids
-        integers["targets"][start : start + tokens - 1] = sample.token_ids[1:]
+        sequence = sample.sequence
+        tokens = len(sequence)
+        integers["token_ids"][start : start + tokens] = sequence.token_ids
+        integers["targets"][start : start + tokens - 1] = sequence.token_ids[1:]
         integers["position_ids"][start : start + length] = np.arange(length)
-        response = slice(start + sample.prompt_tokens - 1, start + tokens - 1)
+        chosen = np.flatnonzero(sequence.sampled)
+        predicting = start + chosen - 1  # a sampled token is never its sequence's first
         if sample.has_probability:
-            integers["response_positions"][response] = np.arange(tokens - sample.prompt_tokens)
-        floats["weights"][response] = sample.token_weight
-        floats["rewards"][response] = sample.reward
-        floats["advantages"][response] = sample.advantage
-        floats["engine_log_probs"][response] = sample.engine_log_probs
+            integers["response_positions"][predicting] = np.arange(len(chosen))
+        floats["weights"][predicting] = sample.token_weight
+        floats["rewards"][predicting] = sample.reward
+        floats["advantages"][predicting] = sample.advantage
+        floats["engine_log_probs"][predicting] = sequence.log_probs[chosen]
         start += length
     mine = rank_major_order(lengths, context_ranks)[context_rank].numpy()
     arrays: dict[str, np.ndarray] = {**integers, **floats, "sequences": sequences}

@@ -14,6 +14,7 @@ from megatron_rapo.config import RunConfig
 from megatron_rapo.data.batching import Microbatch, Sample, pack, padded_length, plan_microbatches
 from megatron_rapo.doctor.engines import Answer
 from megatron_rapo.doctor.readings import COLUMNS, Readings, read
+from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.parallel.device import device
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.hidden_states import whole_tokens
@@ -127,10 +128,11 @@ class Trainer:
 
 
 def _sample(answer: Answer) -> Sample:
+    tokens = np.array(answer.sequence[len(answer.prompt) :], np.int32)  # log-probs are compared elsewhere
     return Sample(
-        token_ids=np.array(answer.sequence, np.int32),
-        prompt_tokens=len(answer.prompt),
-        engine_log_probs=answer.log_probs.astype(np.float32),
+        sequence=TokenSequence.of_response(
+            answer.prompt, tokens, np.zeros(len(tokens), np.float32), version=0
+        ),
         reward=0.0,
         advantage=0.0,
         token_weight=1.0,

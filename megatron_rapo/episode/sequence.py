@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,24 @@ class Sequence:
             raise ValueError(
                 "a sampled token has no version of the weights; pass on what the engine returned"
             )
+
+    @classmethod
+    def of_response(
+        cls,
+        prompt: Iterable[int],
+        token_ids: npt.NDArray[np.int32],
+        log_probs: npt.NDArray[np.float32],
+        version: int,
+    ) -> Sequence:
+        """A prompt and the one response that was sampled to it, by weights of one version."""
+        given = np.fromiter(prompt, np.int32)
+        lengths = [len(given), len(token_ids)]
+        return cls(
+            token_ids=np.concatenate([given, token_ids]),
+            sampled=np.repeat([False, True], lengths),
+            log_probs=np.concatenate([np.full(len(given), np.nan, np.float32), log_probs]),
+            versions=np.repeat(np.array([-1, version], np.int32), lengths),
+        )
 
     def __len__(self) -> int:
         return len(self.token_ids)

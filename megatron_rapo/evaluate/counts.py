@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow
 
+from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
-from megatron_rapo.reward.outcome import Outcome
 
 COUNTED = ("problem", "outcome", "extracted", "truncated", "length")
 """The columns that counts are made of."""

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 
+from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.evaluate.store import StoredSample
-from megatron_rapo.reward.outcome import Outcome
 
 EVERY_S = 10.0
 

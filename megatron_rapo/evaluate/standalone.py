@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_rapo.config import RunConfig
 from megatron_rapo.config.date import recorded_date, with_date
 from megatron_rapo.data.tokenizer import load_tokenizer
+from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.held_out import HeldOut, load_held_out, setting_records
 from megatron_rapo.evaluate.manifest import FILE, Manifest, ModelRecord, SettingRecord, now
@@ -20,7 +21,6 @@ from megatron_rapo.experience.engines import open_own_engines
 from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.observe.versions import software_versions
 from megatron_rapo.reward.golds import gold_judge
-from megatron_rapo.reward.outcome import Outcome
 from megatron_rapo.reward.verifier import Verifier
 
 WEIGHT_VERSION = 0  # engines are given one model, once

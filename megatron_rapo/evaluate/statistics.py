@@ -10,13 +10,13 @@ import numpy.typing as npt
 import pyarrow
 import pyarrow.compute
 
+from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.counts import COUNTED, Counts, codes, count
 from megatron_rapo.evaluate.draws import tries
 from megatron_rapo.evaluate.interval import Estimate, estimate
 from megatron_rapo.evaluate.majority import majority_at_k
 from megatron_rapo.evaluate.pass_at_k import pass_at_k
-from megatron_rapo.reward.outcome import Outcome
 
 Values = npt.NDArray[np.float64]
 

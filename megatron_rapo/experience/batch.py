@@ -11,10 +11,10 @@ import numpy as np
 
 from megatron_rapo.config.sampling import DynamicSampling
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.episode.group import Group, known_rewards
 from megatron_rapo.loss.advantages import varies
-from megatron_rapo.reward.scoring import ScoredGroup, known_rewards
 
-Score = Callable[[Sequence[Prompt]], list[ScoredGroup]]
+Score = Callable[[Sequence[Prompt]], list[Group]]
 """Samples and verifies prompts: their groups, in order, the same on all ranks."""
 
 
@@ -39,8 +39,8 @@ class Batch:
         rounds: of dynamic sampling; 0 without it.
     """
 
-    groups: list[ScoredGroup]
-    drawn: list[ScoredGroup]
+    groups: list[Group]
+    drawn: list[Group]
     rounds: int
 
     def metrics(self) -> Mapping[str, float]:
@@ -56,7 +56,7 @@ class Batch:
         }
 
 
-def teaches(group: ScoredGroup) -> bool:
+def teaches(group: Group) -> bool:
     """Whether the group's known rewards differ, so that comparing them tells something."""
     return bool(varies(known_rewards([group]))[0])
 
@@ -78,7 +78,7 @@ def collect(prompts: Prompts, wanted: int, score: Score, dynamic: DynamicSamplin
         return Batch(groups, groups, rounds=0)
     # A batch may be larger than the set; then it meets prompts again as it would without dynamic sampling.
     most = max(wanted, prompts.size)
-    drawn: list[ScoredGroup] = []
+    drawn: list[Group] = []
     rounds = 0
     while (
         (missing := wanted - sum(map(teaches, drawn))) > 0
@@ -91,7 +91,7 @@ def collect(prompts: Prompts, wanted: int, score: Score, dynamic: DynamicSamplin
     return Batch(_choose(drawn, wanted), drawn, rounds)
 
 
-def _choose(drawn: Sequence[ScoredGroup], wanted: int) -> list[ScoredGroup]:
+def _choose(drawn: Sequence[Group], wanted: int) -> list[Group]:
     """The first `wanted` groups, those that teach before the others; in the order drawn."""
     ranked = sorted(range(len(drawn)), key=lambda place: not teaches(drawn[place]))  # stable
     return [drawn[place] for place in sorted(ranked[:wanted])]

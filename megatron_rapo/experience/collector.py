@@ -9,9 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_rapo.config import Rollout
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.episode.group import Group
 from megatron_rapo.experience.engines import SharedEngines
 from megatron_rapo.parallel.placement import Placement
-from megatron_rapo.reward.scoring import ScoredGroup, score_groups
+from megatron_rapo.reward.scoring import score_groups
 from megatron_rapo.reward.verifier import Verifier
 from megatron_rapo.rollout.groups import RolloutGroup
 
@@ -97,7 +98,7 @@ class Collector:
                 raise self.engines.too_few()
             self.recover(weight_version)
 
-    def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
+    def score(self, groups: Sequence[RolloutGroup]) -> list[Group]:
         """Verifies this head's groups; nothing on other ranks."""
         if self.verifier is None:
             return []

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from megatron_rapo.episode.group import Group, known_rewards
+from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.experience.batch import Batch
 from megatron_rapo.loss.advantages import varies
-from megatron_rapo.reward.outcome import Outcome
-from megatron_rapo.reward.scoring import ScoredGroup, known_rewards
 
 
 def summarise(batch: Batch, vocabulary: int) -> Mapping[str, float]:
@@ -21,26 +21,27 @@ def summarise(batch: Batch, vocabulary: int) -> Mapping[str, float]:
     """
     groups = batch.groups
     rewards = known_rewards(groups)
-    responses = [response for group in groups for response in group.responses]
-    outcomes = Counter(outcome for group in groups for outcome in group.outcomes)
-    lengths = np.array([len(response.token_ids) for response in responses])
+    scored = [one for group in groups for one in group.episodes]
+    episodes = [one.episode for one in scored]
+    outcomes = Counter(one.verification.outcome for one in scored)
+    lengths = np.array([episode.sampled_tokens for episode in episodes])
+    versions = [s.versions[s.sampled].min() for episode in episodes for s in episode.sequences]
     return {
         "reward/mean": float(np.ma.filled(rewards.mean(), np.nan)),
-        **{f"reward/{outcome}": outcomes[outcome] / len(responses) for outcome in Outcome},
-        "reward/unknown": sum(outcomes[outcome] for outcome in Outcome if not outcome.known) / len(responses),
+        **{f"reward/{outcome}": outcomes[outcome] / len(episodes) for outcome in Outcome},
+        "reward/unknown": sum(outcomes[outcome] for outcome in Outcome if not outcome.known) / len(episodes),
         "reward/groups_all_fail": float(np.ma.filled(rewards.max(axis=1) == 0, False).mean()),
         "reward/groups_without_variance": float((~varies(rewards)).mean()),
         "rollout/response_tokens_mean": float(lengths.mean()),
         "rollout/response_tokens_max": float(lengths.max()),
-        "rollout/truncated": sum(response.truncated for response in responses) / len(responses),
-        "rollout/weight_version": min(response.weight_version for response in responses),
-        "rollout/outside_vocabulary": sum(r.leaves(vocabulary) for r in responses) / len(responses),
+        "rollout/truncated": sum(episode.truncated for episode in episodes) / len(episodes),
+        "rollout/weight_version": int(min(versions)),
+        "rollout/outside_vocabulary": sum(episode.leaves(vocabulary) for episode in episodes) / len(episodes),
         **batch.metrics(),
     }
 
 
-def count_tokens(groups: Sequence[ScoredGroup]) -> tuple[int, int]:
-    """Response tokens, and all tokens that the trainer sees (each response with its prompt)."""
-    response = sum(len(response.token_ids) for group in groups for response in group.responses)
-    prompt = sum(len(group.prompt.token_ids) * len(group.responses) for group in groups)
-    return response, response + prompt
+def count_tokens(groups: Sequence[Group]) -> tuple[int, int]:
+    """Sampled tokens, and all tokens that the trainer sees (each response with its prompt)."""
+    episodes = [one.episode for group in groups for one in group.episodes]
+    return sum(one.sampled_tokens for one in episodes), sum(one.tokens for one in episodes)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from megatron_rapo.episode.group import Group
 from megatron_rapo.errors import RapoError
-from megatron_rapo.reward.scoring import ScoredGroup
 
 
 class UnknownRewards:
@@ -21,13 +21,13 @@ class UnknownRewards:
         self._limit = limit
         self._tells = tells
 
-    def check(self, step: int, groups: Sequence[ScoredGroup]) -> None:
+    def check(self, step: int, groups: Sequence[Group]) -> None:
         """Looks at all groups that a step sampled.
 
         Raises:
             RapoError: on all ranks, where the share is beyond the limit.
         """
-        outcomes = [outcome for group in groups for outcome in group.outcomes]
+        outcomes = [one.verification.outcome for group in groups for one in group.episodes]
         unknown = sum(not outcome.known for outcome in outcomes)
         if not unknown:
             return

@@ -86,7 +86,8 @@ def chunked_statistics(
     ]
     if not parts:
         return TokenStatistics._make(
-            hidden.new_zeros(0, dtype=torch.float32) for _ in TokenStatistics._fields
+            hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
+            for _ in TokenStatistics._fields
         )
     return TokenStatistics._make(
         None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True)

@@ -9,15 +9,15 @@ import numpy.typing as npt
 
 from megatron_rapo.config import Algorithm, RunConfig
 from megatron_rapo.data.batching import Microbatch, Sample, pack, padded_length, plan_microbatches
+from megatron_rapo.episode.group import Group, known_rewards
 from megatron_rapo.loss.advantages import ADVANTAGES, overlong_penalty, varies
 from megatron_rapo.loss.aggregation import token_weights
 from megatron_rapo.parallel.device import device
 from megatron_rapo.parallel.placement import Placement
-from megatron_rapo.reward.scoring import ScoredGroup, known_rewards
 
 
 def build_minibatches(
-    groups: Sequence[ScoredGroup], config: RunConfig, placement: Placement, vocabulary: int
+    groups: Sequence[Group], config: RunConfig, placement: Placement, vocabulary: int
 ) -> list[list[Microbatch]]:
     """Minibatches in the groups' order, each as this rank's packed microbatches.
 
@@ -36,7 +36,7 @@ def build_minibatches(
     layout = config.parallel
     plans = [
         plan_microbatches(
-            [padded_length(len(sample.token_ids), config.sequence_multiple) for sample in samples],
+            [padded_length(len(sample.sequence), config.sequence_multiple) for sample in samples],
             replicas=layout.data_parallel,
             token_budget=config.algorithm.max_tokens_per_microbatch,
             count_multiple=layout.pipeline_parallel if layout.virtual_pipeline_parallel else 1,
@@ -60,7 +60,7 @@ def build_minibatches(
     ]
 
 
-def batch_advantages(groups: Sequence[ScoredGroup], config: RunConfig) -> npt.NDArray[np.float64]:
+def batch_advantages(groups: Sequence[Group], config: RunConfig) -> npt.NDArray[np.float64]:
     """`[groups, responses]`, advantages over the whole rollout batch; 0 where the reward is unknown."""
     algorithm, limit = config.algorithm, config.rollout.max_response_tokens
     rewards = known_rewards(groups)
@@ -68,52 +68,49 @@ def batch_advantages(groups: Sequence[ScoredGroup], config: RunConfig) -> npt.ND
         # φ(r) is defined there; the verifiers' rewards are 0 and 1.
         raise ValueError(f"rewards from {rewards.min()} to {rewards.max()} are not all within [0, 1]")
     if algorithm.overlong_buffer_tokens is not None:
-        lengths = np.array([[len(r.token_ids) for r in group.responses] for group in groups])
+        lengths = np.array([[e.episode.sampled_tokens for e in group.episodes] for group in groups])
         rewards = rewards + overlong_penalty(lengths, algorithm.overlong_buffer_tokens, limit)
     return ADVANTAGES[algorithm.advantage](rewards)
 
 
 def make_samples(
-    groups: Sequence[ScoredGroup],
+    groups: Sequence[Group],
     advantages: npt.NDArray[np.float64],
     config: RunConfig,
     vocabulary: int,
 ) -> list[Sample]:
-    """The training samples of one minibatch, with token weights over all of it."""
-    responses = [
+    """The training samples of one minibatch, a sequence each, with token weights over all of it."""
+    episodes = [
         (group, number, float(advantages[index, number]))
         for index, group in enumerate(groups)
-        for number in range(len(group.responses))
+        for number in range(len(group.episodes))
     ]
-    kept = np.array([_in_loss(group, number, config.algorithm, vocabulary) for group, number, _ in responses])
-    lengths = np.array([len(group.responses[number].token_ids) for group, number, _ in responses])
-    weights = np.zeros(len(responses))
+    kept = np.array([_in_loss(group, number, config.algorithm, vocabulary) for group, number, _ in episodes])
+    lengths = np.array([group.episodes[number].episode.sampled_tokens for group, number, _ in episodes])
+    weights = np.zeros(len(episodes))
     if kept.any():
         weights[kept] = token_weights(
             lengths[kept].tolist(), config.algorithm.loss_aggregation, config.rollout.max_response_tokens
         )
     return [
         Sample(
-            token_ids=np.concatenate(
-                [np.asarray(group.prompt.token_ids, np.int32), group.responses[number].token_ids]
-            ),
-            prompt_tokens=len(group.prompt.token_ids),
-            engine_log_probs=group.responses[number].log_probs,
+            sequence=sequence,
             reward=group.rewards[number] or 0.0,  # where unknown, the weight is 0
             advantage=advantage,
             token_weight=float(weight),
-            has_probability=not group.responses[number].leaves(vocabulary),
+            has_probability=not sequence.leaves(vocabulary),
         )
-        for (group, number, advantage), weight in zip(responses, weights, strict=True)
+        for (group, number, advantage), weight in zip(episodes, weights, strict=True)
+        for sequence in group.episodes[number].episode.sequences
     ]
 
 
-def _in_loss(group: ScoredGroup, number: int, algorithm: Algorithm, vocabulary: int) -> bool:
-    """Whether a response takes part in the loss."""
-    response = group.responses[number]
-    if response.leaves(vocabulary) or (algorithm.mask_truncated and response.truncated):
+def _in_loss(group: Group, number: int, algorithm: Algorithm, vocabulary: int) -> bool:
+    """Whether an episode takes part in the loss."""
+    scored = group.episodes[number]
+    if scored.episode.leaves(vocabulary) or (algorithm.mask_truncated and scored.episode.truncated):
         return False
-    if not group.outcomes[number].known:
+    if not scored.verification.outcome.known:
         return False
     rewards = known_rewards([group])
     if algorithm.groups_without_variance == "keep" or varies(rewards)[0]:
@@ -128,7 +125,7 @@ def _common_length(
     if config.parallel.pipeline_parallel == 1:
         return None
     return max(
-        sum(padded_length(len(samples[index].token_ids), config.sequence_multiple) for index in chosen)
+        sum(padded_length(len(samples[index].sequence), config.sequence_multiple) for index in chosen)
         for samples, plan in zip(minibatches, plans, strict=True)
         for chosen in plan
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_rapo.data.batching import Sample, pack
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.errors import RapoError
 from megatron_rapo.loss.chunked import Head
 from megatron_rapo.loss.vocabulary import VocabularyShard
@@ -159,9 +160,9 @@ def _trainer_log_probs(
 
 def _sample(continuation: Continuation) -> Sample:
     return Sample(
-        token_ids=np.array(continuation.sequence, np.int32),
-        prompt_tokens=len(continuation.prompt.token_ids),
-        engine_log_probs=continuation.log_probs,
+        sequence=TokenSequence.of_response(
+            continuation.prompt.token_ids, continuation.token_ids, continuation.log_probs, version=0
+        ),
         reward=0.0,
         advantage=0.0,
         token_weight=1.0,

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 
+from megatron_rapo.episode.outcome import Outcome, reward_of
 from megatron_rapo.evaluate.counts import codes
 from megatron_rapo.evaluate.store import SampleStore
 from megatron_rapo.report.selection import Integers, Rule, Samples, choose_rule
 from megatron_rapo.report.tokens import TokenTexts
-from megatron_rapo.reward.outcome import Outcome, reward_of
 
 _OUTCOMES = {outcome.value: place for place, outcome in enumerate(Outcome)}
 _SHOWN = ["problem", "sample", "outcome", "truncated", "text", "token_ids", "log_probs"]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from megatron_rapo.config import RunConfig
 from megatron_rapo.config.data import FileData
 from megatron_rapo.data.load import Judge
+from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.parallel.placement import Placement
-from megatron_rapo.reward.outcome import Outcome, Verification
 from megatron_rapo.reward.verifier import Verifier
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")  # matches itself under every verifier

@@ -10,8 +10,8 @@ import subprocess
 import sys
 import time
 
+from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.errors import RapoError
-from megatron_rapo.reward.outcome import Outcome, Verification
 from megatron_rapo.reward.worker import READY, REFUSED, STARTUP_LIMIT_S
 
 _REAP_LIMIT_S = 30.0  # seconds for the kernel to end a process after SIGKILL

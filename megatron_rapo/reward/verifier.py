@@ -9,7 +9,7 @@ from multiprocessing import connection
 from types import TracebackType
 
 from megatron_rapo.config.verifiers import verifier_address
-from megatron_rapo.reward.outcome import Outcome, Verification
+from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.reward.process import VerifierProcess
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
-from megatron_rapo.reward.outcome import Outcome, Verification
+from megatron_rapo.episode.outcome import Outcome, Verification
 
 READY = "ready"
 FAILED = "failed"

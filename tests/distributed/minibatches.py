@@ -7,6 +7,7 @@ import numpy as np
 from megatron_rapo.data.batching import Microbatch, Sample, pack, padded_length, plan_microbatches
 from megatron_rapo.parallel.device import device
 from megatron_rapo.parallel.placement import Placement
+from tests.episodes import random_sequence
 
 # Fewer real tokens than head rows, so that padded rows must be masked out.
 VOCABULARY = 59
@@ -18,9 +19,7 @@ def make_samples(seed: int = 0) -> list[Sample]:
     random = np.random.default_rng(seed)
     return [
         Sample(
-            token_ids=random.integers(2, VOCABULARY, prompt + response).astype(np.int32),
-            prompt_tokens=prompt,
-            engine_log_probs=random.normal(-2, 1, response).astype(np.float32),
+            sequence=random_sequence(random, prompt, response),
             reward=float(random.integers(0, 2)),
             advantage=float(random.normal()),
             token_weight=float(random.uniform(0.005, 0.02)),
@@ -43,7 +42,7 @@ def _microbatches(
 ) -> list[Microbatch]:
     layout = placement.layout
     plan = plan_microbatches(
-        [padded_length(len(sample.token_ids), multiple) for sample in samples],
+        [padded_length(len(sample.sequence), multiple) for sample in samples],
         replicas=layout.data_parallel,
         token_budget=token_budget,
         count_multiple=layout.pipeline_parallel if layout.virtual_pipeline_parallel else 1,

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from megatron_rapo.config import Model, Parallel
 from megatron_rapo.convert.to_megatron import convert_to_megatron
 from megatron_rapo.data.batching import Microbatch, Sample, pack
+from megatron_rapo.episode.sequence import Sequence
 from megatron_rapo.model.architecture import Architecture, read_architecture
 from megatron_rapo.model.build import Body, build_chunks
 from megatron_rapo.parallel.context import gather_tokens, rank_major_order
@@ -193,10 +194,15 @@ def _microbatches(placement: Placement) -> list[Microbatch]:
     parallel = placement.layout
     multiple = 2 * parallel.context_parallel * parallel.tensor_parallel
     parts = [
-        [Sample(ids, 1, np.zeros(len(ids) - 1, np.float32), 0.0, 0.0, 1.0) for ids in part]
+        [
+            Sample(
+                Sequence.of_response(ids[:1], ids[1:], np.zeros(len(ids) - 1, np.float32), 0), 0.0, 0.0, 1.0
+            )
+            for ids in part
+        ]
         for part in _sequences()
     ]
-    total = max(sum(-(-len(s.token_ids) // multiple) * multiple for s in part) for part in parts)
+    total = max(sum(-(-len(s.sequence) // multiple) * multiple for s in part) for part in parts)
     return [
         pack(
             part,

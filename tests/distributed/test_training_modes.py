@@ -27,6 +27,7 @@ from megatron_rapo.policy.reference import Reference
 from megatron_rapo.weights.export import hf_tensors
 from tests.distributed.jobs import layout, run_job
 from tests.distributed.minibatches import VOCABULARY, make_minibatches, make_samples
+from tests.episodes import prompt_tokens
 from tests.models import make_hf_model
 
 TEMPERATURE = 0.8
@@ -238,8 +239,10 @@ def plain_pytorch(base: Path, mode: Mode) -> dict[str, Any]:
 def _mismatch(seeds: list[int], sampled: list[np.ndarray]) -> list[float]:
     """`MISMATCHES` of the seeds' samples, by numpy; `sampled` are each seed's log-probs of all responses."""
     samples = [sample for seed in seeds for sample in make_samples(seed)]
-    delta = np.concatenate(sampled) - np.concatenate([sample.engine_log_probs for sample in samples])
-    late = np.concatenate([np.arange(len(s.engine_log_probs)) for s in samples]) >= 16
+    delta = np.concatenate(sampled) - np.concatenate(
+        [sample.sequence.log_probs[sample.sequence.sampled] for sample in samples]
+    )
+    late = np.concatenate([np.arange(s.sequence.sampled_tokens) for s in samples]) >= 16
     divergence, size = np.exp(delta) - 1 - delta, np.abs(delta)
     return [
         float(size.mean()),
@@ -265,14 +268,14 @@ def _loss(model: Any, old: Any, reference: Any, seed: int) -> tuple[torch.Tensor
     loss, clipped, tokens, sampled = torch.zeros(()), 0.0, 0, []
     low, high = 1 - OBJECTIVE["clip_low"], 1 + OBJECTIVE["clip_high"]
     for sample in make_samples(seed):
-        ids = torch.from_numpy(sample.token_ids).long()
+        ids = torch.from_numpy(sample.sequence.token_ids).long()
 
         def log_softmax(
-            network: Any, ids: torch.Tensor = ids, prompt: int = sample.prompt_tokens
+            network: Any, ids: torch.Tensor = ids, prompt: int = prompt_tokens(sample.sequence)
         ) -> torch.Tensor:
             return (network(ids[None]).logits[0, prompt - 1 : -1, :VOCABULARY] / TEMPERATURE).log_softmax(-1)
 
-        chosen = ids[sample.prompt_tokens :, None]
+        chosen = ids[prompt_tokens(sample.sequence) :, None]
         log_policy = log_softmax(model)
         with torch.no_grad():
             log_reference = log_softmax(reference)

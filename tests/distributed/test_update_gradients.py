@@ -25,6 +25,7 @@ from megatron_rapo.policy.policy import Policy
 from megatron_rapo.policy.reference import Reference
 from megatron_rapo.weights.export import hf_tensors
 from tests.distributed.jobs import layout, run_job
+from tests.episodes import prompt_tokens, random_sequence
 from tests.models import make_hf_model
 
 # Fewer real tokens than head rows, so that padded rows must be masked out.
@@ -83,9 +84,7 @@ def samples() -> list[Sample]:
     random = np.random.default_rng(0)
     return [
         Sample(
-            token_ids=random.integers(2, VOCABULARY, prompt + response).astype(np.int32),
-            prompt_tokens=prompt,
-            engine_log_probs=random.normal(-2, 1, response).astype(np.float32),
+            sequence=random_sequence(random, prompt, response),
             reward=float(random.integers(0, 2)),
             advantage=float(random.normal()),
             token_weight=float(random.uniform(0.005, 0.02)),
@@ -102,13 +101,13 @@ def plain_pytorch(path: Path, divergence: str) -> tuple[float, dict[str, torch.T
     reference = AutoModelForCausalLM.from_pretrained(f"{path}-reference", dtype=torch.float32)
     loss, log_probs = torch.zeros(()), []
     for sample in samples():
-        ids = torch.from_numpy(sample.token_ids).long()
-        predicts = slice(sample.prompt_tokens - 1, -1)
+        ids = torch.from_numpy(sample.sequence.token_ids).long()
+        predicts = slice(prompt_tokens(sample.sequence) - 1, -1)
         log_policy = (model(ids[None]).logits[0, predicts, :VOCABULARY] / TEMPERATURE).log_softmax(-1)
         with torch.no_grad():
             logits = reference(ids[None]).logits[0, predicts, :VOCABULARY]
             log_reference = (logits / TEMPERATURE).log_softmax(-1)
-        chosen = ids[sample.prompt_tokens :, None]
+        chosen = ids[prompt_tokens(sample.sequence) :, None]
         log_prob = log_policy.gather(1, chosen).squeeze(1)
         log_probs.append(log_prob.detach().numpy())
         entropy = -(log_policy.exp() * log_policy).sum(-1)
@@ -132,7 +131,9 @@ def plain_mismatch(log_probs: list[np.ndarray]) -> dict[str, float]:
     """Of the samples, each with the trainer's log-probs of its response, by numpy."""
     lengths = [len(of_sample) for of_sample in log_probs]
     position = np.concatenate([np.arange(length) for length in lengths])
-    delta = np.concatenate(log_probs) - np.concatenate([sample.engine_log_probs for sample in samples()])
+    delta = np.concatenate(log_probs) - np.concatenate(
+        [sample.sequence.log_probs[sample.sequence.sampled] for sample in samples()]
+    )
     found = {}
     for where, at in {"": position >= 0, "/0_15": position < 16, "/16_63": position >= 16}.items():
         d = delta[at].astype(np.float64)
@@ -183,7 +184,7 @@ def _loss_and_gradient(
         Algorithm(**options), temperature=TEMPERATURE, vocabulary=VOCABULARY, group=placement.tensor_group
     )
     multiple = 2 * parallel.context_parallel * parallel.tensor_parallel
-    lengths = [padded_length(len(sample.token_ids), multiple) for sample in samples()]
+    lengths = [padded_length(len(sample.sequence), multiple) for sample in samples()]
     plan = plan_microbatches(
         lengths,
         replicas=parallel.data_parallel,

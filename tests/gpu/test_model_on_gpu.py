@@ -10,6 +10,7 @@ import torch
 
 from megatron_rapo.config import Model, Parallel
 from megatron_rapo.data.batching import Sample, pack
+from megatron_rapo.episode.sequence import Sequence
 from megatron_rapo.launch.local import run_local
 from tests.gpu import needs_cuda
 from tests.models import make_hf_model
@@ -38,7 +39,10 @@ def measure(path: Path, report: Path) -> None:
 
     random = np.random.default_rng(0)
     sequences = [random.integers(2, 61, length).astype(np.int32) for length in LENGTHS]
-    samples = [Sample(ids, 1, np.zeros(len(ids) - 1, np.float32), 0.0, 0.0, 1.0) for ids in sequences]
+    samples = [
+        Sample(Sequence.of_response(ids[:1], ids[1:], np.zeros(len(ids) - 1, np.float32), 0), 0.0, 0.0, 1.0)
+        for ids in sequences
+    ]
     with process_groups(Parallel(), seed=1):
         architecture = read_architecture(path)
         chunks = build_chunks(architecture, Model(path=path), Parallel())

@@ -12,47 +12,39 @@ import pytest
 from megatron_rapo.config import RunConfig
 from megatron_rapo.config.load import validate
 from megatron_rapo.data.batching import Microbatch
-from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
 from megatron_rapo.policy.batch import batch_advantages, build_minibatches, make_samples
-from megatron_rapo.reward.outcome import Outcome
-from megatron_rapo.reward.scoring import ScoredGroup
-from megatron_rapo.rollout.groups import Response
+from tests.episodes import group_of, scored_response
 
 VOCABULARY = 1000
 LENGTHS = [[3, 7], [5, 1], [2, 8], [6, 4]]
 CORRECT = [[True, False], [False, False], [True, True], [False, True]]
 
 
-def scored(number: int) -> ScoredGroup:
+def scored(number: int) -> Group:
     """Token 100·group + 10·response fills each response, so that every token tells where it is from."""
-    responses = tuple(
-        Response(
-            np.full(length, 100 * number + 10 * n + 1, np.int32),
-            -np.arange(1, length + 1, dtype=np.float32),
-            0,
-            "stop",
-        )
-        for n, length in enumerate(LENGTHS[number])
-    )
-    outcomes = tuple(Outcome.CORRECT if correct else Outcome.WRONG for correct in CORRECT[number])
-    return ScoredGroup(Prompt(number, "?", (7, 8), "!"), responses, outcomes)
-
-
-def group_of(*responses: tuple[int, Outcome], truncated: Sequence[int] = ()) -> ScoredGroup:
-    """Responses of given lengths and outcomes; the n-th is of token n + 1, and cut if `truncated` has n."""
-    return ScoredGroup(
-        Prompt(0, "?", (7, 8), "!"),
-        tuple(
-            Response(
-                np.full(length, n + 1, np.int32),
-                np.full(length, -2.0, np.float32),
-                0,
-                "length" if n in truncated else "stop",
+    return group_of(
+        *(
+            scored_response(
+                Outcome.CORRECT if correct else Outcome.WRONG,
+                [100 * number + 10 * n + 1] * length,
+                log_probs=-np.arange(1.0, length + 1),
             )
-            for n, (length, _) in enumerate(responses)
+            for n, (length, correct) in enumerate(zip(LENGTHS[number], CORRECT[number], strict=True))
         ),
-        tuple(outcome for _, outcome in responses),
+        number=number,
+    )
+
+
+def responses(*shapes: tuple[int, Outcome], truncated: Sequence[int] = ()) -> Group:
+    """A group of given lengths and outcomes; the n-th is of token n + 1, and cut if `truncated` has n."""
+    return group_of(
+        *(
+            scored_response(outcome, [n + 1] * length, truncated=n in truncated)
+            for n, (length, outcome) in enumerate(shapes)
+        )
     )
 
 
@@ -188,11 +180,11 @@ def test_a_response_with_a_token_that_does_not_exist_is_masked() -> None:
 C, W, T, X = Outcome.CORRECT, Outcome.WRONG, Outcome.TIMEOUT, Outcome.CRASH
 
 
-def in_loss(groups: Sequence[ScoredGroup], **algorithm: Any) -> list[list[bool]]:
+def in_loss(groups: Sequence[Group], **algorithm: Any) -> list[list[bool]]:
     """Which responses of each group have weight in the loss."""
     run = config(minibatch_prompts=4, **algorithm)
     samples = iter(make_samples(groups, batch_advantages(groups, run), run, VOCABULARY))
-    return [[next(samples).token_weight > 0 for _ in group.responses] for group in groups]
+    return [[next(samples).token_weight > 0 for _ in group.episodes] for group in groups]
 
 
 @pytest.mark.parametrize(
@@ -200,13 +192,13 @@ def in_loss(groups: Sequence[ScoredGroup], **algorithm: Any) -> list[list[bool]]
     [("keep", True, True, True), ("keep_failed", True, True, False), ("drop", True, False, False)],
 )
 def test_which_groups_without_variance_stay(which: str, mixed: bool, failed: bool, solved: bool) -> None:
-    groups = [group_of((2, C), (3, W)), group_of((2, W), (3, W)), group_of((2, C), (3, C))]
+    groups = [responses((2, C), (3, W)), responses((2, W), (3, W)), responses((2, C), (3, C))]
     expected = [[kept] * 2 for kept in (mixed, failed, solved)]
     assert in_loss(groups, groups_without_variance=which) == expected
 
 
 def test_responses_that_were_cut_leave_the_loss_where_asked_for() -> None:
-    groups = [group_of((2, C), (10, W), truncated=[1])]
+    groups = [responses((2, C), (10, W), truncated=[1])]
     assert in_loss(groups, mask_truncated=True) == [[True, False]]
     assert in_loss(groups, mask_truncated=False) == [[True, True]]
 
@@ -214,16 +206,16 @@ def test_responses_that_were_cut_leave_the_loss_where_asked_for() -> None:
 def test_what_is_masked_weighs_in_no_normaliser() -> None:
     """The mean is over the tokens that are left: the weights of the loss's tokens add up to 1."""
     run = config(minibatch_prompts=4, mask_truncated=True)
-    groups = [group_of((2, C), (10, W), truncated=[1]), group_of((3, C), (1, W))]
+    groups = [responses((2, C), (10, W), truncated=[1]), responses((3, C), (1, W))]
     samples = make_samples(groups, batch_advantages(groups, run), run, VOCABULARY)
     assert [sample.token_weight for sample in samples] == pytest.approx([1 / 6, 0, 1 / 6, 1 / 6])
 
 
 def test_unknown_rewards_are_not_trained_on_and_change_nothing_for_the_others() -> None:
-    groups = [group_of((2, C), (3, T), (4, W), (1, W)), group_of((2, C), (3, X), (4, X), (1, T))]
+    groups = [responses((2, C), (3, T), (4, W), (1, W)), responses((2, C), (3, X), (4, X), (1, T))]
     assert in_loss(groups) == [[True, False, True, True], [True, False, False, False]]
     found = batch_advantages(groups, config())
-    without = batch_advantages([group_of((2, C), (4, W), (1, W))], config())
+    without = batch_advantages([responses((2, C), (4, W), (1, W))], config())
     assert found[0, [0, 2, 3]] == pytest.approx(without[0])
     assert found[0, 1] == 0.0
     assert (found[1] == 0.0).all()
@@ -231,17 +223,19 @@ def test_unknown_rewards_are_not_trained_on_and_change_nothing_for_the_others() 
 
 @pytest.mark.parametrize(("which", "kept"), [("keep", True), ("keep_failed", True), ("drop", False)])
 def test_groups_that_fail_as_far_as_is_known_count_as_failed(which: str, kept: bool) -> None:
-    assert in_loss([group_of((2, W), (3, T), (4, W))], groups_without_variance=which) == [[kept, False, kept]]
+    assert in_loss([responses((2, W), (3, T), (4, W))], groups_without_variance=which) == [
+        [kept, False, kept]
+    ]
 
 
 @pytest.mark.parametrize("which", ["keep", "keep_failed", "drop"])
 def test_a_step_of_unknown_rewards_has_nothing_in_the_loss(which: str) -> None:
-    assert in_loss([group_of((2, X), (3, T))], groups_without_variance=which) == [[False, False]]
+    assert in_loss([responses((2, X), (3, T))], groups_without_variance=which) == [[False, False]]
 
 
 def test_phi_sees_the_reward_that_was_earned_and_the_advantage_the_penalised_one() -> None:
     """Of a buffer of 4 and a limit of 10: 8 tokens lose ¼, 10 lose ½."""
-    groups = [group_of((2, C), (8, C), (10, W), (3, W))]
+    groups = [responses((2, C), (8, C), (10, W), (3, W))]
     run = config(minibatch_prompts=4, overlong_buffer_tokens=4)
     advantages = batch_advantages(groups, run)
     shaped = np.array([1.0, 0.75, -0.5, 0.0])
@@ -252,7 +246,7 @@ def test_phi_sees_the_reward_that_was_earned_and_the_advantage_the_penalised_one
 
 
 def test_responses_of_one_length_inside_the_buffer_compare_as_without_it() -> None:
-    groups = [group_of((9, C), (9, C), (9, C))]
+    groups = [responses((9, C), (9, C), (9, C))]
     assert (batch_advantages(groups, config(overlong_buffer_tokens=7)) == 0.0).all()
 
 

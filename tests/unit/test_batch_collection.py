@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from megatron_rapo.config.sampling import DynamicSampling
 from megatron_rapo.data.order import PromptOrder
 from megatron_rapo.data.prompts import LoadReport, Prompt, PromptSet
+from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.experience.batch import collect
-from megatron_rapo.reward.outcome import Outcome
-from megatron_rapo.reward.scoring import ScoredGroup
-from megatron_rapo.rollout.groups import Response
+from tests.episodes import group_of, scored_response
 
-RESPONSE = Response(np.zeros(1, np.int32), np.zeros(1, np.float32), 0, "stop")
 MIXED = (Outcome.CORRECT, Outcome.WRONG)
 ALL_RIGHT = (Outcome.CORRECT, Outcome.CORRECT)
 ALL_WRONG = (Outcome.WRONG, Outcome.TIMEOUT)
@@ -25,10 +22,15 @@ class Scores:
     def __init__(self, outcomes):
         self.outcomes = outcomes
         self.rounds = []
+        self.draws = []
 
     def __call__(self, prompts):
         self.rounds.append([prompt.index for prompt in prompts])
-        return [ScoredGroup(prompt, (RESPONSE,) * 2, self.outcomes[prompt.index]) for prompt in prompts]
+        self.draws += [prompt.draw for prompt in prompts]
+        return [
+            group_of(*(scored_response(o, [0]) for o in self.outcomes[prompt.index]), number=prompt.index)
+            for prompt in prompts
+        ]
 
 
 def order_of(size):
@@ -41,7 +43,7 @@ def collected(outcomes, wanted, dynamic):
     """The indices chosen, those of each round, where the order stands, and the metrics."""
     prompts, score = order_of(len(outcomes)), Scores(outcomes)
     batch = collect(prompts, wanted, score, dynamic)
-    chosen = [group.prompt.index for group in batch.groups]
+    chosen = [int(group.problem.id) for group in batch.groups]
     metrics = {name.removeprefix("sampling/"): value for name, value in batch.metrics().items()}
     return chosen, score.rounds, prompts.position, metrics
 
@@ -102,7 +104,8 @@ def test_a_step_meets_no_prompt_twice_when_the_data_run_out():
     # The next step goes on in the next epoch.
     prompts, score = order_of(5), Scores(outcomes)
     prompts.position = position
-    assert [group.prompt.draw for group in collect(prompts, 3, score, None).groups] == [5, 6, 7]
+    collect(prompts, 3, score, None)
+    assert (score.draws, prompts.position) == ([5, 6, 7], 8)
 
 
 def test_a_batch_larger_than_the_set_is_full_after_one_round():

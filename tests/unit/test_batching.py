@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rapo.data.batching import Microbatch, Sample, pack, padded_length, plan_microbatches
+from megatron_rapo.episode.sequence import Sequence
 
 BUDGET = 64
 plans = given(
@@ -69,9 +70,9 @@ def sample(prompt: int, response: int, first: int = 10) -> Sample:
     """Tokens are numbered from `first`, engine log-probs are minus the token, so that each is told apart."""
     ids = np.arange(first, first + prompt + response, dtype=np.int32)
     return Sample(
-        token_ids=ids,
-        prompt_tokens=prompt,
-        engine_log_probs=-ids[prompt:].astype(np.float32),
+        sequence=Sequence.of_response(
+            ids[:prompt], ids[prompt:], -ids[prompt:].astype(np.float32), version=0
+        ),
         reward=float(first),
         advantage=first + 0.5,
         token_weight=first / 100,
@@ -98,6 +99,25 @@ def test_only_predictions_of_response_tokens_count() -> None:
     assert packed.response_positions.tolist() == [-1, 0, 1, -1, 0, 1, 2, -1]
 
 
+def test_several_sampled_spans_count_and_what_is_given_between_them_does_not() -> None:
+    """Each with an advantage and a weight of its own: prompt 10, sampled 11 and 12, given 13, sampled 14."""
+    mask = np.array([False, True, True, False, True])
+    sequence = Sequence(
+        token_ids=np.arange(10, 15, dtype=np.int32),
+        sampled=mask,
+        log_probs=np.where(mask, -np.arange(10, 15), np.nan).astype(np.float32),
+        versions=np.where(mask, 0, -1).astype(np.int32),
+    )
+    several = Sample(sequence, 1.0, np.array([0.5, 1.5, 2.5]), np.array([0.1, 0.2, 0.3]))
+    packed = pack([sample(1, 1, first=50), several], sequence_multiple=1)
+    assert packed.targets.tolist() == [51, 0, 11, 12, 13, 14, 0]
+    assert packed.is_response.tolist() == [True, False, True, True, False, True, False]
+    assert packed.response_positions.tolist() == [0, -1, 0, 1, -1, 2, -1]
+    assert packed.advantages.tolist() == [50.5, 0, 0.5, 1.5, 0, 2.5, 0]
+    assert packed.weights.tolist() == pytest.approx([0.5, 0, 0.1, 0.2, 0, 0.3, 0])
+    assert packed.engine_log_probs.tolist() == [-51, 0, -11, -12, 0, -14, 0]
+
+
 samples = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=5).map(
     lambda lengths: [
         sample(prompt, response, first=100 * (n + 1)) for n, (prompt, response) in enumerate(lengths)
@@ -109,7 +129,7 @@ samples = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=5).
 @settings(deadline=None)
 def test_context_ranks_partition_the_tokens(chosen: list[Sample], context_ranks: int, extra: int) -> None:
     multiple = 2 * context_ranks
-    total = sum(padded_length(len(s.token_ids), multiple) for s in chosen) + extra * multiple
+    total = sum(padded_length(len(s.sequence), multiple) for s in chosen) + extra * multiple
 
     def part(rank: int, ranks: int) -> Microbatch:
         return pack(
@@ -137,12 +157,12 @@ def test_context_ranks_partition_the_tokens(chosen: list[Sample], context_ranks:
 def test_padding_is_inert(chosen: list[Sample], multiple: int, total: int) -> None:
     total = padded_length(total, multiple)
     packed = pack(chosen, sequence_multiple=multiple, total_tokens=total)
-    needed = sum(padded_length(len(s.token_ids), multiple) for s in chosen)
+    needed = sum(padded_length(len(s.sequence), multiple) for s in chosen)
     assert len(packed.token_ids) == sum(packed.lengths) == max(needed, total, multiple)
     assert all(length % multiple == 0 and length > 0 for length in packed.lengths)
-    assert int(packed.is_response.sum()) == sum(len(s.engine_log_probs) for s in chosen)
+    assert int(packed.is_response.sum()) == sum(s.sequence.sampled_tokens for s in chosen)
     assert float(packed.weights.sum()) == pytest.approx(
-        sum(s.token_weight * len(s.engine_log_probs) for s in chosen), rel=1e-5
+        sum(s.token_weight * s.sequence.sampled_tokens for s in chosen), rel=1e-5
     )
 
 

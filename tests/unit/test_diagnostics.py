@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate import diagnosis, diagnostics
 from megatron_rapo.evaluate.diagnostics import Diagnostics, Pair, diagnose
@@ -19,7 +20,6 @@ from megatron_rapo.evaluate.diversity import diversity
 from megatron_rapo.evaluate.manifest import ModelRecord, SettingRecord
 from megatron_rapo.evaluate.store import Problem, SampleStore, StoredSample
 from megatron_rapo.fingerprint import weights_fingerprint
-from megatron_rapo.reward.outcome import Outcome
 from tests.models import make_hf_model
 from tests.unit.stored import store
 

@@ -13,6 +13,7 @@ import pytest
 from megatron_rapo.config import Evaluate, Rollout
 from megatron_rapo.config.evaluation import Setting
 from megatron_rapo.data.prompts import LoadReport, Prompt
+from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate import evaluator as evaluator_module
 from megatron_rapo.evaluate import standalone
@@ -23,7 +24,6 @@ from megatron_rapo.evaluate.store import Evaluation
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import SharedEngines
 from megatron_rapo.model.architecture import read_architecture
-from megatron_rapo.reward.outcome import Outcome, Verification
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.revival import Reviver
 from tests.models import make_hf_model

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
+from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.manifest import DataRecord, Manifest, ModelRecord, SettingRecord
 from megatron_rapo.evaluate.store import (
@@ -24,7 +25,6 @@ from megatron_rapo.evaluate.store import (
     write_problems,
 )
 from megatron_rapo.fingerprint import fingerprint, weights_fingerprint
-from megatron_rapo.reward.outcome import Outcome
 
 PROBLEMS = [Problem("a", "1+1?", "2", (1, 2)), Problem("b", "2+2?", "4", (3,)), Problem("c", "?", "5", (4,))]
 MANIFEST = Manifest(

@@ -6,9 +6,9 @@ import pytest
 
 from megatron_rapo.config.data import FileData
 from megatron_rapo.config.sampling import Reward
+from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.reward import golds as golds_module
 from megatron_rapo.reward.golds import gold_judge
-from megatron_rapo.reward.outcome import Outcome, Verification
 from megatron_rapo.reward.verifier import Verifier
 
 DATA = FileData(source="file", path="x.jsonl")

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rapo.data.golds import join
+from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.reward import values
 from megatron_rapo.reward.math_answers import RESPONSE_TAIL, is_correct, stating
-from megatron_rapo.reward.outcome import Outcome
 from megatron_rapo.reward.verifier import Verifier
 
 SPELLINGS = defaultdict(list)

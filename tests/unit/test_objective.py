@@ -11,6 +11,7 @@ import torch
 
 from megatron_rapo.config import Algorithm
 from megatron_rapo.data.batching import Microbatch, Sample, pack
+from megatron_rapo.episode.sequence import Sequence
 from megatron_rapo.loss.divergence import LOG_RATIO_BOUNDS
 from megatron_rapo.loss.mismatch import Mismatch
 from megatron_rapo.loss.objective import HeadStates, Objective
@@ -25,6 +26,12 @@ def group(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
+def sequence(random: np.random.Generator, prompt: int, response: int, dtype: Any) -> Sequence:
+    ids = random.integers(0, VOCABULARY, prompt + response).astype(np.int32)
+    log_probs = random.normal(-2.0, 0.5, response).astype(dtype)
+    return Sequence.of_response(ids[:prompt], ids[prompt:], log_probs, version=0)
+
+
 def microbatch(
     weights=(0.05, 0.1), dtype=np.float32, responses=(6, 9), has_probability=(True, True)
 ) -> Microbatch:
@@ -32,9 +39,7 @@ def microbatch(
     return pack(
         [
             Sample(
-                token_ids=random.integers(0, VOCABULARY, prompt + response).astype(np.int32),
-                prompt_tokens=prompt,
-                engine_log_probs=random.normal(-2.0, 0.5, response).astype(dtype),
+                sequence=sequence(random, prompt, response, dtype),
                 reward=float(number),
                 advantage=float(random.normal()),
                 token_weight=weight,

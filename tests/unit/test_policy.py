@@ -24,6 +24,7 @@ from megatron_rapo.policy.reference import Reference
 from megatron_rapo.publish.proof import check_policy
 from tests.distributed import test_training_modes as modes
 from tests.distributed.minibatches import VOCABULARY, make_minibatches, make_samples
+from tests.episodes import prompt_tokens
 from tests.models import make_hf_model
 from tests.unit.one_rank import one_placement
 
@@ -328,15 +329,17 @@ def test_sampled_divergences_are_those_of_plain_pytorch(
     ]
     values = []
     for sample in make_samples(0):
-        ids = torch.from_numpy(sample.token_ids).long()
+        ids = torch.from_numpy(sample.sequence.token_ids).long()
         with torch.no_grad():
             policy, reference = (
-                network(ids[None]).logits[0, sample.prompt_tokens - 1 : -1, :VOCABULARY].log_softmax(-1)
+                network(ids[None])
+                .logits[0, prompt_tokens(sample.sequence) - 1 : -1, :VOCABULARY]
+                .log_softmax(-1)
                 for network in networks
             )
         if divergence == "forward_printed":
             reference = ((0.8 + 0.2 * sample.reward) * reference).log_softmax(-1)
-        at = ids[sample.prompt_tokens :, None]
+        at = ids[prompt_tokens(sample.sequence) :, None]
         log_rho = (reference - policy).gather(1, at).clamp(-10.0, math.log(10.0))
         rho = log_rho.exp()
         values.append(rho - log_rho - 1 if divergence == "k3" else rho * log_rho - rho + 1)

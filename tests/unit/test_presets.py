@@ -9,9 +9,9 @@ import torch
 
 from megatron_rapo.config import Algorithm
 from megatron_rapo.data.batching import pack
+from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.policy.batch import batch_advantages, make_samples
-from megatron_rapo.reward.outcome import Outcome
 from tests.unit.one_rank import one_rank
 from tests.unit.test_batch import config, group_of
 from tests.unit.test_objective import TEMPERATURE, VOCABULARY, log_distribution, states

@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from megatron_rapo.episode.group import known_rewards
+from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.episode.sequence import Sequence
+from tests.episodes import group_of, scored_response
 
 
 def sequence(sampled: list[bool], **changes: list[float]) -> Sequence:
@@ -53,3 +56,13 @@ def test_a_problem_is_a_mapping_of_its_columns():
     assert problem.get("hint") is None
     with pytest.raises(KeyError, match="problem 7 has no column 'hint'; its columns: question, level"):
         problem["hint"]
+
+
+def test_unknown_rewards_and_missing_episodes_are_masked():
+    groups = [
+        group_of(*(scored_response(outcome, [1]) for outcome in outcomes))
+        for outcomes in ([Outcome.CORRECT, Outcome.TIMEOUT, Outcome.WRONG], [Outcome.WRONG])
+    ]
+    rewards = known_rewards(groups)
+    assert rewards.filled(-1).tolist() == [[1, -1, 0], [0, -1, -1]]
+    assert groups[0].why_unknown == "timeout: None"

@@ -10,10 +10,10 @@ import pytest
 
 from megatron_rapo.config import Rollout
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import SharedEngines
-from megatron_rapo.reward.outcome import Outcome, Verification
 from megatron_rapo.rollout.groups import Response, RolloutGroup
 from tests.ranks import on_ranks
 
@@ -185,5 +185,5 @@ def test_heads_verify_their_groups_and_other_ranks_none() -> None:
     verifier: Any = SimpleNamespace(verify=lambda pairs: [of[text] for text, _ in pairs])
     rank: Any = SimpleNamespace()
     scored = collector_of(rank, None, verifier).score(groups)
-    assert [group.outcomes for group in scored] == [(Outcome.CORRECT, Outcome.WRONG)] * 2
+    assert [group.rewards for group in scored] == [[1.0, 0.0]] * 2
     assert collector_of(rank, None).score(groups) == []

@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
-import numpy as np
 import pytest
 
-from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.experience.batch import Batch
 from megatron_rapo.experience.summary import count_tokens, summarise
-from megatron_rapo.reward.outcome import Outcome
-from megatron_rapo.reward.scoring import ScoredGroup
-from megatron_rapo.rollout.groups import Response
+from tests.episodes import group_of, scored_response
 
 VOCABULARY, VERSION = 61, 7
 C, W, T, X = Outcome.CORRECT, Outcome.WRONG, Outcome.TIMEOUT, Outcome.CRASH
 
 
-def group(prompt_tokens: int, *responses: tuple[int, Outcome], truncated: int = 0) -> ScoredGroup:
+def group(prompt_tokens: int, *shapes: tuple[int, Outcome], truncated: int = 0) -> Group:
     """Responses of the given lengths and outcomes; the first `truncated` were cut."""
-    return ScoredGroup(
-        Prompt(0, "?", tuple(range(prompt_tokens)), "!"),
-        tuple(
-            Response(
-                np.zeros(length, np.int32),
-                np.zeros(length, np.float32),
-                VERSION,
-                "length" if n < truncated else "stop",
+    return group_of(
+        *(
+            scored_response(
+                outcome, [0] * length, prompt=range(prompt_tokens), version=VERSION, truncated=n < truncated
             )
-            for n, (length, _) in enumerate(responses)
-        ),
-        tuple(outcome for _, outcome in responses),
+            for n, (length, outcome) in enumerate(shapes)
+        )
     )
 
 
@@ -51,8 +43,7 @@ def test_rewards_and_outcomes_are_shares_of_all_responses() -> None:
 
 
 def test_the_oldest_weights_of_a_batch_are_told() -> None:
-    newer = [replace(response, weight_version=VERSION + 1) for response in GROUPS[1].responses]
-    groups = [GROUPS[0], replace(GROUPS[1], responses=tuple(newer))]
+    groups = [GROUPS[0], group_of(scored_response(C, [0], version=VERSION + 1))]
     assert summarise(Batch(groups, groups, 0), VOCABULARY)["rollout/weight_version"] == VERSION
 
 
@@ -84,8 +75,8 @@ def test_the_version_that_sampled_is_told() -> None:
 
 
 def test_of_several_versions_the_oldest_is_told() -> None:
-    newer = replace(GROUPS[0].responses[0], weight_version=VERSION + 1)
-    mixed = [replace(GROUPS[0], responses=(newer, *GROUPS[0].responses[1:]))]
+    newer = scored_response(C, [0], version=VERSION + 1)
+    mixed = [group_of(newer, *GROUPS[0].episodes)]
     assert summarise(Batch(mixed, mixed, 0), VOCABULARY)["rollout/weight_version"] == VERSION
 
 
@@ -94,6 +85,5 @@ def test_the_trainer_sees_each_response_with_its_prompt() -> None:
 
 
 def test_responses_with_tokens_that_do_not_exist_are_counted() -> None:
-    foreign = Response(np.array([3, VOCABULARY], np.int32), np.zeros(2, np.float32), 0, "stop")
-    strange = ScoredGroup(Prompt(0, "?", (1,), "!"), (foreign, foreign), (C, W))
+    strange = group_of(*(scored_response(outcome, [3, VOCABULARY]) for outcome in (C, W)))
     assert summarise(Batch([*GROUPS, strange], GROUPS, 0), VOCABULARY)["rollout/outside_vocabulary"] == 2 / 10

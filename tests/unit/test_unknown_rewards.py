@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,27 +11,28 @@ import pytest
 
 from megatron_rapo.config import Reward
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.episode.group import Group, known_rewards
+from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.unknown import UnknownRewards
-from megatron_rapo.reward.outcome import Outcome, Verification
-from megatron_rapo.reward.scoring import known_rewards, score_groups
+from megatron_rapo.reward.scoring import score_groups
 from megatron_rapo.rollout.groups import Response, RolloutGroup
-from tests.unit.test_batch import group_of
+from tests.episodes import group_of, scored_response
 
 C, W, T, X = Outcome.CORRECT, Outcome.WRONG, Outcome.TIMEOUT, Outcome.CRASH
 
 
-def group(outcomes: str, why: str | None = None) -> Any:
+def group(outcomes: str, why: str | None = None) -> Group:
     of = {"c": C, "w": W, "t": T, "x": X}
-    known = group_of(*((1, of[letter]) for letter in outcomes))
-    return SimpleNamespace(outcomes=known.outcomes, why_unknown=why)
+    episodes = [scored_response(of[letter], [1]) for letter in outcomes]
+    return group_of(*(replace(one, verification=replace(one.verification, why=why)) for one in episodes))
 
 
 def test_the_first_is_told_with_its_reason_and_no_other(capsys: pytest.CaptureFixture[str]) -> None:
     watch = UnknownRewards(0.5, tells=True)
     watch.check(1, [group("cw"), group("wc")])
-    watch.check(2, [group("cw"), group("tc", "timeout: not done within 5 s")])
-    watch.check(3, [group("xw", "crash: ValueError"), group("wc")])
+    watch.check(2, [group("cw"), group("tc", "not done within 5 s")])
+    watch.check(3, [group("xw", "ValueError"), group("wc")])
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
         "warning: step 2: 1 of 4 rewards are unknown, the first by timeout: not done within 5 s; such "
@@ -39,19 +41,19 @@ def test_the_first_is_told_with_its_reason_and_no_other(capsys: pytest.CaptureFi
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    UnknownRewards(0.5, tells=False).check(1, [group("xc", "crash: ValueError")])
+    UnknownRewards(0.5, tells=False).check(1, [group("xc", "ValueError")])
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("tells", [True, False])
 def test_beyond_the_limit_the_run_ends_on_every_rank(tells: bool) -> None:
     watch = UnknownRewards(Reward(unknown_limit=0.25).unknown_limit, tells=tells)
-    watch.check(1, [group("ccwx", "crash: KeyError: 'a'")])
+    watch.check(1, [group("ccwx", "KeyError: 'a'")])
     expected = (
         r"step 2: 2 of 4 rewards are unknown, the first by crash: KeyError: 'a'; .*unknown_limit = 0\.25"
     )
     with pytest.raises(RapoError, match=expected):
-        watch.check(2, [group("cwxt", "crash: KeyError: 'a'")])
+        watch.check(2, [group("cwxt", "KeyError: 'a'")])
 
 
 def test_scored_groups_tell_what_happened_to_the_first() -> None:
@@ -71,8 +73,11 @@ def test_scored_groups_tell_what_happened_to_the_first() -> None:
     tokenizer: Any = SimpleNamespace(decode=lambda ids, skip_special_tokens: str(ids[0]))
     scored = score_groups(groups, verifier, tokenizer)
     assert asked == [(str(n), f"answer {m}") for m in range(2) for n in range(3)]
-    assert [(one.prompt, one.responses) for one in scored] == [(one.prompt, one.responses) for one in groups]
-    assert [one.outcomes for one in scored] == [(C, X, T), (W, C, W)]
+    assert [one.problem for one in scored] == [one.prompt.problem for one in groups]
+    sequences = [[one.episode.sequences[0].token_ids.tolist() for one in group.episodes] for group in scored]
+    assert sequences == [[[1, n] for n in range(3)]] * 2
+    found_outcomes = [[one.verification.outcome for one in group.episodes] for group in scored]
+    assert found_outcomes == [[C, X, T], [W, C, W]]
     assert [one.why_unknown for one in scored] == ["crash: ValueError: no", None]
     assert scored[0].rewards == [1.0, None, None]
     rewards = known_rewards(scored)

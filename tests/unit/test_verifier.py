@@ -16,9 +16,9 @@ from pydantic import ValidationError
 from megatron_rapo.config.sampling import Reward
 from megatron_rapo.config.verifiers import VERIFIERS
 from megatron_rapo.data.tasks import arithmetic, countdown
+from megatron_rapo.episode.outcome import Outcome, reward_of
 from megatron_rapo.errors import RapoError
 from megatron_rapo.reward import process as process_module
-from megatron_rapo.reward.outcome import Outcome, reward_of
 from megatron_rapo.reward.verifier import Verifier
 
 CORRECT, WRONG, TIMEOUT, CRASH = Outcome

@@ -1,0 +1,56 @@
+"""What an environment returns for one try at a problem, and what judging it came to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megatron_rapo.episode.outcome import Verification, reward_of
+from megatron_rapo.episode.score import Score
+from megatron_rapo.episode.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One try at a problem.
+
+    Attributes:
+        sequences: what is trained on; all of them share the episode's reward.
+        answer: the text that is judged, and that people are shown.
+        score: the environment's own; None: the configured reward judges `answer`.
+        truncated: whether a limit of tokens or turns cut it off.
+        facts: named numbers that are logged as the mean of `environment/<name>`.
+    """
+
+    sequences: tuple[Sequence, ...]
+    answer: str
+    score: Score | None = None
+    truncated: bool = False
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens that were sampled, of all sequences."""
+        return sum(sequence.sampled_tokens for sequence in self.sequences)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the trainer sees."""
+        return sum(len(sequence) for sequence in self.sequences)
+
+    def leaves(self, vocabulary: int) -> bool:
+        """Whether a sampled token is no token of a tokenizer of that size."""
+        return any(sequence.leaves(vocabulary) for sequence in self.sequences)
+
+
+@dataclass(frozen=True)
+class ScoredEpisode:
+    """An episode with what judging it came to."""
+
+    episode: Episode
+    verification: Verification
+
+    @property
+    def reward(self) -> float | None:
+        """None where it is unknown."""
+        return reward_of(self.verification.outcome)

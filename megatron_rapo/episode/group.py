@@ -1,0 +1,42 @@
+"""The episodes of one problem, over which group-relative advantages are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_rapo.episode.episode import ScoredEpisode
+from megatron_rapo.episode.problem import Problem
+
+
+@dataclass(frozen=True)
+class Group:
+    """The scored episodes of one problem."""
+
+    problem: Problem
+    episodes: tuple[ScoredEpisode, ...]
+
+    @property
+    def rewards(self) -> list[float | None]:
+        """Of each episode; None where it is unknown."""
+        return [episode.reward for episode in self.episodes]
+
+    @property
+    def why_unknown(self) -> str | None:
+        """What happened to the first episode whose reward is unknown; None where all are known."""
+        found = (one.verification for one in self.episodes if not one.verification.outcome.known)
+        return next((f"{one.outcome}: {one.why}" for one in found), None)
+
+
+def known_rewards(groups: Sequence[Group]) -> Any:
+    """`[groups, episodes]` fp64, a masked array (`numpy.ma`): unknown rewards are masked.
+
+    So is what smaller groups have fewer than the largest.
+    """
+    values = np.full((len(groups), max((len(group.episodes) for group in groups), default=0)), np.nan)
+    for row, group in zip(values, groups, strict=True):
+        row[: len(group.episodes)] = [np.nan if reward is None else reward for reward in group.rewards]
+    return np.ma.masked_invalid(values)
