@@ -1,0 +1,213 @@
+"""What a pool asks of all its engines: memory, what they are, updates; and of the router before them."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import pytest
+
+from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.errors import EngineLost, RapoError
+from megatron_rapo.rollout import pool as module
+from megatron_rapo.rollout.pool import EnginePool
+from tests.stand_in import VOCAB, stand_ins
+
+WAIT_S = 30.0
+RELEASE, RESUME = "/release_memory_occupation", "/resume_memory_occupation"
+ALL = {"tags": ["weights", "kv_cache"]}
+
+
+def make_pool(urls: list[str], **options: Any) -> EnginePool:
+    return EnginePool(
+        urls, **{"vocab_size": VOCAB, "prompts_per_request": 2, "request_timeout": 60.0, **options}
+    )
+
+
+def memory(server: Any) -> list[Any]:
+    return [(path, body) for path, body in server.asked if path in (RELEASE, RESUME)]
+
+
+def generate(pool: EnginePool, count: int = 4) -> Any:
+    prompts = [Prompt(100 + i, "", (i, 7), "") for i in range(count)]
+    options: dict[str, Any] = {"max_response_tokens": 8, "temperature": 0.5, "weight_version": 3, "seed": 11}
+    return pool.generate(prompts, responses_per_prompt=2, **options)
+
+
+def test_a_pool_needs_an_engine() -> None:
+    with pytest.raises(ValueError, match="at least one server"):
+        make_pool([])
+
+
+def test_at_its_end_a_pool_leaves_no_connection_and_no_thread() -> None:
+    before = threading.active_count()
+    with stand_ins(1) as (_, urls):
+        with make_pool(urls, health_interval=WAIT_S) as pool:
+            generate(pool)
+        assert pool._http.is_closed
+        assert pool._loop._loop.is_closed()
+    assert threading.active_count() <= before
+
+
+def test_memory_is_given_back_by_all_and_taken_again_by_those() -> None:
+    with stand_ins(3) as (servers, urls), make_pool(urls) as pool:
+        pool.resume_memory()
+        assert all(memory(server) == [] for server in servers), "nobody rests"
+        servers[2].fault, servers[2].faulty = "closed", RELEASE
+        pool.release_memory()
+        assert pool.urls == urls[:2], "one that is lost meanwhile is out"
+        pool.resume_memory()
+        pool.resume_memory()
+        assert [memory(server) for server in servers[:2]] == [[(RELEASE, ALL), (RESUME, ALL)]] * 2
+        pool.release_memory()
+        servers[0].fault, servers[0].faulty = "closed", RESUME
+        with pytest.raises(EngineLost):
+            pool.resume_memory()
+        assert pool.urls == urls[1:2]
+        servers[1].answers[RELEASE] = (400, b"busy")
+        with pytest.raises(RapoError, match="busy"):
+            pool.release_memory()
+
+
+def test_what_engines_say_of_themselves() -> None:
+    with stand_ins(3) as (servers, urls), make_pool(urls) as pool:
+        said = [("float32", True, "9"), ("bfloat16", False, "8"), ("float32", True, "9")]
+        for number, (dtype, slices, version) in enumerate(said):
+            info = {"tp_size": number + 1, "dtype": dtype, "takes_slices": slices, "version": version}
+            sums = {"weight_version": "3", "checksums": {"a": str(number)}}
+            servers[number].answers["/server_info"] = (200, json.dumps(info).encode())
+            servers[number].answers["/weights_checksum"] = (200, json.dumps(sums).encode())
+        assert pool.tensor_parallel() == [1, 2, 3]
+        assert pool.software() == "sglang 8, sglang 9"
+        assert pool.take_slices() is False
+        assert pool.weights_checksums("float32") == {urls[0]: {"a": 0}, urls[2]: {"a": 2}}
+        assert pool.weights_checksums("bfloat16") == {urls[1]: {"a": 1}}
+        servers[0].answers["/weights_checksum"] = (404, b"")
+        assert pool.weights_checksums("float32") == {urls[2]: {"a": 2}}
+        servers[1].fault, servers[1].faulty = "closed", "/server_info"
+        with pytest.raises(EngineLost):
+            pool.take_slices()
+        assert pool.take_slices() is True
+
+
+@pytest.mark.parametrize(
+    ("options", "per_engine", "minimum", "first"),
+    [
+        ({}, 32, 1, 0),
+        ({"requests_per_engine": 5, "minimum_engines": 2, "head": 1}, 5, 2, 1),
+        ({"head": 2}, 32, 1, 2),
+        ({"head": 5}, 32, 1, 2),
+    ],
+)
+def test_a_round_is_as_the_pool_is_told(
+    options: dict[str, int], per_engine: int, minimum: int, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds: list[tuple[Any, Any]] = []
+
+    class Noted:
+        resent = 3
+
+        def __init__(self, requests: Any, members: Any, send: Any, **limits: int) -> None:
+            rounds.append(([member.url for member in members], limits))
+            self.answers = [["group"] * len(request.prompts) for request in requests[:-1]] + [None]
+            rounds.append(([len(request.prompts) for request in requests], {}))
+
+        async def run(self) -> None:
+            return None
+
+    monkeypatch.setattr(module, "Dispatch", Noted)
+    urls = [f"http://127.0.0.1:{port}" for port in (1, 2, 3)]
+    with make_pool(urls, **options) as pool:
+        assert generate(pool, 5) == ["group"] * 4 + [None]
+        assert generate(pool, 2) == ["group", None]
+        assert pool.resent == 6
+    limits = {"per_engine": per_engine, "minimum": minimum}
+    assert rounds[0] == (urls[first:] + urls[:first], limits)
+    assert [sizes for sizes, _ in rounds[1::2]] == [[2, 2, 1], [1, 1]]
+
+
+def test_engines_are_not_watched_while_an_update_is_open(tmp_path: Any) -> None:
+    with stand_ins(1) as ([server], urls), make_pool(urls) as pool:
+        seen: list[int] = []
+        route = pool._route
+
+        async def noted() -> None:
+            seen.append(len(pool._to_watch()))
+            await route()
+
+        pool._route = noted  # type: ignore[method-assign]
+        assert len(pool._to_watch()) == 1
+        pool.begin_update()
+        assert pool._to_watch() == []
+        pool.end_update(3)
+        assert len(pool._to_watch()) == 1
+        pool.begin_update()
+        pool.abandon_update()
+        assert len(pool._to_watch()) == 1
+        pool.update_weights(tmp_path, 4)
+        assert len(pool._to_watch()) == 1
+        assert seen == [0, 0]
+        server.answers["/update_weights_from_disk"] = (400, b"no")
+        with pytest.raises(RapoError):
+            pool.update_weights(tmp_path, 5)
+        assert len(pool._to_watch()) == 1
+
+
+def test_bodies_are_as_many_as_engines() -> None:
+    with stand_ins(2) as (servers, urls), make_pool(urls) as pool:
+        assert pool.post("/piece", [{"n": 1}, {"n": 2}], timeout=WAIT_S).result(WAIT_S) == [{}, {}]
+        assert [server.asked for server in servers] == [[("/piece", {"n": 1})], [("/piece", {"n": 2})]]
+        for bodies in ([{}], [{}] * 3):
+            with pytest.raises(EngineLost, match=f"{len(bodies)} bodies for 2 live engines"):
+                pool.post("/piece", bodies, timeout=WAIT_S).result(WAIT_S)
+
+
+class Routes:
+    """Stands for the router: notes what it is told, and answers with groups."""
+
+    made: list[Any]
+    told: list[Any]
+
+    def __init__(self, router: Any, vocab_size: int) -> None:
+        self.made.append((router.url, vocab_size))
+
+    async def check(self, urls: list[str]) -> None:
+        self.told.append(("check", urls))
+
+    async def serve_with(self, urls: list[str]) -> None:
+        self.told.append(("serve", urls))
+
+    async def send(self, request: Any, members: Any) -> list[str]:
+        self.told.append([prompt.index for prompt in request.prompts])
+        return [f"group {prompt.index} of {members.size}" for prompt in request.prompts]
+
+    def take_out(self, member: Any) -> None:
+        self.told.append(("out", member.url))
+
+
+def test_behind_a_router_it_gets_the_prompts_and_is_told_who_serves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(Routes, "made", [], raising=False)
+    monkeypatch.setattr(Routes, "told", told := [], raising=False)
+    monkeypatch.setattr(module, "Routing", Routes)
+    router = "http://127.0.0.1:7000"
+    with stand_ins(2) as (servers, urls), make_pool(urls, router=router, prompts_per_request=9) as pool:
+        assert Routes.made == [(router, VOCAB)]
+        pool.wait_until_healthy(WAIT_S)
+        assert told == [("check", urls)]
+        told.clear()
+        assert generate(pool, 3) == [f"group {number} of 2" for number in (100, 101, 102)]
+        assert sorted(told) == [[100], [101], [102]], "a prompt a request: the router spreads them"
+        assert not any(path == "/generate" for server in servers for path, _ in server.asked)
+        told.clear()
+        pool.begin_update()
+        pool.end_update(3)
+        assert told == [("serve", urls)]
+        pool.update_weights(tmp_path, 4)
+        assert told == [("serve", urls)] * 2
+        told.clear()
+        servers[0].fault, servers[0].faulty = "closed", "/update_weights_from_disk"
+        pool.update_weights(tmp_path, 5)
+        assert told == [("out", urls[0]), ("serve", urls[1:])]
