@@ -11,10 +11,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from megatron_rapo.config import Data, FileData, RunConfig
+from megatron_rapo.config import Data, FileData, FunctionData, RunConfig
 from megatron_rapo.config.write import to_toml
 from megatron_rapo.data.load import Judge, load_training_prompts
-from megatron_rapo.data.sources import read_file
+from megatron_rapo.data.sources import read_source
+from megatron_rapo.data.tasks.problem import Split
 from megatron_rapo.data.tokenizer import load_tokenizer, vocabulary_size
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.held_out import load_held_out
@@ -135,15 +136,17 @@ def _check_microbatch(config: RunConfig) -> None:
 def _load_data(config: RunConfig, judge: Judge | None = None) -> Iterator[str]:
     """Loads what the run trains on and is evaluated on, as far as it is on this machine: a report of each.
 
-    Without the model there is no tokenizer: of files, columns alone are looked at then.
+    Without the model there is no tokenizer: of files and functions, columns alone are looked at then.
     """
     training, *held_out = tables = _data_tables(config)
     here = [(option, data) for option, data in tables if not isinstance(data, FileData) or data.path.exists()]
     if not config.model.path.is_dir():
         for option, data in here:
-            if isinstance(data, FileData):
-                rows = read_file(data, option)
-                yield f"{option}: {data.path}: {len(rows)} rows, no tokenizer to count their tokens with"
+            if isinstance(data, FileData | FunctionData):
+                split: Split = "train" if option == training[0] else "test"
+                answers, code = config.needs_answers(data), config.run.code
+                source, rows = read_source(data, option, split=split, needs_answers=answers, code=code)
+                yield f"{option}: {source}: {len(rows)} rows, no tokenizer to count their tokens with"
         return
     tokenizer = load_tokenizer(config.model.path)
     vocabulary_size(tokenizer, read_architecture(config.model.path).vocabulary)

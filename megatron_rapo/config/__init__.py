@@ -2,7 +2,7 @@
 
 from megatron_rapo.config.algorithm import Algorithm
 from megatron_rapo.config.cluster import Slurm
-from megatron_rapo.config.data import ArithmeticData, CountdownData, Data, FileData
+from megatron_rapo.config.data import ArithmeticData, CountdownData, Data, FileData, FunctionData
 from megatron_rapo.config.evaluation import Evaluate, Setting
 from megatron_rapo.config.load import load_config, validate
 from megatron_rapo.config.running import Checkpoint, Observe, Run
@@ -20,6 +20,7 @@ __all__ = [
     "Data",
     "Evaluate",
     "FileData",
+    "FunctionData",
     "Model",
     "Observe",
     "Optimizer",

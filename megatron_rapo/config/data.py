@@ -1,32 +1,60 @@
-"""The options of each prompt source: files and generated tasks."""
+"""The options of each prompt source: files, functions, generated tasks."""
 
 from __future__ import annotations
 
-from string import Formatter
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from megatron_rapo.config.templates import Templated
 from megatron_rapo.section import NonNegativeInt, PathOption, PositiveInt, Section
+from megatron_rapo.user_code import ADDRESS
 
 _LABEL = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 LABEL_MEANS = "letters, digits, dots, hyphens and underscores, a letter or digit first"
-_LABEL_MEANING = "What evaluations call it. Default: the file's name, or the task's."
+_LABEL_MEANING = "What evaluations and metrics call it. Default: the name of the file, function or task."
 _SEED_MEANING = (
     "Draws the problems, of training and held out; runs of another `run.seed` have the same ones, in another "
     "order."
 )
+_SHUFFLE_MEANING = "A new order each epoch, by `run.seed`; else the source's own."
+
+Format = Literal["rows", "messages", "verl", "slime"]
+PROMPT_FIELDS: dict[Format, str] = {
+    "rows": "question",
+    "messages": "messages",
+    "verl": "prompt",
+    "slime": "prompt",
+}
+ANSWER_FIELDS: dict[Format, str] = {
+    "rows": "answer",
+    "messages": "answer",
+    "verl": "reward_model.ground_truth",
+    "slime": "label",
+}
 
 
-class FileData(Section):
-    """Prompts from a JSONL or Parquet file."""
+class FileData(Templated):
+    """Prompts from a JSONL or Parquet file, in a format of one's own or in one that others use."""
 
     source: Literal["file"]
     label: str | None = Field(None, pattern=_LABEL, description=_LABEL_MEANING)
     path: PathOption = Field(description="A .jsonl or .parquet file, one problem a row.")
-    prompt_field: str = Field("question", description="Field that holds the problem.")
-    answer_field: str = Field(
-        "answer", description="Field that holds the gold answer; rows without one are reported and dropped."
+    format: Format = Field(
+        "rows",
+        description="`rows`: a text and its answer; `messages`: chats as OpenAI has them; `verl`, `slime`: "
+        "as those packages read them (docs/data.md).",
+    )
+    prompt_field: str | None = Field(
+        None,
+        description="Field that holds the problem, as text or (but for `rows`) as messages; dots lead into "
+        "nested ones. Default: `question` of `rows`, `messages` of `messages`, else `prompt`.",
+    )
+    answer_field: str | None = Field(
+        None,
+        description="Field that holds the gold answer. Where the reward needs one, rows without are reported "
+        "and dropped. Default: `answer` of `rows` and `messages`, `reward_model.ground_truth` of `verl`, "
+        "`label` of `slime`.",
     )
     answer_lists: Literal["any", "all"] | None = Field(
         None,
@@ -37,24 +65,22 @@ class FileData(Section):
     id_field: str | None = Field(
         None, description="Field that names a problem. Default: `id` where a row has it, else its number."
     )
-    template: Literal["plain", "chat"] = Field(
-        "chat",
-        description="`chat`: the tokenizer's own chat template; `plain`: `template_text` alone.",
-    )
-    template_text: str = Field(
-        "{prompt}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
-        description="The user's turn; `{prompt}` stands for the problem, `{{` and `}}` for braces.",
-    )
-    system_prompt: str | None = Field(None, description="System turn of the chat template.")
-    shuffle: bool = Field(True, description="A new order each epoch, by `run.seed`; else the file's order.")
-
-    def without_effect(self) -> dict[str, str]:
-        return {"system_prompt": 'template is "plain"'} if self.template == "plain" else {}
+    shuffle: bool = Field(True, description=_SHUFFLE_MEANING)
 
     @property
     def name(self) -> str:
         """What its evaluation is filed under."""
         return self.label or self.path.stem
+
+    @property
+    def prompt_column(self) -> str:
+        """Where the problem stands."""
+        return self.prompt_field or PROMPT_FIELDS[self.format]
+
+    @property
+    def answer_column(self) -> str:
+        """Where the gold answer stands."""
+        return self.answer_field or ANSWER_FIELDS[self.format]
 
     @model_validator(mode="after")
     def _check(self) -> FileData:
@@ -62,24 +88,38 @@ class FileData(Section):
             raise ValueError(
                 f"path = '{self.path}' is neither .jsonl nor .parquet; convert it to one of them"
             )
-        _check_template(self.template_text)
         return self
 
 
-def _check_template(text: str) -> None:
-    """Nothing of the format language but `{prompt}` itself: `{prompt[0]}` would ask for a letter."""
-    try:
-        fields = [rest for _, *rest in Formatter().parse(text) if rest[0] is not None]
-    except ValueError as error:
-        fields = [[str(error)]]
-    for field in fields:
-        if field != ["prompt", "", None]:
+class FunctionData(Templated):
+    """Prompts from a function of one's own (docs/data.md)."""
+
+    source: Literal["function"]
+    label: str | None = Field(None, pattern=_LABEL, description=_LABEL_MEANING)
+    problems: str = Field(
+        description="`module:function`, of `run.code` or of an installed package. It returns mappings, each "
+        "with `question`, `prompt` or `messages`, and `answer` where there is one."
+    )
+    count: PositiveInt | None = Field(
+        None,
+        description="How many problems to take; given to the function if it has such a parameter. Default: "
+        "all.",
+    )
+    seed: NonNegativeInt = Field(1234, description="Given to the function if it has such a parameter.")
+    shuffle: bool = Field(True, description=_SHUFFLE_MEANING)
+
+    @property
+    def name(self) -> str:
+        """What its evaluation is filed under."""
+        return self.label or self.problems.partition(":")[2]
+
+    @model_validator(mode="after")
+    def _check(self) -> FunctionData:
+        if not ADDRESS.fullmatch(self.problems):
             raise ValueError(
-                f"template_text = {text!r} has {field[0]!r} in braces, and more than {{prompt}} is not "
-                "understood; write {prompt} for the problem, and {{ }} for literal braces"
+                f'problems = "{self.problems}" names no function; write it like "my_data:problems"'
             )
-    if not fields:
-        raise ValueError(f"template_text = {text!r} lacks {{prompt}}; add it")
+        return self
 
 
 class CountdownData(Section):
@@ -128,4 +168,7 @@ class ArithmeticData(Section):
         return self
 
 
-Data = Annotated[FileData | CountdownData | ArithmeticData, Field(discriminator="source")]
+Data = Annotated[
+    FileData | FunctionData | CountdownData | ArithmeticData,
+    Field(discriminator="source"),
+]

@@ -72,9 +72,10 @@ _BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 def render() -> str:
     """The whole page, in Markdown."""
     parts = [INTRODUCTION]
+    told: set[type[Section]] = set()
     for name, field in RunConfig.model_fields.items():
         for section in sections_of(field.annotation):
-            parts.append(_section(name, section, optional=not field.is_required()))
+            parts.append(_section(name, section, told, optional=not field.is_required()))
     return "\n".join(parts)
 
 
@@ -83,14 +84,18 @@ def sections() -> list[type[Section]]:
     return [section for field in RunConfig.model_fields.values() for section in sections_of(field.annotation)]
 
 
-def _section(name: str, section: type[Section], optional: bool) -> str:
+def _section(name: str, section: type[Section], told: set[type[Section]], optional: bool) -> str:
+    """The section's table, and those below it that have not been told yet; its own options come first."""
+    told.add(section)
     source = section.model_fields.get("source")
     suffix = f", source = {_kind(source.annotation, source.metadata)}" if source else ""
-    rows = [_row(option, field) for option, field in section.model_fields.items()]
+    fields = sorted(section.model_fields.items(), key=lambda item: item[0] not in section.__annotations__)
+    rows = [_row(option, field) for option, field in fields]
     nested = [
-        _section(f"{name}.{option}", table, optional=True)
-        for option, field in section.model_fields.items()
+        _section(f"{name}.{option}", table, told, optional=True)
+        for option, field in fields
         for table in _own_tables(field.annotation)
+        if table not in told
     ]
     return "\n".join(
         [
@@ -133,6 +138,8 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
         return _kind(kind, metadata)
     if origin is Literal:
         return " or ".join(f"`{toml_value(value)}`" for value in arguments)
+    if origin is dict:
+        return "table"
     if origin is list:
         return f"list of {_kind(arguments[0], metadata)}"
     return _WORDS[annotation] + _bounds(metadata)

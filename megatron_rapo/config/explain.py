@@ -44,7 +44,9 @@ def _explain_one(problem: ErrorDetails, values: Mapping[str, Any]) -> str:
         case "missing":
             return f"{key} is missing; set it"
         case "union_tag_not_found":
-            return f"{key}.source is missing; set it to file, countdown or arithmetic"
+            return (
+                f"{key}.source is missing; set it to {', '.join(list(_SOURCES)[:-1])} or {list(_SOURCES)[-1]}"
+            )
         case "union_tag_invalid":
             return f'{key}.source = "{context["tag"]}" is not one of {context["expected_tags"]}'
         case "value_error":  # A section's own check: its message begins with the option's name.

@@ -14,10 +14,11 @@ from pydantic import model_validator
 
 from megatron_rapo.config.algorithm import Algorithm
 from megatron_rapo.config.cluster import Slurm
-from megatron_rapo.config.data import Data, FileData
+from megatron_rapo.config.data import Data
 from megatron_rapo.config.evaluation import Evaluate, Setting
 from megatron_rapo.config.running import Checkpoint, Observe, Run
 from megatron_rapo.config.sampling import Reward, Rollout
+from megatron_rapo.config.templates import Templated
 from megatron_rapo.config.training import Model, Optimizer, Parallel
 from megatron_rapo.config.weights import Weights
 from megatron_rapo.section import Section
@@ -63,7 +64,7 @@ class RunConfig(Section):
 
     def verifier_of(self, data: Data) -> str:
         """The name of a data set's verifier: `reward.verifier`, or the one that belongs to the source."""
-        belonging = {"file": "math", "countdown": "countdown", "arithmetic": "integer"}
+        belonging = {"file": "math", "function": "math", "countdown": "countdown", "arithmetic": "integer"}
         chosen = self.reward.verifier
         # Countdown's answers are no expressions that could be compared: it goes with its verifier alone.
         if chosen is None or (data != self.data and "countdown" in (data.source, chosen)):
@@ -89,7 +90,11 @@ class RunConfig(Section):
     def has_chat_data(self) -> bool:
         """Whether a chat template makes prompts of the run or its evaluation."""
         sources = [self.data, *self.evaluation_data]
-        return any(isinstance(source, FileData) and source.template == "chat" for source in sources)
+        return any(isinstance(source, Templated) and source.template != "plain" for source in sources)
+
+    def needs_answers(self, data: Data) -> bool:
+        """Whether what rewards responses to a data set reads gold answers."""
+        return True
 
     @property
     def evaluation_settings(self) -> list[Setting]:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_rapo.config import RunConfig
-from megatron_rapo.config.data import ArithmeticData, CountdownData, Data, FileData
-from megatron_rapo.config.write import toml_value
+from megatron_rapo.config.data import ArithmeticData, CountdownData, Data
 from megatron_rapo.data.prompts import LoadReport, Prompt, PromptSet
-from megatron_rapo.data.sources import Row, generate, read_file
+from megatron_rapo.data.rows import Row
+from megatron_rapo.data.sources import read_source
 from megatron_rapo.data.tasks.problem import Split
 from megatron_rapo.data.templates import encode_plain, encode_template
 from megatron_rapo.errors import RapoError
+from megatron_rapo.fingerprint import in_json
 
-Judge = Callable[[FileData, Sequence[str]], Sequence[str | None]]
-"""Of a file's gold answers: why no response can match each, or None where one can."""
+Judge = Callable[[Data, Sequence[str]], Sequence[str | None]]
+"""Of a source's gold answers: why no response can match each, or None where one can."""
 
 
 def load_prompts(
@@ -30,6 +32,8 @@ def load_prompts(
     option: str = "data",
     date: str | None = None,
     judge: Judge | None = None,
+    needs_answers: bool = True,
+    code: Sequence[Path] = (),
 ) -> PromptSet:
     """Loads prompts, drops the unusable ones, and reports them.
 
@@ -42,23 +46,22 @@ def load_prompts(
             the same. None: all of the file, or `data.problems` of a generated task.
         option: the table that the user set, as errors call it: `data`, or `evaluate.data`.
         date: the day that chat templates are told; None: today (UTC).
-        judge: a file's rows whose gold answer no response can match are dropped, too; None: golds are not
-            looked at.
+        judge: rows of files and functions whose gold answer no response can match are dropped, too; None:
+            golds are not looked at.
+        needs_answers: whether the reward reads gold answers; if so, rows without one are dropped.
+        code: folders with the user's own modules (`run.code`).
 
     Raises:
         RapoError: the source cannot be read, holds fewer usable prompts than `count` or none at all, or
             the tokenizer lacks the template.
     """
-    if isinstance(data, FileData):
-        source, rows = str(data.path), read_file(data, option)
-        usable, unmatched = _judged(data, rows, judge)
-        encoded = encode_template([row.question for row in usable], tokenizer, data, option, date)
-    else:
-        split_name = {"train": "training", "test": "held-out"}[split]
-        source = f"{data.source} ({_options(data)}; {split_name} problems of seed {data.seed})"
-        usable = rows = generate(data, split, data.problems if count is None else count)
-        unmatched = {}  # right by construction
+    source, rows = read_source(data, option, split=split, count=count, needs_answers=needs_answers, code=code)
+    if isinstance(data, CountdownData | ArithmeticData):
+        usable, unmatched = rows, dict[int, str]()  # right by construction
         encoded = encode_plain([row.question for row in usable], tokenizer)
+    else:
+        usable, unmatched = _judged(data, rows, judge, needs_answers)
+        encoded = encode_template(usable, tokenizer, data, option, date)
     if [] in encoded:
         raise RapoError(
             f"the tokenizer {tokenizer.name_or_path} has no token for any character of "
@@ -82,7 +85,7 @@ def load_prompts(
         rows=len(rows),
         kept=len(prompts),
         without_question=tuple(row.index for row in rows if not row.question),
-        without_answer=tuple(row.index for row in rows if row.question and not row.answer),
+        without_answer=tuple(row.index for row in rows if needs_answers and row.question and not row.answer),
         unmatched=unmatched,
         too_long=tuple(
             row.index
@@ -101,10 +104,12 @@ def load_prompts(
     return PromptSet(tuple(prompts), report)
 
 
-def _judged(data: FileData, rows: Sequence[Row], judge: Judge | None) -> tuple[list[Row], dict[int, str]]:
-    """A file's rows that can be trained on; of those whose gold no response can match, why, by row."""
-    whole = [row for row in rows if row.question and row.answer]
-    whys = judge(data, [row.answer for row in whole]) if judge else [None] * len(whole)
+def _judged(
+    data: Data, rows: Sequence[Row], judge: Judge | None, needs_answers: bool
+) -> tuple[list[Row], dict[int, str]]:
+    """The rows that can be trained on; of those whose gold no response can match, why, by row."""
+    whole = [row for row in rows if row.question and (row.answer or not needs_answers)]
+    whys = judge(data, [row.answer for row in whole]) if judge and needs_answers else [None] * len(whole)
     unmatched = {row.index: why for row, why in zip(whole, whys, strict=True) if why is not None}
     return [row for row in whole if row.index not in unmatched], unmatched
 
@@ -128,6 +133,8 @@ def load_training_prompts(
         count=None,
         date=config.run.date,
         judge=judge,
+        needs_answers=config.needs_answers(config.data),
+        code=config.run.code,
     )
     if len(prompts) < (step := config.rollout.prompts_per_step):
         raise RapoError(
@@ -138,14 +145,10 @@ def load_training_prompts(
     return prompts
 
 
-def _options(data: CountdownData | ArithmeticData) -> str:
-    options = data.model_dump(exclude={"source", "label", "problems", "seed"})
-    return ", ".join(f"{name} = {toml_value(value)}" for name, value in options.items())
-
-
 def _duplicates(rows: Sequence[Row]) -> tuple[tuple[int, ...], ...]:
     """Rows that ask the same question, but for white space."""
     same: defaultdict[str, list[int]] = defaultdict(list)
     for row in rows:
-        same[" ".join(row.question.split())].append(row.index)
+        asked = row.question if row.messages is None else in_json(row.messages)
+        same[" ".join(asked.split())].append(row.index)
     return tuple(tuple(indices) for indices in same.values() if len(indices) > 1)

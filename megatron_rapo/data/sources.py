@@ -1,84 +1,129 @@
-"""Problems out of JSONL and Parquet files, and out of the generated tasks."""
+"""Problems out of files and functions, and out of the generated tasks."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
-from megatron_rapo.config.data import ArithmeticData, CountdownData, FileData
-from megatron_rapo.data.golds import join
+from megatron_rapo.config.data import ArithmeticData, CountdownData, Data, FileData, Format, FunctionData
+from megatron_rapo.config.write import toml_value
+from megatron_rapo.data.columns import has
+from megatron_rapo.data.files import looks_like, read_records
+from megatron_rapo.data.functions import call
+from megatron_rapo.data.rows import Layout, Row, read_row
 from megatron_rapo.data.tasks import arithmetic, countdown
 from megatron_rapo.data.tasks.problem import Split
 from megatron_rapo.errors import RapoError
 
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a source; a blank question or answer is an empty string, and `columns` are all it has."""
-
-    index: int
-    question: str
-    answer: str
-    name: str | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict)
+_FUNCTION_PROMPTS = ("messages", "question", "prompt")
 
 
-def read_file(data: FileData, option: str = "data") -> list[Row]:
-    """All rows of the file, blank ones included.
+def read_source(
+    data: Data,
+    option: str = "data",
+    *,
+    split: Split = "train",
+    count: int | None = None,
+    needs_answers: bool = True,
+    code: Sequence[Path] = (),
+) -> tuple[str, list[Row]]:
+    """What people call the source, and all its rows, blank ones included.
 
     Args:
-        data: the file and its fields.
+        data: the source.
         option: the table that the user set, as errors call it: `data`, or `evaluate.data`.
+        split: of a generated task, and of a function that is told it; a file is one split, named by its path.
+        count: of a generated task, how many problems to draw; a function may be told it.
+        needs_answers: whether the reward reads gold answers.
+        code: folders with the user's own modules (`run.code`).
+
+    Raises:
+        RapoError: the source cannot be read, or its rows are not as the options say.
+    """
+    if isinstance(data, FileData):
+        return str(data.path), read_file(data, option, needs_answers)
+    if isinstance(data, FunctionData):
+        return read_function(data, option, split, count, needs_answers, code)
+    return _told(data, split), generate(data, split, data.problems if count is None else count)
+
+
+def read_file(data: FileData, option: str = "data", needs_answers: bool = True) -> list[Row]:
+    """All rows of the file, blank ones included.
 
     Raises:
         RapoError: the file is missing or malformed, lacks a configured field in every row, or holds something
-            else than text in the question, or than text or a number (or as `answer_lists` says a list of
-            them) in the answer, or than those in the id; or text that is no Unicode; or `answer_lists` is
-            set and no answer is a list.
+            else than its format says in them; or `answer_lists` is set and no answer is a list.
     """
-    try:
-        records = _read_parquet(data.path) if data.path.suffix == ".parquet" else _read_jsonl(data.path)
-    except FileNotFoundError as error:
-        raise RapoError(f"data file {data.path} does not exist; correct {option}.path") from error
-    except OSError as error:
-        raise RapoError(f"data file {data.path} cannot be read: {error}; correct {option}.path") from error
-    if not records:
-        raise RapoError(f"data file {data.path} has no rows; point {option}.path at one with problems")
-    _require_field(data.path, f"{option}.prompt_field", data.prompt_field, records)
-    _require_field(data.path, f"{option}.answer_field", data.answer_field, records)
-    rows = []
-    for index, record in enumerate(records):
-        question, answer = record.get(data.prompt_field), record.get(data.answer_field)
-        place = f"data file {data.path}, row {index}"
-        if not isinstance(question, str | None):
-            raise RapoError(
-                f"{place}: field '{data.prompt_field}' is {question!r}, not text; set {option}.prompt_field "
-                "to a field with the problem's text"
-            )
-        text = question if question and question.strip() else ""
-        gold = _gold(answer, data, option, f"{place}: field '{data.answer_field}'")
-        row = Row(index, text, gold, _name(data, option, index, record), record)
-        for column, value in (
-            (data.prompt_field, row.question),
-            (data.answer_field, row.answer),
-            (data.id_field or "id", row.name or ""),
-        ):
-            _require_unicode(value, f"{place}: field '{column}'")
-        rows.append(row)
-    if data.answer_lists and not any(isinstance(record.get(data.answer_field), list) for record in records):
+    records = read_records(data.path, f"{option}.path")
+    _require_field(data, f"{option}.prompt_field", data.prompt_column, records, option)
+    if data.answer_field is not None or (needs_answers and data.format != "messages"):
+        _require_field(data, f"{option}.answer_field", data.answer_column, records, option)
+    other = looks_like(records)
+    prompt = f"set {option}.prompt_field to a field with the problem's text"
+    if other not in (None, data.format):
+        prompt = _choose(other, option)
+    elif data.format != "rows":
+        prompt = f"set {option}.prompt_field to a field with text or messages, or correct the row"
+    layout = Layout(
+        place=f"data file {data.path}",
+        prompts=(data.prompt_column,),
+        answer=data.answer_column,
+        id=data.id_field,
+        several=data.answer_lists,
+        takes_messages=data.format != "rows",
+        needs_answers=needs_answers,
+        remedies={
+            "prompt": prompt,
+            "answer": f"set {option}.answer_field to a field with the gold answer alone",
+            "answers": f'set {option}.answer_lists to "any" if each of its answers is right by itself, or to '
+            '"all" if a response must give them all',
+            "id": f"set {option}.id_field to a field that names every row, or remove it",
+        },
+    )
+    rows = [read_row(index, record, layout) for index, record in enumerate(records)]
+    if data.answer_lists and not any(isinstance(row.columns.get(data.answer_column), list) for row in rows):
         raise RapoError(
             f"{option}.answer_lists = {data.answer_lists!r} has no effect: no answer of {data.path} is a "
             "list; remove it"
         )
     return rows
+
+
+def read_function(
+    data: FunctionData,
+    option: str,
+    split: Split,
+    count: int | None,
+    needs_answers: bool,
+    code: Sequence[Path],
+) -> tuple[str, list[Row]]:
+    """What people call the function, and the rows of what it returns.
+
+    Raises:
+        RapoError: see `data.functions.call`; or its mappings hold no problem, or an answer of another kind.
+    """
+    place, records = call(data, option, code, split, count)
+    if not any(name in record for record in records for name in _FUNCTION_PROMPTS):
+        raise RapoError(
+            f"{place} returns mappings with {_named(records)}; let each have question (or prompt), a "
+            "text, or messages"
+        )
+    layout = Layout(
+        place=place,
+        prompts=_FUNCTION_PROMPTS,
+        answer="answer",
+        id=None,
+        several=None,
+        takes_messages=True,
+        needs_answers=needs_answers,
+        remedies={
+            "prompt": 'let it be a text, or messages like [{"role": "user", "content": "…"}]',
+            "answer": "let it be the gold answer alone, a text or a number",
+            "answers": "let it be one text or number, or judge several in a reward function of your own",
+        },
+    )
+    return place, [read_row(index, record, layout) for index, record in enumerate(records)]
 
 
 def generate(data: CountdownData | ArithmeticData, split: Split, count: int) -> list[Row]:
@@ -93,90 +138,29 @@ def generate(data: CountdownData | ArithmeticData, split: Split, count: int) -> 
     ]
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    records = []
-    with path.open("rb") as lines:  # bytes: only \n ends a line, not the line separators inside of strings
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = line.decode("utf-8-sig")
-                record = json.loads(text)
-            except (ValueError, RecursionError) as error:  # malformed JSON, or bytes that are not UTF-8
-                raise RapoError(
-                    f"{path}:{number} is not JSON: {error}; correct or remove the line"
-                ) from error
-            if not isinstance(record, dict):
-                raise RapoError(
-                    f"{path}:{number} is not a JSON object but {text[:60]!r}; each line must hold one row's "
-                    "fields"
-                )
-            records.append(record)
-    return records
+def _told(data: CountdownData | ArithmeticData, split: Split) -> str:
+    options = data.model_dump(exclude={"source", "label", "problems", "seed"})
+    told = ", ".join(f"{name} = {toml_value(value)}" for name, value in options.items())
+    split_name = {"train": "training", "test": "held-out"}[split]
+    return f"{data.source} ({told}; {split_name} problems of seed {data.seed})"
 
 
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException, ValueError) as error:  # ValueError: text that is not UTF-8
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the file itself; of damaged pages Arrow says so without an error number
-        reason = " ".join(str(error).split())
-        raise RapoError(f"data file {path} is not valid Parquet: {reason}; write it again") from error
+def _require_field(
+    data: FileData, named: str, field: str, records: Sequence[Mapping[str, Any]], option: str
+) -> None:
+    if any(has(record, field) for record in records):
+        return
+    other = looks_like(records)
+    if other not in (None, data.format):
+        raise RapoError(f"data file {data.path} has no field '{field}'; {_choose(other, option)}")
+    raise RapoError(
+        f"data file {data.path} has no field '{field}'; set {named} to one of its fields: {_named(records)}"
+    )
 
 
-def _require_field(path: Path, option: str, field: str, records: Sequence[Mapping[str, Any]]) -> None:
-    if not any(field in record for record in records):
-        present = ", ".join(sorted({name for record in records for name in record}))
-        raise RapoError(
-            f"data file {path} has no field '{field}'; set {option} to one of its fields: {present}"
-        )
+def _choose(format: Format | None, option: str) -> str:
+    return f'it has the columns of another format: set {option}.format = "{format}"'
 
 
-def _require_unicode(text: str, place: str) -> None:
-    """JSON can write half of a surrogate pair, which is no character and cannot be stored or tokenized."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RapoError(
-            f"{place} has {text[error.start]!a} at character {error.start}, half of a surrogate pair and no "
-            "character; correct or remove the row"
-        ) from error
-
-
-def _name(data: FileData, option: str, index: int, record: Mapping[str, Any]) -> str | None:
-    """The row's own name: of `id_field`, which every row must have then, or of `id` if it has one."""
-    name = record.get(data.id_field or "id")
-    if data.id_field is not None and (name is None or isinstance(name, bool | list | dict)):
-        raise RapoError(
-            f"data file {data.path}, row {index}: field '{data.id_field}' is {name!r}, neither text nor "
-            f"number; set {option}.id_field to a field that names every row, or remove it"
-        )
-    return None if name is None or isinstance(name, bool | list | dict) else str(name)
-
-
-def _gold(answer: object, data: FileData, option: str, place: str) -> str:
-    """The gold answer as one text; blank where there is none."""
-    if not isinstance(answer, list):
-        return _answer_text(answer, option, place)
-    if data.answer_lists is None:
-        raise RapoError(
-            f'{place} is {answer!r}, a list; set {option}.answer_lists to "any" if each of its answers is '
-            'right by itself, or to "all" if a response must give them all'
-        )
-    texts = [_answer_text(one, option, place) for one in answer]
-    return join([text for text in texts if text], data.answer_lists)
-
-
-def _answer_text(answer: object, option: str, place: str) -> str:
-    """The answer as stripped text; null and NaN (the null of some Parquet writers) are blank."""
-    if isinstance(answer, float) and math.isnan(answer):
-        return ""
-    if isinstance(answer, bool | list | dict) or not isinstance(answer, str | int | float | Decimal | None):
-        raise RapoError(
-            f"{place} is {answer!r}, no text and no number; set {option}.answer_field to a field with the "
-            "gold answer alone"
-        )
-    if isinstance(answer, float | Decimal) and not math.isfinite(answer):
-        raise RapoError(f"{place} is {answer!r}, no finite number; correct or remove the row")
-    return "" if answer is None else str(answer).strip()
+def _named(records: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(sorted({name for record in records for name in record})) or "nothing"

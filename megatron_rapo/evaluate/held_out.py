@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_rapo.config import FileData, RunConfig
+from megatron_rapo.config import RunConfig
 from megatron_rapo.config.data import Data
+from megatron_rapo.config.templates import Templated
 from megatron_rapo.data.load import Judge, load_prompts
 from megatron_rapo.data.prompts import LoadReport, Prompt
 from megatron_rapo.errors import RapoError
@@ -90,7 +91,7 @@ def _load(
 ) -> HeldOut:
     assert config.evaluate is not None
     count = config.evaluate.problems
-    if count is None and not isinstance(data, FileData):
+    if count is None and not isinstance(data, Templated):
         count = GENERATED_PROBLEMS
     loaded = load_prompts(
         data,
@@ -101,6 +102,8 @@ def _load(
         option=table,
         date=config.run.date,
         judge=judge,
+        needs_answers=config.needs_answers(data),
+        code=config.run.code,
     )
     _refuse_duplicates(loaded.prompts, loaded.report.source, table)
     return HeldOut(data.name, loaded.prompts, config.verifier_of(data), loaded.report)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from megatron_rapo.config import RunConfig
-from megatron_rapo.config.data import FileData
+from megatron_rapo.config.data import Data
 from megatron_rapo.data.load import Judge
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.parallel.placement import Placement
@@ -23,7 +23,7 @@ def gold_judge(config: RunConfig, placement: Placement | None = None) -> Judge:
             its word, so that none keeps a prompt that another has dropped.
     """
 
-    def judge(data: FileData, golds: Sequence[str]) -> Sequence[str | None]:
+    def judge(data: Data, golds: Sequence[str]) -> Sequence[str | None]:
         if placement is None:
             return _judge(config, data, golds)
         return placement.share_from_main(_judge(config, data, golds) if placement.is_main else None)
@@ -31,7 +31,7 @@ def gold_judge(config: RunConfig, placement: Placement | None = None) -> Judge:
     return judge
 
 
-def _judge(config: RunConfig, data: FileData, golds: Sequence[str]) -> list[str | None]:
+def _judge(config: RunConfig, data: Data, golds: Sequence[str]) -> list[str | None]:
     """Why no response can match each gold; None where one can."""
     doubtful = [gold for gold in dict.fromkeys(golds) if not _INTEGER.fullmatch(gold)]
     if not doubtful:

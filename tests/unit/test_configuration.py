@@ -195,8 +195,8 @@ def test_errors_name_every_source(minimal_file: Path, tmp_path: Path) -> None:
         *(
             (
                 with_options(data={"source": "countdown", option: "x"}),
-                f'data.{option} = "x" is not an option of source = "countdown": data has it with source = '
-                '"file"; change the source, or remove it',
+                f'data.{option} = "x" is not an option of source = "countdown": data has it with '
+                'source = "file"',
             )
             for option in ("path", "template", "shuffle", "system_prompt")
         ),
@@ -226,7 +226,7 @@ def test_an_unknown_key_is_refused(values: dict[str, Any], message: str) -> None
         ({k: v for k, v in MINIMAL.items() if k != "model"}, "section [model] is missing; add it"),
         (with_options(run={"steps": 1}), "run.directory is missing; set it"),
         (with_options(rollout={"prompts_per_step": 1}), "rollout.max_response_tokens is missing; set it"),
-        (with_options(data={}), "data.source is missing; set it to file, countdown or arithmetic"),
+        (with_options(data={}), "data.source is missing; set it to file, function, countdown or arithmetic"),
         (with_options(data={"source": "file"}), "data.path is missing; set it"),
         (with_options(evaluate__data={}), "evaluate.data.source is missing"),
     ],
@@ -251,7 +251,7 @@ def test_a_missing_option_is_named(values: dict[str, Any], message: str) -> None
         ),
         (
             with_options(data__source="web"),
-            "data.source = \"web\" is not one of 'file', 'countdown', ",
+            "data.source = \"web\" is not one of 'file', 'function', ",
         ),
         (with_options(data__numbers=5), "data.numbers = 5: must be 3 or 4"),
         (with_options(data__largest=1), "data.largest = 1: must be greater than or equal to 2"),
@@ -424,6 +424,32 @@ def test_an_option_without_effect_is_refused(values: dict[str, Any], option: str
         (
             with_options(data={"source": "file", "path": "a.csv"}),
             "data.path = 'a.csv' is neither .jsonl nor .parquet; convert it",
+        ),
+        (
+            with_options(data=FILE | {"template": "Chat"}),
+            'data.template = "Chat" is neither "chat" nor "plain", nor a .jinja file, nor Jinja text',
+        ),
+        (
+            with_options(data=FILE | {"template_options": {"messages": []}}),
+            "data.template_options has 'messages', which every template is given; remove it",
+        ),
+        (
+            with_options(
+                data=FILE | {"few_shot": [{"question": "q", "answer": "a"}], "few_shot_file": "a.jsonl"}
+            ),
+            "data.few_shot_file = 'a.jsonl' stands beside few_shot; keep one of them",
+        ),
+        (
+            with_options(data=FILE | {"few_shot_file": "a.json"}),
+            "data.few_shot_file = 'a.json' is no .jsonl file; convert it",
+        ),
+        (
+            with_options(data=FILE | {"few_shot": [{"question": "q"}]}),
+            "data.few_shot[0].answer is missing; set it",
+        ),
+        (
+            with_options(data={"source": "function", "problems": "my_data.py"}),
+            'data.problems = "my_data.py" names no function; write it like "my_data:problems"',
         ),
         (
             with_options(data=FILE | {"template_text": "no place"}),

@@ -81,6 +81,8 @@ _TABLES = {
     "Rollout": "rollout",
     "FileData": "data",
     "file_data": "data",
+    "FunctionData": "data",
+    "function_data": "data",
     "CountdownData": "data",
     "ArithmeticData": "data",
     "Reward": "reward",

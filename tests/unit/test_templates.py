@@ -1,12 +1,14 @@
 """Prompt tokens: plain text, the tokenizer's own habits, and its chat template."""
 
+import json
 from datetime import UTC, datetime
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 
 from megatron_rapo.config.data import FileData
-from megatron_rapo.data.templates import encode_chat, encode_plain, encode_template
+from megatron_rapo.data.rows import Row
+from megatron_rapo.data.templates import encode_plain, encode_template
 from megatron_rapo.errors import RapoError
 from tests.models import make_tokenizer
 
@@ -27,6 +29,15 @@ def tokenizer(*, bos=False, eos=False, chat_template=None):
             special_tokens=[(t, made.convert_tokens_to_ids(t)) for t in ("<|begin|>", "<|im_end|>")],
         )
     return made
+
+
+def rows(*questions):
+    return [Row(index, question, "") for index, question in enumerate(questions)]
+
+
+def encode_chat(texts, made, system_prompt, option="data", date=None):
+    data = FileData(source="file", path="x.jsonl", template_text="{prompt}", system_prompt=system_prompt)
+    return encode_template(rows(*texts), made, data, option, date)
 
 
 def test_plain_text_becomes_its_own_tokens():
@@ -107,7 +118,7 @@ def test_named_templates_need_a_default():
 def test_the_configured_text_goes_around_the_question_braces_and_all(template):
     made = tokenizer(chat_template=CHAT_TEMPLATE)
     data = FileData(source="file", path="x.jsonl", template=template, template_text="Q({prompt})")
-    (ids,) = encode_template(["1 + 1 = x"], made, data)
+    (ids,) = encode_template(rows("1 + 1 = x"), made, data)
     text = "Q(1 + 1 = x)"
     assert made.decode(ids) == (text if template == "plain" else f"user:{text}\nassistant:")
 
@@ -115,7 +126,7 @@ def test_the_configured_text_goes_around_the_question_braces_and_all(template):
 def test_the_configured_system_prompt_comes_first():
     made = tokenizer(chat_template=CHAT_TEMPLATE)
     data = FileData(source="file", path="x.jsonl", template_text="{prompt}", system_prompt="be brief")
-    (ids,) = encode_template(["1+1"], made, data)
+    (ids,) = encode_template(rows("1+1"), made, data)
     assert made.decode(ids) == "system:be brief\nuser:1+1\nassistant:"
 
 
@@ -123,7 +134,7 @@ def test_braces_in_the_question_are_no_placeholders():
     made = tokenizer()
     made.add_tokens(["{", "}"])
     data = FileData(source="file", path="x.jsonl", template="plain", template_text="{{{prompt}}}")
-    (ids,) = encode_template(["{0}{prompt}"], made, data)
+    (ids,) = encode_template(rows("{0}{prompt}"), made, data)
     assert "".join(made.convert_ids_to_tokens(ids)) == "{{0}{prompt}}"
 
 
@@ -133,3 +144,114 @@ def test_a_template_is_told_the_day_and_no_time():
     assert made.decode(ids) == "2026-02-03 00:00:00 1"
     (ids,) = encode_chat(["1"], made, None)
     assert made.decode(ids) == f"{datetime.now(UTC).date()} 00:00:00 1"
+
+
+def encoded(made, *rows, **options):
+    data = FileData(source="file", path="x.jsonl", **{"template_text": "{prompt}", **options})
+    return [made.decode(ids) for ids in encode_template(rows, made, data)]
+
+
+SHOTS = [{"question": "1+1", "answer": "2"}, {"question": "2+2", "answer": "4"}]
+
+
+def test_few_shot_examples_are_turns_of_the_chat(tmp_path):
+    made = tokenizer(chat_template=CHAT_TEMPLATE)
+    expected = "system:hi\nuser:Q 1+1\nassistant:2\nuser:Q 2+2\nassistant:4\nuser:Q 3+3\nassistant:"
+    options = {"template_text": "Q {prompt}", "system_prompt": "hi"}
+    assert encoded(made, *rows("3+3"), few_shot=SHOTS, **options) == [expected]
+    path = tmp_path / "shots.jsonl"
+    path.write_text("\n".join(map(json.dumps, SHOTS)))
+    assert encoded(made, *rows("3+3"), few_shot_file=path, **options) == [expected]
+
+
+def test_few_shot_examples_stand_behind_the_datas_own_system_turn():
+    made = tokenizer(chat_template=CHAT_TEMPLATE)
+    messages = ({"role": "system", "content": "hi"}, {"role": "user", "content": "3+3"})
+    (text,) = encoded(made, Row(0, "3+3", "", messages=messages), few_shot=SHOTS[:1])
+    assert text == "system:hi\nuser:1+1\nassistant:2\nuser:3+3\nassistant:"
+
+
+def test_few_shot_examples_of_plain_text_end_with_a_blank_line():
+    made = tokenizer()
+    (text,) = encoded(made, *rows("3+3"), template="plain", template_text="Q {prompt} A ", few_shot=SHOTS)
+    assert text == "Q 1+1 A 2\n\nQ 2+2 A 4\n\nQ 3+3 A "
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"has no rows; remove the option"),
+        (
+            '{"question": "1"}',
+            r"shots\.jsonl, row 0, has no texts question and answer but question; write both",
+        ),
+        ("{", r"shots\.jsonl:1 is not JSON"),
+        (None, r"few_shot_file = '.*shots\.jsonl' cannot be read: .*; correct it"),
+    ],
+)
+def test_a_file_of_examples_that_is_none_is_told(tmp_path, content, message):
+    path = tmp_path / "shots.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(RapoError, match=message):
+        encoded(tokenizer(chat_template=CHAT_TEMPLATE), *rows("1"), few_shot_file=path)
+
+
+SWITCHED = (
+    CHAT_TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %}none {% endif %}{{ tools }}"
+)
+
+
+def test_switches_of_the_chat_template_are_set():
+    made = tokenizer(chat_template=SWITCHED)
+    (text,) = encoded(made, *rows("1"), template_options={"enable_thinking": False})
+    assert text == "user:1\nassistant:none None"
+    tool = {"type": "function", "function": {"name": "add", "description": "d", "parameters": {}}}
+    (text,) = encoded(made, *rows("1"), template_options={"tools": [tool]})
+    assert "name: add" in text
+
+
+def test_a_switch_that_the_template_does_not_mention_is_refused():
+    with pytest.raises(
+        RapoError,
+        match=r"template_options has thinking = True, which the chat template of .* does not mention",
+    ):
+        encoded(tokenizer(chat_template=SWITCHED), *rows("1"), template_options={"thinking": True})
+
+
+OWN = "{% for m in messages %}({{ m.content }}){% endfor %}{{ problem.level }}"
+
+
+def test_a_template_of_ones_own_sees_messages_and_columns(tmp_path):
+    made = tokenizer()  # without one
+    row = Row(0, "1+1", "2", columns={"question": "1+1", "level": 3})
+    options = {"system_prompt": "hi", "template_text": "Q {prompt}", "template_options": {"level": 1}}
+    assert encoded(made, row, template=OWN, **options) == ["(hi)(Q 1+1)3"]
+    path = tmp_path / "own.jinja"
+    path.write_text(OWN)
+    assert encoded(made, row, template=str(path), **options) == ["(hi)(Q 1+1)3"]
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "message"),
+    [
+        ("{{ problem.lvel }}", {}, r"the problem has no column 'lvel'; its columns: level; correct it"),
+        (
+            "{{ messages[9].x.y }}",
+            {},
+            r'data\.template = "\{\{ messages.*refuses the conversation: .*correct it',
+        ),
+        ("{{ 1 }}", {}, r"mentions neither messages nor problem, so all prompts were the same"),
+        ("nowhere.jinja", {}, r'data\.template = "nowhere\.jinja" cannot be read: .*; name a file'),
+        (
+            "{{ problem.level }}",
+            {"system_prompt": "hi"},
+            r"data\.system_prompt would have no effect: .*messages",
+        ),
+        ("{{ problem.__class__ }}{{ ''.__class__.mro() }}", {}, r"refuses the conversation: .*unsafe"),
+    ],
+)
+def test_a_template_of_ones_own_that_does_not_work_is_told(template, options, message):
+    data = FileData(source="file", path="x.jsonl", template=template, **options)
+    with pytest.raises(RapoError, match=message):
+        encode_template([Row(0, "1", "", columns={"level": 1})], tokenizer(), data)
