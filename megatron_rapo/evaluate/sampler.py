@@ -79,11 +79,11 @@ class Sampler:
                 first, future = waiting.popleft()
                 yield first, future.result()
         except TooFewEngines:
-            executor.shutdown(cancel_futures=True)  # what follows makes engines serve weights anew
+            executor.shutdown()  # what follows makes engines serve weights anew
             raise
         finally:
             # Not waited for: after an error the pool is closed next, which ends what it was asked.
-            executor.shutdown(wait=False, cancel_futures=True)
+            executor.shutdown(wait=False)
 
     def _generate(self, batch: Batch, setting: SettingRecord) -> list[RolloutGroup]:
         groups = self.pool.generate(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 
@@ -19,7 +21,9 @@ from megatron_rapo.evaluate import evaluator as evaluator_module
 from megatron_rapo.evaluate import standalone
 from megatron_rapo.evaluate.evaluator import Evaluator
 from megatron_rapo.evaluate.held_out import HeldOut
-from megatron_rapo.evaluate.sampler import TooFewEngines
+from megatron_rapo.evaluate.manifest import SettingRecord
+from megatron_rapo.evaluate.plan import Batch
+from megatron_rapo.evaluate.sampler import Sampler, TooFewEngines
 from megatron_rapo.evaluate.store import Evaluation
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import SharedEngines
@@ -243,6 +247,94 @@ def test_metrics_are_named_by_data_set_and_setting_where_there_are_several(tmp_p
     assert several.keys() == {f"{data}/{SETTING.name}/{name}" for data in ("sums", "more") for name in one}
     manifest = Evaluation.open(tmp_path / "evaluations" / f"step_{STEP:06d}").manifest
     assert (manifest.finished is not None, manifest.model.step, manifest.seed) == (True, STEP, 11)
+
+
+class Pool:
+    """Records what it is asked; a batch of prompt n waits for `go_on[n]`, or fails as `fails[n]` says."""
+
+    failures: ClassVar[dict[str, str]] = {"http://one": "gone"}
+
+    def __init__(self, batches: int) -> None:
+        self.asked: list[int] = []
+        self.go_on = [threading.Event() for _ in range(batches)]
+        self.fails: dict[int, Any] = {}
+
+    def generate(self, prompts, **options):
+        [prompt] = prompts
+        self.asked.append(prompt.index)
+        assert self.go_on[prompt.index].wait(timeout=20)
+        found = self.fails.get(prompt.index, prompt.index)
+        if isinstance(found, Exception):
+            raise found
+        return [found]
+
+
+def drawing(pool: Pool) -> Iterator[tuple[int, Any]]:
+    """(batch, its response) one after the other."""
+    batches = [Batch((Prompt(i, "?", (i,), "1"),), 0, 1) for i in range(len(pool.go_on))]
+    sampler = Sampler(cast(Any, pool), cast(Any, None), weight_version=STEP, seed=1)
+    generated = sampler.generated(batches, SettingRecord(name="t1", temperature=1.0, max_response_tokens=4))
+    try:
+        for batch, [found] in generated:
+            yield batch.prompts[0].index, found
+    finally:
+        cast(Any, generated).close()
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_engines_work_on_the_next_batches_while_one_is_verified() -> None:
+    """Batches come in order, whichever is done first; no more than two are under way."""
+    pool = Pool(5)
+    drawn = drawing(pool)
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(next, drawn)
+        wait_until(lambda: sorted(pool.asked) == [0, 1])
+        pool.go_on[1].set()
+        wait_until(lambda: len(pool.asked) == 3)
+        assert not first.done()  # the second is, but it is not its turn
+        pool.go_on[0].set()
+        assert first.result(timeout=20) == (0, 0)
+        wait_until(lambda: len(pool.asked) == 3)
+    for event in pool.go_on:
+        event.set()
+    assert list(drawn) == [(n, n) for n in range(1, 5)]
+    assert sorted(pool.asked) == list(range(5))
+
+
+def test_after_an_error_what_is_under_way_is_not_waited_for() -> None:
+    """The pool's end will end it; and no more is asked for than had been planned."""
+    pool = Pool(5)
+    pool.fails[0] = RapoError("refused")
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(next, drawing(pool))
+        wait_until(lambda: len(pool.asked) == 2)
+        pool.go_on[0].set()
+        with pytest.raises(RapoError, match="refused"):
+            first.result(timeout=10)
+    for event in pool.go_on:
+        event.set()
+    wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("evaluate")])
+    assert sorted(pool.asked) == [0, 1, 2]
+
+
+def test_what_is_under_way_ends_before_engines_get_weights_anew() -> None:
+    pool = Pool(2)
+    pool.fails[0] = None  # a group that engines left open
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(next, drawing(pool))
+        wait_until(lambda: len(pool.asked) == 2)
+        pool.go_on[0].set()
+        time.sleep(0.05)
+        assert not first.done()
+        pool.go_on[1].set()
+        with pytest.raises(TooFewEngines, match=r"too few engines .* to go on:\n  http://one: gone$"):
+            first.result(timeout=20)
 
 
 def _fail_after(server, count: int):
