@@ -19,7 +19,6 @@ class Setting(Section):
         1.0,
         gt=0,
         le=1,
-        allow_inf_nan=False,
         description="Nucleus: the likeliest tokens that reach this probability may be drawn.",
     )
     top_k: PositiveInt | None = Field(

@@ -158,6 +158,35 @@ def test_pipeline_stages_exchange_one_shape() -> None:
     assert all(len(part) % 2 == 0 for part in parts)
 
 
+@pytest.mark.parametrize("parallel", [{"context_parallel": 2}, {"pipeline_parallel": 2}])
+def test_microbatches_hold_what_they_may_with_their_padding(parallel: dict[str, int]) -> None:
+    """The first minibatch's sequences are of 5, 9, 7 and 3 tokens, padded for CP to 8, 12, 8 and 4; for PP
+    its microbatches are filled up to those of the second, of 4 + 10 and 8 + 6."""
+    run = config(parallel, max_tokens_per_microbatch=20)
+    ranks = run.parallel.context_parallel
+    first = minibatches(run)[0]
+    assert [len(microbatch.token_ids) * ranks for microbatch in first] == (
+        [16, 16] if ranks == 2 else [14, 14]
+    )
+    assert [sorted(microbatch.lengths) for microbatch in first] == (
+        [[4, 12], [8, 8]] if ranks == 2 else [[2, 3, 9], [2, 5, 7]]
+    )
+
+
+@pytest.mark.parametrize("reward", [-0.5, 1.5])
+def test_rewards_for_which_phi_is_not_defined_are_an_error(
+    monkeypatch: pytest.MonkeyPatch, reward: float
+) -> None:
+    rewards = np.ma.array([[0.0, 1.0], [reward, 1.0]])
+    monkeypatch.setattr("megatron_rapo.policy.batch.known_rewards", lambda groups: rewards)
+    with pytest.raises(
+        ValueError, match=rf"from {min(reward, 0.0)} to {max(reward, 1.0)} are not all within"
+    ):
+        batch_advantages(GROUPS[:2], config())
+    rewards[1, 0] = np.ma.masked  # unknown: it is never used
+    assert batch_advantages(GROUPS[:2], config()).shape == (2, 2)
+
+
 def test_a_warm_up_that_never_ends_is_refused() -> None:
     options = config().resolved()
     options["optimizer"]["warmup_updates"] = 4

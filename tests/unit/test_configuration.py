@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import runpy
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -663,6 +664,50 @@ def bounds_of(annotation: Any) -> Iterator[list[str]]:
     yield [name for item in found for name in ("gt", "ge", "lt", "le") if hasattr(item, name)]
     for part in get_args(annotation):
         yield from bounds_of(part)
+
+
+@pytest.mark.parametrize(
+    ("data", "chosen", "verifier"),
+    [
+        (FILE, None, "math"),
+        (FILE, "integer", "integer"),
+        ({"source": "arithmetic"}, "math", "math"),
+        ({"source": "countdown"}, "countdown", "countdown"),
+    ],
+)
+def test_a_verifier_may_be_chosen(data: dict[str, Any], chosen: str | None, verifier: str) -> None:
+    """For training and for its evaluation; countdown's answers go with its own alone."""
+    sets = [{**FILE, "path": "b.jsonl"}, {"source": "countdown", "numbers": 3}]
+    config = validate(
+        with_options(data=data, reward={"verifier": chosen}, evaluate={"data": sets}), source="t"
+    )
+    assert config.verifier == verifier
+    found = [config.verifier_of(one) for one in config.evaluation_data]
+    assert found == ["math" if verifier == "countdown" else verifier, "countdown"]
+
+
+def test_what_is_done_once_at_the_last_step_is_accepted() -> None:
+    config = validate(with_options(checkpoint={"every": 3}, evaluate={"every": 3}), source="t")
+    assert (config.checkpoint.every, config.evaluate and config.evaluate.every) == (3, 3)
+
+
+def test_a_problem_between_sections_is_told_by_itself() -> None:
+    told = refusal(with_options(checkpoint={"every": 4}))
+    assert told.startswith("configuration run.toml is not valid:\n  checkpoint.every = 4 is beyond")
+
+
+def test_options_are_written_below_their_table() -> None:
+    text = to_toml(validate(with_options(evaluate={}), source="t"))
+    assert text.startswith("[run]\n")
+    assert "\n\n[rollout]\n" in text and "\nprompts_per_step = 8\n" in text and "\n\n[evaluate]\n" in text
+
+
+def test_the_documentation_is_printed_by_its_module_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    path = document.__file__
+    runpy.run_path(path, run_name="imported")
+    assert capsys.readouterr().out == ""
+    runpy.run_path(path, run_name="__main__")
+    assert capsys.readouterr().out == document.render()
 
 
 def all_models(model: type[BaseModel] = BaseModel) -> Iterator[type[BaseModel]]:

@@ -16,6 +16,7 @@ from megatron_rapo.loss.divergence import LOG_RATIO_BOUNDS
 from megatron_rapo.loss.mismatch import Mismatch
 from megatron_rapo.loss.objective import HeadStates, Objective
 from tests.unit.one_rank import one_rank
+from tests.unit.thread_ranks import on_ranks, placement_of
 
 ROWS, VOCABULARY, HIDDEN, TEMPERATURE = 13, 11, 7, 0.9
 
@@ -33,7 +34,7 @@ def sequence(random: np.random.Generator, prompt: int, response: int, dtype: Any
 
 
 def microbatch(
-    weights=(0.05, 0.1), dtype=np.float32, responses=(6, 9), has_probability=(True, True)
+    weights=(0.05, 0.1), dtype=np.float32, responses=(6, 9), has_probability=(True, True), **context
 ) -> Microbatch:
     random = np.random.default_rng(0)
     return pack(
@@ -50,6 +51,7 @@ def microbatch(
             )
         ],
         sequence_multiple=4,
+        **context,
     )
 
 
@@ -275,3 +277,84 @@ def test_the_gradient_is_that_of_the_printed_loss(correction, ratio, moved):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
     torch.testing.assert_close(policy.hidden.grad, plain.hidden.grad, rtol=1e-7, atol=1e-12)
     torch.testing.assert_close(policy.weight.grad, plain.weight.grad, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("options", [{}, {"importance_correction": "truncated", "importance_cap": 1.3}])
+def test_ranks_that_share_sequences_have_the_ratios_of_whole_ones(options, moved):
+    """Each sums over the tokens that it has; a response's mean is over those of both."""
+    options = {"divergence": "none", "ratio": "sequence", "loss_aggregation": "sequence_mean", **options}
+    whole, policy = microbatch(), states(15, 0)
+    old = log_distribution(policy).gather(1, whole.targets[whole.is_response][:, None]).squeeze(1)
+    old = old + 0.2 * torch.sin(torch.arange(15.0, dtype=torch.float64))
+    # A response token is known by its response and its place there.
+    places = list(
+        zip(
+            *(x[whole.is_response].tolist() for x in (whole.sequences, whole.response_positions)), strict=True
+        )
+    )
+
+    def run(batch, group=None):
+        chosen = batch.is_response
+        mine = list(
+            zip(*(x[chosen].tolist() for x in (batch.sequences, batch.response_positions)), strict=True)
+        )
+        rows = torch.tensor([places.index(place) for place in mine])
+        if moved:
+            batch.old_log_probs = torch.zeros(len(chosen), dtype=torch.float64)
+            batch.old_log_probs[chosen] = old[rows]
+        hidden = policy.hidden.detach()[rows].requires_grad_()
+        subject = objective(**options)
+        subject.context_group = group
+        loss, sums, _ = subject(batch, HeadStates(hidden, policy.weight.detach()), None)
+        loss.backward()
+        return loss.detach(), sums, torch.zeros_like(policy.hidden).index_add(0, rows, hidden.grad)
+
+    expected = run(whole)
+    parts = on_ranks(2, lambda g: run(microbatch(context_rank=g.rank(), context_ranks=2), g))
+    assert all(part[2].any() for part in parts)
+    for found, value in zip(zip(*parts, strict=True), expected, strict=True):
+        torch.testing.assert_close(found[0] + found[1], value, rtol=1e-9, atol=1e-12)
+
+
+def test_ranks_that_share_the_vocabulary_have_the_loss_of_the_whole():
+    """Also with the reference's distribution, whose head is shared alike."""
+    batch, tokens = microbatch(), 15
+    policy, reference = states(tokens, 0), states(tokens, 1)
+
+    def run(group=None):
+        rows = slice(None) if group is None else slice(group.rank() * 7, group.rank() * 7 + 7)
+        padded = [
+            torch.cat([x.weight.detach(), torch.ones(1, HIDDEN).double()])[rows] for x in (policy, reference)
+        ]
+        hidden = policy.hidden.detach().clone().requires_grad_()
+        subject = objective(audit_estimators=True)
+        if group is not None:
+            subject.group = group
+        loss, sums, _ = subject(batch, HeadStates(hidden, padded[0]), HeadStates(reference.hidden, padded[1]))
+        loss.backward()
+        return loss.detach(), sums, hidden.grad
+
+    loss, sums, gradient = run()
+    parts = on_ranks(2, run)
+    for part in parts:
+        torch.testing.assert_close(part[0], loss)
+        torch.testing.assert_close(part[1], sums)
+    torch.testing.assert_close(parts[0][2] + parts[1][2], gradient)
+
+
+def test_mismatches_of_replicas_add_up():
+    random = np.random.default_rng(0)
+    log_probs, engine = (torch.from_numpy(random.normal(-2.0, 1.0, 300)) for _ in range(2))
+    positions = torch.from_numpy(random.integers(0, 5000, 300))
+    whole = Mismatch()
+    whole.add(log_probs, engine, positions)
+
+    def reduced(group):
+        rows = slice(0, 100) if group.rank() else slice(100, None)
+        mine = Mismatch()
+        mine.add(log_probs[rows], engine[rows], positions[rows])
+        mine.reduce(placement_of(group))
+        return dict(mine.metrics())
+
+    assert on_ranks(2, reduced) == [pytest.approx(dict(whole.metrics()))] * 2

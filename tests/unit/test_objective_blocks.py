@@ -179,8 +179,8 @@ def test_groups_without_variance_have_no_advantage(name):
 
 
 def test_the_overlong_penalty():
-    lengths = np.array([10, 16, 18, 20])
-    np.testing.assert_allclose(overlong_penalty(lengths, 4, 20), [0.0, 0.0, -0.25, -0.5])
+    lengths = np.array([10, 16, 18, 20, 23])
+    np.testing.assert_allclose(overlong_penalty(lengths, 4, 20), [0.0, 0.0, -0.25, -0.5, -0.5])
 
 
 def test_the_overlong_penalty_weighs_what_the_papers_does():

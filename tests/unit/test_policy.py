@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -18,8 +20,9 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.loss.objective import HeadStates, Objective
 from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.parallel.placement import Placement
+from megatron_rapo.policy.finite import check_finite, named_parameters
 from megatron_rapo.policy.learning_rate import LearningRate
-from megatron_rapo.policy.policy import Policy
+from megatron_rapo.policy.policy import Policy, _connect
 from megatron_rapo.policy.reference import Reference
 from megatron_rapo.publish.proof import check_policy
 from tests.distributed import test_training_modes as modes
@@ -27,6 +30,7 @@ from tests.distributed.minibatches import VOCABULARY, make_minibatches, make_sam
 from tests.episodes import prompt_tokens
 from tests.models import make_hf_model
 from tests.unit.one_rank import one_placement
+from tests.unit.thread_ranks import on_ranks, placement_of
 
 KEYS = ("loss", "norm", "clipped", "rate")
 
@@ -344,3 +348,107 @@ def test_sampled_divergences_are_those_of_plain_pytorch(
         rho = log_rho.exp()
         values.append(rho - log_rho - 1 if divergence == "k3" else rho * log_rho - rho + 1)
     assert found == pytest.approx(float(torch.cat(values).mean()), rel=1e-4)
+
+
+class Recorded:
+    """Notes the names of the methods that are called on it, and with which options."""
+
+    def __init__(self, **attributes: Any) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.__dict__.update(attributes)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda **options: self.calls.append((name, options))
+
+
+def test_room_is_made_once_and_taken_back_once(models: Path, placement: Placement) -> None:
+    """Only where the option says so; whoever asks twice, as after an error, moves nothing twice."""
+    policy = make_policy(models, placement)
+    optimizer, chunks = Recorded(), [Recorded(), Recorded()]
+    policy.optimizer, policy.wrapped = optimizer, chunks  # type: ignore[assignment]
+    for turn in (policy.make_room, policy.take_room):
+        turn()
+    assert optimizer.calls == chunks[0].calls == []
+    policy._gives_way = True
+    policy.take_room()
+    for turn in (policy.make_room, policy.make_room, policy.take_room, policy.take_room):
+        turn()
+    policy.make_room()
+    assert optimizer.calls == [
+        (name, {}) for name in ("offload_to_cpu", "restore_from_cpu", "offload_to_cpu")
+    ]
+    for chunk in chunks:
+        names = ("offload_grad_buffers", "restore_grad_buffers", "offload_grad_buffers")
+        assert chunk.calls == [(name, {}) for name in names]
+
+
+def test_parameters_that_are_gathered_late_are_made_current(models: Path, placement: Placement) -> None:
+    policy = make_policy(models, placement)
+    chunks = [Recorded(ddp_config=SimpleNamespace(overlap_param_gather=late)) for late in (True, False)]
+    policy.wrapped = chunks  # type: ignore[assignment]
+    policy.synchronise_parameters()
+    assert [chunk.calls for chunk in chunks] == [[("start_param_sync", {"force_sync": True})], []]
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_schedules_know_how_to_hold_communication_back(chunks: int, overlapped: bool) -> None:
+    """Megatron takes one function of one chunk, and a list of those of several."""
+    wrapped: Any = [SimpleNamespace(config=SimpleNamespace(), no_sync=f"no_sync {n}") for n in range(chunks)]
+    _connect(wrapped, SimpleNamespace(scale_loss="scale"), Optimizer(overlap_communication=overlapped))
+    config = wrapped[0].config
+    assert config.grad_scale_func == "scale"
+    expected = {1: "no_sync 0", 2: ["no_sync 0", "no_sync 1"]}[chunks]
+    assert getattr(config, "no_sync_func", None) == (expected if overlapped else None)
+
+
+def test_parameters_are_named_by_their_chunk_where_there_are_several() -> None:
+    chunks = [torch.nn.Linear(1, 1), torch.nn.Linear(1, 1, bias=False)]
+    assert [name for name, _ in named_parameters(chunks[:1])] == ["weight", "bias"]
+    names = ["chunk 0, weight", "chunk 0, bias", "chunk 1, weight"]
+    assert [name for name, _ in named_parameters(chunks)] == names
+
+
+@pytest.mark.parametrize("divergence", ["forward_exact", "reverse_exact", "k3"])
+def test_a_reference_leaves_what_the_divergence_needs_and_nothing_else(
+    models: Path, placement: Placement, divergence: Any
+) -> None:
+    """Hidden states where it needs whole distributions; else log-probs at the response tokens."""
+    model = Model(path=models / "policy", dtype="float32")
+    reference = Reference(model, read_architecture(model.path), placement)
+    objective = Objective(
+        Algorithm(divergence=divergence), temperature=1.0, vocabulary=VOCABULARY, group=placement.tensor_group
+    )
+    minibatches = make_minibatches(placement, [0])
+    reference.annotate(minibatches, objective)
+    for microbatch in minibatches[0]:
+        tokens = int(microbatch.is_response.sum())
+        log_probs = microbatch.reference_log_probs, microbatch.flattened_log_probs
+        if divergence == "k3":
+            assert microbatch.reference_hidden is None
+            assert [found is not None and len(found) for found in log_probs] == [tokens, tokens]
+        else:
+            assert microbatch.reference_hidden is not None and log_probs == (None, None)
+            assert len(microbatch.reference_hidden) == len(microbatch.token_ids)
+
+
+def test_what_is_not_finite_on_one_rank_is_told_on_every_rank() -> None:
+    """The other rank's tensors are whole; both name the damaged one and where it is."""
+
+    def check(group: dist.ProcessGroup) -> list[str | float]:
+        placement = placement_of(group)
+        found: list[str | float] = []
+        for value, bound in ((7.0, math.inf), (math.nan, math.inf), (7.0, 5.0)):
+            tensors = {"a": torch.ones(2), "b": torch.tensor([1.0, value if group.rank() else -3.0])}
+            try:
+                found.append(check_finite("weights", tensors, placement, "mend it", bound))
+            except RapoError as error:
+                found.append(str(error))
+        return found
+
+    expected = [
+        7.0,
+        "weights hold NaN or infinity: b on rank 1 (pipeline stage 0): nan; mend it",
+        "weights hold NaN or infinity, or more than 5: b on rank 1 (pipeline stage 0): 7; mend it",
+    ]
+    assert on_ranks(2, check) == [expected] * 2

@@ -14,6 +14,7 @@ from megatron_rapo.evaluate.draws import tries
 from megatron_rapo.evaluate.interval import estimate
 from megatron_rapo.evaluate.pass_at_k import pass_at_k
 from megatron_rapo.evaluate.sequential import Stopping, sequential_pass_at_k
+from megatron_rapo.evaluate.statistics import COLUMNS, summarise_adaptive
 from tests.unit.stored import store
 
 
@@ -86,3 +87,15 @@ def test_a_problem_is_open_until_its_successes_come_without_a_gap() -> None:
     stopping.take("a", 0, False)
     assert not stopping.is_open("a")
     assert stopping.is_open("b")
+
+
+def test_the_largest_k_is_the_budgets(tmp_path: Path) -> None:
+    right = np.zeros((2, 6), dtype=bool)
+    right[0, [1, 3]] = True
+    samples = store(tmp_path, right).samples("sums", "t1").read([*COLUMNS, "sample"])
+    found = summarise_adaptive(samples, ["p0", "p1"], [1, 6], correct=2, most=6)
+    assert found.pass_at_k[6].mean == 0.5
+    assert found.mean == found.pass_at_k[1]
+    assert found.mean.mean == pytest.approx((1 / 3 + 0) / 2)  # 1 of the 3 before the one that ended it
+    with pytest.raises(RapoError, match="k = 7 needs as many samples, but 6 were the most"):
+        summarise_adaptive(samples, ["p0", "p1"], [1, 7], correct=2, most=6)

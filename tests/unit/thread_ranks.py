@@ -14,6 +14,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from megatron_rapo.config import Parallel
+from megatron_rapo.parallel.placement import Placement
+
 T = TypeVar("T")
 # A rank whose peer has failed waits for it as long.
 TIMEOUT = timedelta(seconds=10)
@@ -31,3 +34,22 @@ def on_ranks(size: int, function: Callable[[dist.ProcessGroup], T]) -> list[T]:
 
     with ThreadPoolExecutor(size) as threads:
         return list(threads.map(run, range(size)))
+
+
+def placement_of(group: dist.ProcessGroup) -> Placement:
+    """Of a rank among replicas alone, which `group` holds."""
+    alone = dist.group.WORLD
+    assert alone is not None
+    return Placement(
+        layout=Parallel(data_parallel=group.size()),
+        rank=group.rank(),
+        tensor_rank=0,
+        pipeline_rank=0,
+        context_rank=0,
+        data_rank=group.rank(),
+        tensor_group=alone,
+        pipeline_group=alone,
+        context_group=alone,
+        gradient_group=group,
+        host_group=group,
+    )
