@@ -8,19 +8,18 @@ each of them advances it.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
-_repaired: list[bool] = []
 
-
+@cache
 def repair_adam_checkpoints() -> None:
     """Installs the repair; does nothing where Transformer Engine or Apex is present. Idempotent."""
-    if HAVE_APEX_OR_TE or _repaired:
+    if HAVE_APEX_OR_TE:
         return
-    _repaired.append(True)
     load, state_dict = DistributedOptimizer.load_state_dict, DistributedOptimizer.state_dict
 
     def set_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:

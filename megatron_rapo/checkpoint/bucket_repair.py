@@ -9,20 +9,17 @@ pipeline, and with overlapped communication.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-_repaired: list[bool] = []
 
-
+@cache
 def repair_bucket_padding() -> None:
     """Installs the repair. Idempotent."""
-    if _repaired:
-        return
-    _repaired.append(True)
     gather = DistributedOptimizer.get_parameter_state_dp_zero
 
     def gather_padded(self: Any, *args: Any, **options: Any) -> dict[Any, Any] | None:

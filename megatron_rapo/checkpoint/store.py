@@ -31,12 +31,7 @@ from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.policy import Policy
 
 # How optimizer shards are written so that they reload under another DP, TP and PP.
-SHARDING = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-    "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
-}
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 # What dist_checkpointing raises of a checkpoint that it cannot read; a lost peer is none of these.
 UNREADABLE = (CheckpointException, CheckpointingException, OSError, EOFError, pickle.UnpicklingError)

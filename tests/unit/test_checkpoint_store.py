@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rapo.checkpoint import files
@@ -24,6 +25,8 @@ from megatron_rapo.loss.objective import Objective
 from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.policy import Policy
+from megatron_rapo.weights.export import hf_tensors
+from megatron_rapo.weights.megatron_files import MegatronTensors
 from tests.distributed.minibatches import VOCABULARY, make_minibatches
 from tests.models import make_hf_model
 from tests.unit.one_rank import one_placement
@@ -96,6 +99,23 @@ def test_training_goes_on_bit_for_bit(config: RunConfig, placement: Placement) -
         assert train(resumed, config, range(done, 4)) == expected
         pairs = zip(weights(resumed), weights(policy), strict=True)
         assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_a_checkpoint_holds_weights_and_moments_by_the_names_that_all_layouts_share(
+    config: RunConfig, placement: Placement
+) -> None:
+    policy, store = make_policy(config, placement), CheckpointStore(config)
+    train(policy, config, range(1))
+    store.save(policy, TrainState(1, 1))
+    newest = store.newest()
+    assert newest is not None
+    written = MegatronTensors(newest, policy.architecture)
+    for name, values in hf_tensors(policy.chunks, policy.architecture, placement):
+        assert torch.equal(written.read(name, None, 0, 0), values), name
+    index = FileSystemReader(newest).read_metadata().state_dict_metadata
+    for key in {parameter.key for parameter in written.parameters}:
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert index[f"optimizer.state.{moment}.{key}"].size == index[key].size
 
 
 def test_the_newest_and_the_best_are_kept(config: RunConfig, placement: Placement) -> None:

@@ -1,0 +1,122 @@
+"""What is mended in Megatron's optimizer, on a stand-in for it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_rapo.checkpoint import adam_repair, bucket_repair
+from megatron_rapo.checkpoint.adam_repair import repair_adam_checkpoints
+from megatron_rapo.checkpoint.bucket_repair import repair_bucket_padding
+
+
+class Optimizer:
+    """As much of Megatron's DistributedOptimizer as is mended."""
+
+    def __init__(self, states: dict[Any, Any]) -> None:
+        self.optimizer = SimpleNamespace(state=states)
+        self.config = "configuration"
+
+    def init_state_fn(self, optimizer: Any, config: str) -> None:
+        assert config == self.config
+        optimizer.state.update({name: {"exp_avg": torch.zeros(2)} for name in ("a", "b")})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: float(values["step"]) for name, values in self.optimizer.state.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for values in self.optimizer.state.values():
+            values["step"] = state["step"]
+
+    def _set_main_param_and_optimizer_states(self) -> None:
+        raise NotImplementedError
+
+    def get_parameter_state_dp_zero(self, *, state: Any) -> Any:
+        return state
+
+
+@pytest.fixture
+def mended(monkeypatch: pytest.MonkeyPatch) -> type[Any]:
+    optimizer = type("Mended", (Optimizer,), {})
+    monkeypatch.setattr(adam_repair, "DistributedOptimizer", optimizer)
+    monkeypatch.setattr(adam_repair, "HAVE_APEX_OR_TE", False)
+    monkeypatch.setattr(bucket_repair, "DistributedOptimizer", optimizer)
+    repair_adam_checkpoints.__wrapped__()
+    repair_bucket_padding.__wrapped__()
+    return optimizer
+
+
+def test_transformer_engines_adam_needs_no_repair(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = type("Left", (Optimizer,), {})
+    monkeypatch.setattr(adam_repair, "DistributedOptimizer", optimizer)
+    monkeypatch.setattr(adam_repair, "HAVE_APEX_OR_TE", True)
+    repair_adam_checkpoints.__wrapped__()
+    assert optimizer.state_dict is Optimizer.state_dict
+
+
+def test_a_fresh_optimizer_has_a_step_to_save_and_a_trained_one_keeps_its_own(mended: type[Any]) -> None:
+    assert mended({}).state_dict() == {"a": 0.0, "b": 0.0}
+    assert mended({"a": {"step": torch.tensor(3.0)}}).state_dict() == {"a": 3.0}
+
+
+def test_each_parameter_counts_its_own_steps_after_a_load(mended: type[Any]) -> None:
+    loaded = mended({"a": {}, "b": {}})
+    loaded.load_state_dict({"step": torch.tensor(3.0)})
+    loaded.optimizer.state["a"]["step"] += 1
+    assert loaded.state_dict() == {"a": 4.0, "b": 3.0}
+
+
+def test_a_loaded_parameter_gets_its_values_and_moments_and_no_step(mended: type[Any]) -> None:
+    main = torch.nn.Parameter(torch.zeros(2))
+    other = torch.nn.Parameter(torch.zeros(2))
+    states = {each: {"exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)} for each in (main, other)}
+    optimizer = mended(states)
+    optimizer.optimizer.param_groups = [{"params": [other]}, {"params": [other, main]}]
+    optimizer.model_param_group_index_map = {"parameter": (1, 1)}
+    tensors = {
+        "param": torch.tensor([1.0, 2.0]),
+        "exp_avg": torch.tensor([3.0, 4.0]),
+        "exp_avg_sq": torch.tensor([5.0, 6.0]),
+        "step": torch.tensor(7.0),
+    }
+    optimizer._set_main_param_and_optimizer_states("parameter", tensors)
+    assert main.tolist() == [1.0, 2.0]
+    assert {name: values.tolist() for name, values in states[main].items()} == {
+        "exp_avg": [3.0, 4.0],
+        "exp_avg_sq": [5.0, 6.0],
+    }
+    assert not any(values.any() for values in states[other].values()) and not other.any()
+
+
+def test_each_buffers_tensors_are_laid_out_with_its_padding(mended: type[Any]) -> None:
+    """Elements are strung together; in a buffer each bucket begins at its own place, zeros between."""
+
+    def buffer(numel: int, *buckets: tuple[int, int]) -> Any:
+        made = [SimpleNamespace(offset=offset, numel_unpadded=size) for offset, size in buckets]
+        return SimpleNamespace(numel=numel, buckets=made)
+
+    optimizer = mended({})
+    optimizer.buffers = [buffer(8, (0, 3), (4, 2)), buffer(3, (0, 1))]
+    state = [
+        {"float32": {"param": torch.arange(1.0, 6.0), "numel_unpadded": 5}},
+        {"float32": {"param": torch.tensor([9.0])}},
+    ]
+    found = optimizer.get_parameter_state_dp_zero(state=state)
+    assert found[0]["float32"]["param"].tolist() == [1, 2, 3, 0, 4, 5, 0, 0]
+    assert found[0]["float32"]["numel_unpadded"] == 5
+    assert found[1]["float32"]["param"].tolist() == [9, 0, 0]
+    assert optimizer.get_parameter_state_dp_zero(state=None) is None, "as ranks beside the first have it"
+
+
+def test_repairs_are_made_once() -> None:
+    """Each repair calls what it took the place of."""
+    repair_adam_checkpoints()
+    repair_bucket_padding()
+    found = DistributedOptimizer.state_dict, DistributedOptimizer.get_parameter_state_dp_zero
+    repair_adam_checkpoints()
+    repair_bucket_padding()
+    assert found == (DistributedOptimizer.state_dict, DistributedOptimizer.get_parameter_state_dp_zero)
