@@ -75,7 +75,7 @@ def _local_part(
     whole = tensors.shape(name)
     cut = mapped.cut
     size = local.size(cut or 0)
-    start = size * tensor_rank if cut is not None else 0
+    start = size * tensor_rank  # of a tensor that is cut; others are read whole
     total = whole[cut or 0]
     part = tensors.read(name, cut, min(start, total), min(start + size, total))
     missing = size - part.size(cut or 0)

@@ -26,7 +26,8 @@ from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.policy import Policy
 from megatron_rapo.weights.export import hf_tensors
-from megatron_rapo.weights.megatron_files import MegatronTensors
+from megatron_rapo.weights.load import open_tensors
+from megatron_rapo.weights.parameter_map import stored_parameters
 from tests.distributed.minibatches import VOCABULARY, make_minibatches
 from tests.models import make_hf_model
 from tests.unit.one_rank import one_placement
@@ -109,11 +110,11 @@ def test_a_checkpoint_holds_weights_and_moments_by_the_names_that_all_layouts_sh
     store.save(policy, TrainState(1, 1))
     newest = store.newest()
     assert newest is not None
-    written = MegatronTensors(newest, policy.architecture)
-    for name, values in hf_tensors(policy.chunks, policy.architecture, placement):
-        assert torch.equal(written.read(name, None, 0, 0), values), name
+    with open_tensors(newest, policy.architecture) as written:
+        for name, values in hf_tensors(policy.chunks, policy.architecture, placement):
+            assert torch.equal(written.read(name, None, 0, 0), values), name
     index = FileSystemReader(newest).read_metadata().state_dict_metadata
-    for key in {parameter.key for parameter in written.parameters}:
+    for key in {parameter.key for parameter in stored_parameters(policy.architecture)}:
         for moment in ("exp_avg", "exp_avg_sq"):
             assert index[f"optimizer.state.{moment}.{key}"].size == index[key].size
 

@@ -123,7 +123,7 @@ class Case:
                 dtype="float32",
                 tolerance=tolerance,
                 sequence_multiple=16,
-                record=Record(self.directory) if place.is_main else None,
+                record=Record(self.directory) if place.is_main and tolerance is not None else None,
             )
             try:
                 return work(made, place)
@@ -208,12 +208,13 @@ def test_what_the_main_rank_refuses_is_refused_on_all(case: Case, fault: str, me
         assert case.main.log == ["revive", "wake", "send", "abandon", "are they there"]
 
 
-def test_the_doctor_compares_nothing_and_refuses_nothing(case: Case) -> None:
+def test_the_doctor_compares_refuses_and_records_nothing(case: Case) -> None:
     case.main.arrived = {"norm": 6}
     case.differences = {"http://a": 9.0, "http://b": 1.0}
     metrics = case.publish(lambda publisher, _: publisher.publish(7), tolerance=None)
     assert [each["publish/probe_difference"] for each in metrics] == [9.0] * 4
     assert "checksums" not in case.main.log
+    assert published(case) == []
 
 
 def test_losses_do_not_count_as_tries_in_vain(case: Case) -> None:

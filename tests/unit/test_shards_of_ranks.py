@@ -243,7 +243,11 @@ def check_arrived(engines: Engines, truth: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("ranks", ["tp2-pp2", "tp4", "pp2-vpp2", "dp4"], indirect=True)
 def test_each_engine_rank_gets_its_slices_from_the_ranks_that_hold_them(
-    ranks: Ranks, model: Path, engines: Engines, truth: dict[str, Tensor]
+    ranks: Ranks,
+    model: Path,
+    engines: Engines,
+    truth: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sums: list[list[int]] = []
 
@@ -257,7 +261,15 @@ def test_each_engine_rank_gets_its_slices_from_the_ranks_that_hold_them(
                 check_arrived(engines, truth)
         return checksums
 
+    made: list[int] = []
+
+    def memory(nbytes: int) -> Tensor:
+        made.append(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    monkeypatch.setattr(shard, "device_memory", memory)
     found = sending(ranks, model, engines, send, None)
+    assert len(made) <= SLOTS * engines.trainer_ranks, "kept for the next publication"
     assert all(checksums == found[0] for checksums in found), "all ranks know what was sent"
     assert sums[0] == sums[1]
     assert engines.log == ["begin", "end 3", "begin", "end 4"]

@@ -53,6 +53,20 @@ def test_slices_are_those_of_the_whole(original: Path, split: Path) -> None:
             assert torch.equal(tensors.read(NAME, 1, 5, 6), expected[:, 5:6])
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell what is mapped")
+def test_files_that_were_closed_take_no_memory_and_can_be_read_again(split: Path) -> None:
+    def mapped() -> bool:
+        return str(split) in Path("/proc/self/maps").read_text()
+
+    with HFTensors(split) as tensors:
+        before = tensors.read(NAME, None, 0, 0).clone()
+        assert mapped()
+        tensors.close_files()
+        assert not mapped()
+        assert torch.equal(tensors.read(NAME, None, 0, 0), before)
+    assert not mapped()
+
+
 def test_no_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         RapoError, match=r"holds no weights \(no model\.safetensors.*; download or convert them"
@@ -115,6 +129,15 @@ def test_a_parameter_of_another_shape_is_refused(original: Path) -> None:
         RapoError, match=r"lm_head\.weight .* has shape \[61, 64\], which does not fit config\.json"
     ):
         load_weights([Head(61, 32)], read_architecture(original), original, tensor_rank=0)
+
+
+@pytest.mark.parametrize("size", [63, 65])
+def test_only_the_vocabulary_is_padded(original: Path, size: int) -> None:
+    norm = torch.nn.ModuleDict(
+        {"decoder": torch.nn.ModuleDict({"final_layernorm": torch.nn.LayerNorm(size, bias=False)})}
+    )
+    with pytest.raises(RapoError, match=r"model\.norm\.weight .* has shape \[64\], which does not fit"):
+        load_weights([norm], read_architecture(original), original, tensor_rank=0)
 
 
 def test_weights_of_another_vocabulary_are_refused(original: Path) -> None:

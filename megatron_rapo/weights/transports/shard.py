@@ -123,7 +123,7 @@ class ShardTransport:
             return {}
         plan = make_plan(self._architecture, place.layout, sizes, self._vocabulary_multiple)
         rounds = make_rounds(plan, self._dtype, self._message_bytes)
-        sources = sorted({message.source for message in rounds[0]})
+        sources = sorted({transfer.source for transfer in plan.transfers})
         checksums, failure = attempt(lambda: self._run(engines, rounds, sources, version))
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, (checksums, failure), group=place.host_group)
@@ -177,7 +177,7 @@ class ShardTransport:
     def _join(self, engines: Engines | None, sources: list[int]) -> None:
         """The group with the engines that are live now. All ranks call it; those that send join."""
         stale = engines is not None and (self._invitation is None or not self._invitation.holds_for(engines))
-        if not self._placement.share_from_main(stale if engines is not None else None):
+        if not self._placement.share_from_main(stale):
             return
         self._discard()
         invitation, failure = attempt(
