@@ -173,17 +173,18 @@ def test_a_tied_models_head_may_be_in_its_file_if_it_is_the_embedding(tmp_path: 
     check(edited(tmp_path, embedding_as_head, tied=True))
 
 
+@pytest.mark.parametrize("row", [0, 15, 16, 60])
 def test_a_tied_model_with_a_head_of_its_own_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    row: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def last_row(tensors: dict[str, torch.Tensor]) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
         embedding_as_head(tensors)
-        tensors["lm_head.weight"][60, 63] += 1e-6
+        tensors["lm_head.weight"][row, 63] += 1e-6
 
     monkeypatch.setattr(hf_check, "BLOCK_ROWS", 16)
-    model = edited(tmp_path, last_row, tied=True)
+    model = edited(tmp_path, change, tied=True)
     message = (
-        r"lm_head.weight is not model.embed_tokens.weight \(row 60 is .*; set tie_word_embeddings = false"
+        rf"lm_head.weight is not model.embed_tokens.weight \(row {row} is .*; set tie_word_embeddings = false"
     )
     with pytest.raises(RapoError, match=message):
         check(model)
