@@ -30,6 +30,7 @@ from megatron_rapo.experience.summary import count_tokens
 from megatron_rapo.experience.unknown import UnknownRewards
 from megatron_rapo.launch.stop import requests
 from megatron_rapo.loss.objective import Objective
+from megatron_rapo.methods.method import Method
 from megatron_rapo.model.architecture import Architecture, read_architecture
 from megatron_rapo.observe.heartbeat import where_is
 from megatron_rapo.observe.observer import Observer
@@ -64,6 +65,7 @@ class Job:
     evaluator: Evaluator | None
     policy: Policy
     reference: Reference | None
+    method: Method
     objective: Objective
     publisher: Publisher
     checkpoints: CheckpointStore
@@ -207,9 +209,8 @@ def open_job(config: RunConfig) -> Iterator[Job]:
         with observer.phase("build models"):
             total_updates = config.decay_steps * config.updates_per_step
             policy = Policy(config.model, config.optimizer, architecture, placement, total_updates)
-            reference = (
-                Reference(config.model, architecture, placement) if config.algorithm.wants_reference else None
-            )
+            method = config.new_method()
+            reference = Reference(config.model, architecture, placement) if method.wants_reference else None
         if placement.is_main:
             print(prompts.report)
         job = Job(
@@ -225,8 +226,9 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             evaluator=_open_evaluator(stack, config, tokenizer, collector),
             policy=policy,
             reference=reference,
+            method=method,
             objective=Objective(
-                config.algorithm,
+                method,
                 temperature=config.rollout.temperature,
                 vocabulary=vocabulary,
                 group=placement.tensor_group,

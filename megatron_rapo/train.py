@@ -27,7 +27,9 @@ def train(config: RunConfig) -> None:
                 job.observer.begin_step(step)
                 batch = job.collect(step)
                 with phase("annotate"):
-                    minibatches = build_minibatches(batch.groups, config, job.placement, job.vocabulary)
+                    minibatches = build_minibatches(
+                        batch.groups, config, job.method, job.placement, job.vocabulary
+                    )
                     job.policy.annotate(minibatches, job.objective)
                     if job.reference is not None:
                         job.reference.annotate(minibatches, job.objective)

@@ -2,7 +2,7 @@
 
     python tools/mutate.py                                   # 320 faults over all rooms
     python tools/mutate.py --room loss --count 60 --seed 3
-    python tools/mutate.py --only megatron_rapo/loss/advantages.py --count 1000
+    python tools/mutate.py --only megatron_rapo/methods/advantages.py --count 1000
     python tools/mutate.py --tests tests/unit tests/distributed   # what only several ranks run, too
 
 Each fault is run against the tests that run its line, quick ones first, to the first failure. How to read the

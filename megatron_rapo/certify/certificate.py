@@ -15,9 +15,9 @@ from transformers import AutoConfig
 from megatron_rapo.certify.cases import MAX_RESPONSE_TOKENS, RANKS, TEMPERATURE, small
 from megatron_rapo.certify.measure import BARS, Result, measure
 from megatron_rapo.certify.plain_model import parameter_shapes
-from megatron_rapo.config import Algorithm, RunConfig, validate
-from megatron_rapo.errors import RapoError
+from megatron_rapo.config import RunConfig, validate
 from megatron_rapo.launch.local import run_local
+from megatron_rapo.methods.options import Options
 from megatron_rapo.model.architecture import Architecture
 
 DEFAULT = Architecture(
@@ -40,25 +40,17 @@ DEFAULT = Architecture(
 
 
 def certify(
-    algorithm: Algorithm,
+    algorithm: Options,
     architecture: Architecture = DEFAULT,
     run: Callable[[RunConfig, Path], None] = measure,
 ) -> list[Result]:
-    """Certifies an objective on a small model of a family, in RANKS processes of this machine.
+    """Certifies a method's loss on a small model of a family, in RANKS processes of this machine.
 
     Args:
-        algorithm: the objective.
+        algorithm: the method and its options.
         architecture: whose family, biases, norms and tying the small model takes.
         run: what each rank does (tests plant faults here).
-
-    Raises:
-        RapoError: the objective corrects for importance, which the plain reference knows nothing of.
     """
-    if algorithm.importance_correction != "off" or algorithm.mask_truncated:
-        raise RapoError(
-            "the certificate's plain reference has no importance_correction and no mask_truncated; certify "
-            "with --set algorithm.importance_correction=off algorithm.mask_truncated=false"
-        )
     with tempfile.TemporaryDirectory(prefix="megatron-rapo-certify-") as name:
         directory = Path(name)
         for seed, model in enumerate(("policy", "reference")):
@@ -96,7 +88,7 @@ def as_json(results: list[Result]) -> str:
     return json.dumps({"bars": BARS, "passed": all(r.passed for r in results), "results": records}, indent=1)
 
 
-def _config(directory: Path, algorithm: Algorithm) -> RunConfig:
+def _config(directory: Path, algorithm: Options) -> RunConfig:
     own = algorithm.model_dump(exclude_none=True)
     own.pop("minibatch_prompts", None)
     return validate(

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from megatron_rapo.certify.cases import (
     CASES,
-    MAX_RESPONSE_TOKENS,
     RANKS,
     TEMPERATURE,
     VOCABULARY,
@@ -22,12 +21,12 @@ from megatron_rapo.certify.cases import (
     batch,
 )
 from megatron_rapo.certify.plain_loss import plain_loss
-from megatron_rapo.config import Algorithm, Model, Optimizer, Parallel, RunConfig
+from megatron_rapo.config import Optimizer, Parallel, RunConfig
 from megatron_rapo.loss.objective import Objective
-from megatron_rapo.model.architecture import Architecture, read_architecture
+from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.model.build import DTYPES, build_chunks
 from megatron_rapo.parallel.placement import Placement, arrange, process_groups
-from megatron_rapo.policy.batch import batch_advantages, build_minibatches, make_samples
+from megatron_rapo.policy.batch import build_minibatches, make_samples
 from megatron_rapo.policy.gradients import accumulate_gradients, main_gradient, wrap
 from megatron_rapo.policy.reference import Reference
 from megatron_rapo.weights.export import hf_tensors
@@ -84,15 +83,10 @@ def _expected(config: RunConfig, dtype: torch.dtype) -> tuple[float, dict[str, T
     for tensor in policy.values():
         tensor.requires_grad_()
     groups = batch()
+    method = config.new_method()
+    [samples] = make_samples(groups, method, VOCABULARY, config.minibatch_prompts)
     loss = plain_loss(
-        policy,
-        reference,
-        architecture,
-        make_samples(groups, batch_advantages(groups, config), config, VOCABULARY),
-        config.algorithm,
-        temperature=TEMPERATURE,
-        vocabulary=VOCABULARY,
-        max_response_tokens=MAX_RESPONSE_TOKENS,
+        policy, reference, architecture, samples, method, temperature=TEMPERATURE, vocabulary=VOCABULARY
     )
     loss.backward()
     gradients = {name: tensor.grad for name, tensor in policy.items() if tensor.grad is not None}
@@ -108,33 +102,28 @@ def _computed(config: RunConfig, case: Case, dtype: str) -> tuple[float, dict[st
     budget = case.token_budget or _longest(config, case.layout)
     algorithm = config.algorithm.model_copy(update={"max_tokens_per_microbatch": budget})
     config = config.model_copy(update={"parallel": case.layout, "algorithm": algorithm})
+    method = config.new_method()
 
     chunks = build_chunks(architecture, model, case.layout)
     load_weights(chunks, architecture, model.path, placement.tensor_rank)
     wrapped = wrap(chunks, Optimizer(distributed=False))
     objective = Objective(
-        algorithm,
+        method,
         temperature=TEMPERATURE,
         vocabulary=VOCABULARY,
         group=placement.tensor_group,
         context_group=placement.context_group,
     )
     groups = batch()[::-1] if case.permuted else batch()
-    minibatches = build_minibatches(groups, config, placement, VOCABULARY)
+    minibatches = build_minibatches(groups, config, method, placement, VOCABULARY)
     for microbatch in minibatches[0]:
         microbatch.old_log_probs = microbatch.engine_log_probs
-    reference = _reference(model, architecture, placement, algorithm)
+    reference = Reference(model, architecture, placement) if method.wants_reference else None
     if reference is not None:
         reference.annotate(minibatches, objective)
     sums, _ = accumulate_gradients(wrapped, minibatches[0], objective, reference, placement)
     gradient = dict(hf_tensors(chunks, architecture, placement, value=main_gradient))
     return objective.metrics(sums)["loss/total"], _collected(gradient, placement)
-
-
-def _reference(
-    model: Model, architecture: Architecture, placement: Placement, algorithm: Algorithm
-) -> Reference | None:
-    return Reference(model, architecture, placement) if algorithm.wants_reference else None
 
 
 def _longest(config: RunConfig, layout: Parallel) -> int:

@@ -6,8 +6,10 @@ import argparse
 from pathlib import Path
 
 from megatron_rapo.cli.overrides import add_configuration
-from megatron_rapo.config import Algorithm, load_config
+from megatron_rapo.config import load_config
 from megatron_rapo.errors import RapoError
+from megatron_rapo.methods.options import Options
+from megatron_rapo.methods.rapo import RAPO
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -29,7 +31,8 @@ def _certify(options: argparse.Namespace) -> int:
     from megatron_rapo import preflight
     from megatron_rapo.certify.certificate import DEFAULT, as_json, certify, table
 
-    algorithm, architecture = Algorithm(), DEFAULT
+    algorithm: Options = RAPO.Options()
+    architecture = DEFAULT
     if options.configs:
         config = load_config(options.configs, options.set)
         algorithm, architecture = config.algorithm, preflight.planned_architecture(config)

@@ -1,6 +1,5 @@
 """Typed configuration: TOML in, validated and resolved options out."""
 
-from megatron_rapo.config.algorithm import Algorithm
 from megatron_rapo.config.cluster import Slurm
 from megatron_rapo.config.data import ArithmeticData, CountdownData, Data, FileData, FunctionData
 from megatron_rapo.config.evaluation import Evaluate, Setting
@@ -13,7 +12,6 @@ from megatron_rapo.config.weights import Weights
 from megatron_rapo.config.write import to_toml
 
 __all__ = [
-    "Algorithm",
     "ArithmeticData",
     "Checkpoint",
     "CountdownData",

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from megatron_rapo.config.options import sections_of
 from megatron_rapo.config.schema import RunConfig
 from megatron_rapo.config.write import toml_value
+from megatron_rapo.methods.options import Options
 from megatron_rapo.section import Section
 
 INTRODUCTION = """\
@@ -74,6 +75,10 @@ def render() -> str:
     parts = [INTRODUCTION]
     told: set[type[Section]] = set()
     for name, field in RunConfig.model_fields.items():
+        if field.annotation is Options:
+            parts.append(_section(name, Options, told, optional=True, chosen=field.default))
+            parts += [_own_options(f"[{name}]", method) for method in sections_of(Options)]
+            continue
         for section in sections_of(field.annotation):
             parts.append(_section(name, section, told, optional=not field.is_required()))
     return "\n".join(parts)
@@ -84,13 +89,22 @@ def sections() -> list[type[Section]]:
     return [section for field in RunConfig.model_fields.values() for section in sections_of(field.annotation)]
 
 
-def _section(name: str, section: type[Section], told: set[type[Section]], optional: bool) -> str:
-    """The section's table, and those below it that have not been told yet; its own options come first."""
+def _section(
+    name: str,
+    section: type[Section],
+    told: set[type[Section]],
+    optional: bool,
+    chosen: Section | None = None,
+) -> str:
+    """The section's table, and those below it that have not been told yet; its own options come first.
+
+    `chosen` holds the defaults of options that have none of their own.
+    """
     told.add(section)
     source = section.model_fields.get("source")
     suffix = f", source = {_kind(source.annotation, source.metadata)}" if source else ""
     fields = sorted(section.model_fields.items(), key=lambda item: item[0] not in section.__annotations__)
-    rows = [_row(option, field) for option, field in fields]
+    rows = [_row(option, field, getattr(chosen, option, None)) for option, field in fields]
     nested = [
         _section(f"{name}.{option}", table, told, optional=True)
         for option, field in fields
@@ -110,14 +124,24 @@ def _section(name: str, section: type[Section], told: set[type[Section]], option
     )
 
 
+def _own_options(heading: str, section: type[Section]) -> str:
+    """What a method has beside the options of all methods, or with another default."""
+    common = Options.model_fields
+    own = {name: field for name, field in section.model_fields.items() if field is not common.get(name)}
+    method = own.pop("method").default
+    rows = [_row(option, field) for option, field in own.items() if repr(field) != repr(common.get(option))]
+    head = [f'### `{heading}`, method = "{method}"\n', f"{inspect.getdoc(section)}\n"]
+    return "\n".join([*head, "| option | type | default | meaning |", "|---|---|---|---|", *rows, ""])
+
+
 def _own_tables(annotation: Any) -> list[type[Section]]:
     """The sections that a field's type names, but for those that the page has under a name of their own."""
     return [section for section in sections_of(annotation) if section not in sections()]
 
 
-def _row(option: str, field: FieldInfo) -> str:
+def _row(option: str, field: FieldInfo, chosen: Any = None) -> str:
     if field.is_required():
-        default = "required"
+        default = "required" if chosen is None else f"`{toml_value(chosen)}`"
     else:
         default = "" if field.default is None else f"`{toml_value(field.default)}`"
     meaning = field.description or "Names this kind of source."

@@ -11,10 +11,12 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from megatron_rapo.config.algorithm import DEFAULT_METHOD, find_method
 from megatron_rapo.config.data import LABEL_MEANS, Data
 from megatron_rapo.config.options import option_names, sections_of
 from megatron_rapo.config.schema import RunConfig
 from megatron_rapo.config.write import toml_value
+from megatron_rapo.methods.named import METHODS
 
 # The tables of each kind of prompt source, by the name of the kind.
 _SOURCES = {table.model_fields["source"].annotation.__args__[0]: table for table in sections_of(Data)}  # type: ignore[union-attr]
@@ -38,7 +40,9 @@ def _explain_one(problem: ErrorDetails, values: Mapping[str, Any]) -> str:
     context: dict[str, Any] = problem.get("ctx", {})
     match problem["type"]:
         case "extra_forbidden":
-            return f"{key} = {value} is not an option{_instead(key, problem['loc'])}"
+            return f"{key} = {value} is not an option{_instead(key, problem['loc'], values)}"
+        case "method":
+            return f"{key}.method = {json.dumps(context['name'])} {context['why']}"
         case "missing" if "." not in key:
             return f"section [{key}] is missing; add it (docs/configuration.md)"
         case "missing":
@@ -92,9 +96,11 @@ def _key(location: tuple[int | str, ...], values: Mapping[str, Any]) -> str:
     return key.removeprefix(".")
 
 
-def _instead(key: str, location: tuple[int | str, ...]) -> str:
+def _instead(key: str, location: tuple[int | str, ...], values: Mapping[str, Any]) -> str:
     """What may have been meant in place of an unknown key."""
     table, _, option = key.rpartition(".")
+    if table == "algorithm":
+        return _of_methods(option, values["algorithm"].get("method", DEFAULT_METHOD))
     sources = [name for name, section in _SOURCES.items() if option in section.model_fields]
     if sources and location[-2] in _SOURCES:
         has = " or ".join(f'source = "{name}"' for name in sources)
@@ -103,6 +109,22 @@ def _instead(key: str, location: tuple[int | str, ...]) -> str:
     elsewhere = [name for name in names if name.rpartition(".")[2] == option]
     near = elsewhere or difflib.get_close_matches(key, names, n=1, cutoff=0.8)
     return f"; {f'did you mean {near[0]}? ' if near else ''}docs/configuration.md lists them"
+
+
+def _of_methods(option: str, method: str) -> str:
+    """Which methods have the option."""
+    if option == "preset":  # as earlier versions called it
+        return "; methods are chosen by algorithm.method, and each has options of its own"
+    have = [name for name, one in METHODS.items() if option in one.Options.model_fields]
+    if have:
+        return (
+            f' of method = "{method}"; {" and ".join(have)} {"has" if len(have) == 1 else "have"} it: change '
+            "the method, or remove it (in an overlay, by the value @default)"
+        )
+    own = find_method(method).Options.model_fields
+    near = difflib.get_close_matches(option, own, n=1)
+    meant = f"did you mean algorithm.{near[0]}? " if near else ""
+    return f' of method = "{method}"; {meant}docs/configuration.md lists them'
 
 
 def _options_beside(location: tuple[int | str, ...]) -> set[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
+from megatron_rapo.config.algorithm import DEFAULT_METHOD, find_method
 from megatron_rapo.config.options import sections_of
 from megatron_rapo.config.schema import RunConfig
 from megatron_rapo.section import Section
@@ -32,7 +33,7 @@ CLASSES: Mapping[Change, tuple[str, ...]] = {
         *("rollout.embedded_servers", "rollout.embedded_device", "rollout.embedded_threads"),
         *("rollout.prompts_per_request", "rollout.requests_per_engine", "rollout.minimum_engines"),
         *("rollout.startup_timeout_s", "rollout.request_timeout_s", "rollout.health_interval_s"),
-        *("reward.workers", "reward.unknown_limit", "algorithm.preset", "algorithm.audit_estimators"),
+        *("reward.workers", "reward.unknown_limit", "algorithm.audit_estimators"),
         *("algorithm.max_tokens_per_microbatch", "algorithm.loss_chunk_tokens"),
         *("optimizer.overlap_communication", "optimizer.in_host_memory_during_rollouts"),
         *("evaluate.k", "evaluate.every", "evaluate.best", "evaluate.batch"),
@@ -82,9 +83,11 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
 
     One that only one of them has is none where the other has its default: options come with later versions.
     """
+    method = find_method(now.get("algorithm.method", DEFAULT_METHOD))
+    defaults = _DEFAULTS | dict(_defaults(method.Options, "algorithm."))
     differing = {}
     for option in dict.fromkeys([*before, *now]):
-        old, new = (values.get(option, _DEFAULTS.get(option)) for values in (before, now))
+        old, new = (values.get(option, defaults.get(option)) for values in (before, now))
         if old != new:
             differing[option] = (old, new)
     return differing

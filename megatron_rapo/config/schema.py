@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import model_validator
 
-from megatron_rapo.config.algorithm import Algorithm
+from megatron_rapo.config.algorithm import DEFAULT_METHOD, Algorithm, find_method
 from megatron_rapo.config.cluster import Slurm
 from megatron_rapo.config.data import Data
 from megatron_rapo.config.evaluation import Evaluate, Setting
@@ -21,6 +21,9 @@ from megatron_rapo.config.sampling import Reward, Rollout
 from megatron_rapo.config.templates import Templated
 from megatron_rapo.config.training import Model, Optimizer, Parallel
 from megatron_rapo.config.weights import Weights
+from megatron_rapo.methods.method import Method, Sampling
+from megatron_rapo.methods.named import METHODS
+from megatron_rapo.methods.terms.term import Need
 from megatron_rapo.section import Section
 from megatron_rapo.user_code import is_named_in
 
@@ -35,12 +38,18 @@ class RunConfig(Section):
     rollout: Rollout
     reward: Reward = Reward()
     weights: Weights = Weights()
-    algorithm: Algorithm = Algorithm()
+    algorithm: Algorithm = METHODS[DEFAULT_METHOD].Options(method=DEFAULT_METHOD)
     optimizer: Optimizer = Optimizer()
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate | None = None
     observe: Observe = Observe()
     slurm: Slurm | None = None
+
+    def new_method(self) -> Method:
+        """What `algorithm.method` names, as it is at the beginning of a run."""
+        rollout = self.rollout
+        sampling = Sampling(rollout.temperature, rollout.responses_per_prompt, rollout.max_response_tokens)
+        return find_method(self.algorithm.method)(self.algorithm, sampling)
 
     @property
     def minibatch_prompts(self) -> int:
@@ -126,7 +135,7 @@ class RunConfig(Section):
             self._check_batch,
             self._check_date,
             self._check_code,
-            self._check_overlong_buffer,
+            self._check_method,
             self._check_warmup,
             self._check_checkpoints,
             self._check_rewards,
@@ -164,12 +173,16 @@ class RunConfig(Section):
                 'names a module of yours ("module:name"); remove it'
             )
 
-    def _check_overlong_buffer(self) -> None:
-        buffer, limit = self.algorithm.overlong_buffer_tokens, self.rollout.max_response_tokens
-        if buffer is not None and buffer > limit:
+    def _check_method(self) -> None:
+        try:
+            needs = self.new_method().needs
+        except ValueError as error:
+            raise ValueError(f"algorithm.{error}") from error
+        correction = self.algorithm.importance_correction
+        if correction != "off" and Need.IMPORTANCE not in needs:
             raise ValueError(
-                f"algorithm.overlong_buffer_tokens = {buffer} is longer than "
-                f"rollout.max_response_tokens = {limit}: every response would be penalised; lower it"
+                f'algorithm.importance_correction = "{correction}" would have no effect: no term of method '
+                f"{self.algorithm.method} reads importance weights; remove it"
             )
 
     def _check_warmup(self) -> None:

@@ -21,14 +21,14 @@ class Sample:
 
     Attributes:
         sequence: tokens, of which those that were sampled are trained on.
-        reward: of its episode.
+        phi: the power that flattens the reference.
         advantage: of all its sampled tokens, or one of each, `[sampled tokens]`.
         token_weight: weight of a sampled token in the minibatch's loss, or one of each; 0: it is masked out.
         has_probability: whether all its tokens exist; where not, it is not even measured.
     """
 
     sequence: TokenSequence
-    reward: float
+    phi: float
     advantage: float | npt.NDArray[np.floating]
     token_weight: float | npt.NDArray[np.floating]
     has_probability: bool = True
@@ -43,7 +43,7 @@ class Microbatch:
     Attributes:
         token_ids, position_ids, targets: int64.
         weights: fp32, of the token in the minibatch's loss; 0 where it takes no part.
-        rewards, advantages, engine_log_probs: fp32, of the predicted token.
+        phi, advantages, engine_log_probs: fp32, of the predicted token.
         response_positions: int64, of the predicted token among its sequence's sampled ones; −1 where it is
             none of them.
         sequences: int64, which of the packed sequences the position belongs to.
@@ -52,14 +52,14 @@ class Microbatch:
         reference_hidden: `[tokens / CP (/ TP under sequence parallelism), hidden]`, the reference's final
             hidden states, from which its head makes logits.
         reference_log_probs, flattened_log_probs: `[response tokens]` fp32, under the reference as it is, and
-            flattened by the response's reward.
+            flattened by φ.
     """
 
     token_ids: Tensor
     position_ids: Tensor
     targets: Tensor
     weights: Tensor
-    rewards: Tensor
+    phi: Tensor
     advantages: Tensor
     engine_log_probs: Tensor
     response_positions: Tensor
@@ -142,7 +142,7 @@ def _fill(share: Sequence[int], lengths: Sequence[int], token_budget: int, count
 
 
 _INTEGERS = ("token_ids", "position_ids", "targets", "response_positions")
-_FLOATS = ("weights", "rewards", "advantages", "engine_log_probs")
+_FLOATS = ("weights", "phi", "advantages", "engine_log_probs")
 
 
 def pack(
@@ -187,7 +187,7 @@ def pack(
         if sample.has_probability:
             integers["response_positions"][predicting] = np.arange(len(chosen))
         floats["weights"][predicting] = sample.token_weight
-        floats["rewards"][predicting] = sample.reward
+        floats["phi"][predicting] = sample.phi
         floats["advantages"][predicting] = sample.advantage
         floats["engine_log_probs"][predicting] = sequence.log_probs[chosen]
         start += length

@@ -133,7 +133,7 @@ def _sample(answer: Answer) -> Sample:
         sequence=TokenSequence.of_response(
             answer.prompt, tokens, np.zeros(len(tokens), np.float32), version=0
         ),
-        reward=0.0,
+        phi=1.0,
         advantage=0.0,
         token_weight=1.0,
     )

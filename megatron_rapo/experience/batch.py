@@ -12,7 +12,7 @@ import numpy as np
 from megatron_rapo.config.sampling import DynamicSampling
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.episode.group import Group, known_rewards
-from megatron_rapo.loss.advantages import varies
+from megatron_rapo.methods.advantages import varies
 
 Score = Callable[[Sequence[Prompt]], list[Group]]
 """Samples and verifies prompts: their groups, in order, the same on all ranks."""

@@ -10,7 +10,7 @@ import numpy as np
 from megatron_rapo.episode.group import Group, known_rewards
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.experience.batch import Batch
-from megatron_rapo.loss.advantages import varies
+from megatron_rapo.methods.advantages import varies
 
 
 def summarise(batch: Batch, vocabulary: int) -> Mapping[str, float]:

@@ -1,9 +1,9 @@
-"""The objective of one microbatch, composed of its parts.
+"""The objective of one microbatch: the method's terms, over statistics and weights that know no method.
 
-    loss = Σ_t weight_t · ( −u_t · surrogate_t + α · divergence_t − β · entropy_t )
+    loss = Σ_t weight_t · Σ_i coefficient_i · term_i(t)
 
-over response tokens (RAPO, arXiv 2510.03865), u the importance weight. The token weights were made of the
-whole minibatch, so the loss is a plain sum over microbatches and ranks.
+over response tokens. The token weights were made of the whole minibatch, so the loss is a plain sum over
+microbatches and ranks.
 
 What is reported beside the loss is of all response tokens alike, also of those that are masked out of it:
 so it is the same quantity in runs that weight or mask them differently.
@@ -18,15 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rapo.config import Algorithm
 from megatron_rapo.data.batching import Microbatch
-from megatron_rapo.loss.audit import AUDIT_PARTS, audit_metrics, audit_parts
 from megatron_rapo.loss.chunked import Head, ReferenceStates, chunked_loss, chunked_statistics
-from megatron_rapo.loss.divergence import DIVERGENCES, LOG_RATIO_BOUNDS, AtToken, Needs, flattening
+from megatron_rapo.loss.importance import importance_weight
 from megatron_rapo.loss.mismatch import Mismatch
-from megatron_rapo.loss.policy_gradient import clipped_surrogate, importance_weight, with_sequence_value
 from megatron_rapo.loss.statistics import TokenStatistics
+from megatron_rapo.loss.trial import reported_names
 from megatron_rapo.loss.vocabulary import VocabularyShard
+from megatron_rapo.methods.method import Method
+from megatron_rapo.methods.terms.term import AtToken, Need
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class _Tokens:
 
     weights: Tensor
     advantages: Tensor
+    phi: Tensor
     engine_log_probs: Tensor
     response_positions: Tensor
     old_log_probs: Tensor | None
@@ -59,17 +60,13 @@ class _Tokens:
 class Objective:
     """Computes a microbatch's share of the loss from final hidden states."""
 
-    # Sums over response tokens that every update reports, besides the audit's; only "total" is weighted.
+    # Sums over response tokens that every update reports besides what terms do; only "total" is weighted.
     PARTS = (
         "total",
-        "policy",
-        "divergence",
         "entropy",
-        "clipped",
         "importance",
         "importance_square",
         "importance_corrected",
-        "log_ratio_clamped",
         "not_finite",
         "tokens",
         "tokens_in_loss",
@@ -77,7 +74,7 @@ class Objective:
 
     def __init__(
         self,
-        algorithm: Algorithm,
+        method: Method,
         *,
         temperature: float,
         vocabulary: int,
@@ -86,29 +83,33 @@ class Objective:
     ) -> None:
         """
         Args:
-            algorithm: coefficients and choices.
+            method: whose terms are the loss.
             temperature: of the rollouts.
             vocabulary: real tokens; head rows behind them have no probability.
             group: the tensor-parallel group.
-            context_group: the context-parallel group; ratio = "sequence" sums over it.
+            context_group: the context-parallel group; ratios of responses are summed over it.
+
+        Raises:
+            RapoError: a term does not work on a few tokens.
         """
-        self.algorithm = algorithm
+        self.method = method
         self.temperature = temperature
         self.vocabulary = vocabulary
         self.group = group
         self.context_group = context_group
-        self.needs, self._divergence = DIVERGENCES[algorithm.divergence]
-        self.parts = self.PARTS + (AUDIT_PARTS if algorithm.audit_estimators else ())
+        self.needs = method.needs
+        self._reported = reported_names(method, taken=self.PARTS)
+        self.parts = self.PARTS + tuple(name for names in self._reported for name in names)
 
     @property
     def wants_reference_hidden(self) -> bool:
         """Whether the loss needs the reference's whole distribution, so its hidden states."""
-        return self.algorithm.wants_reference_hidden
+        return self.method.wants_reference_hidden
 
     def head(self, weight: Tensor) -> Head:
         """How a head's logits are read."""
         shard = VocabularyShard.of(weight.size(0), self.vocabulary, self.group)
-        return Head(weight, shard, self.temperature, self.algorithm.loss_chunk_tokens)
+        return Head(weight, shard, self.temperature, self.method.options.loss_chunk_tokens)
 
     def reference_log_probs(self, states: HeadStates, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
         """The reference's log-probs of a microbatch's response tokens: as it is, and flattened."""
@@ -138,6 +139,7 @@ class Objective:
         tokens = _Tokens(
             weights=microbatch.weights[chosen],
             advantages=microbatch.advantages[chosen],
+            phi=microbatch.phi[chosen],
             engine_log_probs=microbatch.engine_log_probs[chosen],
             response_positions=microbatch.response_positions[chosen],
             old_log_probs=_chosen(microbatch.old_log_probs, chosen),
@@ -160,12 +162,11 @@ class Objective:
 
         states = None
         if reference is not None and self.wants_reference_hidden:
-            audit = self.algorithm.audit_estimators
             states = self._reference_states(
                 reference,
                 microbatch,
-                forward=audit or self.needs is Needs.FORWARD,
-                reverse=audit or self.needs is Needs.REVERSE,
+                forward=bool(self.needs & {Need.FORWARD_KL, Need.FLATTENED_LOG_PROB}),
+                reverse=bool(self.needs & {Need.REVERSE_KL, Need.REFERENCE_LOG_PROB}),
             )
         head = self.head(policy.weight)
         loss = chunked_loss(policy.hidden, microbatch.targets[chosen], head, token_loss, states)
@@ -176,88 +177,70 @@ class Objective:
         values = dict(zip(self.parts, sums.tolist(), strict=True))
         tokens = values["tokens"] or 1.0  # no response may have a probability at all
         means = {name: value / tokens for name, value in values.items()}
-        metrics = {"loss/total": values["total"] / updates, "loss/tokens": values["tokens_in_loss"]}
-        names = ("policy", "divergence", "entropy", "clipped", "log_ratio_clamped", "not_finite")
-        metrics |= {f"loss/{name}": means[name] for name in names}
-        metrics |= {
+        metrics = {
+            "loss/total": values["total"] / updates,
+            "loss/tokens": values["tokens_in_loss"],
+            "loss/entropy": means["entropy"],
+            "loss/not_finite": means["not_finite"],
             "importance/mean": means["importance"],
             "importance/corrected": means["importance_corrected"],
             # Kish: (Σ w)² / (n Σ w²), the share of the samples that the reweighted ones are worth.
             "importance/effective_samples": means["importance"] ** 2 / (means["importance_square"] or 1.0),
         }
-        return metrics | (audit_metrics(means) if self.algorithm.audit_estimators else {})
+        for (_, term), names in zip(self.method.terms(), self._reported, strict=True):
+            metrics |= term.metrics({name: means[name] for name in names})
+        return metrics
 
     def _token_loss(self, statistics: TokenStatistics, tokens: _Tokens) -> tuple[Tensor, dict[str, Tensor]]:
         """Each token's loss without its weight, and what is reported of it, `[tokens]` each."""
-        algorithm, log_prob = self.algorithm, statistics.log_prob
         old = _old_log_prob(statistics, tokens)
-        log_ratio = log_prob - old
-        if tokens.sequence_log_ratios is not None:
-            log_ratio = with_sequence_value(log_prob, tokens.sequence_log_ratios)
-        surrogate = clipped_surrogate(
-            log_ratio,
-            tokens.advantages,
-            clip_low=algorithm.clip_low,
-            clip_high=algorithm.clip_high,
-            clip_dual=algorithm.clip_dual,
-        )
-        correction = importance_weight(
-            old, tokens.engine_log_probs, algorithm.importance_correction, algorithm.importance_cap
-        )
+        correction = self._importance(old, tokens.engine_log_probs)
         at_token = AtToken(
-            log_prob=log_prob,
+            log_prob=statistics.log_prob,
+            entropy=statistics.entropy,
             old_log_prob=old,
+            engine_log_prob=tokens.engine_log_probs,
+            advantage=tokens.advantages,
+            phi=tokens.phi,
+            position=tokens.response_positions,
             forward_kl=statistics.forward_kl,
             reverse_kl=statistics.reverse_kl,
             flattened_log_prob=_first(statistics.flattened_log_prob, tokens.flattened_log_probs),
             reference_log_prob=_first(statistics.reference_log_prob, tokens.reference_log_probs),
+            sequence_log_ratio=tokens.sequence_log_ratios,
+            # Where all tokens share a ratio, only the mean of their weights is in the loss and its gradient.
+            importance=_first(tokens.sequence_importance, correction),
         )
-        divergence = self._divergence(at_token)
-        # Where all tokens share a ratio, only the mean of their weights is in the loss and in its gradient.
-        shared = tokens.sequence_importance
-        policy = -(correction if shared is None else shared) * surrogate.value
-        loss = (
-            policy
-            + algorithm.divergence_coefficient * divergence
-            - algorithm.entropy_coefficient * statistics.entropy
-        )
+        loss = torch.zeros_like(statistics.log_prob)
+        parts: dict[str, Tensor] = {}
+        for coefficient, term in self.method.terms():
+            value, reported = term(at_token)
+            loss = loss + coefficient * value
+            parts.update(reported)
         with torch.no_grad():
             uncorrected = (old - tokens.engine_log_probs).exp()
-            parts = {
+            parts |= {
                 "total": tokens.weights * loss,
-                "policy": policy,
-                "divergence": divergence,
                 "entropy": statistics.entropy,
-                "clipped": surrogate.clipped,
                 "importance": uncorrected,
                 "importance_square": uncorrected.square(),
                 "importance_corrected": (correction != 1.0) & (correction != uncorrected),
-                "log_ratio_clamped": self._clamped(at_token),
-                "not_finite": ~log_prob.isfinite(),
+                "not_finite": ~statistics.log_prob.isfinite(),
                 "tokens": torch.ones_like(loss),
                 "tokens_in_loss": tokens.weights > 0,
             }
-            if algorithm.audit_estimators:
-                parts |= audit_parts(at_token)
         return loss, parts
 
-    def _clamped(self, at_token: AtToken) -> Tensor:
-        """Whether a sampled divergence's log-ratio was clamped."""
-        sampled = {
-            Needs.LOG_PROB: at_token.reference_log_prob,
-            Needs.FLATTENED_LOG_PROB: at_token.flattened_log_prob,
-        }
-        reference = sampled.get(self.needs)
-        if reference is None:
-            return torch.zeros_like(at_token.log_prob)
-        log_rho = reference - at_token.log_prob
-        low, high = LOG_RATIO_BOUNDS
-        return (log_rho < low) | (log_rho > high)
+    def _importance(self, old_log_probs: Tensor, engine_log_probs: Tensor) -> Tensor:
+        options = self.method.options
+        return importance_weight(
+            old_log_probs, engine_log_probs, options.importance_correction, options.importance_cap
+        )
 
     def _reference_states(
         self, states: HeadStates, microbatch: Microbatch, *, forward: bool, reverse: bool
     ) -> ReferenceStates:
-        phi = flattening(microbatch.rewards[microbatch.is_response], self.algorithm.phi_floor)
+        phi = microbatch.phi[microbatch.is_response]
         return ReferenceStates(states.hidden, states.weight, phi, forward, reverse)
 
     def _of_responses(
@@ -265,19 +248,19 @@ class Objective:
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Of each response token, its response's mean log π / π_old, and its mean importance weight.
 
-        None where ratios are of tokens. Costs a pass over the head, but where both are known to be 1: on the
+        None where no term needs them. Costs a pass over the head, but where both are known to be 1: on the
         step's first update without importance correction.
         """
-        algorithm, chosen = self.algorithm, microbatch.is_response
-        if algorithm.ratio == "token":
+        if Need.SEQUENCE_LOG_RATIO not in self.needs:
             return None, None
+        chosen = microbatch.is_response
         engine = microbatch.engine_log_probs[chosen]
-        if microbatch.old_log_probs is None and algorithm.importance_correction == "off":
+        if microbatch.old_log_probs is None and self.method.options.importance_correction == "off":
             return torch.zeros_like(engine), torch.ones_like(engine)
         head = self.head(policy.weight)
         log_prob = chunked_statistics(policy.hidden, microbatch.targets[chosen], head).log_prob
         old = log_prob if microbatch.old_log_probs is None else microbatch.old_log_probs[chosen]
-        importance = importance_weight(old, engine, algorithm.importance_correction, algorithm.importance_cap)
+        importance = self._importance(old, engine)
         sequence = microbatch.sequences[chosen]
         totals = log_prob.new_zeros(3, len(microbatch.lengths))
         values = torch.stack([log_prob - old, importance, torch.ones_like(log_prob)])

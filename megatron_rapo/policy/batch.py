@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_rapo.config import Algorithm, RunConfig
+from megatron_rapo.config import RunConfig
 from megatron_rapo.data.batching import Microbatch, Sample, pack, padded_length, plan_microbatches
-from megatron_rapo.episode.group import Group, known_rewards
-from megatron_rapo.loss.advantages import ADVANTAGES, overlong_penalty, varies
-from megatron_rapo.loss.aggregation import token_weights
+from megatron_rapo.episode.episode import ScoredEpisode
+from megatron_rapo.episode.group import Group
+from megatron_rapo.errors import RapoError
+from megatron_rapo.methods.method import Method
 from megatron_rapo.parallel.device import device
 from megatron_rapo.parallel.placement import Placement
 
 
 def build_minibatches(
-    groups: Sequence[Group], config: RunConfig, placement: Placement, vocabulary: int
+    groups: Sequence[Group], config: RunConfig, method: Method, placement: Placement, vocabulary: int
 ) -> list[list[Microbatch]]:
     """Minibatches in the groups' order, each as this rank's packed microbatches.
 
@@ -26,13 +28,11 @@ def build_minibatches(
     Every rank holds all groups and plans alike, so advantages, token weights and the number of microbatches
     agree without communication. Only this replica's microbatches, and of them only this context-parallel
     rank's tokens, become tensors.
+
+    Raises:
+        RapoError: the method does not take a reward, or does not say what it must of an episode.
     """
-    size = config.minibatch_prompts
-    advantages = batch_advantages(groups, config)
-    minibatches = [
-        make_samples(groups[start : start + size], advantages[start : start + size], config, vocabulary)
-        for start in range(0, len(groups), size)
-    ]
+    minibatches = make_samples(groups, method, vocabulary, config.minibatch_prompts)
     layout = config.parallel
     plans = [
         plan_microbatches(
@@ -60,62 +60,111 @@ def build_minibatches(
     ]
 
 
-def batch_advantages(groups: Sequence[Group], config: RunConfig) -> npt.NDArray[np.float64]:
-    """`[groups, responses]`, advantages over the whole rollout batch; 0 where the reward is unknown."""
-    algorithm, limit = config.algorithm, config.rollout.max_response_tokens
-    rewards = known_rewards(groups)
-    if np.ma.filled((rewards < 0.0) | (rewards > 1.0), False).any():
-        # φ(r) is defined there; the verifiers' rewards are 0 and 1.
-        raise ValueError(f"rewards from {rewards.min()} to {rewards.max()} are not all within [0, 1]")
-    if algorithm.overlong_buffer_tokens is not None:
-        lengths = np.array([[e.episode.sampled_tokens for e in group.episodes] for group in groups])
-        rewards = rewards + overlong_penalty(lengths, algorithm.overlong_buffer_tokens, limit)
-    return ADVANTAGES[algorithm.advantage](rewards)
-
-
 def make_samples(
-    groups: Sequence[Group],
-    advantages: npt.NDArray[np.float64],
-    config: RunConfig,
-    vocabulary: int,
-) -> list[Sample]:
-    """The training samples of one minibatch, a sequence each, with token weights over all of it."""
-    episodes = [
-        (group, number, float(advantages[index, number]))
-        for index, group in enumerate(groups)
-        for number in range(len(group.episodes))
-    ]
-    kept = np.array([_in_loss(group, number, config.algorithm, vocabulary) for group, number, _ in episodes])
-    lengths = np.array([group.episodes[number].episode.sampled_tokens for group, number, _ in episodes])
-    weights = np.zeros(len(episodes))
-    if kept.any():
-        weights[kept] = token_weights(
-            lengths[kept].tolist(), config.algorithm.loss_aggregation, config.rollout.max_response_tokens
+    groups: Sequence[Group], method: Method, vocabulary: int, minibatch_prompts: int
+) -> list[list[Sample]]:
+    """The training samples of each minibatch, one a sequence.
+
+    The method looks at all groups at once; token weights are made over each minibatch.
+
+    Raises:
+        RapoError: the method does not take a reward, or does not say what it must of an episode.
+    """
+    _check_rewards(groups, method)
+    advantages, phi, chosen = (_ask(method, hook, groups) for hook in ("advantages", "flatten", "choose"))
+    minibatches = []
+    for start in range(0, len(groups), minibatch_prompts):
+        places = [
+            (place, number)
+            for place in range(start, min(start + minibatch_prompts, len(groups)))
+            for number in range(len(groups[place].episodes))
+        ]
+        episodes = [groups[place].episodes[number] for place, number in places]
+        kept = [
+            bool(chosen[place][number])
+            and scored.reward is not None
+            and not scored.episode.leaves(vocabulary)
+            for (place, number), scored in zip(places, episodes, strict=True)
+        ]
+        weights = _token_weights(episodes, kept, method)
+        minibatches.append(
+            [
+                sample
+                for (place, number), scored, weight in zip(places, episodes, weights, strict=True)
+                for sample in _samples(
+                    scored, advantages[place][number], phi[place][number], weight, method, vocabulary
+                )
+            ]
         )
-    return [
-        Sample(
+    return minibatches
+
+
+def _check_rewards(groups: Sequence[Group], method: Method) -> None:
+    low, high = method.reward_range
+    for group in groups:
+        for number, reward in enumerate(group.rewards):
+            if reward is not None and not (low <= reward <= high and np.isfinite(reward)):
+                raise RapoError(
+                    f"response {number} to problem {group.problem.id} has reward {reward}, and "
+                    f"{_named(method)} takes finite rewards from {low:g} to {high:g}; scale the "
+                    "reward, or choose another algorithm.method"
+                )
+
+
+def _ask(method: Method, hook: str, groups: Sequence[Group]) -> Sequence[Sequence[Any]]:
+    """What a hook says of each episode, `[groups][episodes]`; an array's rows may be longer."""
+    said = getattr(method, hook)(groups)
+    found, wanted = [len(row) for row in said], [len(group.episodes) for group in groups]
+    padded = isinstance(said, np.ndarray) and found == [max(wanted)] * len(wanted)
+    if found != wanted and not padded:
+        raise RapoError(
+            f"{hook} of {_named(method)} returned {len(found)} groups of {sorted(set(found))} values, for "
+            f"{len(wanted)} groups of {sorted(set(wanted))} episodes; return a value of each episode of each "
+            "group"
+        )
+    return said
+
+
+def _token_weights(
+    episodes: Sequence[ScoredEpisode], kept: Sequence[bool], method: Method
+) -> npt.NDArray[np.float64]:
+    """Of each episode's sampled tokens in the minibatch's loss, `[episodes]`; 0 where it is not kept."""
+    weights, lengths = np.zeros(len(episodes)), [scored.episode.sampled_tokens for scored in episodes]
+    if any(kept):
+        weights[kept] = method.aggregate([n for n, keep in zip(lengths, kept, strict=True) if keep])
+    return weights
+
+
+def _samples(
+    scored: ScoredEpisode, advantage: Any, phi: Any, weight: float, method: Method, vocabulary: int
+) -> Iterator[Sample]:
+    """An episode's sequences, each with its part of what the method says of the episode."""
+    episode = scored.episode
+    advantages = np.float64(0.0) if scored.reward is None else np.asarray(advantage, np.float64)
+    if advantages.shape not in ((), (episode.sampled_tokens,)) or not np.isfinite(advantages).all():
+        raise RapoError(
+            f"advantages of {_named(method)} returned {advantage!r} for an episode of "
+            f"{episode.sampled_tokens} sampled tokens; return a finite number, or one for each of them"
+        )
+    if not (float(phi) >= 0.0 and np.isfinite(phi)):
+        raise RapoError(
+            f"flatten of {_named(method)} returned {phi!r}; return a finite number that is not negative"
+        )
+    start = 0
+    for sequence in episode.sequences:
+        end = start + sequence.sampled_tokens
+        yield Sample(
             sequence=sequence,
-            reward=group.rewards[number] or 0.0,  # where unknown, the weight is 0
-            advantage=advantage,
+            phi=float(phi),
+            advantage=advantages[start:end] if advantages.shape else float(advantages),
             token_weight=float(weight),
             has_probability=not sequence.leaves(vocabulary),
         )
-        for (group, number, advantage), weight in zip(episodes, weights, strict=True)
-        for sequence in group.episodes[number].episode.sequences
-    ]
+        start = end
 
 
-def _in_loss(group: Group, number: int, algorithm: Algorithm, vocabulary: int) -> bool:
-    """Whether an episode takes part in the loss."""
-    scored = group.episodes[number]
-    if scored.episode.leaves(vocabulary) or (algorithm.mask_truncated and scored.episode.truncated):
-        return False
-    if not scored.verification.outcome.known:
-        return False
-    rewards = known_rewards([group])
-    if algorithm.groups_without_variance == "keep" or varies(rewards)[0]:
-        return True
-    return algorithm.groups_without_variance == "keep_failed" and bool(rewards.max() == 0.0)
+def _named(method: Method) -> str:
+    return f'method "{method.options.method}"'
 
 
 def _common_length(

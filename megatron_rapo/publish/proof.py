@@ -163,7 +163,7 @@ def _sample(continuation: Continuation) -> Sample:
         sequence=TokenSequence.of_response(
             continuation.prompt.token_ids, continuation.token_ids, continuation.log_probs, version=0
         ),
-        reward=0.0,
+        phi=1.0,
         advantage=0.0,
         token_weight=1.0,
     )

@@ -51,7 +51,7 @@ def estimate_memory(config: RunConfig, architecture: Architecture) -> MemoryEsti
     attention does not keep: 34·h bytes a token and layer in bf16, 10 of which only sequence parallelism
     shards. Buffers of CUDA, NCCL and the allocator come on top.
     """
-    layout, algorithm = config.parallel, config.algorithm
+    layout, method = config.parallel, config.new_method()
     element = 2 if config.model.dtype == "bfloat16" else 4
     tensor, stages = layout.tensor_parallel, layout.pipeline_parallel
     layers = architecture.layers // stages
@@ -62,14 +62,14 @@ def estimate_memory(config: RunConfig, architecture: Architecture) -> MemoryEsti
 
     shards = layout.data_parallel * layout.context_parallel if config.optimizer.distributed else 1
     main_weights = 4 if element == 2 else 0
-    tokens = algorithm.max_tokens_per_microbatch // layout.context_parallel
+    tokens = config.algorithm.max_tokens_per_microbatch // layout.context_parallel
     # In host memory the body goes; the head stays, for the loss.
     in_host_memory = config.model.reference_in_host_memory
     reference = table if in_host_memory else parameters
-    hidden_kept = algorithm.wants_reference_hidden and not in_host_memory
+    hidden_kept = method.wants_reference_hidden and not in_host_memory
     return MemoryEstimate(
         weights=parameters * element,
-        reference=reference * element if algorithm.wants_reference else 0,
+        reference=reference * element if method.wants_reference else 0,
         gradients=parameters * 4,
         optimizer=parameters * (8 + main_weights) // shards,
         activations=_activations(config, architecture, tokens, layers, element),
@@ -94,7 +94,7 @@ def _activations(
 
 def _loss(config: RunConfig, tokens: int, vocabulary_rows: int, element: int) -> int:
     chunk = min(config.algorithm.loss_chunk_tokens, tokens)
-    both = config.algorithm.wants_reference_hidden
+    both = config.new_method().wants_reference_hidden
     return chunk * vocabulary_rows * ((2 if both else 1) * element + (5 if both else 3) * 4)
 
 

@@ -20,7 +20,7 @@ def make_samples(seed: int = 0) -> list[Sample]:
     return [
         Sample(
             sequence=random_sequence(random, prompt, response),
-            reward=float(random.integers(0, 2)),
+            phi=(0.5, 1.0)[random.integers(0, 2)],
             advantage=float(random.normal()),
             token_weight=float(random.uniform(0.005, 0.02)),
         )

@@ -13,7 +13,9 @@ import torch
 from megatron_rapo.certify.cases import CASES
 from megatron_rapo.certify.certificate import DEFAULT, as_json, certify, table
 from megatron_rapo.certify.measure import measure
-from megatron_rapo.config import Algorithm, RunConfig
+from megatron_rapo.config import RunConfig
+from megatron_rapo.methods.named import METHODS
+from megatron_rapo.methods.rapo import RAPO
 
 FEW = tuple(
     case for case in CASES if case.name in ("TP 2, sequence parallel", "CP 4", "TP 2, PP 2", "PP 2, VPP 2")
@@ -22,7 +24,7 @@ TENSOR = tuple(case for case in CASES if case.name in ("DP 4", "TP 2"))
 
 
 def test_rapo_is_certified_at_every_layout() -> None:
-    results = certify(Algorithm())
+    results = certify(RAPO.Options())
     assert len(results) == 2 * len(CASES)
     assert all(result.passed for result in results), table(results)
     assert '"passed": true' in as_json(results)
@@ -31,28 +33,28 @@ def test_rapo_is_certified_at_every_layout() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"preset": "gspo", "clip_low": 0.2, "clip_high": 0.2},
-        {"divergence": "reverse_exact", "loss_aggregation": "sequence_mean", "clip_dual": 1.5},
-        {"divergence": "forward_sampled", "advantage": "dgpo", "audit_estimators": True},
-        {"preset": "grpo", "divergence": "k2"},
+        {"method": "gspo", "clip_low": 0.2, "clip_high": 0.2},
+        {"method": "grpo", "divergence": "reverse_exact", "clip_dual": 1.5},
+        {"method": "rapo", "divergence": "forward_sampled", "audit_estimators": True},
+        {"method": "grpo", "divergence": "k2", "loss_aggregation": "constant"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_other_objectives_are_certified(options: dict[str, Any]) -> None:
     tied = DEFAULT.__class__(**{**vars(DEFAULT), "family": "qwen3", "attention_bias": False})
     tied = tied.__class__(**{**vars(tied), "query_key_norm": True, "tied": True})
-    results = certify(Algorithm(**options), tied, partial(measure, cases=FEW))
+    results = certify(METHODS[options["method"]].Options(**options), tied, partial(measure, cases=FEW))
     assert all(result.passed for result in results), table(results)
 
 
 def test_a_plain_collective_is_reported() -> None:
     """Without its own backward, hidden states' gradients lack the other ranks' vocabulary."""
-    failed = {r.case for r in certify(Algorithm(), DEFAULT, plain_collective) if not r.passed}
+    failed = {r.case for r in certify(RAPO.Options(), DEFAULT, plain_collective) if not r.passed}
     assert failed == {"TP 2"}
 
 
 def test_a_normaliser_without_one_ranks_tokens_is_reported() -> None:
-    failed = {r.case for r in certify(Algorithm(), DEFAULT, short_normaliser) if not r.passed}
+    failed = {r.case for r in certify(RAPO.Options(), DEFAULT, short_normaliser) if not r.passed}
     assert failed == {"DP 4", "TP 2"}
 
 
@@ -66,15 +68,13 @@ def plain_collective(config: RunConfig, report: Path) -> None:
 
 def short_normaliser(config: RunConfig, report: Path) -> None:
     """On the last rank, the last response's tokens are not counted."""
-    from megatron_rapo.policy import batch
+    whole = RAPO.aggregate
 
-    whole = batch.token_weights
-
-    def short(response_tokens: list[int], *rest: Any) -> np.ndarray:
-        weights = whole(response_tokens, *rest)
+    def short(method: RAPO, response_tokens: list[int]) -> np.ndarray:
+        weights = whole(method, response_tokens)
         if torch.distributed.get_rank() == 3:
             weights *= sum(response_tokens) / sum(response_tokens[:-1])
         return weights
 
-    batch.token_weights = short
+    RAPO.aggregate = short
     measure(config, report, TENSOR)

@@ -167,7 +167,7 @@ def config(base: Path, model: str, parallel: Parallel, run: str = "run", **optio
             "parallel": {k: v for k, v in parallel.model_dump().items() if k in parallel.model_fields_set},
             "data": {"source": "arithmetic"},
             "rollout": {"prompts_per_step": 4, "max_prompt_tokens": 32, "max_response_tokens": 32},
-            "algorithm": {"divergence": "none", "max_tokens_per_microbatch": 64},
+            "algorithm": {"method": "dapo", "max_tokens_per_microbatch": 64},
             "optimizer": {
                 "learning_rate": 4e-3,
                 "min_learning_rate": 1e-4,
@@ -192,7 +192,7 @@ class Trainer:
         self.policy = Policy(run.model, run.optimizer, self.architecture, self.placement, total_updates=10)
         self.store = CheckpointStore(run)
         self.objective = Objective(
-            run.algorithm, temperature=1.0, vocabulary=VOCABULARY, group=self.placement.tensor_group
+            run.new_method(), temperature=1.0, vocabulary=VOCABULARY, group=self.placement.tensor_group
         )
 
     def train(self, updates: range) -> dict[str, list[float]]:

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rapo.config import Algorithm, Model, Optimizer, Parallel
+from megatron_rapo.config import Model, Optimizer, Parallel
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.parallel.placement import Placement, arrange, process_groups
@@ -28,6 +28,7 @@ from megatron_rapo.weights.export import hf_tensors
 from tests.distributed.jobs import layout, run_job
 from tests.distributed.minibatches import VOCABULARY, make_minibatches, make_samples
 from tests.episodes import prompt_tokens
+from tests.methods import a_method
 from tests.models import make_hf_model
 
 TEMPERATURE = 0.8
@@ -36,7 +37,6 @@ OBJECTIVE: dict[str, Any] = {
     "clip_high": 0.2,
     "divergence_coefficient": 0.3,
     "entropy_coefficient": 0.2,
-    "flatten_floor": 0.5,
 }
 # Rates and weights that move the loss by tens of percent in three steps, and the ratio beyond its clips.
 RATE, LOWEST, DECAY = 4e-3, 1e-3, 0.1
@@ -165,7 +165,7 @@ def _train(base: Path, mode: Mode, placement: Placement) -> dict[str, Any]:
     policy = Policy(model, Optimizer(**optimizer_options(mode)), architecture, placement, updates)
     reference = Reference(model, architecture, placement)
     objective = Objective(
-        Algorithm(**OBJECTIVE), temperature=TEMPERATURE, vocabulary=VOCABULARY, group=placement.tensor_group
+        a_method(**OBJECTIVE), temperature=TEMPERATURE, vocabulary=VOCABULARY, group=placement.tensor_group
     )
     steps = []
     for step in range(STEPS):
@@ -284,8 +284,7 @@ def _loss(model: Any, old: Any, reference: Any, seed: int) -> tuple[torch.Tensor
         ratio = (log_policy.gather(1, chosen) - old_log_prob).exp().squeeze(1)
         plain, bounded = ratio * sample.advantage, ratio.clamp(low, high) * sample.advantage
         entropy = -(log_policy.exp() * log_policy).sum(-1)
-        phi = OBJECTIVE["flatten_floor"] + (1 - OBJECTIVE["flatten_floor"]) * sample.reward
-        flattened = (phi * log_reference).log_softmax(-1)
+        flattened = (sample.phi * log_reference).log_softmax(-1)
         pull = (flattened.exp() * (flattened - log_policy)).sum(-1)
         per_token = (
             -torch.minimum(plain, bounded)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rapo.config import Algorithm, Model, Optimizer, Parallel
+from megatron_rapo.config import Model, Optimizer, Parallel
 from megatron_rapo.data.batching import Sample, pack, padded_length, plan_microbatches
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.model.architecture import read_architecture
@@ -26,6 +26,7 @@ from megatron_rapo.policy.reference import Reference
 from megatron_rapo.weights.export import hf_tensors
 from tests.distributed.jobs import layout, run_job
 from tests.episodes import prompt_tokens, random_sequence
+from tests.methods import a_method
 from tests.models import make_hf_model
 
 # Fewer real tokens than head rows, so that padded rows must be masked out.
@@ -85,7 +86,7 @@ def samples() -> list[Sample]:
     return [
         Sample(
             sequence=random_sequence(random, prompt, response),
-            reward=float(random.integers(0, 2)),
+            phi=(FLOOR, 1.0)[random.integers(0, 2)],
             advantage=float(random.normal()),
             token_weight=float(random.uniform(0.005, 0.02)),
         )
@@ -113,8 +114,7 @@ def plain_pytorch(path: Path, divergence: str) -> tuple[float, dict[str, torch.T
         entropy = -(log_policy.exp() * log_policy).sum(-1)
         pull = torch.zeros_like(entropy)
         if divergence == "forward_exact":
-            phi = FLOOR + (1 - FLOOR) * sample.reward
-            flattened = (phi * log_reference).log_softmax(-1)
+            flattened = (sample.phi * log_reference).log_softmax(-1)
             pull = (flattened.exp() * (flattened - log_policy)).sum(-1)
         if divergence == "k3":
             log_ratio = (log_reference.gather(1, chosen).squeeze(1) - log_prob).clamp(-10, np.log(10))
@@ -177,11 +177,15 @@ def _loss_and_gradient(
     architecture = read_architecture(path)
     model = Model(path=path, reference_path=Path(f"{path}-reference"), dtype="float32", recompute=recompute)
     policy = Policy(model, Optimizer(distributed=False), architecture, placement, total_updates=1)
-    options: dict[str, Any] = {"divergence": divergence, "entropy_coefficient": BETA}
-    if divergence != "none":
-        options["divergence_coefficient"] = ALPHA
+    of_divergence: dict[str, tuple[str, dict[str, Any]]] = {
+        "none": ("rapo", {"divergence_coefficient": 0.0}),
+        "k3": ("grpo", {"divergence": "k3", "divergence_coefficient": ALPHA}),
+        "forward_exact": ("rapo", {"divergence": "forward_exact", "divergence_coefficient": ALPHA}),
+    }
+    name_of_method, options = of_divergence[divergence]
+    method = a_method(name_of_method, entropy_coefficient=BETA, **options)
     objective = Objective(
-        Algorithm(**options), temperature=TEMPERATURE, vocabulary=VOCABULARY, group=placement.tensor_group
+        method, temperature=TEMPERATURE, vocabulary=VOCABULARY, group=placement.tensor_group
     )
     multiple = 2 * parallel.context_parallel * parallel.tensor_parallel
     lengths = [padded_length(len(sample.sequence), multiple) for sample in samples()]

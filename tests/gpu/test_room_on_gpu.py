@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_rapo.config import Algorithm, Model, Optimizer, Parallel
+from megatron_rapo.config import Model, Optimizer, Parallel
 from megatron_rapo.launch.local import run_local
 from tests.distributed.minibatches import VOCABULARY, make_minibatches
 from tests.gpu import needs_cuda
+from tests.methods import a_method
 from tests.models import make_hf_model
 
 
@@ -31,8 +32,8 @@ def measure(path: Path, report: Path) -> None:
     from megatron_rapo.policy.policy import Policy
 
     with process_groups(Parallel(), seed=1) as placement:
-        algorithm = Algorithm(preset="grpo")
-        objective = Objective(algorithm, temperature=1.0, vocabulary=VOCABULARY, group=placement.tensor_group)
+        method = a_method("grpo", divergence_coefficient=0.0)
+        objective = Objective(method, temperature=1.0, vocabulary=VOCABULARY, group=placement.tensor_group)
         outcomes, freed = [], 0
         for waits in (False, True):
             optimizer = Optimizer(learning_rate=1e-3, in_host_memory_during_rollouts=waits)

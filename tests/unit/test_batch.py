@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,11 @@ import pytest
 
 from megatron_rapo.config import RunConfig
 from megatron_rapo.config.load import validate
-from megatron_rapo.data.batching import Microbatch
+from megatron_rapo.data.batching import Microbatch, Sample
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
-from megatron_rapo.policy.batch import batch_advantages, build_minibatches, make_samples
+from megatron_rapo.policy.batch import build_minibatches, make_samples
 from tests.episodes import group_of, scored_response
 
 VOCABULARY = 1000
@@ -73,7 +74,7 @@ def config(parallel: dict[str, Any] | None = None, **algorithm: Any) -> RunConfi
 
 def minibatches(run: RunConfig, data_rank: int = 0, context_rank: int = 0) -> list[list[Microbatch]]:
     placement: Any = SimpleNamespace(data_rank=data_rank, context_rank=context_rank)
-    return build_minibatches(GROUPS, run, placement, VOCABULARY)
+    return build_minibatches(GROUPS, run, run.new_method(), placement, VOCABULARY)
 
 
 def values(microbatches: list[Microbatch], name: str) -> dict[int, list[float]]:
@@ -173,18 +174,33 @@ def test_microbatches_hold_what_they_may_with_their_padding(parallel: dict[str, 
     )
 
 
-@pytest.mark.parametrize("reward", [-0.5, 1.5])
-def test_rewards_for_which_phi_is_not_defined_are_an_error(
+def rewarded(monkeypatch: pytest.MonkeyPatch, *rewards: float | None) -> None:
+    """Gives the responses of every group these rewards."""
+    monkeypatch.setattr(Group, "rewards", property(lambda group: list(rewards)))
+
+
+@pytest.mark.parametrize("reward", [-0.5, 1.5, math.inf, math.nan])
+def test_a_reward_that_a_method_does_not_take_ends_the_run(
     monkeypatch: pytest.MonkeyPatch, reward: float
 ) -> None:
-    rewards = np.ma.array([[0.0, 1.0], [reward, 1.0]])
-    monkeypatch.setattr("megatron_rapo.policy.batch.known_rewards", lambda groups: rewards)
-    with pytest.raises(
-        ValueError, match=rf"from {min(reward, 0.0)} to {max(reward, 1.0)} are not all within"
-    ):
-        batch_advantages(GROUPS[:2], config())
-    rewards[1, 0] = np.ma.masked  # unknown: it is never used
-    assert batch_advantages(GROUPS[:2], config()).shape == (2, 2)
+    rewarded(monkeypatch, 1.0, reward)
+    told = (
+        rf'response 1 to problem 0 has reward {reward}, and method "dapo" takes finite rewards from 0 to 1;'
+    )
+    with pytest.raises(RapoError, match=told):
+        samples_of(GROUPS[:2], config(method="dapo"))
+
+
+@pytest.mark.parametrize("reward", [-1.5, 2.0])
+def test_methods_that_compare_take_any_finite_reward(monkeypatch: pytest.MonkeyPatch, reward: float) -> None:
+    rewarded(monkeypatch, 0.5, reward)
+    samples = samples_of(GROUPS[:1], config())
+    larger = reward > 0.5
+    assert [sample.advantage > 0 for sample in samples] == [not larger, larger]
+    assert [sample.phi for sample in samples] == pytest.approx([0.75, 1.0 if larger else 0.5])
+    rewarded(monkeypatch, 0.5, math.nan)
+    with pytest.raises(RapoError, match=r"has reward nan, and method \"rapo\" takes finite"):
+        samples_of(GROUPS[:1], config())
 
 
 def test_a_warm_up_that_never_ends_is_refused() -> None:
@@ -199,7 +215,8 @@ def test_a_warm_up_that_never_ends_is_refused() -> None:
 def test_a_response_with_a_token_that_does_not_exist_is_masked() -> None:
     """The last group's last response is of token 311, which a tokenizer of 311 tokens lacks."""
     placement: Any = SimpleNamespace(data_rank=0, context_rank=0)
-    batches = build_minibatches(GROUPS, config(), placement, 311)
+    run = config()
+    batches = build_minibatches(GROUPS, run, run.new_method(), placement, 311)
     predicted = {token for microbatches in batches for token in values(microbatches, "weights")}
     assert predicted == {1, 11, 101, 111, 201, 211, 301}
     last = sum(float(m.weights.sum()) for m in batches[1])
@@ -209,10 +226,22 @@ def test_a_response_with_a_token_that_does_not_exist_is_masked() -> None:
 C, W, T, X = Outcome.CORRECT, Outcome.WRONG, Outcome.TIMEOUT, Outcome.CRASH
 
 
+def samples_of(groups: Sequence[Group], run: RunConfig) -> list[Sample]:
+    """All of them, as those of one minibatch."""
+    (samples,) = make_samples(groups, run.new_method(), VOCABULARY, len(groups))
+    return samples
+
+
+def advantages_of(groups: Sequence[Group], run: RunConfig) -> np.ndarray:
+    """`[groups, responses]`."""
+    found = [sample.advantage for sample in samples_of(groups, run)]
+    return np.array(found).reshape(len(groups), -1)
+
+
 def in_loss(groups: Sequence[Group], **algorithm: Any) -> list[list[bool]]:
     """Which responses of each group have weight in the loss."""
     run = config(minibatch_prompts=4, **algorithm)
-    samples = iter(make_samples(groups, batch_advantages(groups, run), run, VOCABULARY))
+    samples = iter(samples_of(groups, run))
     return [[next(samples).token_weight > 0 for _ in group.episodes] for group in groups]
 
 
@@ -236,15 +265,15 @@ def test_what_is_masked_weighs_in_no_normaliser() -> None:
     """The mean is over the tokens that are left: the weights of the loss's tokens add up to 1."""
     run = config(minibatch_prompts=4, mask_truncated=True)
     groups = [responses((2, C), (10, W), truncated=[1]), responses((3, C), (1, W))]
-    samples = make_samples(groups, batch_advantages(groups, run), run, VOCABULARY)
+    samples = samples_of(groups, run)
     assert [sample.token_weight for sample in samples] == pytest.approx([1 / 6, 0, 1 / 6, 1 / 6])
 
 
 def test_unknown_rewards_are_not_trained_on_and_change_nothing_for_the_others() -> None:
     groups = [responses((2, C), (3, T), (4, W), (1, W)), responses((2, C), (3, X), (4, X), (1, T))]
     assert in_loss(groups) == [[True, False, True, True], [True, False, False, False]]
-    found = batch_advantages(groups, config())
-    without = batch_advantages([responses((2, C), (4, W), (1, W))], config())
+    found = advantages_of(groups, config())
+    without = advantages_of([responses((2, C), (4, W), (1, W))], config())
     assert found[0, [0, 2, 3]] == pytest.approx(without[0])
     assert found[0, 1] == 0.0
     assert (found[1] == 0.0).all()
@@ -262,26 +291,24 @@ def test_a_step_of_unknown_rewards_has_nothing_in_the_loss(which: str) -> None:
     assert in_loss([responses((2, X), (3, T))], groups_without_variance=which) == [[False, False]]
 
 
-def test_phi_sees_the_reward_that_was_earned_and_the_advantage_the_penalised_one() -> None:
+def test_an_overlong_penalty_lowers_what_is_compared() -> None:
     """Of a buffer of 4 and a limit of 10: 8 tokens lose ¼, 10 lose ½."""
     groups = [responses((2, C), (8, C), (10, W), (3, W))]
-    run = config(minibatch_prompts=4, overlong_buffer_tokens=4)
-    advantages = batch_advantages(groups, run)
+    advantages = advantages_of(groups, config(method="dapo", overlong_buffer_tokens=4))
     shaped = np.array([1.0, 0.75, -0.5, 0.0])
     assert advantages[0] == pytest.approx((shaped - shaped.mean()) / shaped.std(ddof=1))
-    samples = make_samples(groups, advantages, run, VOCABULARY)
-    assert [sample.reward for sample in samples] == [1.0, 1.0, 0.0, 0.0]
-    assert batch_advantages(groups, config())[0] == pytest.approx(np.array([1, 1, -1, -1]) * 0.75**0.5)
+    without = advantages_of(groups, config(method="dapo"))[0]
+    assert without == pytest.approx(np.array([1, 1, -1, -1]) * 0.75**0.5)
 
 
 def test_responses_of_one_length_inside_the_buffer_compare_as_without_it() -> None:
     groups = [responses((9, C), (9, C), (9, C))]
-    assert (batch_advantages(groups, config(overlong_buffer_tokens=7)) == 0.0).all()
+    assert (advantages_of(groups, config(method="dapo", overlong_buffer_tokens=7)) == 0.0).all()
 
 
-def test_the_minibatch_carries_rewards_to_the_tokens() -> None:
-    """What flattens the reference: 1 at a correct response's tokens, 0 at a wrong one's."""
-    first, second = (values(part, "rewards") for part in minibatches(config()))
+def test_the_minibatch_carries_to_the_tokens_what_flattens_the_reference() -> None:
+    """1 at a correct response's tokens, φ0 at a wrong one's."""
+    first, second = (values(part, "phi") for part in minibatches(config()))
     assert {token: set(found) for token, found in (first | second).items()} == {
-        1: {1.0}, 11: {0.0}, 101: {0.0}, 111: {0.0}, 201: {1.0}, 211: {1.0}, 301: {0.0}, 311: {1.0},
+        1: {1.0}, 11: {0.5}, 101: {0.5}, 111: {0.5}, 201: {1.0}, 211: {1.0}, 301: {0.5}, 311: {1.0},
     }  # fmt: skip

@@ -73,7 +73,7 @@ def sample(prompt: int, response: int, first: int = 10) -> Sample:
         sequence=Sequence.of_response(
             ids[:prompt], ids[prompt:], -ids[prompt:].astype(np.float32), version=0
         ),
-        reward=float(first),
+        phi=float(first),
         advantage=first + 0.5,
         token_weight=first / 100,
     )
@@ -93,7 +93,7 @@ def test_only_predictions_of_response_tokens_count() -> None:
     packed = pack([sample(2, 2), sample(1, 3, first=50)], sequence_multiple=1)
     assert packed.is_response.tolist() == [False, True, True, False, True, True, True, False]
     assert packed.weights.tolist() == pytest.approx([0, 0.1, 0.1, 0, 0.5, 0.5, 0.5, 0])
-    assert packed.rewards.tolist() == [0, 10, 10, 0, 50, 50, 50, 0]
+    assert packed.phi.tolist() == [0, 10, 10, 0, 50, 50, 50, 0]
     assert packed.advantages.tolist() == [0, 10.5, 10.5, 0, 50.5, 50.5, 50.5, 0]
     assert packed.engine_log_probs.tolist() == [0, -12, -13, 0, -51, -52, -53, 0]
     assert packed.response_positions.tolist() == [-1, 0, 1, -1, 0, 1, 2, -1]
@@ -142,7 +142,7 @@ def test_context_ranks_partition_the_tokens(chosen: list[Sample], context_ranks:
         "position_ids",
         "targets",
         "weights",
-        "rewards",
+        "phi",
         "advantages",
         "engine_log_probs",
     ):

@@ -54,7 +54,7 @@ def config(tmp_path: Path, model: Path) -> RunConfig:
             "model": {"path": str(model), "dtype": "float32"},
             "data": {"source": "countdown"},
             "rollout": {"prompts_per_step": 1, "max_response_tokens": 8},
-            "algorithm": {"divergence": "none"},
+            "algorithm": {"method": "dapo"},
             "optimizer": {"learning_rate": 4e-3, "decay": "linear"},
             "checkpoint": {"keep": 1},
             "evaluate": {"best": "pass@1"},
@@ -71,7 +71,7 @@ def make_policy(config: RunConfig, placement: Placement) -> Policy:
 def train(policy: Policy, config: RunConfig, updates: range) -> list[float]:
     """Losses of one update a number, on that number's data."""
     objective = Objective(
-        config.algorithm, temperature=1.0, vocabulary=VOCABULARY, group=policy.placement.tensor_group
+        config.new_method(), temperature=1.0, vocabulary=VOCABULARY, group=policy.placement.tensor_group
     )
     batches = [make_minibatches(policy.placement, [number]) for number in updates]
     return [policy.update(batch, objective, None)["loss/total"] for batch in batches]

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from megatron_rapo.config import Algorithm, RunConfig, document, load_config, to_toml, validate
+from megatron_rapo.config import RunConfig, document, load_config, to_toml, validate
 from megatron_rapo.errors import RapoError
+from megatron_rapo.methods.options import Options
+from megatron_rapo.methods.rapo import RAPO
 
 MINIMAL: dict[str, Any] = {
     "run": {"directory": "runs/first", "steps": 3},
@@ -95,7 +97,7 @@ def test_settings_come_after_files_in_their_order(minimal_file: Path) -> None:
         ("run.directory=runs/two=2#x", lambda c: str(c.run.directory) == "runs/two=2#x"),
         ("run.directory=2024-01-01", lambda c: str(c.run.directory) == "2024-01-01"),
         ('run.directory="a b"', lambda c: str(c.run.directory) == "a b"),
-        ("algorithm.divergence=none", lambda c: c.algorithm.divergence == "none"),
+        ("algorithm.method=grpo", lambda c: c.algorithm.divergence == "k3"),
         ("algorithm.clip_high=0.28", lambda c: c.algorithm.clip_high == 0.28),
         ("optimizer.distributed=false", lambda c: c.optimizer.distributed is False),
         ('rollout.urls=["http://a:1", "http://b:2"]', lambda c: len(c.rollout.urls) == 2),
@@ -138,10 +140,41 @@ def test_a_setting_cannot_smuggle_a_second_option(minimal_file: Path) -> None:
 def test_default_takes_an_option_back(minimal_file: Path, tmp_path: Path) -> None:
     base, over = tmp_path / "base.toml", tmp_path / "over.toml"
     base.write_text(MINIMAL_TOML + "[algorithm]\nflatten_floor = 0.8\ndivergence_coefficient = 0.1\n")
-    over.write_text('[algorithm]\ndivergence = "k3"\nflatten_floor = "@default"\n')
+    over.write_text('[algorithm]\nmethod = "grpo"\nflatten_floor = "@default"\n')
     config = load_config([base, over], ["algorithm.divergence_coefficient=@default"])
-    assert config.algorithm.divergence == "k3"
-    assert config.algorithm.divergence_coefficient == 5e-3
+    assert config.algorithm.method == "grpo"
+    assert config.algorithm.divergence_coefficient == 0.04
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        (
+            {"method": "grppo"},
+            "algorithm.method = \"grppo\" is no method; did you mean 'grpo'? ",
+        ),
+        ({"method": 3}, 'algorithm.method = 3: must be text; write method = "3"'),
+        (
+            {"flatten_floor": 0.5, "method": "grpo"},
+            'algorithm.flatten_floor = 0.5 is not an option of method = "grpo"; rapo has it: ',
+        ),
+        (
+            {"divergence": "k3", "method": "dapo"},
+            'algorithm.divergence = "k3" is not an option of method = "dapo"; rapo and grpo have it: ',
+        ),
+        (
+            {"clip_hihg": 0.5},
+            'algorithm.clip_hihg = 0.5 is not an option of method = "rapo"; did you mean algorithm.clip_h',
+        ),
+        (
+            {"preset": "grpo"},
+            'algorithm.preset = "grpo" is not an option; methods are chosen by algorithm.method,',
+        ),
+        ({"divergence": "k3"}, "algorithm.divergence = \"k3\": must be 'forward_exact', "),
+    ],
+)
+def test_a_method_has_its_own_options_alone(algorithm: dict[str, Any], message: str) -> None:
+    assert message in refusal(with_options(algorithm=algorithm))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -393,16 +426,20 @@ def test_a_value_out_of_range_is_refused(values: dict[str, Any], message: str) -
         ),
         *(
             (
-                with_options(algorithm={"divergence": "none", option: 0.5}),
-                f"algorithm.{option} = 0.5",
-                'divergence is "none"',
+                with_options(algorithm={"method": method, "divergence_coefficient": 0.0, option: value}),
+                f"algorithm.{option} = {value!r}",
+                "divergence_coefficient is 0",
             )
-            for option in ("divergence_coefficient", "flatten_floor")
+            for method, option, value in (
+                ("rapo", "flatten_floor", 0.5),
+                ("rapo", "divergence", "forward_printed"),
+                ("grpo", "divergence", "k2"),
+            )
         ),
         (
-            with_options(algorithm={"divergence": "k3", "flatten_floor": 0.5}),
-            "algorithm.flatten_floor = 0.5",
-            'divergence = "k3" is against the unflattened reference',
+            with_options(algorithm={"importance_cap": 3.0}),
+            "algorithm.importance_cap = 3.0",
+            'importance_correction is "off"',
         ),
         (
             with_options(optimizer={"min_learning_rate": 1e-8}),
@@ -511,11 +548,6 @@ def test_an_option_without_effect_is_refused(values: dict[str, Any], option: str
             "rollout.router = 'http://a:2/' is the engine 'http://a:2' of urls",
         ),
         (
-            with_options(algorithm={"divergence_coefficient": 0.0}),
-            'algorithm.divergence_coefficient = 0 makes "forward_exact" cost time without effect; '
-            'set divergence = "none"',
-        ),
-        (
             with_options(optimizer={"decay": "linear", "learning_rate": 1e-6, "min_learning_rate": 1e-6}),
             "optimizer.min_learning_rate = 1e-06 must be below learning_rate = 1e-06; lower it",
         ),
@@ -576,7 +608,7 @@ def test_an_option_without_effect_is_refused(values: dict[str, Any], option: str
             "max_response_tokens = 65 exceeds rollout.max_response_tokens = 64; lower it",
         ),
         (
-            with_options(algorithm__overlong_buffer_tokens=65),
+            with_options(algorithm={"method": "dapo", "overlong_buffer_tokens": 65}),
             "algorithm.overlong_buffer_tokens = 65 is longer than rollout.max_response_tokens = 64",
         ),
     ],
@@ -616,8 +648,8 @@ def test_updates_and_verifier_follow_from_the_options() -> None:
 WRITTEN = [
     MINIMAL,
     with_options(evaluate={}, parallel={"tensor_parallel": 2, "sequence_parallel": True}),
-    with_options(rollout__urls=["http://127.0.0.1:1"], algorithm={"divergence": "k3"}),
-    with_options(algorithm={"divergence": "none"}, optimizer={"decay": "cosine", "min_learning_rate": 1e-9}),
+    with_options(rollout__urls=["http://127.0.0.1:1"], algorithm={"method": "grpo"}),
+    with_options(algorithm={"method": "dapo"}, optimizer={"decay": "cosine", "min_learning_rate": 1e-9}),
     with_options(
         data={"source": "file", "path": "a.jsonl", "template_text": 'täg "{prompt}"\n\t\\boxed{{}}\x7f'},
         evaluate={"data": {"source": "file", "path": "b.parquet", "template": "plain"}},
@@ -720,7 +752,7 @@ def all_models(model: type[BaseModel] = BaseModel) -> Iterator[type[BaseModel]]:
 def test_no_option_stacks_two_bounds_of_one_side() -> None:
     """Of `PositiveFloat` with `gt = 1` pydantic takes the last alone, whichever that is: 0."""
     models = set(all_models())
-    assert {RunConfig, Algorithm} <= models
+    assert {RunConfig, RAPO.Options} <= models
     for model in models:
         for name, field in model.model_fields.items():
             outer = [
@@ -735,9 +767,9 @@ def test_every_option_is_documented() -> None:
     page = document.render()
     missing = [
         name
-        for model in document.sections()
+        for model in [*document.sections(), Options]
         for name, field in model.model_fields.items()
-        if f"| `{name}` |" not in page or (name != "source" and not field.description)
+        if f"| `{name}` |" not in page or (name not in ("source", "method") and not field.description)
     ]
     assert not missing
 

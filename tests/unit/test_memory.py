@@ -58,7 +58,7 @@ def test_one_rank_holds_every_parameter_and_its_states(dtype: str, weights: int,
 
 
 def test_no_reference_takes_no_memory() -> None:
-    found = estimate(algorithm={"divergence": "none"})
+    found = estimate(algorithm={"divergence_coefficient": 0.0})
     assert found.reference == found.reference_hidden == 0
 
 
@@ -84,7 +84,7 @@ def test_the_distributed_optimizer_shards_states_over_replicas_alone() -> None:
         ),
         ({}, {"recompute": "full"}),
         ({}, {"algorithm": {"max_tokens_per_microbatch": 4096}}),
-        ({}, {"algorithm": {"divergence": "none"}}),
+        ({}, {"algorithm": {"divergence_coefficient": 0.0}}),
     ],
 )
 def test_sharing_and_thrift_lower_the_total(more: dict[str, Any], less: dict[str, Any]) -> None:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rapo.config import Algorithm
 from megatron_rapo.data.batching import Microbatch, Sample, pack
 from megatron_rapo.episode.sequence import Sequence
-from megatron_rapo.loss.divergence import LOG_RATIO_BOUNDS
 from megatron_rapo.loss.mismatch import Mismatch
 from megatron_rapo.loss.objective import HeadStates, Objective
+from megatron_rapo.methods.terms.divergences import LOG_RATIO_BOUNDS
+from tests.methods import a_method
 from tests.unit.one_rank import one_rank
 from tests.unit.thread_ranks import on_ranks, placement_of
 
@@ -41,7 +41,7 @@ def microbatch(
         [
             Sample(
                 sequence=sequence(random, prompt, response, dtype),
-                reward=float(number),
+                phi=0.5 + 0.5 * number,
                 advantage=float(random.normal()),
                 token_weight=weight,
                 has_probability=has_probability[number],
@@ -62,9 +62,9 @@ def states(tokens: int, seed: int) -> HeadStates:
     return HeadStates(hidden.requires_grad_(seed == 0), weight.requires_grad_(seed == 0))
 
 
-def objective(**options: Any) -> Objective:
+def objective(method: str = "rapo", **options: Any) -> Objective:
     return Objective(
-        Algorithm(loss_chunk_tokens=4, **options),
+        a_method(method, loss_chunk_tokens=4, **options),
         temperature=TEMPERATURE,
         vocabulary=VOCABULARY,
         group=torch.distributed.group.WORLD,
@@ -82,7 +82,7 @@ def test_the_audit_reports_bias_and_variance_of_the_estimators():
     _, sums, _ = subject(batch, policy, reference)
     metrics = subject.metrics(sums)
 
-    phi = 0.5 + 0.5 * batch.rewards[chosen].double()
+    phi = batch.phi[chosen].double()
     log_policy, log_reference = log_distribution(policy), log_distribution(reference)
     flattened = (phi[:, None] * log_reference).log_softmax(-1)
     exact_forward = (flattened.exp() * (flattened - log_policy)).sum(-1)
@@ -118,7 +118,7 @@ def test_importance_is_reported_whether_or_not_it_is_corrected():
     )
     for correction in ("off", "truncated", "masked"):
         options = {} if correction == "off" else {"importance_correction": correction, "importance_cap": 1.2}
-        subject = objective(divergence="none", **options)
+        subject = objective("dapo", **options)
         metrics = subject.metrics(subject(batch, policy, None)[1])
         u = ratio.exp()
         assert metrics["importance/mean"] == pytest.approx(float(u.mean()))
@@ -151,7 +151,7 @@ def test_mismatch_is_that_of_the_policy_that_sampled_by_position_in_the_response
             expected[f"mismatch/log_prob_max{where}"] = np.abs(delta[at]).max()
             k3 = np.exp(delta[at]) - 1 - delta[at]
             expected[f"mismatch/kl{where}"] = k3.mean()
-        *_, mismatch = objective(divergence="none")(batch, policy, None)
+        *_, mismatch = objective("dapo")(batch, policy, None)
         assert mismatch.metrics() == pytest.approx(expected, rel=1e-5)
 
 
@@ -171,7 +171,7 @@ def test_mismatches_add_up_in_any_order():
 
 
 def test_clamped_log_ratios_are_counted():
-    batch, subject = microbatch(), objective(divergence="k3", divergence_coefficient=1.0)
+    batch, subject = microbatch(), objective("grpo", divergence_coefficient=1.0)
     tokens = int(batch.is_response.sum())
     policy = states(tokens, 0)
     log_prob = log_distribution(policy).gather(1, batch.targets[batch.is_response][:, None]).squeeze(1)
@@ -183,7 +183,7 @@ def test_clamped_log_ratios_are_counted():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_logits_that_are_not_finite_are_counted(value):
-    batch, subject = microbatch(), objective(divergence="none")
+    batch, subject = microbatch(), objective("dapo")
     policy = states(int(batch.is_response.sum()), 0)
     with torch.no_grad():
         policy.hidden[3] = value
@@ -206,7 +206,8 @@ def test_a_microbatch_without_response_tokens_has_no_loss_and_no_gradient():
 
 
 def test_what_is_masked_out_of_the_loss_is_measured_and_teaches_nothing():
-    batch, subject = microbatch(weights=(0.0, 0.1)), objective(divergence="k2", divergence_coefficient=1.0)
+    batch = microbatch(weights=(0.0, 0.1))
+    subject = objective("grpo", divergence="k2", divergence_coefficient=1.0)
     chosen = batch.is_response
     assert int(chosen.sum()) == 6 + 9
     policy = states(15, 0)
@@ -223,7 +224,7 @@ def test_what_is_masked_out_of_the_loss_is_measured_and_teaches_nothing():
 
 
 def test_metrics_of_several_updates_are_means_over_their_tokens_and_the_mean_loss():
-    subject, parts = objective(divergence="none"), []
+    subject, parts = objective("dapo"), []
     for responses in ((6, 9), (1, 2)):
         batch = microbatch(responses=responses)
         parts.append(subject(batch, states(sum(responses), 0), None)[1])
@@ -234,16 +235,16 @@ def test_metrics_of_several_updates_are_means_over_their_tokens_and_the_mean_los
 
 
 @pytest.mark.parametrize("moved", [False, True])
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("method", ["dapo", "gspo"])
 @pytest.mark.parametrize("correction", ["off", "truncated", "masked"])
-def test_the_gradient_is_that_of_the_printed_loss(correction, ratio, moved):
+def test_the_gradient_is_that_of_the_printed_loss(correction, method, moved):
     """Against autograd through full logits in fp64; also where the policy has moved since it sampled."""
     batch, lengths = microbatch(dtype=np.float64), (6, 9)
     chosen = batch.is_response
-    options = {"loss_aggregation": "sequence_mean"} if ratio == "sequence" else {}
+    options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.5}
     if correction != "off":
         options |= {"importance_correction": correction, "importance_cap": 1.3}
-    subject = objective(divergence="none", entropy_coefficient=0.0, ratio=ratio, clip_high=0.5, **options)
+    subject = objective(method, **options)
     policy, plain = states(15, 0), states(15, 0)
     at = batch.targets[chosen][:, None]
     if moved:
@@ -266,7 +267,7 @@ def test_the_gradient_is_that_of_the_printed_loss(correction, ratio, moved):
     expected = torch.zeros((), dtype=torch.float64)
     for rows in (slice(0, lengths[0]), slice(lengths[0], None)):
         log_ratio = (log_prob - old)[rows]
-        if ratio == "sequence":
+        if method == "gspo":
             log_ratio = log_ratio.mean().expand(len(log_ratio))
         advantage = batch.advantages[chosen][rows].double()
         bounded = log_ratio.exp().clamp(1 - 0.2, 1 + 0.5) * advantage
@@ -283,7 +284,6 @@ def test_the_gradient_is_that_of_the_printed_loss(correction, ratio, moved):
 @pytest.mark.parametrize("options", [{}, {"importance_correction": "truncated", "importance_cap": 1.3}])
 def test_ranks_that_share_sequences_have_the_ratios_of_whole_ones(options, moved):
     """Each sums over the tokens that it has; a response's mean is over those of both."""
-    options = {"divergence": "none", "ratio": "sequence", "loss_aggregation": "sequence_mean", **options}
     whole, policy = microbatch(), states(15, 0)
     old = log_distribution(policy).gather(1, whole.targets[whole.is_response][:, None]).squeeze(1)
     old = old + 0.2 * torch.sin(torch.arange(15.0, dtype=torch.float64))
@@ -304,7 +304,7 @@ def test_ranks_that_share_sequences_have_the_ratios_of_whole_ones(options, moved
             batch.old_log_probs = torch.zeros(len(chosen), dtype=torch.float64)
             batch.old_log_probs[chosen] = old[rows]
         hidden = policy.hidden.detach()[rows].requires_grad_()
-        subject = objective(**options)
+        subject = objective("gspo", clip_low=0.2, clip_high=0.2, **options)
         subject.context_group = group
         loss, sums, _ = subject(batch, HeadStates(hidden, policy.weight.detach()), None)
         loss.backward()

@@ -10,14 +10,26 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_rapo.loss.advantages import ADVANTAGES, overlong_penalty
-from megatron_rapo.loss.aggregation import token_weights
-from megatron_rapo.loss.divergence import DIVERGENCES, AtToken, flattening
-from megatron_rapo.loss.policy_gradient import clipped_surrogate, importance_weight, with_sequence_value
+from megatron_rapo.loss.importance import importance_weight
+from megatron_rapo.methods import advantages
+from megatron_rapo.methods.aggregation import token_weights
+from megatron_rapo.methods.overlong import overlong_penalty
+from megatron_rapo.methods.terms.divergences import DIVERGENCES
+from megatron_rapo.methods.terms.policy_gradient import clipped_surrogate, with_sequence_value
+from megatron_rapo.methods.terms.term import AtToken
 
 V = 5
 unbounded = st.floats(-3.0, 3.0)
 rows = st.lists(unbounded, min_size=V, max_size=V)
+
+
+ADVANTAGES = {
+    "standardised": advantages.standardised,
+    "centred": advantages.centred,
+    "over_batch_deviation": advantages.over_batch_deviation,
+    "leave_one_out": advantages.leave_one_out,
+    "weighted_by_difficulty": advantages.weighted_by_difficulty,
+}
 
 
 def at_token(log_policy, old, log_flattened, log_reference, chosen) -> AtToken:
@@ -25,7 +37,12 @@ def at_token(log_policy, old, log_flattened, log_reference, chosen) -> AtToken:
     pick = chosen[:, None]
     return AtToken(
         log_prob=log_policy.gather(1, pick).squeeze(1),
+        entropy=-(log_policy.exp() * log_policy).sum(-1),
         old_log_prob=old.gather(1, pick).squeeze(1),
+        engine_log_prob=old.gather(1, pick).squeeze(1),
+        advantage=torch.ones(len(chosen)),
+        phi=torch.ones(len(chosen)),
+        position=torch.arange(len(chosen)),
         forward_kl=(log_flattened.exp() * (log_flattened - log_policy)).sum(-1),
         reverse_kl=(log_policy.exp() * (log_policy - log_reference)).sum(-1),
         flattened_log_prob=log_flattened.gather(1, pick).squeeze(1),
@@ -112,25 +129,21 @@ def test_flattening_raises_entropy_at_the_rate_of_the_variance(r, phi):
     torch.testing.assert_close(power.grad, -power.detach() * variance, rtol=1e-8, atol=1e-10)
 
 
-def test_phi():
-    rewards = torch.tensor([0.0, 0.5, 1.0, 2.0, -1.0])
-    torch.testing.assert_close(flattening(rewards, 0.5), torch.tensor([0.5, 0.75, 1.0, 1.0, 0.5]))
-    assert flattening(rewards, 1.0).eq(1.0).all()
-
-
 REWARDS = np.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
 
 
 def test_advantages_by_hand():
     first = {name: function(REWARDS)[0] for name, function in ADVANTAGES.items()}
-    np.testing.assert_allclose(first["grpo"], [1.5, -0.5, -0.5, -0.5])
-    np.testing.assert_allclose(first["dr_grpo"], [0.75, -0.25, -0.25, -0.25])
+    np.testing.assert_allclose(first["standardised"], [1.5, -0.5, -0.5, -0.5])
+    np.testing.assert_allclose(first["centred"], [0.75, -0.25, -0.25, -0.25])
     np.testing.assert_allclose(first["leave_one_out"], [1.0, -1 / 3, -1 / 3, -1 / 3])
-    np.testing.assert_allclose(first["lite_ppo"], np.array([0.75, -0.25, -0.25, -0.25]) / REWARDS.std(ddof=1))
+    np.testing.assert_allclose(
+        first["over_batch_deviation"], np.array([0.75, -0.25, -0.25, -0.25]) / REWARDS.std(ddof=1)
+    )
     # Mean absolute deviations 3/8 and 1/2; weights e^(−1/8) and e^(−1/4) over their mean.
     easy, hard = math.exp(-1 / 4), math.exp(-1 / 8)
     np.testing.assert_allclose(
-        first["dgpo"], np.array([2, -2 / 3, -2 / 3, -2 / 3]) * 2 * hard / (hard + easy)
+        first["weighted_by_difficulty"], np.array([2, -2 / 3, -2 / 3, -2 / 3]) * 2 * hard / (hard + easy)
     )
 
 
@@ -188,7 +201,7 @@ def test_the_overlong_penalty_weighs_what_the_papers_does():
     lengths, correct = np.array([[3, 17, 20, 18]]), np.array([[1.0, 1.0, 1.0, 0.0]])
     papers = (2.0 * correct - 1.0) + np.array([[0.0, -0.25, -1.0, -0.5]])
     ours = correct + overlong_penalty(lengths, 4, 20)
-    np.testing.assert_allclose(ADVANTAGES["grpo"](ours), ADVANTAGES["grpo"](papers))
+    np.testing.assert_allclose(ADVANTAGES["standardised"](ours), ADVANTAGES["standardised"](papers))
 
 
 @settings(max_examples=50, deadline=None)

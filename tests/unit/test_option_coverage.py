@@ -2,6 +2,7 @@
 
 Options are found as the configuration declares them; what tests set, in their syntax: `{"section": {"option":
 value}}`, `section={"option": value}`, `Section(option=value)`, `"section.option=value"`, and lines of TOML.
+What a method declares itself must be set for that method: `a_method("grpo", option=value)`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 
 from megatron_rapo.config import RunConfig
 from megatron_rapo.config.options import sections_of
+from megatron_rapo.methods.named import METHODS
+from megatron_rapo.methods.options import Options
 from megatron_rapo.section import Section
 
 TESTS = Path(__file__).parents[1]
@@ -27,7 +30,14 @@ SETTING = re.compile(r"((?:\w+\.)+\w+)\s*=\s*(\S.*)", re.ASCII)
 
 def options(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
     """Section's name, option's name and default of all plain options."""
+    own = set(vars(section).get("__annotations__", {})) if issubclass(section, Options) else set()
     for name, field in section.model_fields.items():
+        if name == "method":
+            continue
+        if name in own:
+            method = section.model_fields["method"].default
+            yield f"{prefix}:{method}", name, field.get_default()
+            continue
         tables = sections_of(field.annotation)
         for table in tables:
             yield from options(table, name)
@@ -65,7 +75,7 @@ class Settings(ast.NodeVisitor):
             self.visit(argument)
         for keyword in node.keywords:
             table, _, name = (keyword.arg or "").rpartition("__")
-            self._take(table or _TABLES.get(called), name, keyword.value)
+            self._take(table or _table_of(called, node), name, keyword.value)
 
     def visit_Constant(self, node: ast.Constant) -> None:
         if not isinstance(node.value, str):
@@ -76,7 +86,7 @@ class Settings(ast.NodeVisitor):
 
 # Models of sections, and helpers of tests that take a section's options.
 _TABLES = {
-    "Algorithm": "algorithm",
+    "in_loss": "algorithm",
     "Setting": "settings",
     "Rollout": "rollout",
     "FileData": "data",
@@ -92,6 +102,14 @@ _TABLES = {
     "SGLangServers": "sglang",
     "with_slurm": "slurm",
 }
+
+
+def _table_of(called: str, call: ast.Call) -> str | None:
+    """The table whose options are a call's keywords; of a method its own."""
+    if called != "a_method":
+        return _TABLES.get(called)
+    name = _literal(call.args[0]) if call.args else "rapo"
+    return f"algorithm:{name}" if isinstance(name, str) else None
 
 
 def _literal(node: ast.expr) -> Any:
@@ -126,8 +144,11 @@ def all_settings() -> dict[str, list[tuple[str | None, Any]]]:
 
 def is_set(section: str, name: str, default: Any, found: list[tuple[str | None, Any]], alone: bool) -> bool:
     """Whether a test gives the option another value. A name alone (no table) counts where it is unique."""
+    tables = [section]
+    if section == "algorithm":
+        tables += [f"algorithm:{method}" for method in METHODS]
     return any(
-        (table == section or (table is None and alone)) and _as_text(value) != _as_text(default)
+        (table in tables or (table is None and alone)) and _as_text(value) != _as_text(default)
         for table, value in found
     )
 

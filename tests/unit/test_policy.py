@@ -14,10 +14,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_rapo.config import Algorithm, Model, Optimizer
+from megatron_rapo.config import Model, Optimizer
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import RapoError
 from megatron_rapo.loss.objective import HeadStates, Objective
+from megatron_rapo.methods.method import Method
 from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.finite import check_finite, named_parameters
@@ -28,6 +29,7 @@ from megatron_rapo.publish.proof import check_policy
 from tests.distributed import test_training_modes as modes
 from tests.distributed.minibatches import VOCABULARY, make_minibatches, make_samples
 from tests.episodes import prompt_tokens
+from tests.methods import a_method
 from tests.models import make_hf_model
 from tests.unit.one_rank import one_placement
 from tests.unit.thread_ranks import on_ranks, placement_of
@@ -55,9 +57,8 @@ def make_policy(models: Path, placement: Placement, updates: int = 10, **optimiz
 
 
 def make_objective(placement: Placement) -> Objective:
-    return Objective(
-        Algorithm(divergence="none"), temperature=1.0, vocabulary=VOCABULARY, group=placement.tensor_group
-    )
+    method = a_method(divergence_coefficient=0.0)
+    return Objective(method, temperature=1.0, vocabulary=VOCABULARY, group=placement.tensor_group)
 
 
 @pytest.mark.parametrize(
@@ -263,12 +264,12 @@ def test_a_policy_that_cannot_be_computed_is_told_before_engines_are_asked(
         check_policy(policy, placement, prompts, 4, 1)
 
 
-def updated(model: Model, placement: Placement, algorithm: Algorithm) -> tuple[Policy, dict[str, float]]:
+def updated(model: Model, placement: Placement, method: Method) -> tuple[Policy, dict[str, float]]:
     """A policy after a step's update with its reference, and the step's metrics."""
     architecture = read_architecture(model.path)
     policy = Policy(model, Optimizer(learning_rate=1e-3), architecture, placement, 3)
     reference = Reference(model, architecture, placement)
-    objective = Objective(algorithm, temperature=1.0, vocabulary=VOCABULARY, group=placement.tensor_group)
+    objective = Objective(method, temperature=1.0, vocabulary=VOCABULARY, group=placement.tensor_group)
     minibatches = make_minibatches(placement, [0])
     policy.annotate(minibatches, objective)
     reference.annotate(minibatches, objective)
@@ -292,7 +293,7 @@ def test_a_reference_in_host_memory_is_on_the_device_only_to_annotate(
     models: Path, placement: Placement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"path": models / "policy", "reference_path": models / "reference", "dtype": "float32"}
-    plain = updated(Model(**options), placement, Algorithm())[1]  # type: ignore[arg-type]
+    plain = updated(Model(**options), placement, a_method())[1]  # type: ignore[arg-type]
     moves: list[str] = []
     to = torch.nn.Module.to
 
@@ -314,7 +315,7 @@ def test_a_reference_in_host_memory_is_on_the_device_only_to_annotate(
         lambda self, microbatch: HeadStates(microbatch.reference_hidden[microbatch.is_response], self._head),
     )
     model = Model(**options, reference_in_host_memory=True)  # type: ignore[arg-type]
-    kept = updated(model, placement, Algorithm())[1]
+    kept = updated(model, placement, a_method())[1]
     assert moves == ["cpu", "device", "cpu"]
     assert kept == plain
 
@@ -325,8 +326,8 @@ def test_sampled_divergences_are_those_of_plain_pytorch(
 ) -> None:
     """At the sampled tokens, from what the reference left there: its log-probs, or the flattened ones."""
     model = Model(path=models / "policy", reference_path=models / "reference", dtype="float32")
-    algorithm = Algorithm(divergence=divergence)
-    found = updated(model, placement, algorithm)[1]["loss/divergence"]
+    method = a_method("grpo" if divergence == "k3" else "rapo", divergence=divergence)
+    found = updated(model, placement, method)[1]["loss/divergence"]
     networks = [
         AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float32)
         for name in ("policy", "reference")
@@ -342,7 +343,7 @@ def test_sampled_divergences_are_those_of_plain_pytorch(
                 for network in networks
             )
         if divergence == "forward_printed":
-            reference = ((0.8 + 0.2 * sample.reward) * reference).log_softmax(-1)
+            reference = (sample.phi * reference).log_softmax(-1)
         at = ids[prompt_tokens(sample.sequence) :, None]
         log_rho = (reference - policy).gather(1, at).clamp(-10.0, math.log(10.0))
         rho = log_rho.exp()
@@ -416,9 +417,8 @@ def test_a_reference_leaves_what_the_divergence_needs_and_nothing_else(
     """Hidden states where it needs whole distributions; else log-probs at the response tokens."""
     model = Model(path=models / "policy", dtype="float32")
     reference = Reference(model, read_architecture(model.path), placement)
-    objective = Objective(
-        Algorithm(divergence=divergence), temperature=1.0, vocabulary=VOCABULARY, group=placement.tensor_group
-    )
+    method = a_method("rapo" if divergence == "forward_exact" else "grpo", divergence=divergence)
+    objective = Objective(method, temperature=1.0, vocabulary=VOCABULARY, group=placement.tensor_group)
     minibatches = make_minibatches(placement, [0])
     reference.annotate(minibatches, objective)
     for microbatch in minibatches[0]:

@@ -106,6 +106,12 @@ def test_an_option_that_came_with_a_later_version_is_no_change_at_its_default() 
     assert changes({}, now) == {"optimizer.beta2": (0.95, 0.9)}
 
 
+def test_an_option_of_a_method_that_came_later_has_that_methods_default() -> None:
+    before, now = ({"algorithm.method": method} for method in ("dapo", "dapo"))
+    assert not changes(before, {**now, "algorithm.clip_high": 0.28})
+    assert changes(before, {**now, "algorithm.clip_high": 0.2}) == {"algorithm.clip_high": (0.28, 0.2)}
+
+
 def test_defaults_that_follow_from_others_are_written_out(tmp_path: Path) -> None:
     options = options_of(config(tmp_path, optimizer={"decay": "linear"}))
     assert options["optimizer.decay_steps"] == 10
@@ -121,7 +127,7 @@ def test_defaults_that_follow_from_others_are_written_out(tmp_path: Path) -> Non
     "changed",
     [
         {"optimizer": {"learning_rate": 1e-3}},
-        {"algorithm": {"preset": "grpo"}},
+        {"algorithm": {"method": "grpo"}},
         {"rollout": {"prompts_per_step": 8}},
         {"algorithm": {"minibatch_prompts": 2}},
         {"reward": {"time_limit_s": 9.0}},

@@ -118,4 +118,4 @@ def test_an_upward_import_is_seen(source: str) -> None:
 
 
 def test_a_downward_import_is_none() -> None:
-    assert not upward_imports("from megatron_rapo.config import Algorithm\nimport torch", "loss", rank())
+    assert not upward_imports("from megatron_rapo.config import Model\nimport torch", "loss", rank())

@@ -1,0 +1,74 @@
+"""A method's terms on a few tokens: what they report, and whether they work, before anything is trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_rapo.errors import RapoError
+from megatron_rapo.methods.method import Method
+from megatron_rapo.methods.terms.term import AtToken, Term
+
+_TOKENS = 3
+
+
+def reported_names(method: Method, taken: Sequence[str] = ()) -> list[tuple[str, ...]]:
+    """The names of what each of the method's terms reports.
+
+    Args:
+        method: whose terms.
+        taken: names that no term may report under.
+
+    Raises:
+        RapoError: there is no term, a term fails or returns what is no value a token, or a name is taken.
+    """
+    what = f"method {method.options.method}"
+    terms = method.terms()
+    if not terms:
+        raise RapoError(f"{what} has no terms, so no loss; return some from terms()")
+    names = [tuple(_reported(term, what)) for _, term in terms]
+    every = Counter([*taken, *(name for own in names for name in own)])
+    if twice := [name for name, count in every.items() if count > 1]:
+        raise RapoError(f"a term of {what} reports {twice[0]!r}, which is taken; give it another name")
+    return names
+
+
+def _reported(term: Term, what: str) -> list[str]:
+    name = type(term).__name__
+    needed = ", ".join(sorted(need.name for need in term.needs)) or "nothing"
+    try:
+        with torch.enable_grad():
+            value, reported = term(_tokens(term))
+    except Exception as error:  # whatever a user's code raises
+        raise RapoError(
+            f"term {name} of {what} fails on {_TOKENS} tokens: {type(error).__name__}: {error}. It says that "
+            f"it needs {needed}, beside what every token has; mend it, or its `needs`"
+        ) from error
+    for called, of_tokens in {"its value": value, **reported}.items():
+        shape = tuple(of_tokens.shape) if isinstance(of_tokens, Tensor) else type(of_tokens).__name__
+        if shape != (_TOKENS,):
+            raise RapoError(
+                f"term {name} of {what} returned {called} as {shape} for {_TOKENS} tokens; return a tensor "
+                "of one number a token"
+            )
+    return list(reported)
+
+
+def _tokens(term: Term) -> AtToken:
+    """Tokens of a policy that moved a little, with what the term needs."""
+    log_prob = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
+    near = log_prob.detach() + torch.tensor([0.1, -0.2, 0.0])
+    needed = {need.value: near for need in term.needs}
+    return AtToken(
+        log_prob=log_prob,
+        entropy=torch.tensor([1.0, 1.5, 0.5], requires_grad=True),
+        old_log_prob=near,
+        engine_log_prob=near,
+        advantage=torch.tensor([1.0, -1.0, 0.0]),
+        phi=torch.tensor([1.0, 0.5, 0.5]),
+        position=torch.arange(_TOKENS),
+        **needed,
+    )

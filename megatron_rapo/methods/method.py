@@ -1,0 +1,126 @@
+"""What a method is: hooks, each with a default, that all ranks call alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_rapo.episode.group import Group, known_rewards
+from megatron_rapo.methods import options as common
+from megatron_rapo.methods.advantages import varies
+from megatron_rapo.methods.aggregation import Aggregation, token_weights
+from megatron_rapo.methods.terms.term import OF_ITS_DISTRIBUTION, OF_THE_REFERENCE, Need, Term
+
+OfEpisodes = Sequence[Sequence[Any]] | npt.NDArray[Any]
+"""`[groups][episodes]`: a value of each episode; an array's rows may be as long as the largest group."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a step's responses are sampled.
+
+    Attributes:
+        temperature: T; the trainer divides its logits by the same.
+        responses_per_prompt: G.
+        max_response_tokens: where responses are cut.
+    """
+
+    temperature: float
+    responses_per_prompt: int
+    max_response_tokens: int
+
+
+class Method:
+    """What is learnt from a step's groups. Every hook has a default; all ranks call each alike.
+
+    A run makes one object of it. In the order of a step:
+
+    - `teaches` says which groups dynamic sampling replaces;
+    - `advantages`, `flatten` and `choose` look at all groups of the step;
+    - `aggregate` makes the weights of tokens, of each minibatch's responses that are in the loss;
+    - `terms` is the loss: Σ coefficient · term, token by token;
+    - `state` and `restore` carry over checkpoints what the object learnt of the run.
+
+    Attributes:
+        Options: the section of its options.
+        options: this run's.
+        configured: how the configuration has responses sampled.
+        reward_range: the smallest and largest reward that it takes; another one ends the run.
+        aggregation: how `aggregate` weighs tokens.
+    """
+
+    Options = common.Options
+    reward_range: tuple[float, float] = (-np.inf, np.inf)
+    aggregation: Aggregation = "token_mean"
+
+    def __init__(self, options: common.Options, configured: Sampling) -> None:
+        """
+        Raises:
+            ValueError: they do not fit together; the message begins with the option.
+        """
+        self.options = options
+        self.configured = configured
+
+    def teaches(self, group: Group) -> bool:
+        """Whether a group teaches; dynamic sampling replaces it if not. Here: its known rewards differ."""
+        return bool(varies(known_rewards([group]))[0])
+
+    def choose(self, groups: Sequence[Group]) -> OfEpisodes:
+        """Which responses are in the loss, bools; the others are measured only.
+
+        Those of unknown reward, or with tokens that do not exist, never are. Here: all others but for what
+        the options `mask_truncated` and `groups_without_variance` leave out.
+        """
+        rewards, keep = known_rewards(groups), self.options.groups_without_variance
+        kept = varies(rewards)
+        if keep == "keep":
+            kept = np.ones_like(kept)
+        elif keep == "keep_failed":
+            kept = kept | np.ma.filled(rewards.max(axis=1) <= 0.0, False)
+        masks = self.options.mask_truncated
+        return [
+            [bool(group_kept) and not (masks and one.episode.truncated) for one in group.episodes]
+            for group, group_kept in zip(groups, kept, strict=True)
+        ]
+
+    def advantages(self, groups: Sequence[Group]) -> OfEpisodes:
+        """How much better each response was than expected: a number, or `[tokens]` of them.
+
+        What is returned for a response of unknown reward plays no part.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no advantages")
+
+    def flatten(self, groups: Sequence[Group]) -> OfEpisodes:
+        """φ ≥ 0 of each response, the power that flattens the reference there. Here: 1, not at all."""
+        return [[1.0] * len(group.episodes) for group in groups]
+
+    def aggregate(self, response_tokens: Sequence[int]) -> npt.NDArray[np.float64]:
+        """The weight of each token of each of a minibatch's responses that are in the loss, `[responses]`."""
+        return token_weights(response_tokens, self.aggregation, self.configured.max_response_tokens)
+
+    def terms(self) -> Sequence[tuple[float, Term]]:
+        """The loss's coefficients and terms.
+
+        Coefficients may change from step to step; what terms there are, what they need and what they report
+        may not.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no terms")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What its terms read."""
+        return frozenset(need for _, term in self.terms() for need in term.needs)
+
+    @property
+    def wants_reference(self) -> bool:
+        """Whether there is a reference model at all."""
+        return bool(self.needs & OF_THE_REFERENCE)
+
+    @property
+    def wants_reference_hidden(self) -> bool:
+        """Whether the loss needs the reference's whole distribution, so its hidden states."""
+        return bool(self.needs & OF_ITS_DISTRIBUTION)

@@ -1,0 +1,52 @@
+"""The options that every method has."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_rapo.section import PositiveInt, Section
+
+
+class Options(Section):
+    """What is learnt, and the options that every method has; each has its own beside them, below."""
+
+    method: str = Field(
+        description="What is learnt, and how: one of the methods below, each with options of its own, or "
+        '`"my_package.mine:Mine"`, a class of yours (docs/methods.md).',
+    )
+    minibatch_prompts: PositiveInt | None = Field(
+        None,
+        description="Prompts of one optimizer update; must divide rollout.prompts_per_step. "
+        "Default: all of them, one update a step.",
+    )
+    mask_truncated: bool = Field(
+        False, description="Leave responses that were cut at max_response_tokens out of the loss."
+    )
+    groups_without_variance: Literal["keep", "keep_failed", "drop"] = Field(
+        "keep",
+        description="Groups whose responses all earned the same teach nothing by comparison. `keep`: they "
+        "stay in divergence, entropy and normaliser; `keep_failed`: only those in which all failed do; "
+        "`drop`: none does.",
+    )
+    importance_correction: Literal["off", "truncated", "masked"] = Field(
+        "off",
+        description="For engine and trainer log-probs that differ: the policy gradient is weighted by "
+        "trainer / engine probability, truncated at `importance_cap`; or tokens where that ratio or its "
+        "inverse exceeds it are masked out. Where a method's ratios are of responses, a response's tokens "
+        "share the mean of their weights, which leaves the loss as it is. The ratio is reported either way.",
+    )
+    importance_cap: float = Field(2.0, gt=1, allow_inf_nan=False, description="See `importance_correction`.")
+    max_tokens_per_microbatch: PositiveInt = Field(
+        16384, description="Token budget (padded) of one packed microbatch, over all its CP ranks."
+    )
+    loss_chunk_tokens: PositiveInt = Field(
+        1024, description="Tokens whose logits exist at a time; memory of the loss grows with it."
+    )
+
+    def without_effect(self) -> dict[str, str]:
+        """As of every section."""
+        if self.importance_correction == "off":
+            return {"importance_cap": 'importance_correction is "off"'}
+        return {}

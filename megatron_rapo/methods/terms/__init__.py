@@ -1,0 +1,1 @@
+"""The terms that methods make their losses of, each a value a token."""

@@ -1,0 +1,87 @@
+"""The clipped policy-gradient term, with ratios of tokens or of whole responses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from megatron_rapo.methods.terms.term import AtToken, Need, Term, present
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Surrogate(NamedTuple):
+    """Per token, `[tokens]`: what to maximise, and whether a clip took its gradient away."""
+
+    value: Tensor
+    clipped: Tensor
+
+
+def clipped_surrogate(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    clip_dual: float | None = None,
+) -> Surrogate:
+    """min(w A, clip(w, 1 − clip_low, 1 + clip_high) A), w = exp(log_ratio) (PPO, arXiv 1707.06347, eq. 7).
+
+    With `clip_dual` = c, the surrogate of a negative advantage is at least c A (arXiv 1912.09729).
+    """
+    ratio = log_ratio.exp()
+    advantages = advantages.to(ratio.dtype)
+    bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    unclipped, limited = ratio * advantages, bounded * advantages
+    value, clipped = unclipped.minimum(limited), limited < unclipped
+    if clip_dual is not None:
+        floor = clip_dual * advantages
+        dropped = (advantages < 0) & (value < floor)
+        value, clipped = floor.where(dropped, value), clipped | dropped
+    return Surrogate(value, clipped)
+
+
+def with_sequence_value(log_prob: Tensor, sequence_log_ratio: Tensor) -> Tensor:
+    """A token's log-ratio that is its response's in value, and its own in gradient (GSPO, arXiv 2507.18071).
+
+    With every token of a response weighted alike, the sum over tokens then has the gradient of the mean.
+    """
+    return sequence_log_ratio + log_prob - log_prob.detach()
+
+
+@dataclass(frozen=True)
+class PolicyGradient(Term):
+    """−u · min(w A, clip(w) A), u the importance weight.
+
+    Attributes:
+        clip_low, clip_high: the ratio w is clipped to [1 − clip_low, 1 + clip_high].
+        clip_dual: bound of the surrogate of negative advantages, in multiples of A.
+        sequence: w = π / π_old of the token, or its geometric mean over the response.
+    """
+
+    clip_low: float
+    clip_high: float
+    clip_dual: float | None = None
+    sequence: bool = False
+
+    @property
+    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+        """Importance weights, and for ratios of responses their mean log-ratio."""
+        return frozenset({Need.IMPORTANCE} | ({Need.SEQUENCE_LOG_RATIO} if self.sequence else set()))
+
+    def __call__(self, token: AtToken) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Reports itself as `policy`, and the share of `clipped` tokens."""
+        log_ratio = token.log_prob - token.old_log_prob
+        if self.sequence:
+            log_ratio = with_sequence_value(token.log_prob, present(token.sequence_log_ratio))
+        surrogate = clipped_surrogate(
+            log_ratio,
+            token.advantage,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            clip_dual=self.clip_dual,
+        )
+        policy = -present(token.importance) * surrogate.value
+        return policy, {"policy": policy, "clipped": surrogate.clipped}

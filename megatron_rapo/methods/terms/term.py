@@ -1,0 +1,100 @@
+"""A term of a loss: what it reads of a token, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Need(Enum):
+    """What a term reads beyond what every token has; the value is the field of `AtToken` that then is set."""
+
+    FORWARD_KL = "forward_kl"
+    REVERSE_KL = "reverse_kl"
+    FLATTENED_LOG_PROB = "flattened_log_prob"
+    REFERENCE_LOG_PROB = "reference_log_prob"
+    SEQUENCE_LOG_RATIO = "sequence_log_ratio"
+    IMPORTANCE = "importance"
+
+
+OF_THE_REFERENCE = frozenset(
+    {Need.FORWARD_KL, Need.REVERSE_KL, Need.FLATTENED_LOG_PROB, Need.REFERENCE_LOG_PROB}
+)
+"""For which there must be a reference model."""
+
+OF_ITS_DISTRIBUTION = frozenset({Need.FORWARD_KL, Need.REVERSE_KL})
+"""For which its log-prob of the sampled token is not enough: its final hidden states are kept."""
+
+
+class AtToken(NamedTuple):
+    """What a term is made of, `[tokens]` each, of response tokens; log-probs and entropies in nats.
+
+    With π the policy, π_old that with which the step began, μ the engine's, q the reference, and p the
+    reference flattened by φ. What a term does not need may be None.
+
+    Attributes:
+        log_prob: log π of the sampled token; differentiable.
+        entropy: of π, exact over the vocabulary; differentiable.
+        old_log_prob: log π_old of the sampled token.
+        engine_log_prob: log μ of it, as sampled.
+        advantage: of the method, in fp32.
+        phi: the power that flattens the reference.
+        position: int64, in the response, from 0.
+        forward_kl: KL(p ‖ π), exact over the vocabulary; differentiable.
+        reverse_kl: KL(π ‖ q), exact over the vocabulary; differentiable.
+        flattened_log_prob: log p of the sampled token.
+        reference_log_prob: log q of the sampled token.
+        sequence_log_ratio: the mean of log π − log π_old over the token's response; a constant.
+        importance: the weight of the token for having been sampled by μ, not π_old
+            (`algorithm.importance_correction`). Where a term of the method needs `sequence_log_ratio`, a
+            response's tokens share their mean.
+    """
+
+    log_prob: Tensor
+    entropy: Tensor
+    old_log_prob: Tensor
+    engine_log_prob: Tensor
+    advantage: Tensor
+    phi: Tensor
+    position: Tensor
+    forward_kl: Tensor | None = None
+    reverse_kl: Tensor | None = None
+    flattened_log_prob: Tensor | None = None
+    reference_log_prob: Tensor | None = None
+    sequence_log_ratio: Tensor | None = None
+    importance: Tensor | None = None
+
+
+class Term:
+    """One term of a loss, to be minimised. Autograd takes its gradient.
+
+    Attributes:
+        needs: what it reads beyond what every token has.
+    """
+
+    needs: frozenset[Need] = frozenset()
+
+    def __call__(self, token: AtToken) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The term's value at each token, and what is reported of it.
+
+        It must be made token by token: a value may depend on what is given of the same token only. Any
+        number of tokens may be asked for at once, and none.
+
+        Returns:
+            `[tokens]`, and named `[tokens]`, of which the metrics are means over all response tokens.
+        """
+        raise NotImplementedError
+
+    def metrics(self, means: Mapping[str, float]) -> Mapping[str, float]:
+        """Metrics of what was reported, from its means: `loss/<name>`, or the name itself with a slash."""
+        return {name if "/" in name else f"loss/{name}": value for name, value in means.items()}
+
+
+def present(value: Tensor | None) -> Tensor:
+    """What a term needs, which is then there."""
+    assert value is not None, "the term reads what its `needs` do not name"
+    return value
