@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -320,26 +320,28 @@ def test_all_ends_that_a_model_and_its_tokenizer_declare_count(
     assert engine._eos_ids() == (declared if tokenizer is None else declared | {tokenizer})
 
 
-def named_memory(work: Callable[[Any], None]) -> list[str]:
-    engine: Any = Engine.__new__(Engine)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_memory_is_given_back_and_taken_by_name(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's goes back to others with its cache, and a sender's may be used anew once it was read."""
     told: list[str] = []
+    engine: Any = Engine.__new__(Engine)
     engine.weights = SimpleNamespace(
-        release=lambda: told.append("release"), resume=lambda: told.append("resume"), problem=lambda: None
+        release=lambda: told.append("release"),
+        resume=lambda: told.append("resume"),
+        write=lambda named, version: told.append(f"write {named} {version}"),
     )
-    engine._model = SimpleNamespace(device=torch.device("cpu"))
+    engine._model = SimpleNamespace(device=SimpleNamespace(type=device))
     engine._released = set()
-    work(engine)
-    return told
-
-
-def test_memory_is_given_back_and_taken_by_name() -> None:
-    def work(engine: Any) -> None:
-        engine.release(["kv_cache"])
-        engine.release(["weights"])
-        assert engine._released == {"weights", "kv_cache"}
-        engine.resume(["weights"])
-        assert engine._released == {"kv_cache"}
-        engine.resume(["kv_cache"])
-        assert engine._released == set()
-
-    assert named_memory(work) == ["release", "resume"]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: told.append("empty"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("synchronize"))
+    on_gpu = device == "cuda"
+    for work, released, expected in [
+        (lambda: engine.release(["kv_cache"]), {"kv_cache"}, ["empty"] * on_gpu),
+        (lambda: engine.release(["weights"]), {"kv_cache", "weights"}, ["release", *["empty"] * on_gpu]),
+        (lambda: engine.resume(["kv_cache"]), {"weights"}, []),
+        (lambda: engine.resume(["weights"]), set(), ["resume"]),
+        (lambda: engine.write_weights([], "7"), set(), ["write [] 7", *["synchronize"] * on_gpu]),
+    ]:
+        work()
+        assert (engine._released, told) == (released, expected)
+        told.clear()
