@@ -381,13 +381,16 @@ def test_a_process_that_does_not_come_to_its_end_is_ended() -> None:
 
 def test_two_signals_at_once_are_one_request() -> None:
     """Schedulers signal a process and its launcher, which hands the signal on."""
-    status, output = stopped(GRACE.format(grace_s=2.0, closing="pass"), signal.SIGTERM, signal.SIGINT)
+    patient = "stop.ONE_REQUEST_S = 10.0"  # a busy machine may take a second to look at both
+    body = patient + GRACE.format(grace_s=2.0, closing="pass")
+    status, output = stopped(body, signal.SIGTERM, signal.SIGINT)
     assert status in (143, 130)  # signals that are pending together come in the order of their numbers
     assert "within 2 s" in output
 
 
 def test_a_second_request_is_told_as_such() -> None:
     body = GRACE.format(grace_s=60.0, closing="pass")
-    status, output = stopped(body, signal.SIGINT, signal.SIGINT, apart_s=1.2)
+    # Where a busy machine is slow to note the first, the second counts as one with it; the third does not.
+    status, output = stopped(body, *[signal.SIGINT] * 3, apart_s=1.2)
     assert status == 130
     assert "lost: it was asked again" in output
