@@ -269,7 +269,8 @@ def _open_collector(
     engines = stack.enter_context(open_engines(config, placement, architecture))
     verifier: Verifier | None = None
     if placement.is_head:
-        verifier = stack.enter_context(_open_verifier(config, config.verifier))
+        plan = config.verifier_of(config.data)
+        verifier = stack.enter_context(Verifier.configured(plan, config.reward))
     return Collector(config.rollout, placement, tokenizer, engines, verifier)
 
 
@@ -281,11 +282,8 @@ def _open_evaluator(
         return None
     verifiers: dict[str, Verifier] = {}
     if collector.verifier is not None:
-        verifiers[config.verifier] = collector.verifier
-        for name in {config.verifier_of(data) for data in config.evaluation_data} - verifiers.keys():
-            verifiers[name] = stack.enter_context(_open_verifier(config, name))
+        verifiers[str(config.verifier_of(config.data))] = collector.verifier
+        for plan in map(config.verifier_of, config.evaluation_data):
+            if str(plan) not in verifiers:
+                verifiers[str(plan)] = stack.enter_context(Verifier.configured(plan, config.reward))
     return Evaluator(config, tokenizer, collector, verifiers)
-
-
-def _open_verifier(config: RunConfig, name: str) -> Verifier:
-    return Verifier(name, workers=config.reward.workers, time_limit_s=config.reward.time_limit_s)

@@ -34,6 +34,18 @@ def is_named_in(values: Any) -> bool:
     return isinstance(values, str) and ADDRESS.fullmatch(values) is not None
 
 
+def malformed(address: str) -> str | None:
+    """What is wrong with the form of an address, and what may have been meant; None where it has the form."""
+    if ADDRESS.fullmatch(address) and ".py:" not in address:
+        return None
+    module, _, name = address.replace("/", ".").partition(":")
+    module = module.strip(".").replace(".py", "") if module.endswith(".py") else module
+    if not name and "." in module:
+        module, _, name = module.rpartition(".")
+    meant = f"{module}:{name}"
+    return f'is no address; write "{meant if ADDRESS.fullmatch(meant) else "module:name"}"'
+
+
 def load(address: str, folders: Sequence[Path], option: str) -> Any:
     """The object that an address names, in a module of one of the folders or of an installed package.
 
@@ -48,8 +60,8 @@ def load(address: str, folders: Sequence[Path], option: str) -> Any:
         RapoError: there is no such module or name, or the module fails when it is imported.
     """
     named = f'{option} = "{address}"'
-    if not ADDRESS.fullmatch(address) or ".py:" in address:
-        raise RapoError(f"{named} is no address; {_instead(address)}")
+    if wrong := malformed(address):
+        raise RapoError(f"{named} {wrong}")
     module_name, _, name = address.partition(":")
     for folder in reversed(folders):
         if str(folder) not in sys.path:
@@ -73,20 +85,29 @@ def load(address: str, folders: Sequence[Path], option: str) -> Any:
         raise RapoError(f"{named}: {_no_name(address, vars(module), place_of(module))}") from None
 
 
-def check_callable(found: object, parameters: Sequence[str], address: str, option: str) -> None:
-    """Refuses what cannot be called with so many positional arguments.
+def check_callable(
+    found: object,
+    parameters: Sequence[str],
+    address: str,
+    option: str,
+    *,
+    options: Mapping[str, object] | None = None,
+) -> None:
+    """Refuses what cannot be called with so many positional arguments, and these options.
 
     Args:
         found: what `load` returned.
         parameters: the arguments' names, for people.
         address: of it.
         option: that holds the address, for errors.
+        options: further arguments, by name.
 
     Raises:
         RapoError: it is no function, or takes other arguments.
     """
     named = f'{option} = "{address}"'
-    called = f"{address.partition(':')[2]}({', '.join(parameters)})"
+    further = [f"{name}=…" for name in options or {}]
+    called = f"{address.partition(':')[2]}({', '.join([*parameters, *further])})"
     if not callable(found):
         raise RapoError(
             f"{named} is {found!r:.60}, which cannot be called; name a function that takes {called}"
@@ -96,7 +117,7 @@ def check_callable(found: object, parameters: Sequence[str], address: str, optio
     except (TypeError, ValueError):  # written in C, without one
         return
     try:
-        signature.bind(*parameters)
+        signature.bind(*parameters, **(options or {}))
     except TypeError as error:
         raise RapoError(
             f"{named} ({place_of(found)}) takes {signature}, but it is called as {called}: {error}; give it "
@@ -141,16 +162,6 @@ def _chain(told: traceback.TracebackException | None) -> Iterator[traceback.Trac
         yield told
         yield from _chain(told.__cause__)
         yield from _chain(told.__context__)
-
-
-def _instead(address: str) -> str:
-    """What may have been meant by what is no address."""
-    module, _, name = address.replace("/", ".").partition(":")
-    module = module.strip(".").replace(".py", "") if module.endswith(".py") else module
-    if not name and "." in module:
-        module, _, name = module.rpartition(".")
-    meant = f"{module}:{name}"
-    return f'write "{meant if ADDRESS.fullmatch(meant) else "module:name"}"'
 
 
 def _refuse_a_taken_name(top: str, folders: Sequence[Path], named: str) -> None:

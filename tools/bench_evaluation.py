@@ -63,7 +63,7 @@ def main() -> None:
         batches = list(plan(held_out.prompts, arguments.samples, frozenset(), rows=64))
         with (
             open_own_engines(config, read_architecture(model)) as pool,
-            Verifier(held_out.verifier, workers=2, time_limit_s=5.0) as verifier,
+            Verifier(held_out.plan, workers=2, time_limit_s=5.0) as verifier,
         ):
             pool.update_weights(model, 0)
             sampler = Sampler(pool, tokenizer, weight_version=0, seed=1)

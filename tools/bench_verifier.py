@@ -28,7 +28,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_rapo.config.verifiers import built_in
 from megatron_rapo.episode.outcome import Outcome
+from megatron_rapo.episode.problem import Problem
 from megatron_rapo.reward.verifier import Verifier
 
 GROUP = 8  # responses a problem
@@ -69,7 +71,7 @@ def main() -> int:
     if not data_sets:
         print(f"{arguments.folder} has no .jsonl file with questions and answers", file=sys.stderr)
         return 1
-    with Verifier("math", workers=arguments.workers, time_limit_s=arguments.time_limit) as verifier:
+    with Verifier(built_in("math"), workers=arguments.workers, time_limit_s=arguments.time_limit) as verifier:
         found = [_agreement(name, rows, verifier) for name, rows in data_sets.items()]
         print(HEADER)
         for one in found:
@@ -83,11 +85,16 @@ def main() -> int:
     return 0
 
 
+def _outcomes(verifier: Verifier, items: Sequence[tuple[str, str]]) -> list[Outcome]:
+    """Of (response, gold answer) pairs."""
+    return [one.outcome for one in verifier.verify([(text, Problem("", "", gold)) for text, gold in items])]
+
+
 def _spellings(file: Path, workers: int, time_limit_s: float) -> int:
     """Grades responses whose verdicts are known; 1 where one is graded otherwise."""
     rows = [json.loads(line) for line in file.open(encoding="utf-8") if line.strip()]
-    with Verifier("math", workers=workers, time_limit_s=time_limit_s) as verifier:
-        outcomes = verifier.score([(row["response"], row["gold"]) for row in rows])
+    with Verifier(built_in("math"), workers=workers, time_limit_s=time_limit_s) as verifier:
+        outcomes = _outcomes(verifier, [(row["response"], row["gold"]) for row in rows])
     wanted = [Outcome.CORRECT if row["right"] else Outcome.WRONG for row in rows]
     counts = Counter(
         (row.get("kind", "all"), bool(row["right"]), outcome is want)
@@ -117,9 +124,9 @@ def _withstand(count: int, workers: int, time_limit_s: float) -> int:
     outcomes: list[Outcome] = []
     controls: list[Outcome] = []
     start = time.perf_counter()
-    with Verifier("math", workers=workers, time_limit_s=time_limit_s) as verifier:
+    with Verifier(built_in("math"), workers=workers, time_limit_s=time_limit_s) as verifier:
         for first in range(0, count, 100):
-            *graded, control = verifier.score([*hostile[first : first + 100], right])
+            *graded, control = _outcomes(verifier, [*hostile[first : first + 100], right])
             outcomes += graded
             controls.append(control)
             print(f"\r{len(outcomes):,} of {count:,}", end="", file=sys.stderr, flush=True)
@@ -151,7 +158,7 @@ def _agreement(name: str, rows: Sequence[dict[str, str]], verifier: Verifier) ->
     disagreements: list[tuple[str, str, Outcome]] = []
     scores: list[tuple[int, int]] = []
     for items in (golds, solved):
-        outcomes = verifier.score([(text, answer) for _, text, answer in items])
+        outcomes = _outcomes(verifier, [(text, answer) for _, text, answer in items])
         scores.append((sum(outcome is Outcome.CORRECT for outcome in outcomes), len(items)))
         disagreements += [
             (kind, answer, outcome)
@@ -174,7 +181,7 @@ def _speed(golds: Sequence[str], count: int, verifier: Verifier) -> float:
         for number in range(GROUP)
     ]
     start = time.perf_counter()
-    verifier.score(items)
+    _outcomes(verifier, items)
     return len(items) / (time.perf_counter() - start)
 
 

@@ -4,8 +4,9 @@ from megatron_rapo.config.cluster import Slurm
 from megatron_rapo.config.data import ArithmeticData, CountdownData, Data, FileData, FunctionData
 from megatron_rapo.config.evaluation import Evaluate, Setting
 from megatron_rapo.config.load import load_config, validate
+from megatron_rapo.config.reward import Reward, RewardFunction
 from megatron_rapo.config.running import Checkpoint, Observe, Run
-from megatron_rapo.config.sampling import Reward, Rollout
+from megatron_rapo.config.sampling import Rollout
 from megatron_rapo.config.schema import RunConfig
 from megatron_rapo.config.training import Model, Optimizer, Parallel
 from megatron_rapo.config.weights import Weights
@@ -24,6 +25,7 @@ __all__ = [
     "Optimizer",
     "Parallel",
     "Reward",
+    "RewardFunction",
     "Rollout",
     "Run",
     "RunConfig",

@@ -33,7 +33,8 @@ CLASSES: Mapping[Change, tuple[str, ...]] = {
         *("rollout.embedded_servers", "rollout.embedded_device", "rollout.embedded_threads"),
         *("rollout.prompts_per_request", "rollout.requests_per_engine", "rollout.minimum_engines"),
         *("rollout.startup_timeout_s", "rollout.request_timeout_s", "rollout.health_interval_s"),
-        *("reward.workers", "reward.unknown_limit", "algorithm.audit_estimators"),
+        *("reward.workers", "reward.memory_limit_gib", "reward.unknown_limit"),
+        "algorithm.audit_estimators",
         *("algorithm.max_tokens_per_microbatch", "algorithm.loss_chunk_tokens"),
         *("optimizer.overlap_communication", "optimizer.in_host_memory_during_rollouts"),
         *("evaluate.k", "evaluate.every", "evaluate.best", "evaluate.batch"),
@@ -71,7 +72,9 @@ def change_of(option: str) -> Change:
 def options_of(config: RunConfig) -> dict[str, Any]:
     """All options that have an effect, by dotted name; defaults that follow from others are written out."""
     flat = dict(_flat(config.resolved()))
-    flat["reward.verifier"] = config.verifier
+    plan = config.verifier_of(config.data)
+    if plan.is_verifier:
+        flat["reward.verifier"] = str(plan)
     flat["algorithm.minibatch_prompts"] = config.minibatch_prompts
     if config.optimizer.decay != "constant":
         flat["optimizer.decay_steps"] = config.decay_steps

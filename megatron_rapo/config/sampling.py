@@ -1,4 +1,4 @@
-"""The options of what is sampled and how it is verified."""
+"""The options of what is sampled, and from whom."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megatron_rapo.config.address import same_server
-from megatron_rapo.config.verifiers import VerifierName
 from megatron_rapo.section import (
-    Fraction,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -191,25 +189,3 @@ class Rollout(Section):
                 f"router = {self.router!r} is the engine {behind[0]!r} of urls; name the router, not "
                 "an engine"
             )
-
-
-class Reward(Section):
-    """How responses are verified. A correct response earns 1, a wrong one 0.
-
-    Where a verification times out or crashes the reward is unknown: the response is not trained on, takes no
-    part in its group's comparison, and is counted (`reward/timeout`, `reward/crash`, `reward/unknown`).
-    """
-
-    verifier: VerifierName | None = Field(
-        None,
-        description="`math`: final answers, marked by what they say (docs/evaluation.md); `countdown`, "
-        "`integer`: exact checkers of the generated tasks. Default: the one that belongs to `data.source`.",
-    )
-    workers: PositiveInt = Field(2, description="Verifier processes of each data-parallel head.")
-    time_limit_s: Seconds = Field(
-        5.0, description="Hard limit for one verification; past it the process is killed: outcome `timeout`."
-    )
-    unknown_limit: Fraction = Field(
-        0.5,
-        description="Share of a step's rewards that may be unknown; beyond it the run ends, and says why.",
-    )

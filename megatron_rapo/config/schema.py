@@ -16,10 +16,12 @@ from megatron_rapo.config.algorithm import DEFAULT_METHOD, Algorithm, find_metho
 from megatron_rapo.config.cluster import Slurm
 from megatron_rapo.config.data import Data
 from megatron_rapo.config.evaluation import Evaluate, Setting
+from megatron_rapo.config.reward import Reward
 from megatron_rapo.config.running import Checkpoint, Observe, Run
-from megatron_rapo.config.sampling import Reward, Rollout
+from megatron_rapo.config.sampling import Rollout
 from megatron_rapo.config.templates import Templated
 from megatron_rapo.config.training import Model, Optimizer, Parallel
+from megatron_rapo.config.verifiers import RewardPlan, built_in
 from megatron_rapo.config.weights import Weights
 from megatron_rapo.methods.method import Method, Sampling
 from megatron_rapo.methods.named import METHODS
@@ -66,19 +68,16 @@ class RunConfig(Section):
         """Steps over which the learning rate decays."""
         return self.optimizer.decay_steps or self.run.steps
 
-    @property
-    def verifier(self) -> str:
-        """The name of the training data's verifier."""
-        return self.verifier_of(self.data)
-
-    def verifier_of(self, data: Data) -> str:
-        """The name of a data set's verifier: `reward.verifier`, or the one that belongs to the source."""
+    def verifier_of(self, data: Data) -> RewardPlan:
+        """What judges responses to a data set: functions, `reward.verifier`, or what suits the source."""
+        if parts := self.reward.parts:
+            return RewardPlan(parts, self.reward.correct_at, tuple(self.run.code))
         belonging = {"file": "math", "function": "math", "countdown": "countdown", "arithmetic": "integer"}
         chosen = self.reward.verifier
         # Countdown's answers are no expressions that could be compared: it goes with its verifier alone.
         if chosen is None or (data != self.data and "countdown" in (data.source, chosen)):
-            return belonging[data.source]
-        return chosen
+            return built_in(belonging[data.source])
+        return built_in(chosen)
 
     @property
     def evaluation_data(self) -> list[Data]:
@@ -103,7 +102,7 @@ class RunConfig(Section):
 
     def needs_answers(self, data: Data) -> bool:
         """Whether what rewards responses to a data set reads gold answers."""
-        return True
+        return self.verifier_of(data).needs_answers
 
     @property
     def evaluation_settings(self) -> list[Setting]:
@@ -213,14 +212,12 @@ class RunConfig(Section):
             )
 
     def _check_rewards(self) -> None:
-        if self.data.source == "countdown" and self.verifier != "countdown":
-            raise ValueError(
-                f'reward.verifier = "{self.verifier}" cannot check data.source = "countdown"; remove it'
-            )
-        if self.data.source != "countdown" and self.verifier == "countdown":
-            raise ValueError(
-                f'reward.verifier = "countdown" cannot check data.source = "{self.data.source}"; remove it'
-            )
+        source = self.data.source
+        for part in self.verifier_of(self.data).parts:
+            if part.verifies and (str(part) == "countdown") != (source == "countdown"):
+                alone = part.option == "reward.verifier"
+                remedy = "remove it" if alone else "name another, or change the data"
+                raise ValueError(f'{part.option} = "{part}" cannot check data.source = "{source}"; {remedy}')
 
     def _check_colocation(self) -> None:
         transport = self.weights.transport

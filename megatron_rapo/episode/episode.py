@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from megatron_rapo.episode.outcome import Verification, reward_of
+from megatron_rapo.episode.outcome import Verification
 from megatron_rapo.episode.score import Score
 from megatron_rapo.episode.sequence import Sequence
 
@@ -53,4 +53,4 @@ class ScoredEpisode:
     @property
     def reward(self) -> float | None:
         """None where it is unknown."""
-        return reward_of(self.verification.outcome)
+        return self.verification.reward

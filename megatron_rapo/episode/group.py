@@ -24,12 +24,6 @@ class Group:
         """Of each episode; None where it is unknown."""
         return [episode.reward for episode in self.episodes]
 
-    @property
-    def why_unknown(self) -> str | None:
-        """What happened to the first episode whose reward is unknown; None where all are known."""
-        found = (one.verification for one in self.episodes if not one.verification.outcome.known)
-        return next((f"{one.outcome}: {one.why}" for one in found), None)
-
 
 def known_rewards(groups: Sequence[Group]) -> Any:
     """`[groups, episodes]` fp64, a masked array (`numpy.ma`): unknown rewards are masked.

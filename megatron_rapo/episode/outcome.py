@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -26,16 +27,26 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Verification:
-    """One verified response.
+    """One judged response.
 
     Attributes:
         extracted: its final answer as the verifier read it; None where it found none, or did not finish.
         why: of a timeout or crash, what happened, in a sentence's words; else None.
+        reward: any finite number; None where it is unknown. Default: what the outcome earns.
+        facts: named numbers that are logged as the mean of `reward/<name>`.
+        trace: of a crash, the traceback in the function's own code; else None.
     """
 
     outcome: Outcome
     extracted: str | None = None
     why: str | None = None
+    reward: float | None = None
+    facts: Mapping[str, float] = field(default_factory=dict)
+    trace: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.reward is None:
+            object.__setattr__(self, "reward", reward_of(self.outcome))
 
 
 def reward_of(outcome: Outcome) -> float | None:

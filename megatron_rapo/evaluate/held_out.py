@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_rapo.config import RunConfig
 from megatron_rapo.config.data import Data
 from megatron_rapo.config.templates import Templated
+from megatron_rapo.config.verifiers import RewardPlan
 from megatron_rapo.data.load import Judge, load_prompts
 from megatron_rapo.data.prompts import LoadReport, Prompt
 from megatron_rapo.errors import RapoError
@@ -26,13 +27,18 @@ class HeldOut:
 
     Attributes:
         name: of its folder.
-        verifier: the name of the verifier that belongs to it.
+        plan: what judges responses to its problems.
     """
 
     name: str
     prompts: tuple[Prompt, ...]
-    verifier: str
+    plan: RewardPlan
     report: LoadReport
+
+    @property
+    def verifier(self) -> str:
+        """What judges, as the manifest has it."""
+        return str(self.plan)
 
     @property
     def problems(self) -> list[Problem]:

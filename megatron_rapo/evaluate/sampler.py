@@ -117,8 +117,8 @@ class Sampler:
         texts = self.tokenizer.batch_decode(
             [response.token_ids.tolist() for _, _, response in rows], skip_special_tokens=True
         )
-        answers = [prompt.answer for prompt, _, _ in rows]
-        verified = verifier.verify(list(zip(texts, answers, strict=True)))
+        problems = [prompt.problem for prompt, _, _ in rows]
+        verified = verifier.verify(list(zip(texts, problems, strict=True)))
         return [
             StoredSample(
                 problem=prompt.id,

@@ -71,7 +71,7 @@ def evaluate(
             pool.update_weights(config.model.path, WEIGHT_VERSION)
             sampler = Sampler(pool, tokenizer, weight_version=WEIGHT_VERSION, seed=config.run.seed)
             for one in work:
-                with _open_verifier(config, one.held_out) as verifier:
+                with Verifier.configured(one.held_out.plan, config.reward) as verifier:
                     _draw(one, sampler, verifier, progress, config.model.path)
         print(progress.line())
     if adaptive is not None:
@@ -171,8 +171,3 @@ def _finish(evaluation: Evaluation) -> Evaluation:
     finished = evaluation.manifest.model_copy(update={"finished": now()})
     finished.write(evaluation.directory)
     return Evaluation(evaluation.directory, finished)
-
-
-def _open_verifier(config: RunConfig, held_out: HeldOut) -> Verifier:
-    reward = config.reward
-    return Verifier(held_out.verifier, workers=reward.workers, time_limit_s=reward.time_limit_s)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from megatron_rapo.episode.episode import ScoredEpisode
 from megatron_rapo.episode.group import Group, known_rewards
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.experience.batch import Batch
@@ -30,6 +31,7 @@ def summarise(batch: Batch, vocabulary: int) -> Mapping[str, float]:
         "reward/mean": float(np.ma.filled(rewards.mean(), np.nan)),
         **{f"reward/{outcome}": outcomes[outcome] / len(episodes) for outcome in Outcome},
         "reward/unknown": sum(outcomes[outcome] for outcome in Outcome if not outcome.known) / len(episodes),
+        **_facts(scored),
         "reward/groups_all_fail": float(np.ma.filled(rewards.max(axis=1) == 0, False).mean()),
         "reward/groups_without_variance": float((~varies(rewards)).mean()),
         "rollout/response_tokens_mean": float(lengths.mean()),
@@ -39,6 +41,15 @@ def summarise(batch: Batch, vocabulary: int) -> Mapping[str, float]:
         "rollout/outside_vocabulary": sum(episode.leaves(vocabulary) for episode in episodes) / len(episodes),
         **batch.metrics(),
     }
+
+
+def _facts(scored: Sequence[ScoredEpisode]) -> Mapping[str, float]:
+    """What rewards told beside the reward: the mean of each, over the responses that it was told of."""
+    told: defaultdict[str, list[float]] = defaultdict(list)
+    for one in scored:
+        for name, value in one.verification.facts.items():
+            told[name].append(value)
+    return {f"reward/{name}": float(np.mean(values)) for name, values in told.items()}
 
 
 def count_tokens(groups: Sequence[Group]) -> tuple[int, int]:

@@ -33,13 +33,13 @@ def gold_judge(config: RunConfig, placement: Placement | None = None) -> Judge:
 
 def _judge(config: RunConfig, data: Data, golds: Sequence[str]) -> list[str | None]:
     """Why no response can match each gold; None where one can."""
+    plan = config.verifier_of(data)
+    if not plan.needs_answers:
+        return [None] * len(golds)
     doubtful = [gold for gold in dict.fromkeys(golds) if not _INTEGER.fullmatch(gold)]
     if not doubtful:
         return [None] * len(golds)
-    reward = config.reward
-    with Verifier(
-        config.verifier_of(data), workers=reward.workers, time_limit_s=reward.time_limit_s
-    ) as verifier:
+    with Verifier.configured(plan, config.reward) as verifier:
         verified = dict(zip(doubtful, verifier.judge(doubtful), strict=True))
         late = [gold for gold in doubtful if verified[gold].outcome is Outcome.TIMEOUT]
         for gold in late:  # once more and alone, since the machine may have been busy

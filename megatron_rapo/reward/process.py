@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import os
@@ -9,10 +10,18 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
 
+import psutil
+
+from megatron_rapo.config.reward import TAKEN
+from megatron_rapo.config.verifiers import RewardPlan
 from megatron_rapo.episode.outcome import Outcome, Verification
+from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
-from megatron_rapo.reward.worker import READY, REFUSED, STARTUP_LIMIT_S
+from megatron_rapo.reward.worker import FAILED, LAST, READY, REFUSED, STARTUP_LIMIT_S
 
 _REAP_LIMIT_S = 30.0  # seconds for the kernel to end a process after SIGKILL
 
@@ -31,23 +40,25 @@ class VerifierProcess:
         deadline: `time.monotonic()` at which the process must have spoken.
     """
 
-    def __init__(self, address: str, time_limit_s: float) -> None:
-        self._address = address
+    def __init__(self, plan: RewardPlan, time_limit_s: float, memory_limit_gib: float) -> None:
+        self._plan = plan
         self._time_limit_s = time_limit_s
         self._ready = False
         self._verifying = False
         self.connection, theirs = multiprocessing.Pipe()
         with theirs:
-            command = ["-P", "-m", "megatron_rapo.reward.worker", str(theirs.fileno()), address]
+            command = [sys.executable, "-P", "-m", "megatron_rapo.reward.worker"]
+            arguments = [str(theirs.fileno()), _in_json(plan), str(time_limit_s), str(memory_limit_gib)]
             self._process = subprocess.Popen(
-                [sys.executable, *command, str(time_limit_s)],
+                [*command, *arguments],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                # The same modules as here; and the same hash seed in every process and run, since the
-                # order of sets can decide what SymPy tries first.
+                # The same modules as here, those of the user's folders later (`user_code.load`), as they
+                # must not stand in for Python's own; and the same hash seed in every process and run,
+                # since the order of sets can decide what SymPy tries first.
                 env={
                     **os.environ,
-                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    "PYTHONPATH": os.pathsep.join(p for p in sys.path if p and Path(p) not in plan.code),
                     "PYTHONHASHSEED": "0",
                 },
             )
@@ -63,13 +74,13 @@ class VerifierProcess:
         """Whether the process has started."""
         return self._ready
 
-    def submit(self, response: str | None, answer: str) -> None:
+    def submit(self, response: str | None, problem: Problem) -> None:
         """Hands over one item; its time starts now.
 
         Raises:
             BrokenPipeError: the process died while it was idle; the item is not to blame.
         """
-        self.connection.send((response, answer))
+        self.connection.send((response, problem))
         self._verifying = True
         self.deadline = time.monotonic() + self._time_limit_s
 
@@ -79,23 +90,23 @@ class VerifierProcess:
         `alive` then tells whether the process survived it.
 
         Raises:
-            RapoError: the process cannot start, or its verifier decided by something else than a bool.
+            RapoError: the process cannot start, or a function returned what is no reward.
         """
         try:
-            word, why = self.connection.recv()
+            word, told = self.connection.recv()
         except (EOFError, ConnectionError):
             return self._collect_death()
+        if word in (FAILED, REFUSED):
+            raise RapoError(told)
         if word == READY:
             self._ready = True
             return None
-        if not self._ready:
-            raise self._cannot_start(why)
         self._verifying = False
-        if word == REFUSED:
-            raise RapoError(f"the verifier {self._address} {why}")
-        if word.outcome is Outcome.CRASH:
-            logger.info("a verification raised %s", word.why)
-        return word
+        if word == LAST:
+            self.kill()
+        if told.outcome is Outcome.CRASH:
+            logger.info("a verification failed: %s", told.why)
+        return told
 
     def expire(self) -> Verification:
         """Kills the process, which has passed its deadline.
@@ -114,16 +125,23 @@ class VerifierProcess:
         return not self.connection.closed
 
     def kill(self) -> None:
-        """Ends the process at once and waits until it is gone."""
+        """Ends the process, and what it started, at once, and waits until it is gone."""
         self.connection.close()
+        started = []
+        if self._process.poll() is None:  # later its number may be another's
+            with suppress(psutil.Error):
+                started = psutil.Process(self._process.pid).children(recursive=True)
         self._process.kill()
+        for child in started:
+            with suppress(psutil.Error):
+                child.kill()
         self._process.wait(_REAP_LIMIT_S)
 
     def _collect_death(self) -> Verification:
         status = self._process.wait(_REAP_LIMIT_S)
         self.connection.close()
         if not self._ready:
-            raise self._cannot_start(f"it ended with status {status}")
+            raise self._cannot_start(f"its process ended with status {status}")
         if status == -signal.SIGALRM:  # it ended itself, before the trainer could
             return self._timeout()
         logger.info("a verifier process died with status %d", status)
@@ -133,7 +151,12 @@ class VerifierProcess:
         return Verification(Outcome.TIMEOUT, why=f"not done within {self._time_limit_s:g} s")
 
     def _cannot_start(self, why: str) -> RapoError:
-        return RapoError(
-            f"the verifier {self._address} cannot start: {why}; "
-            "see its output above, and check that the package's requirements are installed"
-        )
+        named = ", ".join(f'{part.option} = "{part}"' for part in self._plan.parts)
+        return RapoError(f"{named} cannot be imported: {why}; see its output above, and mend it")
+
+
+def _in_json(plan: RewardPlan) -> str:
+    """What `Functions` takes."""
+    code = [str(folder) for folder in plan.code]
+    parts = [asdict(part) for part in plan.parts]
+    return json.dumps({"parts": parts, "correct_at": plan.correct_at, "code": code, "taken": TAKEN})

@@ -16,7 +16,7 @@ from megatron_rapo.rollout.groups import RolloutGroup
 def score_groups(
     groups: Sequence[RolloutGroup], verifier: Verifier, tokenizer: PreTrainedTokenizerBase
 ) -> list[Group]:
-    """Verifies every response's text, special tokens left out, against its prompt's answer."""
+    """Judges every response's text, special tokens left out."""
     episodes = [
         Episode(
             sequences=(
@@ -30,7 +30,11 @@ def score_groups(
         for group in groups
         for response in group.responses
     ]
-    answers = [group.prompt.answer for group in groups for _ in group.responses]
-    verified = verifier.verify([(one.answer, gold) for one, gold in zip(episodes, answers, strict=True)])
+    problems = [group.prompt.problem for group in groups]
+    asked = [problem for problem, group in zip(problems, groups, strict=True) for _ in group.responses]
+    verified = verifier.verify([(one.answer, problem) for one, problem in zip(episodes, asked, strict=True)])
     scored = iter(map(ScoredEpisode, episodes, verified))
-    return [Group(group.prompt.problem, tuple(next(scored) for _ in group.responses)) for group in groups]
+    return [
+        Group(problem, tuple(next(scored) for _ in group.responses))
+        for problem, group in zip(problems, groups, strict=True)
+    ]

@@ -16,6 +16,7 @@ from megatron_rapo.config import Evaluate, Rollout
 from megatron_rapo.config.evaluation import Setting
 from megatron_rapo.data.prompts import LoadReport, Prompt
 from megatron_rapo.episode.outcome import Outcome, Verification
+from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate import evaluator as evaluator_module
 from megatron_rapo.evaluate import standalone
@@ -56,10 +57,11 @@ ALONE = SimpleNamespace(
 )
 
 
-def judge(pairs: list[tuple[str, str]]) -> list[Verification]:
+def judge(items: list[tuple[str, Problem]]) -> list[Verification]:
     """Correct where the text is its problem's answer."""
     return [
-        Verification(Outcome.CORRECT if text == gold else Outcome.WRONG, text or None) for text, gold in pairs
+        Verification(Outcome.CORRECT if text == problem.answer else Outcome.WRONG, text or None)
+        for text, problem in items
     ]
 
 

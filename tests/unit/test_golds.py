@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_rapo.config.data import FileData
-from megatron_rapo.config.sampling import Reward
+from megatron_rapo.config.reward import Reward
+from megatron_rapo.config.verifiers import built_in
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.reward import golds as golds_module
 from megatron_rapo.reward.golds import gold_judge
@@ -16,7 +17,7 @@ DATA = FileData(source="file", path="x.jsonl")
 
 def configuration(verifier="math", time_limit_s=20.0):
     reward = Reward(verifier=verifier, workers=1, time_limit_s=time_limit_s)
-    return SimpleNamespace(reward=reward, verifier_of=lambda data: verifier)
+    return SimpleNamespace(reward=reward, verifier_of=lambda data: built_in(verifier))
 
 
 def test_golds_that_no_response_can_match_are_told_with_the_reason():

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_rapo.config.verifiers import built_in
 from megatron_rapo.data.golds import join
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.reward import values
 from megatron_rapo.reward.math_answers import RESPONSE_TAIL, is_correct, stating
 from megatron_rapo.reward.verifier import Verifier
+from tests.judging import outcomes as outcomes_of
 
 SPELLINGS = defaultdict(list)
 for line in (Path(__file__).parents[1] / "spellings.jsonl").open(encoding="utf-8"):
@@ -24,7 +26,7 @@ SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 
 @pytest.fixture(scope="module")
 def verifier():
-    with Verifier("math", workers=2, time_limit_s=30.0) as started:
+    with Verifier(built_in("math"), workers=2, time_limit_s=30.0) as started:
         yield started
 
 
@@ -135,7 +137,7 @@ def test_every_gold_answer_is_correct_against_itself(verifier, name):
     rows = [json.loads(line) for line in path.open()]
     golds = [row["answer"] for row in rows if row["answer"]]
     golds = golds[:: 1 + len(golds) // 1500]  # a sample of the largest: tests are to be quick
-    outcomes = verifier.score([(rf"The answer is \boxed{{{gold}}}.", gold) for gold in golds])
+    outcomes = outcomes_of(verifier, [(rf"The answer is \boxed{{{gold}}}.", gold) for gold in golds])
     disagreements = [
         gold for gold, outcome in zip(golds, outcomes, strict=True) if outcome != Outcome.CORRECT
     ]
@@ -148,7 +150,7 @@ def test_every_worked_solution_is_correct(verifier, name):
     if not path.exists():
         pytest.skip(f"{path.name} is not on this machine")
     rows = [json.loads(line) for line in path.open()]
-    outcomes = verifier.score([(row["solution"], row["answer"]) for row in rows])
+    outcomes = outcomes_of(verifier, [(row["solution"], row["answer"]) for row in rows])
     assert [row["answer"] for row, outcome in zip(rows, outcomes, strict=True) if outcome != "correct"] == []
 
 
@@ -163,7 +165,7 @@ PIECES = st.sampled_from(COMMANDS + DELIMITERS + WORDS)
 def test_no_text_harms_the_verifier_or_passes_by_accident(verifier, texts):
     boxed = [rf"\boxed{{{text}}}" for text in texts]
     control = (r"\boxed{1234567}", "1234567")
-    *outcomes, last = verifier.score([*((text, "1234567") for text in texts + boxed), control])
+    *outcomes, last = outcomes_of(verifier, [*((text, "1234567") for text in texts + boxed), control])
     assert Outcome.CORRECT not in outcomes
     assert last == Outcome.CORRECT
 
@@ -179,9 +181,9 @@ HOSTILE = [
 
 
 def test_hostile_answers_cost_their_time_limit_and_nothing_else():
-    with Verifier("math", workers=2, time_limit_s=1.0) as verifier:
+    with Verifier(built_in("math"), workers=2, time_limit_s=1.0) as verifier:
         items = [item for text in HOSTILE for item in ((text, "7"), (r"\boxed{7}", "7"))]
-        outcomes = verifier.score(items)
+        outcomes = outcomes_of(verifier, items)
     assert outcomes[0] == Outcome.TIMEOUT
     assert Outcome.CORRECT not in outcomes[::2]
     assert outcomes[1::2] == [Outcome.CORRECT] * len(HOSTILE)

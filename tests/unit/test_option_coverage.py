@@ -96,6 +96,7 @@ _TABLES = {
     "CountdownData": "data",
     "ArithmeticData": "data",
     "Reward": "reward",
+    "RewardFunction": "functions",
     "Optimizer": "optimizer",
     "Model": "model",
     "Parallel": "parallel",

@@ -17,8 +17,11 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from megatron_rapo.config.reward import Reward
+from megatron_rapo.config.verifiers import RewardPlan
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.episode.outcome import Outcome, Verification
+from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate import command, plan, progress, standalone
 from megatron_rapo.evaluate.command import Request, run
@@ -79,8 +82,10 @@ class FakeVerifier:
 
     opened: ClassVar[list[tuple[str, int, float]]] = []
 
-    def __init__(self, name: str, *, workers: int, time_limit_s: float) -> None:
-        self.opened.append((name, workers, time_limit_s))
+    @classmethod
+    def configured(cls, plan: RewardPlan, options: Reward) -> FakeVerifier:
+        cls.opened.append((str(plan), options.workers, options.time_limit_s))
+        return cls()
 
     def __enter__(self) -> FakeVerifier:
         return self
@@ -88,8 +93,8 @@ class FakeVerifier:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def verify(self, items: Sequence[tuple[str, str]]) -> list[Verification]:
-        return [judged(text[0], gold) for text, gold in items]
+    def verify(self, items: Sequence[tuple[str, Problem]]) -> list[Verification]:
+        return [judged(text[0], problem.answer) for text, problem in items]
 
 
 def answers(server: StandIn) -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
@@ -239,7 +244,7 @@ def test_an_evaluation_that_failed_goes_on_where_it_stood(
     servers, urls = engines
     judge, batches = FakeVerifier.verify, 0
 
-    def fail(self: FakeVerifier, items: Sequence[tuple[str, str]]) -> list[Verification]:
+    def fail(self: FakeVerifier, items: Sequence[tuple[str, Problem]]) -> list[Verification]:
         nonlocal batches
         batches += 1
         if batches == 3:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
+from megatron_rapo.config.reward import TAKEN
 from megatron_rapo.episode.group import Group
-from megatron_rapo.episode.outcome import Outcome
+from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.experience.batch import Batch
 from megatron_rapo.experience.summary import count_tokens, summarise
 from tests.episodes import group_of, scored_response
@@ -40,6 +42,29 @@ def test_rewards_and_outcomes_are_shares_of_all_responses() -> None:
     found = summarise(Batch(GROUPS, GROUPS, 0), VOCABULARY)
     assert found["reward/correct"] == found["reward/wrong"] == 3 / 8
     assert found["reward/timeout"] == found["reward/crash"] == 1 / 8
+
+
+def test_facts_are_means_over_those_that_they_were_told_of() -> None:
+    facts = [{"form": 1.0, "length": 4.0}, {"form": 0.0}, {}]
+    found = group_of(
+        *(replace(scored_response(C, [0]), verification=Verification(C, facts=f)) for f in facts)
+    )
+    metrics = summarise(Batch([found, GROUPS[0]], [], 0), VOCABULARY)
+    assert (metrics["reward/form"], metrics["reward/length"]) == (0.5, 4.0)
+
+
+def test_rewards_that_are_no_verdicts_have_their_own_mean() -> None:
+    rewards = [0.25, -1.0, 2.0]
+    found = group_of(
+        *(replace(scored_response(W, [0]), verification=Verification(W, reward=r)) for r in rewards)
+    )
+    assert summarise(Batch([found], [], 0), VOCABULARY)["reward/mean"] == pytest.approx(1.25 / 3)
+    assert found.rewards == rewards
+
+
+def test_no_fact_can_take_the_name_of_another_metric() -> None:
+    metrics = summarise(Batch(GROUPS, GROUPS, 0), VOCABULARY)
+    assert {f"reward/{name}" for name in TAKEN} == {name for name in metrics if name.startswith("reward/")}
 
 
 def test_the_oldest_weights_of_a_batch_are_told() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 
 from megatron_rapo.config import Reward
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.episode.episode import ScoredEpisode
 from megatron_rapo.episode.group import Group, known_rewards
 from megatron_rapo.episode.outcome import Outcome, Verification
+from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.unknown import UnknownRewards
 from megatron_rapo.reward.scoring import score_groups
@@ -33,11 +36,31 @@ def test_the_first_is_told_with_its_reason_and_no_other(capsys: pytest.CaptureFi
     watch.check(1, [group("cw"), group("wc")])
     watch.check(2, [group("cw"), group("tc", "not done within 5 s")])
     watch.check(3, [group("xw", "ValueError"), group("wc")])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == (
+    assert capsys.readouterr().err.splitlines() == [
         "warning: step 2: 1 of 4 rewards are unknown, the first by timeout: not done within 5 s; such "
-        "responses are not trained on"
+        "responses are not trained on",
+        "  problem 0: '?'",
+        "  response: ''",
+    ]
+
+
+def test_the_first_is_told_so_that_it_can_be_seen_again(capsys: pytest.CaptureFixture[str]) -> None:
+    verification = Verification(X, why="KeyError: 'a'", trace="Traceback …\n  File my_rewards.py")
+    episode = replace(scored_response(C, [1]).episode, answer="x" * 400 + "the end of it" + "y" * 400)
+    known = scored_response(C, [1])
+    groups = [Group(Problem("p7", "What is it?"), (known, ScoredEpisode(episode, verification)))]
+    UnknownRewards(0.5, tells=True).check(3, groups)
+    warning, problem, response, *trace = capsys.readouterr().err.splitlines()
+    assert warning.startswith(
+        "warning: step 3: 1 of 2 rewards are unknown, the first by crash: KeyError: 'a'"
     )
+    assert problem == "  problem p7: 'What is it?'"
+    assert re.fullmatch(r"  response: …'x{87}the end of ity{400}'", response)
+    assert trace == ["  Traceback …", "    File my_rewards.py"]
+    with pytest.raises(
+        RapoError, match=r"(?s)unknown_limit = 0.2: .*problem p7.*the end of it.*my_rewards.py"
+    ):
+        UnknownRewards(0.2, tells=True).check(3, groups)
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,9 +88,9 @@ def test_scored_groups_tell_what_happened_to_the_first() -> None:
     }
     asked: list[tuple[str, str]] = []
 
-    def verify(items: list[tuple[str, str]]) -> list[Verification]:
-        asked.extend(items)
-        return [found[answer][int(text)] for text, answer in items]
+    def verify(items: list[tuple[str, Problem]]) -> list[Verification]:
+        asked.extend((text, problem.answer) for text, problem in items)
+        return [found[problem.answer][int(text)] for text, problem in items]
 
     verifier: Any = SimpleNamespace(verify=verify)
     tokenizer: Any = SimpleNamespace(decode=lambda ids, skip_special_tokens: str(ids[0]))
@@ -78,7 +101,8 @@ def test_scored_groups_tell_what_happened_to_the_first() -> None:
     assert sequences == [[[1, n] for n in range(3)]] * 2
     found_outcomes = [[one.verification.outcome for one in group.episodes] for group in scored]
     assert found_outcomes == [[C, X, T], [W, C, W]]
-    assert [one.why_unknown for one in scored] == ["crash: ValueError: no", None]
+    whys = [[one.verification.why for one in group.episodes] for group in scored]
+    assert whys == [[None, "ValueError: no", "late"], [None] * 3]
     assert scored[0].rewards == [1.0, None, None]
     rewards = known_rewards(scored)
     assert rewards.mask.tolist() == [[False, True, True], [False] * 3]

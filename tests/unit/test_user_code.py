@@ -36,7 +36,7 @@ max_response_tokens = 8
 @pytest.fixture
 def write(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Writes modules of the user's; what was imported of them is forgotten afterwards."""
-    before, path = set(sys.modules), list(sys.path)
+    path = list(sys.path)
 
     def write(**modules: str) -> Path:
         for name, text in modules.items():
@@ -47,8 +47,9 @@ def write(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
     yield write
     sys.path[:] = path
-    for name in set(sys.modules) - before:
-        del sys.modules[name]
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def refusal(address: str, *folders: Path) -> str:

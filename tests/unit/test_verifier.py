@@ -13,13 +13,15 @@ import psutil
 import pytest
 from pydantic import ValidationError
 
-from megatron_rapo.config.sampling import Reward
-from megatron_rapo.config.verifiers import VERIFIERS
+from megatron_rapo.config.reward import Reward
+from megatron_rapo.config.verifiers import VERIFIERS, built_in
 from megatron_rapo.data.tasks import arithmetic, countdown
 from megatron_rapo.episode.outcome import Outcome, reward_of
+from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
 from megatron_rapo.reward import process as process_module
 from megatron_rapo.reward.verifier import Verifier
+from tests.judging import outcomes, verified
 
 CORRECT, WRONG, TIMEOUT, CRASH = Outcome
 
@@ -57,7 +59,7 @@ def check(response, answer):
 
 @pytest.fixture
 def obedient(tmp_path, monkeypatch):
-    """Makes `Verifier("obedient", ...)` possible; returns the folder of its module."""
+    """Makes `built_in("obedient")` possible; returns the folder of its module."""
     (tmp_path / "obedient.py").write_text(OBEDIENT)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(VERIFIERS, "obedient", "obedient:check")
@@ -65,7 +67,7 @@ def obedient(tmp_path, monkeypatch):
 
 
 def pool(workers=2, time_limit_s=20.0):
-    return Verifier("obedient", workers=workers, time_limit_s=time_limit_s)
+    return Verifier(built_in("obedient"), workers=workers, time_limit_s=time_limit_s)
 
 
 def workers_of(pid=None):
@@ -89,15 +91,15 @@ def test_outcomes_come_in_the_items_order(obedient):
     items = [(f"sleep {0.3 if i == 0 else 0}" if i % 3 == 0 else str(i % 3), "1") for i in range(60)]
     with pool() as verifier:
         expected = [CORRECT if i % 3 in (0, 1) else WRONG for i in range(60)]
-        assert verifier.score(items) == expected
-        assert verifier.score([]) == []
-        assert verifier.score(items[1:3]) == expected[1:3]
+        assert outcomes(verifier, items) == expected
+        assert outcomes(verifier, []) == []
+        assert outcomes(verifier, items[1:3]) == expected[1:3]
 
 
 def test_texts_arrive_unchanged(obedient):
     texts = ["", "\0", "\udc80", "π\u2028\r\n", "x" * 1_000_000]
     with pool(workers=1) as verifier:
-        assert verifier.score([(text, text) for text in texts]) == [CORRECT] * len(texts)
+        assert outcomes(verifier, [(text, text) for text in texts]) == [CORRECT] * len(texts)
 
 
 @pytest.mark.parametrize("hang", ["sleep 600", "compute", "unkillable"])
@@ -105,7 +107,7 @@ def test_a_hang_costs_its_own_limit_and_nothing_else(obedient, hang):
     with pool(workers=1, time_limit_s=1.0) as verifier:
         (before,) = workers_of()
         started = time.monotonic()
-        assert verifier.score([("1", "1"), (hang, "1"), ("1", "1"), ("2", "1")]) == [
+        assert outcomes(verifier, [("1", "1"), (hang, "1"), ("1", "1"), ("2", "1")]) == [
             CORRECT,
             TIMEOUT,
             CORRECT,
@@ -119,7 +121,7 @@ def test_a_hang_costs_its_own_limit_and_nothing_else(obedient, hang):
 def test_hangs_run_side_by_side(obedient):
     with pool(workers=4, time_limit_s=2.0) as verifier:
         started = time.monotonic()
-        assert verifier.score([("sleep 600", "1")] * 4) == [TIMEOUT] * 4
+        assert outcomes(verifier, [("sleep 600", "1")] * 4) == [TIMEOUT] * 4
         assert time.monotonic() - started < 5.0
 
 
@@ -127,33 +129,33 @@ def test_hangs_run_side_by_side(obedient):
 def test_a_crash_is_counted_apart_and_costs_its_own_item(obedient, crash):
     with pool(workers=1) as verifier:
         items = [("1", "1"), (crash, "1"), (crash, "1"), ("1", "1"), ("2", "1")]
-        assert verifier.score(items) == [CORRECT, CRASH, CRASH, CORRECT, WRONG]
+        assert outcomes(verifier, items) == [CORRECT, CRASH, CRASH, CORRECT, WRONG]
 
 
 def test_a_verification_has_its_time_limit_and_no_more(obedient):
     with pool(workers=1, time_limit_s=7.0) as verifier:
         (process,) = verifier._processes
         before = time.monotonic()
-        process.submit("sleep 600", "1")
+        process.submit("sleep 600", Problem("", "", "1"))
         assert before + 7.0 <= process.deadline <= time.monotonic() + 7.0
 
 
 def test_timeouts_and_crashes_tell_why(obedient):
     items = [("1", "1"), ("sleep 600", "1"), ("alarm", "1"), ("raise", "1"), ("segfault", "1")]
     with pool(workers=1, time_limit_s=1.0) as verifier:
-        verified = verifier.verify(items)
-    assert [one.outcome for one in verified] == [CORRECT, TIMEOUT, TIMEOUT, CRASH, CRASH]
-    assert verified[0].why is None
-    assert verified[1].why == verified[2].why == "not done within 1 s"
-    assert verified[3].why == f"ValueError: {'x' * 488}"
-    assert verified[4].why == "its process died with status -11"
+        found = verified(verifier, items)
+    assert [one.outcome for one in found] == [CORRECT, TIMEOUT, TIMEOUT, CRASH, CRASH]
+    assert found[0].why is None
+    assert found[1].why == found[2].why == "not done within 1 s"
+    assert found[3].why == f"ValueError: {'x' * 488}"
+    assert found[4].why == "its process died with status -11"
 
 
 @pytest.mark.parametrize("returned", ["0.5", "1", "None", "'wrong'"])
 def test_a_verifier_that_returns_no_bool_is_refused(obedient, returned):
-    expected = rf"obedient:check returned {returned}, not True or False; let it return bool\(…\)"
+    expected = rf"obedient:check returned {returned} \(\w+\), not True or False; let it return bool\(…\)"
     with pool(workers=1) as verifier, pytest.raises(RapoError, match=expected):
-        verifier.score([("1", "1"), (f"returns {returned}", "1")])
+        outcomes(verifier, [("1", "1"), (f"returns {returned}", "1")])
     assert workers_of() == []
 
 
@@ -169,19 +171,14 @@ def test_a_worker_that_died_while_idle_costs_no_item(obedient):
         for worker in workers_of():
             worker.kill()
             worker.wait(10)
-        assert verifier.score([("1", "1")] * 4) == [CORRECT] * 4
+        assert outcomes(verifier, [("1", "1")] * 4) == [CORRECT] * 4
 
 
 def test_starting_a_worker_is_not_charged_to_an_item(obedient):
     (obedient / "obedient.py").write_text("import time\ntime.sleep(1.0)\n" + OBEDIENT)
     with pool(workers=1, time_limit_s=0.5) as verifier:
-        assert verifier.score([("1", "1"), ("exit", "1"), ("1", "1"), ("sleep 600", "1"), ("1", "1")]) == [
-            CORRECT,
-            CRASH,
-            CORRECT,
-            TIMEOUT,
-            CORRECT,
-        ]
+        items = [("1", "1"), ("segfault", "1"), ("1", "1"), ("sleep 600", "1"), ("1", "1")]
+        assert outcomes(verifier, items) == [CORRECT, CRASH, CORRECT, TIMEOUT, CORRECT]
 
 
 def test_modules_in_the_working_directory_do_not_stand_in_for_real_ones(obedient, monkeypatch):
@@ -190,14 +187,14 @@ def test_modules_in_the_working_directory_do_not_stand_in_for_real_ones(obedient
     (elsewhere / "resource.py").write_text("raise SystemExit('not this one')")
     monkeypatch.chdir(elsewhere)
     with pool(workers=1) as verifier:
-        assert verifier.score([("1", "1")]) == [CORRECT]
+        assert outcomes(verifier, [("1", "1")]) == [CORRECT]
 
 
 def test_every_worker_hashes_alike_so_that_sets_have_one_order(obedient):
     program = [sys.executable, "-c", "print(hash('text'))"]
     expected = subprocess.check_output(program, env={**os.environ, "PYTHONHASHSEED": "0"}, text=True).strip()
     with pool() as verifier:
-        assert verifier.score([(f"hash {expected}", "1"), ("exit", "1")] * 4) == [CORRECT, CRASH] * 4
+        assert outcomes(verifier, [(f"hash {expected}", "1"), ("segfault", "1")] * 4) == [CORRECT, CRASH] * 4
 
 
 def test_closing_ends_every_worker_and_later_use_is_refused(obedient):
@@ -207,22 +204,22 @@ def test_closing_ends_every_worker_and_later_use_is_refused(obedient):
     assert not any(worker.is_running() for worker in workers)
     verifier.close()
     with pytest.raises(RuntimeError, match="closed"):
-        verifier.score([("1", "1")])
+        outcomes(verifier, [("1", "1")])
 
 
 def test_an_error_while_scoring_leaves_no_worker(obedient):
     with pool() as verifier:
         with pytest.raises(TypeError):
-            verifier.score([("sleep 600", "1"), None])
+            verifier.verify([("sleep 600", Problem("", "")), None])
         assert workers_of() == []
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("import no_such_module", "obedient:check cannot start: ModuleNotFoundError.*no_such_module"),
-        ("", "cannot start: AttributeError.*check"),
-        ("import os; os._exit(3)", "cannot start: it ended with status 3"),
+        ("import no_such_module", "(?s)obedient:check.*line 1.*ModuleNotFoundError.*no_such_module"),
+        ("", "reward.verifier = .*/obedient.py has no check; it has nothing"),
+        ("import os; os._exit(3)", "cannot be imported: its process ended with status 3"),
     ],
 )
 def test_a_verifier_that_cannot_start_is_an_error_not_a_crash_of_each_item(obedient, source, message):
@@ -243,14 +240,14 @@ def test_a_start_that_hangs_is_an_error(obedient, monkeypatch):
 def test_a_replacement_that_cannot_start_is_an_error(obedient):
     with pool(workers=1) as verifier:
         (obedient / "obedient.py").write_text("raise ImportError('gone')")
-        with pytest.raises(RapoError, match="cannot start: ImportError"):
-            verifier.score([("exit", "1"), ("1", "1")])
+        with pytest.raises(RapoError, match=r"(?s)fails when it is imported.*ImportError: gone"):
+            outcomes(verifier, [("segfault", "1"), ("1", "1")])
     assert workers_of() == []
 
 
 def test_an_unknown_verifier_is_refused_by_name():
     with pytest.raises(RapoError, match='"maths" does not exist; choose one of math, countdown, integer'):
-        Verifier("maths", workers=1, time_limit_s=1.0)
+        built_in("maths")
 
 
 @pytest.mark.parametrize("name", ["countdown", "integer"])
@@ -259,8 +256,8 @@ def test_the_generated_tasks_are_checked(name):
         "countdown": ("1+2*3", "1+2+3", '{"numbers":[1,2,3],"target":7}'),
         "integer": (r"so \boxed{42}", r"42, so \boxed{24}", "42"),
     }[name]
-    with Verifier(name, workers=1, time_limit_s=20.0) as verifier:
-        assert verifier.score([(right, answer), (wrong, answer)]) == [CORRECT, WRONG]
+    with Verifier(built_in(name), workers=1, time_limit_s=20.0) as verifier:
+        assert outcomes(verifier, [(right, answer), (wrong, answer)]) == [CORRECT, WRONG]
 
 
 def test_only_correct_earns_and_what_did_not_finish_has_no_reward():
@@ -271,13 +268,15 @@ def test_only_correct_earns_and_what_did_not_finish_has_no_reward():
 
 TRAINER = """
 import sys, threading
-from megatron_rapo.config.verifiers import VERIFIERS
+from megatron_rapo.config.verifiers import VERIFIERS, built_in
+from megatron_rapo.episode.problem import Problem
 from megatron_rapo.reward.verifier import Verifier
 threading.Thread(target=threading.Event().wait, daemon=True).start()
 VERIFIERS["obedient"] = "obedient:check"
-verifier = Verifier("obedient", workers=2, time_limit_s=3.0)
+verifier = Verifier(built_in("obedient"), workers=2, time_limit_s=3.0)
 print("scoring", flush=True)
-print(*verifier.score([(item, "1") for item in sys.argv[1:]]), flush=True)
+items = [(item, Problem("", "", "1")) for item in sys.argv[1:]]
+print(*[one.outcome for one in verifier.verify(items)], flush=True)
 sys.stdin.read()
 """
 
@@ -285,11 +284,13 @@ NESTED = """
 import multiprocessing, sys
 
 def rank():
-    from megatron_rapo.config.verifiers import VERIFIERS
+    from megatron_rapo.config.verifiers import VERIFIERS, built_in
+    from megatron_rapo.episode.problem import Problem
     from megatron_rapo.reward.verifier import Verifier
     VERIFIERS["obedient"] = "obedient:check"
-    with Verifier("obedient", workers=2, time_limit_s=3.0) as verifier:
-        print(*verifier.score([("1", "1"), ("exit", "1"), ("2", "1")]), flush=True)
+    with Verifier(built_in("obedient"), workers=2, time_limit_s=3.0) as verifier:
+        items = [(item, Problem("", "", "1")) for item in ("1", "exit", "2")]
+        print(*[one.outcome for one in verifier.verify(items)], flush=True)
 
 if __name__ == "__main__":
     process = multiprocessing.get_context("spawn").Process(target=rank, daemon=True)
@@ -339,7 +340,7 @@ def test_ctrl_c_does_not_make_workers_print_tracebacks(obedient, capfd):
     with pool() as verifier:
         for worker in workers_of():
             os.kill(worker.pid, signal.SIGINT)
-        assert verifier.score([("1", "1")]) == [CORRECT]
+        assert outcomes(verifier, [("1", "1")]) == [CORRECT]
     assert capfd.readouterr() == ("", "")
 
 
@@ -349,11 +350,11 @@ def test_the_answer_that_was_read_is_told_with_the_outcome():
         ("I give up", "7"),
         (r"\boxed{" + "1+" * 300 + "1}", "7"),
     ]
-    with Verifier("math", workers=1, time_limit_s=20.0) as verifier:
-        verified = verifier.verify(items)
-    assert [one.outcome for one in verified] == [CORRECT, WRONG, WRONG]
-    assert [one.extracted for one in verified[:2]] == [r"\frac{1}{2}", None]
-    assert len(verified[2].extracted) == 200
+    with Verifier(built_in("math"), workers=1, time_limit_s=20.0) as verifier:
+        found = verified(verifier, items)
+    assert [one.outcome for one in found] == [CORRECT, WRONG, WRONG]
+    assert [one.extracted for one in found[:2]] == [r"\frac{1}{2}", None]
+    assert len(found[2].extracted) == 200
 
 
 @pytest.mark.parametrize(
