@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -14,9 +16,11 @@ import torch
 from megatron_rapo.config import Data, FileData, FunctionData, RunConfig
 from megatron_rapo.config.write import to_toml
 from megatron_rapo.data.load import Judge, load_training_prompts
+from megatron_rapo.data.rows import Row
 from megatron_rapo.data.sources import read_source
 from megatron_rapo.data.tasks.problem import Split
 from megatron_rapo.data.tokenizer import load_tokenizer, vocabulary_size
+from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.held_out import load_held_out
 from megatron_rapo.launch.environment import RankEnvironment
@@ -25,6 +29,7 @@ from megatron_rapo.model.architecture import Architecture, read_architecture
 from megatron_rapo.model.build import DTYPES
 from megatron_rapo.observe.loggers import import_wandb
 from megatron_rapo.reward.golds import gold_judge
+from megatron_rapo.reward.trial import Trial, try_rewards
 from megatron_rapo.scaling.memory import GIB, MemoryEstimate, estimate_memory
 from megatron_rapo.weights.hf_check import check_tensors
 from megatron_rapo.weights.hf_files import HFTensors
@@ -53,8 +58,11 @@ def check(config: RunConfig) -> Architecture:
     for option, data in _data_tables(config):
         if isinstance(data, FileData) and not data.path.exists():
             raise RapoError(f"data file {data.path} does not exist; correct {option}.path")
-    for _ in _load_data(config):
-        pass
+    loaded = list(_load_data(config))
+    if environment is None or environment.rank == 0:
+        for trial in _try_rewards(config, loaded):
+            if not trial.known:
+                print(f"warning: {trial}", file=sys.stderr, flush=True)
     _check_directory(config.run.directory)
     return architecture
 
@@ -80,6 +88,7 @@ def describe_plan(config: RunConfig) -> str:
     updates = config.run.steps * config.updates_per_step
     responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
     data = list(_load_data(config, gold_judge(config)))
+    rewards = list(map(str, _try_rewards(config, data)))
     memory = estimate_memory(config, architecture)
     missing = [path for path in [*_model_paths(config), *_data_paths(config)] if not path.exists()]
     lines = [
@@ -92,7 +101,8 @@ def describe_plan(config: RunConfig) -> str:
         f"{architecture.family} of {architecture.parameters:,} parameters in {architecture.layers} layers",
         f"{responses} responses a step in {config.updates_per_step} updates; {updates} updates in all",
         "",
-        *(["# Data", *data, ""] if data else []),
+        *(["# Data", *(f"{one.table}: {one.report}" for one in data), ""] if data else []),
+        *(["# Rewards", *rewards, ""] if rewards else []),
         "# Weights to the engines",
         *_weight_routes(config, architecture),
         "",
@@ -133,8 +143,16 @@ def _check_microbatch(config: RunConfig) -> None:
         )
 
 
-def _load_data(config: RunConfig, judge: Judge | None = None) -> Iterator[str]:
-    """Loads what the run trains on and is evaluated on, as far as it is on this machine: a report of each.
+class _Loaded(NamedTuple):
+    """A data set: the table that the user set, what became of its rows, and its first problem."""
+
+    table: str
+    report: str
+    problem: Problem | None
+
+
+def _load_data(config: RunConfig, judge: Judge | None = None) -> Iterator[_Loaded]:
+    """Loads what the run trains on and is evaluated on, as far as it is on this machine.
 
     Without the model there is no tokenizer: of files and functions, columns alone are looked at then.
     """
@@ -146,15 +164,28 @@ def _load_data(config: RunConfig, judge: Judge | None = None) -> Iterator[str]:
                 split: Split = "train" if option == training[0] else "test"
                 answers, code = config.needs_answers(data), config.run.code
                 source, rows = read_source(data, option, split=split, needs_answers=answers, code=code)
-                yield f"{option}: {source}: {len(rows)} rows, no tokenizer to count their tokens with"
+                report = f"{source}: {len(rows)} rows, no tokenizer to count their tokens with"
+                yield _Loaded(option, report, _problem(rows[0], data))
         return
     tokenizer = load_tokenizer(config.model.path)
     vocabulary_size(tokenizer, read_architecture(config.model.path).vocabulary)
     if training in here:
-        yield f"data: {load_training_prompts(config, tokenizer, judge).report}"
+        prompts = load_training_prompts(config, tokenizer, judge)
+        yield _Loaded("data", str(prompts.report), prompts[0].problem)
     if all(table in here for table in held_out):
-        reports = [loaded.report for loaded in load_held_out(config, tokenizer, judge)]
-        yield from (f"{option}: {report}" for (option, _), report in zip(held_out, reports, strict=True))
+        sets = load_held_out(config, tokenizer, judge)
+        for (option, _), loaded in zip(held_out, sets, strict=True):
+            yield _Loaded(option, str(loaded.report), loaded.prompts[0].problem)
+
+
+def _problem(row: Row, data: Data) -> Problem:
+    return Problem(row.name or str(row.index), row.question, row.answer, data.name, columns=row.columns)
+
+
+def _try_rewards(config: RunConfig, loaded: Sequence[_Loaded]) -> Iterator[Trial]:
+    """Tries what rewards the data, on the problems that are here."""
+    problems = {one.table: one.problem for one in loaded}
+    return try_rewards(config, [(table, data, problems.get(table)) for table, data in _data_tables(config)])
 
 
 def _missing_here(config: RunConfig) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from megatron_rapo.experience.engines import open_own_engines
 from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.observe.versions import software_versions
 from megatron_rapo.reward.golds import gold_judge
+from megatron_rapo.reward.trial import try_rewards
 from megatron_rapo.reward.verifier import Verifier
 
 WEIGHT_VERSION = 0  # engines are given one model, once
@@ -65,6 +67,7 @@ def evaluate(
     if 0 < left < total:
         print(f"{directory} has {total - left:,} of {total:,} samples; going on")
     if left:
+        _try_rewards(config, data_sets)
         progress = SampleProgress(total, present=total - left)
         with open_own_engines(config, architecture) as pool:
             # Also where servers run already: what they serve is then what is evaluated, for certain.
@@ -165,6 +168,14 @@ def _open(
     if before is not None:
         manifest = manifest.going_on_from(before, directory)
     return begin(directory, manifest, {held_out.name: held_out.problems for held_out in data_sets})
+
+
+def _try_rewards(config: RunConfig, data_sets: Sequence[HeldOut]) -> None:
+    """What is wrong with a reward is told before engines are started."""
+    tables = zip(config.evaluation_tables, config.evaluation_data, data_sets, strict=True)
+    for trial in try_rewards(config, [(table, data, one.prompts[0].problem) for table, data, one in tables]):
+        if not trial.known:
+            print(f"warning: {trial}", file=sys.stderr, flush=True)
 
 
 def _finish(evaluation: Evaluation) -> Evaluation:

@@ -16,6 +16,7 @@ from megatron_rapo import preflight
 from megatron_rapo.config import RunConfig, load_config
 from megatron_rapo.config.load import validate
 from megatron_rapo.errors import RapoError
+from megatron_rapo.reward.trial import RESPONSE
 from tests.models import make_hf_model
 
 
@@ -279,3 +280,75 @@ def test_the_plan_tells_what_this_machine_lacks(
     assert 'not on this machine: observe.wandb = "online" needs wandb: pip install wandb' in plan
     assert re.search(r"^too much for this machine: [\d.,]+ GiB of memory \(it has no GPU\)$", plan, re.M)
     assert "too much" not in preflight.describe_plan(config(tmp_path, model))
+
+
+OWN = """
+from megatron_rapo.episode.score import Score
+
+def partly(response, problem):
+    return Score(0.25, {"length": len(response) - problem["more"]})
+
+def fails(response, problem):
+    return problem["nothing"]
+
+def text(response, problem):
+    return "0.5"
+
+def large(response, problem):
+    return 7
+"""
+
+
+def rewarded(tmp_path: Path, model: Path, function: str, **sections: dict[str, Any]) -> RunConfig:
+    (tmp_path / "preflight_rewards.py").write_text(OWN)
+    data = rows(tmp_path / "t.jsonl", *[{"question": "1+1", "more": 4, "id": f"p{n}"} for n in range(8)])
+    run = {"directory": str(tmp_path / "run"), "steps": 3, "code": [str(tmp_path)]}
+    reward = {"function": f"preflight_rewards:{function}"}
+    return config(tmp_path, model, run=run, data=data, reward=reward, **sections)
+
+
+def test_the_plan_tries_the_reward_on_the_first_problem(tmp_path: Path, model: Path) -> None:
+    """The problems need no answers."""
+    plan = preflight.describe_plan(rewarded(tmp_path, model, "partly"))
+    expected = (
+        r"# Rewards\npreflight_rewards:partly: 0.25 for a made-up response to problem p0 of data, in [\d.]+ s"
+    )
+    assert re.search(expected + rf", length {len(RESPONSE) - 4}\n\n", plan)
+    wanted = rewarded(tmp_path, tmp_path / "later", "partly")
+    elsewhere = wanted.model.model_copy(update={"config": model / "config.json"})
+    assert re.search(expected, preflight.describe_plan(wanted.model_copy(update={"model": elsewhere})))
+
+
+def test_a_reward_that_fails_on_it_is_warned_of(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing = rewarded(tmp_path, model, "fails")
+    preflight.check(failing)
+    warning = capsys.readouterr().err
+    expected = (
+        "preflight_rewards:fails: unknown for a made-up response to problem p0 of data, by crash (KeyError: "
+        "\"problem p0 has no column 'nothing'; its columns: question, more, id\")\nTraceback"
+    )
+    assert warning.startswith(f"warning: {expected}")
+    assert 'preflight_rewards.py", line 8, in fails' in warning
+    assert expected in preflight.describe_plan(failing)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("partly_", 'has no partly_; did you mean "preflight_rewards:partly"'),
+        ("text", r"preflight_rewards.py:10\) returned '0.5' \(str\) for problem p0, which is no reward"),
+        (
+            "large",
+            'gave a made-up response the reward 7, and algorithm.method = "dapo" takes rewards from 0 to 1',
+        ),
+    ],
+)
+def test_a_reward_that_is_none_is_refused_before_anything_starts(
+    tmp_path: Path, model: Path, function: str, message: str
+) -> None:
+    wrong = rewarded(tmp_path, model, function, algorithm={"method": "dapo"})
+    for check in (preflight.check, preflight.describe_plan):
+        with pytest.raises(RapoError, match=message):
+            check(wrong)
