@@ -1,8 +1,33 @@
 """RAPO at scale: RL with verifiable rewards on Megatron-Core, with rollouts from SGLang servers."""
 
+import importlib
 import warnings
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_rapo.methods.method import Method as Method
+    from megatron_rapo.methods.options import Options as Options
+    from megatron_rapo.methods.terms.term import AtToken as AtToken
+    from megatron_rapo.methods.terms.term import Need as Need
+    from megatron_rapo.methods.terms.term import Term as Term
 
 __version__ = "0.1.0"
+
+# What users' own files import; each is looked up when it is asked for, as most commands need none of them.
+_PUBLIC = {
+    "Method": "megatron_rapo.methods.method",
+    "Options": "megatron_rapo.methods.options",
+    "AtToken": "megatron_rapo.methods.terms.term",
+    "Need": "megatron_rapo.methods.terms.term",
+    "Term": "megatron_rapo.methods.terms.term",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
 
 # What libraries warn of on every rank although nothing is to be done about it. They must be silenced before
 # Megatron is imported, hence here.

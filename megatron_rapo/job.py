@@ -31,6 +31,7 @@ from megatron_rapo.experience.unknown import UnknownRewards
 from megatron_rapo.launch.stop import requests
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.methods.method import Method
+from megatron_rapo.methods.state import restore_state, saved_state
 from megatron_rapo.model.architecture import Architecture, read_architecture
 from megatron_rapo.observe.heartbeat import where_is
 from megatron_rapo.observe.observer import Observer
@@ -79,6 +80,8 @@ class Job:
             with self.observer.phase("resume"):
                 state = self.checkpoints.load(checkpoint, self.policy)
         self.prompts.position = state.prompts_drawn
+        if state.method_state is not None and state.method == self.config.algorithm.method:
+            restore_state(self.method, state.method_state)
         resume_step = None if checkpoint is None else state.step
         if self.placement.is_main:
             versions = {**software_versions(), "engines": self.collector.engines.software()}
@@ -91,6 +94,15 @@ class Job:
         if state.step == 0:
             self.observer.finish_step(self._evaluate_if_due(step=0))
         return state
+
+    def state_after(self, step: int) -> TrainState:
+        """What goes on with the next step.
+
+        Raises:
+            RapoError: the method's state cannot be saved.
+        """
+        method = self.config.algorithm.method
+        return TrainState(step, self.prompts.position, method, saved_state(self.method))
 
     def sampling_seed(self, step: int) -> int:
         """The seed of a step's samples; 0 is evaluation's, whose samples are the same each time."""

@@ -25,6 +25,8 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.held_out import load_held_out
 from megatron_rapo.launch.environment import RankEnvironment
 from megatron_rapo.launch.slurm import describe
+from megatron_rapo.loss.trial import reported_names
+from megatron_rapo.methods.state import restore_state, saved_state
 from megatron_rapo.model.architecture import Architecture, read_architecture
 from megatron_rapo.model.build import DTYPES
 from megatron_rapo.observe.loggers import import_wandb
@@ -51,6 +53,7 @@ def check(config: RunConfig) -> Architecture:
         if not path.is_dir():
             raise RapoError(f"model directory {path} does not exist; download the model there")
     _check_models(config, architecture)
+    check_method(config)
     environment = RankEnvironment.read()
     if environment is None or environment.rank == 0:  # which starts the run's own servers, and logs
         for problem in _missing_here(config):
@@ -84,6 +87,7 @@ def describe_plan(config: RunConfig) -> str:
     """
     architecture = planned_architecture(config)
     _check_models(config, architecture)
+    check_method(config)
     layout = config.parallel
     updates = config.run.steps * config.updates_per_step
     responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
@@ -115,6 +119,17 @@ def describe_plan(config: RunConfig) -> str:
         *(f"not on this machine: {problem}" for problem in _missing_here(config)),
     ]
     return "\n".join(lines)
+
+
+def check_method(config: RunConfig) -> None:
+    """That the method's terms work on a few tokens, and that its state comes back from a checkpoint.
+
+    Raises:
+        RapoError: one of them does not.
+    """
+    method = config.new_method()
+    reported_names(method)
+    restore_state(method, saved_state(method))
 
 
 def _check_models(config: RunConfig, architecture: Architecture) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.config import RunConfig
 from megatron_rapo.experience.summary import summarise
 from megatron_rapo.job import open_job
@@ -37,7 +36,7 @@ def train(config: RunConfig) -> None:
                     updated = job.policy.update(minibatches, job.objective, job.reference)
                 with phase("publish"):
                     published = job.publisher.publish(step)
-                state = TrainState(step, job.prompts.position)
+                state = job.state_after(step)
                 sampled = {**summarise(batch, job.vocabulary), **job.throughput(batch)}
                 job.finish_step(state, {**sampled, **updated, **published})
         job.end(state)

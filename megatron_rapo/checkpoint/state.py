@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass
@@ -15,7 +16,11 @@ class TrainState:
     Attributes:
         step: steps done; also the version of the weights.
         prompts_drawn: prompts taken from the training set so far.
+        method: whose state it is (`algorithm.method`).
+        method_state: what the method learnt of the run, as JSON.
     """
 
     step: int = 0
     prompts_drawn: int = 0
+    method: str = ""
+    method_state: Any = None

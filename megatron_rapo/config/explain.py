@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -17,6 +18,7 @@ from megatron_rapo.config.options import option_names, sections_of
 from megatron_rapo.config.schema import RunConfig
 from megatron_rapo.config.write import toml_value
 from megatron_rapo.methods.named import METHODS
+from megatron_rapo.section import Section
 
 # The tables of each kind of prompt source, by the name of the kind.
 _SOURCES = {table.model_fields["source"].annotation.__args__[0]: table for table in sections_of(Data)}  # type: ignore[union-attr]
@@ -100,7 +102,9 @@ def _instead(key: str, location: tuple[int | str, ...], values: Mapping[str, Any
     """What may have been meant in place of an unknown key."""
     table, _, option = key.rpartition(".")
     if table == "algorithm":
-        return _of_methods(option, values["algorithm"].get("method", DEFAULT_METHOD))
+        method = values["algorithm"].get("method", DEFAULT_METHOD)
+        own = find_method(method, [Path(folder) for folder in values["run"].get("code", ())]).Options
+        return _of_methods(option, method, own)
     sources = [name for name, section in _SOURCES.items() if option in section.model_fields]
     if sources and location[-2] in _SOURCES:
         has = " or ".join(f'source = "{name}"' for name in sources)
@@ -111,18 +115,22 @@ def _instead(key: str, location: tuple[int | str, ...], values: Mapping[str, Any
     return f"; {f'did you mean {near[0]}? ' if near else ''}docs/configuration.md lists them"
 
 
-def _of_methods(option: str, method: str) -> str:
+def _listed(methods: Sequence[str]) -> str:
+    *some, last = methods
+    return f"{', '.join(some)} and {last} have" if some else f"{last} has"
+
+
+def _of_methods(option: str, method: str, section: type[Section]) -> str:
     """Which methods have the option."""
     if option == "preset":  # as earlier versions called it
         return "; methods are chosen by algorithm.method, and each has options of its own"
     have = [name for name, one in METHODS.items() if option in one.Options.model_fields]
     if have:
         return (
-            f' of method = "{method}"; {" and ".join(have)} {"has" if len(have) == 1 else "have"} it: change '
+            f' of method = "{method}"; {_listed(have)} it: change '
             "the method, or remove it (in an overlay, by the value @default)"
         )
-    own = find_method(method).Options.model_fields
-    near = difflib.get_close_matches(option, own, n=1)
+    near = difflib.get_close_matches(option, section.model_fields, n=1)
     meant = f"did you mean algorithm.{near[0]}? " if near else ""
     return f' of method = "{method}"; {meant}docs/configuration.md lists them'
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from megatron_rapo.config.algorithm import DEFAULT_METHOD, find_method
+from megatron_rapo.config.algorithm import DEFAULT_METHOD
 from megatron_rapo.config.options import sections_of
 from megatron_rapo.config.schema import RunConfig
+from megatron_rapo.methods.method import Method
+from megatron_rapo.methods.named import METHODS
 from megatron_rapo.section import Section
 
 
@@ -86,7 +88,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
 
     One that only one of them has is none where the other has its default: options come with later versions.
     """
-    method = find_method(now.get("algorithm.method", DEFAULT_METHOD))
+    method = METHODS.get(now.get("algorithm.method", DEFAULT_METHOD), Method)  # the user's own may be gone
     defaults = _DEFAULTS | dict(_defaults(method.Options, "algorithm."))
     differing = {}
     for option in dict.fromkeys([*before, *now]):

@@ -23,11 +23,12 @@ from megatron_rapo.config.templates import Templated
 from megatron_rapo.config.training import Model, Optimizer, Parallel
 from megatron_rapo.config.verifiers import RewardPlan, built_in
 from megatron_rapo.config.weights import Weights
+from megatron_rapo.errors import RapoError
 from megatron_rapo.methods.method import Method, Sampling
 from megatron_rapo.methods.named import METHODS
 from megatron_rapo.methods.terms.term import Need
 from megatron_rapo.section import Section
-from megatron_rapo.user_code import is_named_in
+from megatron_rapo.user_code import is_named_in, own_traceback
 
 
 class RunConfig(Section):
@@ -51,7 +52,7 @@ class RunConfig(Section):
         """What `algorithm.method` names, as it is at the beginning of a run."""
         rollout = self.rollout
         sampling = Sampling(rollout.temperature, rollout.responses_per_prompt, rollout.max_response_tokens)
-        return find_method(self.algorithm.method)(self.algorithm, sampling)
+        return find_method(self.algorithm.method, self.run.code)(self.algorithm, sampling)
 
     @property
     def minibatch_prompts(self) -> int:
@@ -175,8 +176,15 @@ class RunConfig(Section):
     def _check_method(self) -> None:
         try:
             needs = self.new_method().needs
+        except RapoError:
+            raise
         except ValueError as error:
             raise ValueError(f"algorithm.{error}") from error
+        except Exception as error:  # of the user's own code
+            raise RapoError(
+                f'algorithm.method = "{self.algorithm.method}" fails when made, or asked for its terms; mend '
+                f"it:\n{own_traceback(error)}"
+            ) from error
         correction = self.algorithm.importance_correction
         if correction != "off" and Need.IMPORTANCE not in needs:
             raise ValueError(

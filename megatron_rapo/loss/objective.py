@@ -23,7 +23,7 @@ from megatron_rapo.loss.chunked import Head, ReferenceStates, chunked_loss, chun
 from megatron_rapo.loss.importance import importance_weight
 from megatron_rapo.loss.mismatch import Mismatch
 from megatron_rapo.loss.statistics import TokenStatistics
-from megatron_rapo.loss.trial import reported_names
+from megatron_rapo.loss.trial import OF_EVERY_UPDATE, reported_names
 from megatron_rapo.loss.vocabulary import VocabularyShard
 from megatron_rapo.methods.method import Method
 from megatron_rapo.methods.terms.term import AtToken, Need
@@ -60,18 +60,6 @@ class _Tokens:
 class Objective:
     """Computes a microbatch's share of the loss from final hidden states."""
 
-    # Sums over response tokens that every update reports besides what terms do; only "total" is weighted.
-    PARTS = (
-        "total",
-        "entropy",
-        "importance",
-        "importance_square",
-        "importance_corrected",
-        "not_finite",
-        "tokens",
-        "tokens_in_loss",
-    )
-
     def __init__(
         self,
         method: Method,
@@ -98,8 +86,8 @@ class Objective:
         self.group = group
         self.context_group = context_group
         self.needs = method.needs
-        self._reported = reported_names(method, taken=self.PARTS)
-        self.parts = self.PARTS + tuple(name for names in self._reported for name in names)
+        self._reported = reported_names(method)
+        self.parts = OF_EVERY_UPDATE + tuple(name for names in self._reported for name in names)
 
     @property
     def wants_reference_hidden(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,15 +11,22 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.methods.method import Method
 from megatron_rapo.methods.terms.term import AtToken, Term
 
+# Sums over response tokens that every update reports besides what terms do; only "total" is weighted.
+OF_EVERY_UPDATE = (
+    "total",
+    "entropy",
+    "importance",
+    "importance_square",
+    "importance_corrected",
+    "not_finite",
+    "tokens",
+    "tokens_in_loss",
+)
 _TOKENS = 3
 
 
-def reported_names(method: Method, taken: Sequence[str] = ()) -> list[tuple[str, ...]]:
+def reported_names(method: Method) -> list[tuple[str, ...]]:
     """The names of what each of the method's terms reports.
-
-    Args:
-        method: whose terms.
-        taken: names that no term may report under.
 
     Raises:
         RapoError: there is no term, a term fails or returns what is no value a token, or a name is taken.
@@ -30,7 +36,7 @@ def reported_names(method: Method, taken: Sequence[str] = ()) -> list[tuple[str,
     if not terms:
         raise RapoError(f"{what} has no terms, so no loss; return some from terms()")
     names = [tuple(_reported(term, what)) for _, term in terms]
-    every = Counter([*taken, *(name for own in names for name in own)])
+    every = Counter([*OF_EVERY_UPDATE, *(name for own in names for name in own)])
     if twice := [name for name, count in every.items() if count > 1]:
         raise RapoError(f"a term of {what} reports {twice[0]!r}, which is taken; give it another name")
     return names

@@ -40,7 +40,7 @@ class Method:
     A run makes one object of it. In the order of a step:
 
     - `teaches` says which groups dynamic sampling replaces;
-    - `advantages`, `flatten` and `choose` look at all groups of the step;
+    - `choose`, `advantages` and `flatten` look at all groups of the step;
     - `aggregate` makes the weights of tokens, of each minibatch's responses that are in the loss;
     - `terms` is the loss: Σ coefficient · term, token by token;
     - `state` and `restore` carry over checkpoints what the object learnt of the run.
@@ -109,6 +109,16 @@ class Method:
         may not.
         """
         raise NotImplementedError(f"{type(self).__name__} has no terms")
+
+    def state(self) -> Any:
+        """What it learnt of the run, as JSON: numbers, texts, lists, and dictionaries with text keys.
+
+        It is asked for after each step, and saved with checkpoints. Here: nothing.
+        """
+        return None
+
+    def restore(self, state: Any) -> None:
+        """Takes up the state that was saved, before the first step of a run that goes on."""
 
     @property
     def needs(self) -> frozenset[Need]:

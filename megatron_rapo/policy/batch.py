@@ -71,7 +71,7 @@ def make_samples(
         RapoError: the method does not take a reward, or does not say what it must of an episode.
     """
     _check_rewards(groups, method)
-    advantages, phi, chosen = (_ask(method, hook, groups) for hook in ("advantages", "flatten", "choose"))
+    chosen, advantages, phi = (_ask(method, hook, groups) for hook in ("choose", "advantages", "flatten"))
     minibatches = []
     for start in range(0, len(groups), minibatch_prompts):
         places = [

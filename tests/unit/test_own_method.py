@@ -1,0 +1,262 @@
+"""A method of the user's own: found, checked before anything starts, and its gradient."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import megatron_rapo
+from megatron_rapo.config import RunConfig, to_toml
+from megatron_rapo.config.load import load_config
+from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.outcome import Outcome
+from megatron_rapo.errors import RapoError
+from megatron_rapo.loss.objective import HeadStates, Objective
+from megatron_rapo.methods.state import restore_state, saved_state
+from megatron_rapo.policy.batch import make_samples
+from megatron_rapo.preflight import check_method
+from tests.own_method import ADDRESS, write_method
+from tests.unit.one_rank import one_rank
+from tests.unit.test_batch import responses
+from tests.unit.test_objective import VOCABULARY, microbatch, states
+
+C, W, T = Outcome.CORRECT, Outcome.WRONG, Outcome.TIMEOUT
+CONFIG = """
+[run]
+directory = "runs/mine"
+steps = 2
+[model]
+path = "model"
+[data]
+source = "arithmetic"
+[rollout]
+prompts_per_step = 4
+max_response_tokens = 10
+[algorithm]
+method = "my_method:RunningBaseline"
+penalty = 0.5
+"""
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """Each test has a module of its own."""
+    path = list(sys.path)
+    yield
+    sys.path[:] = path
+    sys.modules.pop("my_method", None)
+
+
+def configured(folder: Path, *changes: tuple[str, str], settings: tuple[str, ...] = ()) -> RunConfig:
+    write_method(folder, *changes)
+    (folder / "run.toml").write_text(CONFIG)
+    return load_config([folder / "run.toml"], settings)
+
+
+def test_its_options_are_its_own_and_the_common_ones(tmp_path: Path) -> None:
+    config = configured(tmp_path, settings=("algorithm.memory=0.5", "algorithm.minibatch_prompts=2"))
+    algorithm: Any = config.algorithm
+    assert (algorithm.memory, algorithm.penalty, algorithm.bound) == (0.5, 0.5, 0.9)
+    assert config.minibatch_prompts == 2
+    (tmp_path / "elsewhere").mkdir()
+    written = tmp_path / "elsewhere" / "config.toml"
+    written.write_text(to_toml(config))
+    assert load_config([written]) == config
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("memory=1.0", r"algorithm\.memory = 1\.0: must be less than 1"),
+        ("memori=0.5", r'of method = "my_method:RunningBaseline"; did you mean algorithm\.memory'),
+        ("flatten_floor=0.5", r'is not an option of method = "my_method:RunningBaseline"; rapo has it'),
+        (
+            "method=my_method:RuningBaseline",
+            r'has no RuningBaseline; did you mean "my_method:RunningBaseline"',
+        ),
+        ("method=my_method:Overconfidence", r"my_method\.py:10\) is no class that inherits from mega"),
+    ],
+)
+def test_a_wrong_option_is_told(tmp_path: Path, setting: str, told: str) -> None:
+    with pytest.raises(RapoError, match=told):
+        configured(tmp_path, settings=(f"algorithm.{setting}",))
+
+
+def test_a_correction_that_no_term_reads_is_refused(tmp_path: Path) -> None:
+    correction = ("algorithm.importance_correction=masked",)
+    configured(tmp_path, settings=correction)
+    sys.modules.pop("my_method")
+    with pytest.raises(RapoError, match=r"would have no effect: no term of method my_method:RunningBaseline"):
+        configured(tmp_path, ("PolicyGradient(0.2, 0.2)", "Overconfidence(0.2)"), settings=correction)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        (
+            "class Options(Method.Options)",
+            "class Options",
+            r"Options that do not inherit from Method\.Options",
+        ),
+        ("def terms", "def my_terms", r"has no terms, which no method can do without; write it"),
+        ("def restore", "def my_restore", r"has state, but no restore; write both, or none"),
+        (
+            "o.bound)",
+            "o.bond)",
+            r"(?s)fails when made, or asked for its terms; mend it:.*my_method\.py.*bond",
+        ),
+    ],
+)
+def test_a_class_that_is_no_method_is_told_with_the_configuration(
+    tmp_path: Path, before: str, after: str, told: str
+) -> None:
+    with pytest.raises(RapoError, match=told):
+        configured(tmp_path, (before, after))
+
+
+STATE = '{"baseline": self.baseline}'
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("over.square(), {", "over.sum(), {", r"Overconfidence of .* its value as \(\) for 3 tokens; return"),
+        ("over > 0}", "0.5}", r"returned overconfident as float for 3 tokens"),
+        ('"overconfident":', '"entropy":', r"reports 'entropy', which is taken"),
+        ("token.log_prob", "token.reference_log_prob", r"fails on 3 tokens: TypeError.*needs nothing"),
+        (STATE, "{1: 0.5}", r"would not come back .* as it was: \{1: 0\.5\} as \{'1': 0\.5\}"),
+        (STATE, "self.configured", r"cannot be saved with a checkpoint: .*Sampling is not"),
+        (STATE, "1 / 0", r"(?s)state of method .* fails; mend it.*ZeroDivisionError"),
+        ("self.baseline = 0.0", 'self.baseline = float("nan")', r"cannot be saved .*JSON compliant"),
+        (
+            'state["baseline"]',
+            'state["base"]',
+            r"(?s)restore of .* does not take the state.*KeyError: 'base'",
+        ),
+    ],
+)
+def test_terms_and_state_that_do_not_work_are_told_before_anything_starts(
+    tmp_path: Path, before: str, after: str, told: str
+) -> None:
+    config = configured(tmp_path, (before, after))
+    with pytest.raises(RapoError, match=told):
+        check_method(config)
+
+
+def test_what_works_passes(tmp_path: Path) -> None:
+    check_method(configured(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("advantages", "told"),
+    [
+        ("rewards[:1]", r"advantages of method .* returned 1 groups of \[4\] values, for 2 groups of \[4\]"),
+        ("rewards * math.nan", r"returned .*nan.* for an episode of 3 sampled tokens; return a finite"),
+        ("[[[1.0]] * 4] * 2", r"returned \[1\.0\] for an episode of 3 sampled tokens"),
+    ],
+)
+def test_advantages_that_are_none_end_the_run(tmp_path: Path, advantages: str, told: str) -> None:
+    method = configured(tmp_path, ("return rewards - before", f"return {advantages}")).new_method()
+    with pytest.raises(RapoError, match=told):
+        make_samples(GROUPS, method, VOCABULARY, 2)
+
+
+def test_a_negative_power_of_the_reference_ends_the_run(tmp_path: Path) -> None:
+    flatten = "    def flatten(self, groups):\n        return [[-1] * 4] * 2\n\n    def terms"
+    method = configured(tmp_path, ("    def terms", flatten)).new_method()
+    with pytest.raises(
+        RapoError, match=r"flatten of method .* returned -1; return a finite number that is not"
+    ):
+        make_samples(GROUPS, method, VOCABULARY, 2)
+
+
+def test_advantages_may_be_of_each_token(tmp_path: Path) -> None:
+    each = "[[list(range(e.episode.sampled_tokens)) for e in g.episodes] for g in groups]"
+    method = configured(tmp_path, ("return rewards - before", f"return {each}")).new_method()
+    (samples,) = make_samples(GROUPS, method, VOCABULARY, 2)
+    assert [np.array(sample.advantage).tolist() for sample in samples[:4]] == [
+        [0, 1, 2],
+        [0, 1],
+        [0, 1, 2, 3],
+        0,
+    ]
+
+
+GROUPS: list[Group] = [responses((3, C), (2, W), (4, W), (1, T)), responses((1, C), (2, C), (5, W), (3, C))]
+
+
+def test_its_state_goes_on_where_it_was_saved(tmp_path: Path) -> None:
+    """Known rewards are 1, 0, 0 and 1, 1, 0, 1: the baseline moves by a tenth of their mean a step."""
+    config = configured(tmp_path)
+    method = config.new_method()
+
+    def step() -> list[Any]:
+        (samples,) = make_samples(GROUPS, method, VOCABULARY, 2)
+        return [sample.advantage for sample in samples]
+
+    first, second, state = step(), step(), saved_state(method)
+    assert first == pytest.approx([1, 0, 0, 0, 1, 1, 0, 1])
+    mean = 4 / 7
+    assert second == pytest.approx(np.array(first) - np.array([1, 1, 1, 0, 1, 1, 1, 1]) * 0.1 * mean)
+    assert state == {"baseline": pytest.approx(0.1 * mean + 0.09 * mean)}
+    third = step()
+    method = config.new_method()
+    restore_state(method, state)
+    assert step() == third
+
+
+def test_its_gradient_is_that_of_finite_differences(tmp_path: Path) -> None:
+    method = configured(tmp_path).new_method()
+    batch = microbatch(dtype=np.float64)
+    tokens = int(batch.is_response.sum())
+    batch.old_log_probs = torch.full((len(batch.is_response),), -2.2, dtype=torch.float64)
+    policy = states(tokens, 0)
+    with torch.no_grad():
+        policy.weight.mul_(8.0)  # so that some tokens are above the bound, and some ratios clipped
+    with one_rank(tmp_path):
+        objective = Objective(
+            method,
+            temperature=0.9,
+            vocabulary=VOCABULARY,
+            group=torch.distributed.group.WORLD,  # type: ignore[arg-type]
+        )
+        loss, sums, _ = objective(batch, policy, None)
+        loss.backward()
+        assert 0 < objective.metrics(sums)["loss/overconfident"] < 1
+
+        def loss_at(moved: torch.Tensor) -> float:
+            return objective(batch, HeadStates(moved, policy.weight.detach()), None)[0].item()
+
+        hidden, gradient = policy.hidden.detach(), policy.hidden.grad
+        assert gradient is not None
+        for direction in torch.randn(6, *hidden.shape, generator=torch.Generator().manual_seed(3)).double():
+            found = (loss_at(hidden + 1e-6 * direction) - loss_at(hidden - 1e-6 * direction)) / 2e-6
+            assert found == pytest.approx(float((gradient * direction).sum()), rel=1e-5, abs=1e-9)
+
+
+def test_a_term_may_ask_for_the_reference(tmp_path: Path) -> None:
+    """And a reference is then loaded: a method whose terms need none has none."""
+    assert not configured(tmp_path).new_method().wants_reference
+    sys.modules.pop("my_method")
+    needs = "\n    needs = frozenset({Need.REVERSE_KL})\n\n    def __init__(self, bound"
+    imports = ("import AtToken, Method", "import AtToken, Need, Method")
+    asks = configured(tmp_path, ("\n    def __init__(self, bound", needs), imports)
+    assert asks.new_method().wants_reference_hidden
+
+
+def test_the_package_has_what_users_import() -> None:
+    assert {"Method", "Options", "Term", "AtToken", "Need"} <= set(megatron_rapo._PUBLIC)
+    for name, module in megatron_rapo._PUBLIC.items():
+        assert getattr(megatron_rapo, name).__module__ == module
+    with pytest.raises(AttributeError, match="no attribute 'Methode'"):
+        _ = megatron_rapo.Methode  # type: ignore[attr-defined]
+
+
+def test_the_pages_address_is_that_of_the_example() -> None:
+    assert ADDRESS in CONFIG
