@@ -18,6 +18,7 @@ Standing = Literal["ahead", "behind", "not told apart"]
 
 FLIPS = 10_000
 SIGNIFICANT = 0.05
+_PER_OCTAVE = 8  # ks of a curve
 _BLOCK = 500  # flips at a time, so that memory does not grow with their number
 
 
@@ -67,7 +68,7 @@ class Crossover:
 
 def grid(samples: int) -> list[int]:
     """k from 1 to N, about eight to an octave, so that a curve is smooth and a crossing found."""
-    steps = {round(2 ** (step / 8)) for step in range(8 * samples.bit_length())}
+    steps = {round(2 ** (step / _PER_OCTAVE)) for step in range(_PER_OCTAVE * samples.bit_length())}
     return sorted({k for k in steps if k <= samples} | {samples})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,11 @@ def hard(choosing: Draws, again: Draws, model: Draws) -> HardSubset:
 def test_the_grid_has_both_ends_and_every_power_of_two() -> None:
     assert {1, 2, 4, 8, 16, 32, 64, 100} <= set(grid(100))
     assert grid(1) == [1]
-    assert max(grid(1024)) == 1024 and len(grid(1024)) < 90
+    for samples in (100, 1000, 1024):
+        ks = grid(samples)
+        assert ks[0] == 1 and ks[-1] == samples and len(ks) < 90
+        # No step is larger than about an eighth of an octave.
+        assert all(later <= earlier * 2 ** (1 / 8) + 1 for earlier, later in pairwise(ks))
 
 
 def test_the_curve_is_the_estimators() -> None:

@@ -16,7 +16,7 @@ from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate import diagnosis, diagnostics
 from megatron_rapo.evaluate.diagnostics import Diagnostics, Pair, diagnose
-from megatron_rapo.evaluate.diversity import diversity
+from megatron_rapo.evaluate.diversity import Diversity, diversity
 from megatron_rapo.evaluate.manifest import ModelRecord, SettingRecord
 from megatron_rapo.evaluate.store import Problem, SampleStore, StoredSample
 from megatron_rapo.fingerprint import weights_fingerprint
@@ -103,6 +103,33 @@ def test_log_probs_divergences_and_entropies_are_those_of_whole_logits(
     assert found.reverse_kl == pytest.approx(np.nanmean(reverse, axis=0), rel=1e-3)
     for path, told in zip(models, (found.base_entropy, found.model_entropy), strict=True):
         assert told == pytest.approx(np.nanmean(entropies[path], axis=0), rel=1e-3)
+
+
+@pytest.mark.parametrize(("gpu", "device"), [(True, "cuda"), (False, "cpu")])
+def test_models_are_where_they_are_computed_fastest(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, device: str
+) -> None:
+    told: list[object] = []
+
+    class Network:
+        def to(self, where: str) -> Network:
+            told.append(where)
+            return self
+
+        def eval(self) -> Network:
+            told.append("eval")
+            return self
+
+    def load(path: Path, **options: object) -> Network:
+        told.append((path, options))
+        return Network()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(diagnostics.AutoModelForCausalLM, "from_pretrained", load)
+    diagnostics._load(Path("m"), "bfloat16")
+    # Nothing is fetched, and nothing is run that came with the weights.
+    options = {"dtype": torch.bfloat16, "local_files_only": True, "use_safetensors": True}
+    assert told == [(Path("m"), options), device, "eval"]
 
 
 def test_a_model_does_not_diverge_from_itself(models: tuple[Path, Path], tmp_path: Path) -> None:
@@ -212,3 +239,71 @@ def test_stored_evaluations_find_their_models(models: tuple[Path, Path], tmp_pat
     other = type(base)(base.directory, base.manifest.model_copy(update={"model": gone}))
     with pytest.raises(RapoError, match=r"are not at .*step_000007 any more"):
         diagnosis.run(other, model, limit=3, directory=tmp_path / "out")
+
+
+def test_the_lines_by_hand() -> None:
+    """Of a token: weighed by the responses that reach its position, not by position."""
+    found = Diagnostics(
+        responses=3,
+        base_log_prob=(-10.0, -20.0, -33.0),
+        model_log_prob=(-1.0, -2.0, -6.0),
+        tokens_below_floor=0.0125,
+        responses_below_floor=0.25,
+        forward_kl=(0.1, 0.5),
+        reverse_kl=(0.2, 0.6),
+        base_entropy=(1.0, 3.0),
+        model_entropy=(0.5, 2.5),
+        reaching=(3, 1),
+    )
+    assert diagnosis._lines(found, Diversity(4, 1.25, 2.5), Diversity(5, 1.0, 1.75)) == [
+        "  3 correct responses of the model, mean log-prob under the base -21.0, under the model -3.0 nats",
+        "  below 0.0001 under the base: 1.25% of tokens; 25.0% of responses have such a token",
+        "  a token: KL(base ‖ model) 0.2000, KL(model ‖ base) 0.3000, entropy of the base 1.500, of the "
+        "model 1.000 nats",
+        "  forms among 4 correct responses: base 2.50 (4 problems), model 1.75 (5)",
+    ]
+    assert diagnosis._lines(None, Diversity(0, 0.0, 0.0), Diversity(0, 0.0, 0.0)) == [
+        "  the model has no correct response"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (ModelRecord(path="{tmp}/hf", fingerprint="f"), "hf"),
+        (ModelRecord(path="{tmp}/hf", run="{tmp}/run", step=3, fingerprint="f"), "hf"),
+        (ModelRecord(path="{tmp}/hf", run="{tmp}/run", step=3), "run/checkpoints/step_000003"),
+        (ModelRecord(path="{tmp}/hf", run="{tmp}/run", step=0), "hf"),  # the base that the run began with
+        (ModelRecord(path="{tmp}/hf"), "hf"),
+    ],
+)
+def test_weights_are_looked_for_where_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: ModelRecord, expected: str
+) -> None:
+    """A run's engines had them from memory; a checkpoint of the step has the same ones."""
+    for folder in ("hf", "run/checkpoints/step_000003"):
+        (tmp_path / folder).mkdir(parents=True)
+    opened: list[tuple[Path, Path]] = []
+
+    def open_model(path: Path, scratch: Path) -> tuple[Path, ModelRecord]:
+        opened.append((path, scratch))
+        return tmp_path / "exported", ModelRecord(path="", fingerprint="f")
+
+    monkeypatch.setattr(diagnosis, "open_model", open_model)
+    values = {name: str(value).format(tmp=tmp_path) for name, value in record if isinstance(value, str)}
+    model = record.model_copy(update=values)
+    evaluation = store(tmp_path / "evaluation", np.zeros((1, 1), dtype=bool), model=model)
+    assert diagnosis._weights(evaluation, tmp_path / "scratch") == tmp_path / "exported"
+    assert opened == [(tmp_path / expected, tmp_path / "scratch")]
+
+
+def test_a_response_with_a_token_that_does_not_exist_is_left_out(tmp_path: Path) -> None:
+    """And of two responses to a problem the one of the smaller number comes first."""
+    kept = [row.response for row in diagnostics._choose(stored(tmp_path), 3, 22)]
+    assert sorted(kept) == [RESPONSES["a", 0], RESPONSES["b", 0]]
+    kept = [row.response for row in diagnostics._choose(stored(tmp_path / "more"), 2, 23)]
+    assert sorted(kept) == [RESPONSES["a", 0], RESPONSES["b", 0]]
+    rows = diagnostics._choose(stored(tmp_path / "all"), 3, 23)
+    assert {row.response: row.prompt for row in rows} == {
+        response: PROMPTS[problem] for (problem, _), response in RESPONSES.items()
+    }

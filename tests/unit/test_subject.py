@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.subject import default_name, open_model
+from megatron_rapo.evaluate import subject
+from megatron_rapo.evaluate.subject import default_name, open_model, recorded_configuration
 
 
 def checkpoint(run: Path, step: int) -> Path:
@@ -57,3 +58,45 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         open_model(tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(RapoError, match="is no Megatron checkpoint"):
         open_model(tmp_path, tmp_path / "out")
+
+
+def test_the_configuration_of_the_run_is_found_where_there_is_one(tmp_path: Path) -> None:
+    run = tmp_path / "one"
+    step = checkpoint(run, 3)
+    assert recorded_configuration(step) is None
+    (run / "config.toml").write_text("[run]\nsteps = 3\n")
+    (run / "model").mkdir()
+    (run / "model/config.json").write_text("{}")
+    for model in (step, run, run / "model"):
+        assert recorded_configuration(model) == run / "config.toml"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    assert recorded_configuration(other) is None
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"state": null}', '{"state": {"step": "x"}}', None])
+def test_a_checkpoint_of_another_trainer_has_neither_run_nor_step(tmp_path: Path, text: str | None) -> None:
+    folder = checkpoint(tmp_path / "one", 3)
+    record = folder / "run.json"
+    record.unlink() if text is None else record.write_text(text)
+    assert default_name(folder) == "step_000003"
+
+
+def test_a_checkpoint_is_exported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a HF configuration lies beside its weights."""
+    folder = checkpoint(tmp_path / "one", 3)
+    (folder / "config.json").write_text("{}")
+    exported: list[tuple[Path, Path]] = []
+
+    def convert(source: Path, target: Path) -> None:
+        exported.append((source, target))
+        target.mkdir(parents=True)
+        (target / "config.json").write_text("{}")
+
+    monkeypatch.setattr(subject, "convert_to_hf", convert)
+    for _ in range(2):
+        path, record = open_model(folder, tmp_path / "out")
+        assert path == tmp_path / "out/model-step_000003"
+        assert record.path == str(folder)
+    assert exported == [(folder, path)]
