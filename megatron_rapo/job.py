@@ -21,6 +21,7 @@ from megatron_rapo.data.order import PromptOrder
 from megatron_rapo.data.prompts import Prompt, PromptSet
 from megatron_rapo.data.tokenizer import load_tokenizer, vocabulary_size
 from megatron_rapo.episode.group import Group
+from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.evaluator import Evaluator
 from megatron_rapo.evaluate.held_out import load_held_out
 from megatron_rapo.experience.batch import Batch, collect
@@ -111,11 +112,16 @@ class Job:
     def collect(self, step: int) -> Batch:
         """Rollouts and rewards of the step's prompts, and of further ones where need be; on all ranks."""
 
+        sampling = self.method.sampling()
+        if wrong := sampling.wrong(self.method.configured):
+            raise RapoError(f'sampling of method "{self.config.algorithm.method}" returned {wrong}; mend it')
+        self.objective.temperature = sampling.temperature
+
         def score(prompts: Sequence[Prompt]) -> list[Group]:
             with self.observer.phase("rollout"):
                 groups = self.collector.sample(
                     prompts,
-                    responses=self.config.rollout.responses_per_prompt,
+                    sampling=sampling,
                     weight_version=step - 1,
                     seed=self.sampling_seed(step),
                 )
@@ -123,7 +129,9 @@ class Job:
                 return self.collector.share(self.collector.score(groups))
 
         rollout = self.config.rollout
-        batch = collect(self.prompts, rollout.prompts_per_step, score, rollout.dynamic_sampling)
+        batch = collect(
+            self.prompts, rollout.prompts_per_step, score, rollout.dynamic_sampling, self.method.teaches
+        )
         self.unknown_rewards.check(step, batch.drawn)
         self.collector.engines.rest()
         self.policy.take_room()

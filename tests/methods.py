@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_rapo.methods.method import Method, Sampling
+from megatron_rapo.methods.method import Method
 from megatron_rapo.methods.named import METHODS
+from megatron_rapo.methods.sampling import Sampling
 
 
 def a_method(name: str = "rapo", *, max_response_tokens: int = 10, **options: Any) -> Method:

@@ -24,8 +24,9 @@ from megatron_rapo.config.training import Model, Optimizer, Parallel
 from megatron_rapo.config.verifiers import RewardPlan, built_in
 from megatron_rapo.config.weights import Weights
 from megatron_rapo.errors import RapoError
-from megatron_rapo.methods.method import Method, Sampling
+from megatron_rapo.methods.method import Method
 from megatron_rapo.methods.named import METHODS
+from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.methods.terms.term import Need
 from megatron_rapo.section import Section
 from megatron_rapo.user_code import is_named_in, own_traceback

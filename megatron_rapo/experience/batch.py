@@ -12,7 +12,6 @@ import numpy as np
 from megatron_rapo.config.sampling import DynamicSampling
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.episode.group import Group, known_rewards
-from megatron_rapo.methods.advantages import varies
 
 Score = Callable[[Sequence[Prompt]], list[Group]]
 """Samples and verifies prompts: their groups, in order, the same on all ranks."""
@@ -37,11 +36,13 @@ class Batch:
         groups: exactly as many as were wanted, in the order drawn.
         drawn: all groups that were sampled; `groups` are of them.
         rounds: of dynamic sampling; 0 without it.
+        teaching: how many of `drawn`, and of `groups`, teach; told of dynamic sampling alone.
     """
 
     groups: list[Group]
     drawn: list[Group]
     rounds: int
+    teaching: tuple[int, int] = (0, 0)
 
     def metrics(self) -> Mapping[str, float]:
         """What dynamic sampling cost and did: `reward/mean` is of the chosen groups alone."""
@@ -50,18 +51,19 @@ class Batch:
         return {
             "sampling/rounds": self.rounds,
             "sampling/prompts_drawn": len(self.drawn),
-            "sampling/filled_up": sum(not teaches(group) for group in self.groups),
-            "sampling/surplus": sum(map(teaches, self.drawn)) - sum(map(teaches, self.groups)),
+            "sampling/filled_up": len(self.groups) - self.teaching[1],
+            "sampling/surplus": self.teaching[0] - self.teaching[1],
             "sampling/reward_mean_drawn": float(np.ma.filled(known_rewards(self.drawn).mean(), np.nan)),
         }
 
 
-def teaches(group: Group) -> bool:
-    """Whether the group's known rewards differ, so that comparing them tells something."""
-    return bool(varies(known_rewards([group]))[0])
-
-
-def collect(prompts: Prompts, wanted: int, score: Score, dynamic: DynamicSampling | None) -> Batch:
+def collect(
+    prompts: Prompts,
+    wanted: int,
+    score: Score,
+    dynamic: DynamicSampling | None,
+    teaches: Callable[[Group], bool],
+) -> Batch:
     """The groups of the next `wanted` prompts; with dynamic sampling, of the next that teach.
 
     Dynamic sampling ends early after `max_rounds`, or once a further round would meet a prompt of this step
@@ -72,6 +74,7 @@ def collect(prompts: Prompts, wanted: int, score: Score, dynamic: DynamicSamplin
         wanted: groups of a step.
         score: samples and verifies.
         dynamic: how many prompts a round draws, and how many rounds there are; None: one round of `wanted`.
+        teaches: whether a group teaches (`Method.teaches`); asked once of each.
     """
     if dynamic is None:
         groups = score(prompts.draw(wanted))
@@ -79,19 +82,16 @@ def collect(prompts: Prompts, wanted: int, score: Score, dynamic: DynamicSamplin
     # A batch may be larger than the set; then it meets prompts again as it would without dynamic sampling.
     most = max(wanted, prompts.size)
     drawn: list[Group] = []
+    teaching: list[bool] = []
     rounds = 0
-    while (
-        (missing := wanted - sum(map(teaches, drawn))) > 0
-        and rounds < dynamic.max_rounds
-        and len(drawn) < most
-    ):
+    while (missing := wanted - sum(teaching)) > 0 and rounds < dynamic.max_rounds and len(drawn) < most:
         count = min(math.ceil(missing * dynamic.over_sampling), most - len(drawn))
-        drawn += score(prompts.draw(count))
+        groups = score(prompts.draw(count))
+        drawn += groups
+        teaching += map(teaches, groups)
         rounds += 1
-    return Batch(_choose(drawn, wanted), drawn, rounds)
-
-
-def _choose(drawn: Sequence[Group], wanted: int) -> list[Group]:
-    """The first `wanted` groups, those that teach before the others; in the order drawn."""
-    ranked = sorted(range(len(drawn)), key=lambda place: not teaches(drawn[place]))  # stable
-    return [drawn[place] for place in sorted(ranked[:wanted])]
+    # The first that are wanted, those that teach before the others; in the order drawn.
+    ranked = sorted(range(len(drawn)), key=lambda place: not teaching[place])  # stable
+    chosen = sorted(ranked[:wanted])
+    counts = sum(teaching), sum(teaching[place] for place in chosen)
+    return Batch([drawn[place] for place in chosen], drawn, rounds, counts)

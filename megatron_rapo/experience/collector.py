@@ -11,6 +11,7 @@ from megatron_rapo.config import Rollout
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.episode.group import Group
 from megatron_rapo.experience.engines import SharedEngines
+from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.reward.scoring import score_groups
 from megatron_rapo.reward.verifier import Verifier
@@ -44,7 +45,7 @@ class Collector:
         self.recover: Callable[[int], object] | None = None
 
     def sample(
-        self, prompts: Sequence[Prompt], *, responses: int, weight_version: int, seed: int
+        self, prompts: Sequence[Prompt], *, sampling: Sampling, weight_version: int, seed: int
     ) -> list[RolloutGroup]:
         """This head's share of the prompts with their responses; nothing on other ranks. All ranks call it.
 
@@ -52,7 +53,7 @@ class Collector:
 
         Args:
             prompts: the same on all ranks.
-            responses: of each prompt.
+            sampling: how many responses of each prompt, and how they are drawn.
             weight_version: that must have sampled every token.
             seed: of this batch of samples.
 
@@ -70,9 +71,9 @@ class Collector:
             missing = [place for place in range(len(mine)) if place not in groups]
             found = pool.generate(
                 [mine[place] for place in missing],
-                responses_per_prompt=responses,
-                max_response_tokens=self.rollout.max_response_tokens,
-                temperature=self.rollout.temperature,
+                responses_per_prompt=sampling.responses_per_prompt,
+                max_response_tokens=sampling.max_response_tokens,
+                temperature=sampling.temperature,
                 weight_version=weight_version,
                 seed=seed,
             )

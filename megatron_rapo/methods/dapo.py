@@ -20,8 +20,9 @@ from pydantic import Field
 from megatron_rapo.episode.group import Group, known_rewards
 from megatron_rapo.methods.advantages import standardised
 from megatron_rapo.methods.clipping import Clipping
-from megatron_rapo.methods.method import Method, OfEpisodes, Sampling
+from megatron_rapo.methods.method import Method, OfEpisodes
 from megatron_rapo.methods.overlong import overlong_penalty, sampled_tokens
+from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.methods.terms.term import Term
 from megatron_rapo.section import NonNegativeFloat, PositiveInt
 

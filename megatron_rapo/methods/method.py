@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,25 +12,11 @@ from megatron_rapo.episode.group import Group, known_rewards
 from megatron_rapo.methods import options as common
 from megatron_rapo.methods.advantages import varies
 from megatron_rapo.methods.aggregation import Aggregation, token_weights
+from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.methods.terms.term import OF_ITS_DISTRIBUTION, OF_THE_REFERENCE, Need, Term
 
 OfEpisodes = Sequence[Sequence[Any]] | npt.NDArray[Any]
 """`[groups][episodes]`: a value of each episode; an array's rows may be as long as the largest group."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a step's responses are sampled.
-
-    Attributes:
-        temperature: T; the trainer divides its logits by the same.
-        responses_per_prompt: G.
-        max_response_tokens: where responses are cut.
-    """
-
-    temperature: float
-    responses_per_prompt: int
-    max_response_tokens: int
 
 
 class Method:
@@ -39,6 +24,7 @@ class Method:
 
     A run makes one object of it. In the order of a step:
 
+    - `sampling` says how the step's responses are sampled;
     - `teaches` says which groups dynamic sampling replaces;
     - `choose`, `advantages` and `flatten` look at all groups of the step;
     - `aggregate` makes the weights of tokens, of each minibatch's responses that are in the loss;
@@ -64,6 +50,13 @@ class Method:
         """
         self.options = options
         self.configured = configured
+
+    def sampling(self) -> Sampling:
+        """How the next step's responses are sampled, and with which temperature trained. Here: as configured.
+
+        At most `max_response_tokens` of the configuration, and two responses a prompt or more.
+        """
+        return self.configured
 
     def teaches(self, group: Group) -> bool:
         """Whether a group teaches; dynamic sampling replaces it if not. Here: its known rewards differ."""

@@ -10,6 +10,7 @@ from megatron_rapo.data.prompts import LoadReport, Prompt, PromptSet
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.experience.batch import collect
 from tests.episodes import group_of, scored_response
+from tests.methods import a_method
 
 MIXED = (Outcome.CORRECT, Outcome.WRONG)
 ALL_RIGHT = (Outcome.CORRECT, Outcome.CORRECT)
@@ -42,7 +43,7 @@ def order_of(size):
 def collected(outcomes, wanted, dynamic):
     """The indices chosen, those of each round, where the order stands, and the metrics."""
     prompts, score = order_of(len(outcomes)), Scores(outcomes)
-    batch = collect(prompts, wanted, score, dynamic)
+    batch = collect(prompts, wanted, score, dynamic, a_method().teaches)
     chosen = [int(group.problem.id) for group in batch.groups]
     metrics = {name.removeprefix("sampling/"): value for name, value in batch.metrics().items()}
     return chosen, score.rounds, prompts.position, metrics
@@ -104,7 +105,7 @@ def test_a_step_meets_no_prompt_twice_when_the_data_run_out():
     # The next step goes on in the next epoch.
     prompts, score = order_of(5), Scores(outcomes)
     prompts.position = position
-    collect(prompts, 3, score, None)
+    collect(prompts, 3, score, None, a_method().teaches)
     assert (score.draws, prompts.position) == ([5, 6, 7], 8)
 
 

@@ -12,6 +12,7 @@ from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import SharedEngines
+from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.revival import Reviver
@@ -46,7 +47,7 @@ def make_pool(urls, reviver=None):
 
 
 def sample(collector):
-    groups = collector.sample(PROMPTS, responses=2, weight_version=3, seed=5)
+    groups = collector.sample(PROMPTS, sampling=Sampling(1.0, 2, 8), weight_version=3, seed=5)
     return [(g.prompt, [response.token_ids.tolist() for response in g.responses]) for g in groups]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,9 @@ from megatron_rapo.config.load import load_config
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
+from megatron_rapo.job import Job
 from megatron_rapo.loss.objective import HeadStates, Objective
+from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.methods.state import restore_state, saved_state
 from megatron_rapo.policy.batch import make_samples
 from megatron_rapo.preflight import check_method
@@ -248,6 +252,81 @@ def test_a_term_may_ask_for_the_reference(tmp_path: Path) -> None:
     imports = ("import AtToken, Method", "import AtToken, Need, Method")
     asks = configured(tmp_path, ("\n    def __init__(self, bound", needs), imports)
     assert asks.new_method().wants_reference_hidden
+
+
+class Step:
+    """Stands for a job that collects a step: it notes how responses are sampled."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.method = config, config.new_method()
+        self.observer = SimpleNamespace(phase=lambda name: nullcontext())
+        self.prompts = SimpleNamespace(size=100, draw=lambda count: [None] * count)
+        self.objective = SimpleNamespace(temperature=None)
+        self.unknown_rewards = SimpleNamespace(check=lambda *_: None)
+        self.policy = SimpleNamespace(take_room=lambda: None)
+        self.asked: list[Any] = []
+        engines = SimpleNamespace(rest=lambda: None)
+        self.collector: Any = SimpleNamespace(
+            sample=self.sample, score=lambda groups: groups, share=list, engines=engines
+        )
+
+    def sampling_seed(self, step: int) -> int:
+        return step
+
+    def sample(self, prompts: Any, *, sampling: Any, **_: Any) -> list[Group]:
+        self.asked.append((len(prompts), sampling))
+        return [GROUPS[0]] * len(prompts)
+
+
+def of_step(body: str) -> tuple[str, str]:
+    return ("    def terms", f"    {body}\n\n    def terms")
+
+
+def test_it_may_say_how_a_step_is_sampled(tmp_path: Path) -> None:
+    body = "def sampling(self):\n        return type(self.configured)(0.5 + self.baseline, 6, 7)"
+    step: Any = Step(configured(tmp_path, of_step(body)))
+    for temperature in (0.5, 0.75):
+        Job.collect(step, 1)
+        assert step.asked.pop() == (4, Sampling(temperature, 6, 7))
+        assert step.objective.temperature == temperature, "the loss is of another temperature"
+        step.method.baseline = 0.25
+
+
+def test_a_run_is_sampled_as_configured_by_default(tmp_path: Path) -> None:
+    step: Any = Step(
+        configured(tmp_path, settings=("rollout.temperature=0.6", "rollout.responses_per_prompt=5"))
+    )
+    Job.collect(step, 1)
+    assert step.asked == [(4, Sampling(0.6, 5, 10))]
+    assert step.objective.temperature == 0.6
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ("0.0, 4, 7", r"temperature = 0\.0 is no positive number"),
+        ("1.0, 1, 7", r"responses_per_prompt = 1 leaves nothing"),
+        ("1.0, 4, 11", r"max_response_tokens = 11 is not from 1 to rollout\.max_response_tokens = 10"),
+        ("1.0, 4, 0", r"max_response_tokens = 0 is not from 1"),
+    ],
+)
+def test_sampling_that_cannot_be_ends_the_run(tmp_path: Path, values: str, told: str) -> None:
+    body = f"def sampling(self):\n        return type(self.configured)({values})"
+    step: Any = Step(configured(tmp_path, of_step(body)))
+    with pytest.raises(RapoError, match=told):
+        Job.collect(step, 1)
+
+
+def test_it_may_say_which_groups_dynamic_sampling_replaces(tmp_path: Path) -> None:
+    """By default those whose known rewards are all the same; these are not."""
+    settings = ("rollout.dynamic_sampling.over_sampling=1.0",)
+    step: Any = Step(configured(tmp_path, settings=settings))
+    assert Job.collect(step, 1).rounds == 1
+    sys.modules.pop("my_method")
+    never = of_step("def teaches(self, group):\n        return False")
+    step = Step(configured(tmp_path / "never", never, settings=settings))
+    found = Job.collect(step, 1)
+    assert (found.rounds, len(found.drawn), found.metrics()["sampling/filled_up"]) == (4, 16, 4)
 
 
 def test_the_package_has_what_users_import() -> None:

@@ -14,6 +14,7 @@ from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import SharedEngines
+from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.rollout.groups import Response, RolloutGroup
 from tests.ranks import on_ranks
 
@@ -120,6 +121,7 @@ def test_requests_sent_again_are_those_of_all_heads() -> None:
 # Sampling
 
 
+SAMPLING = Sampling(0.75, 5, 13)
 PROMPTS = [Prompt(10 + i, "", (i, 7), "", draw=i) for i in range(8)]
 
 
@@ -138,7 +140,7 @@ def test_each_head_samples_its_share_and_asks_again_for_what_is_missing_alone(fa
         collector.recover = recovered.append
         if pool is not None:
             pool.fails = fails[rank.data_rank]
-        groups = collector.sample(PROMPTS, responses=5, weight_version=4, seed=99)
+        groups = collector.sample(PROMPTS, sampling=SAMPLING, weight_version=4, seed=99)
         asked = [[prompt.index for prompt in prompts] for prompts, _ in pool.asked] if pool else []
         options = [options for _, options in pool.asked] if pool else []
         return [group.prompt.index for group in groups], asked, options, recovered
@@ -162,7 +164,7 @@ def test_without_a_way_back_every_rank_fails_alike() -> None:
         if pool is not None and rank.data_rank == 2:
             pool.fails = 1
         with pytest.raises(RapoError, match=f"too few engines are left.*\n  {TWO}: late") as failed:
-            collector_of(rank, pool).sample(PROMPTS, responses=5, weight_version=4, seed=99)
+            collector_of(rank, pool).sample(PROMPTS, sampling=SAMPLING, weight_version=4, seed=99)
         return str(failed.value)
 
     assert len(set(on_ranks(WORLD, sample, stride=STRIDE))) == 1
