@@ -45,3 +45,8 @@ _KNOWN_AND_HARMLESS = (
 )
 for _message in _KNOWN_AND_HARMLESS:
     warnings.filterwarnings("ignore", message=_message)
+
+from megatron_rapo.episode.problem import Problem  # noqa: E402
+from megatron_rapo.episode.score import Score  # noqa: E402
+
+__all__ = ["Problem", "Score", "__version__"]
