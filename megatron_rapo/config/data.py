@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from megatron_rapo.config.reward import Judging
 from megatron_rapo.config.templates import Templated
 from megatron_rapo.section import NonNegativeInt, PathOption, PositiveInt, Section
 from megatron_rapo.user_code import ADDRESS
@@ -13,6 +14,10 @@ from megatron_rapo.user_code import ADDRESS
 _LABEL = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 LABEL_MEANS = "letters, digits, dots, hyphens and underscores, a letter or digit first"
 _LABEL_MEANING = "What evaluations and metrics call it. Default: the name of the file, function or task."
+_REWARD_MEANING = (
+    "What judges responses to its problems, in place of `[reward]`: `verifier`, `function`, `functions` and "
+    "`correct_at`."
+)
 _SEED_MEANING = (
     "Draws the problems, of training and held out; runs of another `run.seed` have the same ones, in another "
     "order."
@@ -39,6 +44,7 @@ class FileData(Templated):
 
     source: Literal["file"]
     label: str | None = Field(None, pattern=_LABEL, description=_LABEL_MEANING)
+    reward: Judging | None = Field(None, description=_REWARD_MEANING)
     path: PathOption = Field(description="A .jsonl or .parquet file, one problem a row.")
     format: Format = Field(
         "rows",
@@ -96,6 +102,7 @@ class FunctionData(Templated):
 
     source: Literal["function"]
     label: str | None = Field(None, pattern=_LABEL, description=_LABEL_MEANING)
+    reward: Judging | None = Field(None, description=_REWARD_MEANING)
     problems: str = Field(
         description="`module:function`, of `run.code` or of an installed package. It returns mappings, each "
         "with `question`, `prompt` or `messages`, and `answer` where there is one."
@@ -127,6 +134,7 @@ class CountdownData(Section):
 
     source: Literal["countdown"]
     label: str | None = Field(None, pattern=_LABEL, description=_LABEL_MEANING)
+    reward: Judging | None = Field(None, description=_REWARD_MEANING)
     numbers: Literal[3, 4] = Field(4, description="How many numbers a problem gives.")
     largest: int = Field(25, ge=2, le=99, description="Numbers are drawn from 1 to this.")
     operators: str = Field("+-*", description="Operators that a problem's hidden solution uses, of `+-*/`.")
@@ -150,6 +158,7 @@ class ArithmeticData(Section):
 
     source: Literal["arithmetic"]
     label: str | None = Field(None, pattern=_LABEL, description=_LABEL_MEANING)
+    reward: Judging | None = Field(None, description=_REWARD_MEANING)
     terms: int = Field(2, ge=2, le=6, description="Numbers a problem combines.")
     digits: int = Field(2, ge=1, le=6, description="Digits of the largest number.")
     operators: str = Field("+-*", description="Operators, of `+-*`.")

@@ -136,7 +136,15 @@ def _own_options(heading: str, section: type[Section]) -> str:
 
 def _own_tables(annotation: Any) -> list[type[Section]]:
     """The sections that a field's type names, but for those that the page has under a name of their own."""
-    return [section for section in sections_of(annotation) if section not in sections()]
+    return [section for section in sections_of(annotation) if _table_of(section) is None]
+
+
+def _table_of(section: type[Section]) -> str | None:
+    """The table that the page has for the section, or for one that it is the base of."""
+    for name, field in RunConfig.model_fields.items():
+        if any(issubclass(own, section) for own in sections_of(field.annotation)):
+            return name
+    return None
 
 
 def _row(option: str, field: FieldInfo, chosen: Any = None) -> str:
@@ -153,7 +161,8 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
     """A type in plain words: `integer > 0`, `"full"` or `"none"`, list of text."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if sections_of(annotation):
-        return "table, below" if _own_tables(annotation) else "table like `[data]`"
+        table = _table_of(sections_of(annotation)[0])
+        return "table, below" if table is None else f"table like `[{table}]`"
     if origin is Annotated:
         base, *more = arguments
         return _kind(base, [*metadata, *(bound for part in more for bound in getattr(part, "metadata", ()))])

@@ -49,7 +49,14 @@ CLASSES: Mapping[Change, tuple[str, ...]] = {
     # What is learnt, and how fast; what is measured.
     Change.ASKED: (
         *("rollout.prompts_per_step", "rollout.responses_per_prompt", "rollout.max_response_tokens"),
-        *("rollout.temperature", "rollout.dynamic_sampling", "reward", "algorithm", "optimizer"),
+        *(
+            "rollout.temperature",
+            "rollout.dynamic_sampling",
+            "reward",
+            "data.reward",
+            "algorithm",
+            "optimizer",
+        ),
         "evaluate",
     ),
     # Order of prompts and seeds of samples are functions of these, and the state is of these types.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -68,12 +68,8 @@ class RewardFunction(Section):
             raise ValueError(f"options.pattern = {pattern!r} is no regular expression: {error}") from None
 
 
-class Reward(Section):
-    """What responses earn: 1 where a built-in verifier finds them correct, else 0; or what functions return.
-
-    Where a function raises or does not end the reward is unknown: the response is not trained on, takes no
-    part in its group's comparison, and is counted (`reward/timeout`, `reward/crash`, `reward/unknown`).
-    """
+class Judging(Section):
+    """What judges responses: a verifier, a function, or several."""
 
     verifier: VerifierName | None = Field(
         None,
@@ -93,6 +89,68 @@ class Reward(Section):
         description="The reward of functions from which on a response counts as correct, in pass@k and "
         "`reward/correct`.",
     )
+
+    def without_effect(self) -> dict[str, str]:
+        if self.function or self.functions:
+            return {}
+        return {"correct_at": "a verifier says what is correct; it is for functions"}
+
+    def parts(self, table: str = "reward") -> tuple[RewardPart, ...]:
+        """Those of `function` or `functions`; none where a verifier decides.
+
+        Args:
+            table: that the user set, as errors call it.
+        """
+        if self.function:
+            return (RewardPart(self.function, f"{table}.function"),)
+        return tuple(
+            RewardPart(
+                address=(VERIFIERS | REWARDS).get(one.use, one.use),
+                option=f"{table}.functions[{place}].use",
+                name=one.metric,
+                weight=one.weight,
+                verifies=one.use in VERIFIERS,
+                options=one.options,
+            )
+            for place, one in enumerate(self.functions)
+        )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        chosen: dict[str, Any] = {
+            "verifier": self.verifier,
+            "function": self.function,
+            "functions": self.functions,
+        }
+        given = [name for name, value in chosen.items() if value]
+        if len(given) > 1:
+            raise ValueError(
+                f"{given[0]} and {given[1]} are both set; keep one, or name all in functions with a "
+                "weight each"
+            )
+        if self.function in VERIFIERS:
+            raise ValueError(f'function = "{self.function}" is a verifier; set verifier to it')
+        if self.function is not None and (wrong := malformed(self.function)):
+            raise ValueError(f'function = "{self.function}" {wrong}')
+        if self.functions:
+            self._check_functions()
+        return self
+
+    def _check_functions(self) -> None:
+        [(name, times)] = Counter(one.metric for one in self.functions).most_common(1)
+        if times > 1:
+            raise ValueError(f'functions has {times} of the name "{name}"; give each a name of its own')
+        if not any(one.weight for one in self.functions):
+            raise ValueError("functions have the weight 0 all: no response would earn anything; raise one")
+
+
+class Reward(Judging):
+    """What responses earn: 1 where a built-in verifier finds them correct, else 0; or what functions return.
+
+    Where a function raises or does not end the reward is unknown: the response is not trained on, takes no
+    part in its group's comparison, and is counted (`reward/timeout`, `reward/crash`, `reward/unknown`).
+    """
+
     workers: PositiveInt = Field(
         2,
         description="Processes of each data-parallel head in which responses are judged, one at a time each; "
@@ -108,53 +166,3 @@ class Reward(Section):
         0.5,
         description="Share of a step's rewards that may be unknown; beyond it the run ends, and says why.",
     )
-
-    def without_effect(self) -> dict[str, str]:
-        if self.function or self.functions:
-            return {}
-        return {"correct_at": "a verifier says what is correct; it is for functions"}
-
-    @property
-    def parts(self) -> tuple[RewardPart, ...]:
-        """Those of `function` or `functions`; none where a verifier decides."""
-        if self.function:
-            return (RewardPart(self.function, "reward.function"),)
-        return tuple(
-            RewardPart(
-                address=(VERIFIERS | REWARDS).get(one.use, one.use),
-                option=f"reward.functions[{place}].use",
-                name=one.metric,
-                weight=one.weight,
-                verifies=one.use in VERIFIERS,
-                options=one.options,
-            )
-            for place, one in enumerate(self.functions)
-        )
-
-    @model_validator(mode="after")
-    def _check(self) -> Reward:
-        chosen: dict[str, Any] = {
-            "verifier": self.verifier,
-            "function": self.function,
-            "functions": self.functions,
-        }
-        given = [name for name, value in chosen.items() if value]
-        if len(given) > 1:
-            raise ValueError(
-                f"{given[0]} and {given[1]} are both set; keep one, or name all in [[reward.functions]] "
-                "with a weight each"
-            )
-        if self.function in VERIFIERS:
-            raise ValueError(f'function = "{self.function}" is a verifier; set reward.verifier to it')
-        if self.function is not None and (wrong := malformed(self.function)):
-            raise ValueError(f'function = "{self.function}" {wrong}')
-        if self.functions:
-            self._check_functions()
-        return self
-
-    def _check_functions(self) -> None:
-        [(name, times)] = Counter(one.metric for one in self.functions).most_common(1)
-        if times > 1:
-            raise ValueError(f'functions has {times} of the name "{name}"; give each a name of its own')
-        if not any(one.weight for one in self.functions):
-            raise ValueError("functions have the weight 0 all: no response would earn anything; raise one")

@@ -71,13 +71,18 @@ class RunConfig(Section):
         return self.optimizer.decay_steps or self.run.steps
 
     def verifier_of(self, data: Data) -> RewardPlan:
-        """What judges responses to a data set: functions, `reward.verifier`, or what suits the source."""
-        if parts := self.reward.parts:
-            return RewardPlan(parts, self.reward.correct_at, tuple(self.run.code))
+        """What judges responses to a data set: its own `reward`, or that of the run.
+
+        These name functions or a verifier; else it is what suits the source.
+        """
+        judging = data.reward or self.reward
+        if parts := judging.parts("reward" if data.reward is None else f"{data.name}: reward"):
+            return RewardPlan(parts, judging.correct_at, tuple(self.run.code))
         belonging = {"file": "math", "function": "math", "countdown": "countdown", "arithmetic": "integer"}
-        chosen = self.reward.verifier
+        chosen = judging.verifier
         # Countdown's answers are no expressions that could be compared: it goes with its verifier alone.
-        if chosen is None or (data != self.data and "countdown" in (data.source, chosen)):
+        shared = data.reward is None and data != self.data
+        if chosen is None or (shared and "countdown" in (data.source, chosen)):
             return built_in(belonging[data.source])
         return built_in(chosen)
 
@@ -221,12 +226,14 @@ class RunConfig(Section):
             )
 
     def _check_rewards(self) -> None:
-        source = self.data.source
-        for part in self.verifier_of(self.data).parts:
-            if part.verifies and (str(part) == "countdown") != (source == "countdown"):
-                alone = part.option == "reward.verifier"
-                remedy = "remove it" if alone else "name another, or change the data"
-                raise ValueError(f'{part.option} = "{part}" cannot check data.source = "{source}"; {remedy}')
+        own = [data for data in self.evaluation_data if data.reward is not None]
+        for data in [self.data, *own]:
+            for part in self.verifier_of(data).parts:
+                if part.verifies and (str(part) == "countdown") != (data.source == "countdown"):
+                    where = "data.source" if data is self.data else f"source of {data.name}"
+                    raise ValueError(
+                        f'{part.option} = "{part}" cannot check {where} = "{data.source}"; remove it'
+                    )
 
     def _check_colocation(self) -> None:
         transport = self.weights.transport

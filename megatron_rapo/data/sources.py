@@ -139,7 +139,7 @@ def generate(data: CountdownData | ArithmeticData, split: Split, count: int) -> 
 
 
 def _told(data: CountdownData | ArithmeticData, split: Split) -> str:
-    options = data.model_dump(exclude={"source", "label", "problems", "seed"})
+    options = data.model_dump(exclude={"source", "label", "reward", "problems", "seed"})
     told = ", ".join(f"{name} = {toml_value(value)}" for name, value in options.items())
     split_name = {"train": "training", "test": "held-out"}[split]
     return f"{data.source} ({told}; {split_name} problems of seed {data.seed})"

@@ -155,7 +155,7 @@ def _generated(task: str, request: Request) -> dict[str, Any]:
         trained_on = load_config([recorded]).data
     if trained_on is None or trained_on.source != task:
         return {"source": task}
-    return trained_on.model_dump(mode="json", exclude_none=True)
+    return trained_on.model_dump(mode="json", exclude={"reward"}, exclude_none=True)
 
 
 def as_typed(message: str, request: Request) -> str:

@@ -93,7 +93,7 @@ def plan_of(folder: Path, *uses: str | RewardFunction, **options: Any) -> Reward
         reward = Reward(function=f"my_rewards:{uses[0]}", **options)
     else:
         reward = Reward(functions=[use for use in uses if isinstance(use, RewardFunction)], **options)
-    return RewardPlan(reward.parts, reward.correct_at, (folder,))
+    return RewardPlan(reward.parts(), reward.correct_at, (folder,))
 
 
 def opened(plan: RewardPlan, workers: int = 1, time_limit_s: float = 20.0, **limits: float) -> Verifier:
@@ -311,7 +311,7 @@ def test_a_function_that_does_not_fit_is_refused_before_anything_is_judged(
     folder = tmp_path
     (folder / "my_rewards.py").write_text(f"REWARD = 3\n\ndef narrow(response): ...\n{REWARDS}")
     (folder / "broken.py").write_text("1 / 0")
-    plan = RewardPlan(Reward(function=use).parts, 1.0, (folder,))
+    plan = RewardPlan(Reward(function=use).parts(), 1.0, (folder,))
     with pytest.raises(RapoError, match=message):
         opened(plan)
 
@@ -333,7 +333,7 @@ from megatron_rapo.config.reward import TAKEN
 from megatron_rapo.config.verifiers import RewardPlan
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.reward.verifier import Verifier
-plan = RewardPlan(Reward(function="their_package.scores:score").parts)
+plan = RewardPlan(Reward(function="their_package.scores:score").parts())
 with Verifier(plan, workers=1, time_limit_s=20.0) as verifier:
     print(verifier.verify([("x", Problem("", ""))])[0].reward)
 """
@@ -453,6 +453,23 @@ def test_the_configuration_says_what_judges() -> None:
     assert [part.name for part in config.verifier_of(config.data).parts] == ["countdown", "score"]
 
 
+def test_a_data_set_may_have_a_reward_of_its_own() -> None:
+    options = configured(function="a:b").resolved()
+    own = {"source": "file", "path": "x.jsonl", "reward": {"function": "c:d", "correct_at": 0.5}}
+    options |= {
+        "evaluate": {"data": [own, {"source": "arithmetic", "reward": {"verifier": "math"}}, options["data"]]}
+    }
+    config = validate(options, source="test")
+    plans = [config.verifier_of(data) for data in [config.data, *config.evaluation_data]]
+    assert list(map(str, plans)) == ["a:b", "c:d, correct at 0.5", "math", "a:b"]
+    assert [plan.needs_answers for plan in plans] == [False, False, True, False]
+    assert plans[1].parts[0].option == "x: reward.function"
+    assert validate(config.resolved(), source="copy") == config
+    own["reward"] = {"verifier": "countdown"}
+    with pytest.raises(RapoError, match='"countdown" cannot check source of x = "file"'):
+        validate(options, source="test")
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
@@ -460,10 +477,10 @@ def test_the_configuration_says_what_judges() -> None:
             {"function": "my_rewards.score"},
             'reward.function = "my_rewards.score" is no address; write "my_rewards:score"',
         ),
-        ({"function": "math"}, 'reward.function = "math" is a verifier; set reward.verifier to it'),
+        ({"function": "math"}, 'reward.function = "math" is a verifier; set verifier to it'),
         (
             {"function": "a:b", "functions": [{"use": "a:c"}]},
-            r"reward.function and functions are both set; keep one, or name all in \[\[reward.functions\]\]",
+            r"reward.function and functions are both set; keep one, or name all in functions with",
         ),
         ({"verifier": "countdown", "function": "a:b"}, "reward.verifier and function are both set"),
         (

@@ -43,7 +43,7 @@ def configured(block: int, folder: Path) -> RunConfig:
 
 
 def test_every_block_of_the_page_is_tested_here() -> None:
-    assert (len(PYTHON), len(TOML)) == (4, 2)
+    assert (len(PYTHON), len(TOML)) == (4, 3)
 
 
 def test_the_first_function_and_its_users_test(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +75,12 @@ def test_several_with_weights(tmp_path: Path) -> None:
     assert [one.reward for one in found] == [1.0, 0.8, 0.2]
     assert [one.outcome for one in found] == ["correct", "correct", "wrong"]
     assert found[0].facts == {"countdown": 1.0, "format": 1.0, "brevity": 0.75}
+
+
+def test_a_data_sets_own_reward(tmp_path: Path) -> None:
+    config = configured(2, tmp_path)
+    assert str(config.verifier_of(config.data)) == "my_rewards:score"
+    assert [str(config.verifier_of(data)) for data in config.evaluation_data] == ["countdown"]
 
 
 def test_the_examples_own_test_passes() -> None:
