@@ -7,6 +7,7 @@ from megatron_rapo.experience.summary import summarise
 from megatron_rapo.job import open_job
 from megatron_rapo.launch.stop import requests
 from megatron_rapo.policy.batch import build_minibatches
+from megatron_rapo.policy.weighing import weigh
 
 
 def train(config: RunConfig) -> None:
@@ -32,6 +33,7 @@ def train(config: RunConfig) -> None:
                     job.policy.annotate(minibatches, job.objective)
                     if job.reference is not None:
                         job.reference.annotate(minibatches, job.objective)
+                    weigh(minibatches, job.method, job.placement)
                 with phase("update"):
                     updated = job.policy.update(minibatches, job.objective, job.reference)
                 with phase("publish"):

@@ -49,6 +49,7 @@ class Microbatch:
         sequences: int64, which of the packed sequences the position belongs to.
         lengths: padded length of each sequence, over all CP ranks.
         old_log_probs: fp32, under the policy that starts the step; None: the policy has not moved yet.
+        old_entropies: fp32, of its distributions; None where no method asks for them.
         reference_hidden: `[tokens / CP (/ TP under sequence parallelism), hidden]`, the reference's final
             hidden states, from which its head makes logits.
         reference_log_probs, flattened_log_probs: `[response tokens]` fp32, under the reference as it is, and
@@ -66,6 +67,7 @@ class Microbatch:
     sequences: Tensor
     lengths: list[int]
     old_log_probs: Tensor | None = None
+    old_entropies: Tensor | None = None
     reference_hidden: Tensor | None = None
     reference_log_probs: Tensor | None = None
     flattened_log_probs: Tensor | None = None

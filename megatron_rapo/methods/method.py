@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +12,12 @@ from megatron_rapo.episode.group import Group, known_rewards
 from megatron_rapo.methods import options as common
 from megatron_rapo.methods.advantages import varies
 from megatron_rapo.methods.aggregation import Aggregation, token_weights
+from megatron_rapo.methods.annotated import Annotated
 from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.methods.terms.term import OF_ITS_DISTRIBUTION, OF_THE_REFERENCE, Need, Term
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OfEpisodes = Sequence[Sequence[Any]] | npt.NDArray[Any]
 """`[groups][episodes]`: a value of each episode; an array's rows may be as long as the largest group."""
@@ -28,6 +32,7 @@ class Method:
     - `teaches` says which groups dynamic sampling replaces;
     - `choose`, `advantages` and `flatten` look at all groups of the step;
     - `aggregate` makes the weights of tokens, of each minibatch's responses that are in the loss;
+    - `weigh` may change them, token by token, once old log-probs and entropies are known;
     - `terms` is the loss: Σ coefficient · term, token by token;
     - `state` and `restore` carry over checkpoints what the object learnt of the run.
 
@@ -94,6 +99,23 @@ class Method:
     def aggregate(self, response_tokens: Sequence[int]) -> npt.NDArray[np.float64]:
         """The weight of each token of each of a minibatch's responses that are in the loss, `[responses]`."""
         return token_weights(response_tokens, self.aggregation, self.configured.max_response_tokens)
+
+    def weigh(self, tokens: Annotated) -> Tensor:
+        """The weights of a minibatch's tokens in the loss, once their old log-probs and entropies are known.
+
+        It is called on the ranks that have tokens, each with its own, so it may not change the state. What it
+        decides by all tokens (a quantile, a sum), it must gather (`tokens.of_all_ranks`). That the policy is
+        run once more before the update is its cost where a step has one update. Here: as they are.
+
+        Returns:
+            `[tokens]`, from 0 up; `tokens.weights` add up to 1 over a minibatch under `token_mean`.
+        """
+        return tokens.weights
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it has a `weigh` of its own."""
+        return type(self).weigh is not Method.weigh
 
     def terms(self) -> Sequence[tuple[float, Term]]:
         """The loss's coefficients and terms.

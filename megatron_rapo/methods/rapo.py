@@ -23,6 +23,7 @@ from megatron_rapo.episode.group import Group, known_rewards
 from megatron_rapo.methods.advantages import standardised
 from megatron_rapo.methods.aggregation import Aggregation
 from megatron_rapo.methods.clipping import Clipping
+from megatron_rapo.methods.facts import known_facts
 from megatron_rapo.methods.method import Method, OfEpisodes
 from megatron_rapo.methods.terms.audit import Audit
 from megatron_rapo.methods.terms.divergences import Divergence, ForwardKind
@@ -52,6 +53,11 @@ class RAPO(Method):
             description="φ0 in φ(r) = φ0 + (1 − φ0) · clip(r, 0, 1), the power that flattens the reference "
             "for a response with reward r; 1 never flattens. Default: 0.5 exact, 0.8 sampled.",
         )
+        flatten_fact: str | None = Field(
+            None,
+            description="What φ takes in place of the reward: a fact that the reward function or the "
+            "environment tells of each response. Default: the reward.",
+        )
         entropy_coefficient: NonNegativeFloat = Field(1e-3, description="β.")
         loss_aggregation: Aggregation = Field(
             "token_mean",
@@ -66,10 +72,13 @@ class RAPO(Method):
         )
 
         def without_effect(self) -> dict[str, str]:
-            if self.divergence_coefficient > 0:
-                return super().without_effect()
-            inert = dict.fromkeys(["divergence", "flatten_floor"], "divergence_coefficient is 0")
-            return super().without_effect() | inert
+            inert = super().without_effect()
+            if self.divergence_coefficient == 0:
+                options = ["divergence", "flatten_floor", "flatten_fact"]
+                inert |= dict.fromkeys(options, "divergence_coefficient is 0")
+            elif self.flatten_floor == 1:
+                inert["flatten_fact"] = "flatten_floor = 1 never flattens"
+            return inert
 
         @property
         def phi_floor(self) -> float:
@@ -89,8 +98,9 @@ class RAPO(Method):
 
     def flatten(self, groups: Sequence[Group]) -> OfEpisodes:
         """φ(r), that of a failed response where r is unknown."""
-        floor = self.options.phi_floor
-        return floor + (1.0 - floor) * np.ma.filled(known_rewards(groups), 0.0).clip(0.0, 1.0)
+        floor, fact = self.options.phi_floor, self.options.flatten_fact
+        told = known_rewards(groups) if fact is None else known_facts(groups, fact, "algorithm.flatten_fact")
+        return floor + (1.0 - floor) * np.ma.filled(told, 0.0).clip(0.0, 1.0)
 
     def terms(self) -> Sequence[tuple[float, Term]]:
         o = self.options

@@ -17,6 +17,7 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.loss.chunked import Head, chunked_statistics
 from megatron_rapo.loss.mismatch import Mismatch
 from megatron_rapo.loss.objective import Objective
+from megatron_rapo.loss.statistics import TokenStatistics
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.build import DTYPES, Body, build_chunks
 from megatron_rapo.parallel.device import device
@@ -80,25 +81,31 @@ class Policy:
     def annotate(self, minibatches: Sequence[Sequence[Microbatch]], objective: Objective) -> None:
         """Records the log-probs under the policy as it is now, wherever it will have moved before their use.
 
-        A step's only minibatch needs none: its update starts from the very policy.
+        A step's only minibatch needs none, as its update starts from the very policy, unless the
+        method weighs tokens by them.
         """
-        if len(minibatches) == 1:
+        if len(minibatches) == 1 and not objective.method.weighs:
             return
         microbatches = [microbatch for minibatch in minibatches for microbatch in minibatch]
-        for microbatch, values in zip(
-            microbatches, self.log_probs(microbatches, objective.head), strict=False
-        ):
-            microbatch.old_log_probs = values
+        found = self._statistics(microbatches, objective.head)
+        for microbatch, statistics in zip(microbatches, found, strict=False):
+            microbatch.old_log_probs = statistics.log_prob
+            if objective.method.weighs:
+                microbatch.old_entropies = statistics.entropy
 
     def log_probs(self, microbatches: Sequence[Microbatch], head: Callable[[Tensor], Head]) -> list[Tensor]:
         """`[tokens / CP]` log-probs of each microbatch's targets, on the last stage; nothing elsewhere.
 
         `head` says how this rank's rows of the head are read. All ranks must call it together.
         """
+        return [statistics.log_prob for statistics in self._statistics(microbatches, head)]
 
-        def collect(microbatch: Microbatch, hidden: Tensor) -> Tensor:
+    def _statistics(
+        self, microbatches: Sequence[Microbatch], head: Callable[[Tensor], Head]
+    ) -> list[TokenStatistics]:
+        def collect(microbatch: Microbatch, hidden: Tensor) -> TokenStatistics:
             states = whole_tokens(hidden, self.placement)
-            return chunked_statistics(states, microbatch.targets, head(self.head_weight)).log_prob
+            return chunked_statistics(states, microbatch.targets, head(self.head_weight))
 
         return run_forward(self.wrapped, microbatches, collect)
 

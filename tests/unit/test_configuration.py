@@ -433,8 +433,14 @@ def test_a_value_out_of_range_is_refused(values: dict[str, Any], message: str) -
             for method, option, value in (
                 ("rapo", "flatten_floor", 0.5),
                 ("rapo", "divergence", "forward_printed"),
+                ("rapo", "flatten_fact", "progress"),
                 ("grpo", "divergence", "k2"),
             )
+        ),
+        (
+            with_options(algorithm={"flatten_floor": 1.0, "flatten_fact": "progress"}),
+            "algorithm.flatten_fact = 'progress'",
+            "flatten_floor = 1 never flattens",
         ),
         (
             with_options(algorithm={"importance_cap": 3.0}),

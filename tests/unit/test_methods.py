@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,15 @@ import pytest
 import torch
 
 from megatron_rapo.data.batching import pack
+from megatron_rapo.episode.episode import ScoredEpisode
 from megatron_rapo.episode.outcome import Outcome
+from megatron_rapo.errors import RapoError
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.methods.method import Method
 from megatron_rapo.methods.named import METHODS
 from megatron_rapo.methods.terms.term import AtToken, Need
 from megatron_rapo.policy.batch import make_samples
+from tests.episodes import group_of, scored_response
 from tests.methods import a_method
 from tests.unit.one_rank import one_rank
 from tests.unit.test_batch import responses
@@ -195,6 +199,33 @@ def test_sampled_divergences_flatten_less(divergence: Any) -> None:
 
 def test_an_unknown_reward_flattens_as_a_failed_one() -> None:
     assert a_method("rapo").flatten([responses((2, C), (3, T))])[0].tolist() == [1.0, 0.5]
+
+
+def test_phi_may_be_told_another_fact_than_the_reward() -> None:
+    """Of the reward function before the environment's; what is outside [0, 1] is clipped."""
+
+    def told(
+        outcome: Outcome, of_reward: dict[str, float], of_environment: dict[str, float]
+    ) -> ScoredEpisode:
+        one = scored_response(outcome, [0])
+        return replace(
+            one,
+            episode=replace(one.episode, facts=of_environment),
+            verification=replace(one.verification, facts=of_reward),
+        )
+
+    subject = a_method("rapo", flatten_fact="progress", flatten_floor=0.2)
+    group = group_of(
+        told(C, {"progress": 0.25}, {"progress": 1.0}),
+        told(W, {}, {"progress": 7.0}),
+        told(T, {}, {}),
+        number=5,
+    )
+    assert subject.flatten([group])[0].tolist() == pytest.approx([0.4, 1.0, 0.2])
+    lacking = group_of(told(W, {"form": 1.0}, {}), number=5)
+    message = r'flatten_fact = "progress": response 0 to problem 5 has no such fact, but form; name'
+    with pytest.raises(RapoError, match=message):
+        subject.flatten([lacking])
 
 
 @pytest.mark.parametrize("name", METHODS)

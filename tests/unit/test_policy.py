@@ -18,13 +18,17 @@ from megatron_rapo.config import Model, Optimizer
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import RapoError
 from megatron_rapo.loss.objective import HeadStates, Objective
+from megatron_rapo.methods.annotated import Annotated
+from megatron_rapo.methods.dapo import DAPO
 from megatron_rapo.methods.method import Method
+from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.finite import check_finite, named_parameters
 from megatron_rapo.policy.learning_rate import LearningRate
 from megatron_rapo.policy.policy import Policy, _connect
 from megatron_rapo.policy.reference import Reference
+from megatron_rapo.policy.weighing import weigh
 from megatron_rapo.publish.proof import check_policy
 from tests.distributed import test_training_modes as modes
 from tests.distributed.minibatches import VOCABULARY, make_minibatches, make_samples
@@ -408,6 +412,47 @@ def test_parameters_are_named_by_their_chunk_where_there_are_several() -> None:
     assert [name for name, _ in named_parameters(chunks[:1])] == ["weight", "bias"]
     names = ["chunk 0, weight", "chunk 0, bias", "chunk 1, weight"]
     assert [name for name, _ in named_parameters(chunks)] == names
+
+
+class Weighing(DAPO):
+    """Weighs tokens, so that it needs what the policy makes of them before any update."""
+
+    def weigh(self, tokens: Annotated) -> torch.Tensor:
+        return tokens.weights * tokens.old_entropies
+
+
+@pytest.mark.parametrize("weighs", [False, True])
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_old_entropies_are_there_for_methods_that_weigh(
+    models: Path, placement: Placement, weighs: bool, minibatches: int
+) -> None:
+    """Of plain PyTorch; a step of one update has the policy run once more for them."""
+    method = (Weighing if weighs else DAPO)(DAPO.Options(), Sampling(1.0, 2, 64))
+    policy = make_policy(models, placement)
+    objective = Objective(method, temperature=0.7, vocabulary=VOCABULARY, group=placement.tensor_group)
+    batches = make_minibatches(placement, list(range(minibatches)))
+    before = [[microbatch.weights.clone() for microbatch in batch] for batch in batches]
+    policy.annotate(batches, objective)
+    weigh(batches, method, placement)
+    for batch, weights in zip(batches, before, strict=True):
+        for microbatch, plain in zip(batch, weights, strict=True):
+            assert (microbatch.old_log_probs is not None) == (weighs or minibatches == 2)
+            assert (microbatch.old_entropies is not None) == weighs
+            chosen = microbatch.is_response
+            factor = microbatch.old_entropies[chosen] if weighs else 1.0
+            torch.testing.assert_close(microbatch.weights[chosen], plain[chosen] * factor)
+    if weighs:
+        network = AutoModelForCausalLM.from_pretrained(models / "policy", dtype=torch.float32)
+        (sample, *_), found = make_samples(0), batches[0]
+        ids = torch.from_numpy(sample.sequence.token_ids).long()
+        with torch.no_grad():
+            logits = network(ids[None]).logits[0, prompt_tokens(sample.sequence) - 1 : -1, :VOCABULARY]
+        log_policy = (logits / 0.7).log_softmax(-1)
+        expected = -(log_policy.exp() * log_policy).sum(-1)
+        # The sample is known by its weight, which no other has.
+        at = [torch.isclose(plain, torch.tensor(sample.token_weight)) for plain in before[0]]
+        mine = torch.cat([m.old_entropies[where] for m, where in zip(found, at, strict=True)])
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("divergence", ["forward_exact", "reverse_exact", "k3"])
