@@ -32,7 +32,6 @@ from megatron_rapo.reward.units import conflict
 from megatron_rapo.reward.values import restates, same_value
 
 _PERCENT = sympy.Rational(1, 100)
-_MOST_ITEMS = 60  # of a list in any order, whose items are compared pair by pair
 _IN_ORDER = ("()", "[]", "[)", "(]")
 _TURNED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 _NAME = re.compile(
@@ -109,7 +108,7 @@ def _same_clock(clock: Clock, other: Answer) -> bool:
             return False
         ratios = not (clock.time or other.time)
         return clock.parts == other.parts or (ratios and _in_proportion(clock.parts, other.parts))
-    if not isinstance(other, Quantity) or len(clock.parts) != 2 or not clock.parts[1]:
+    if not isinstance(other, Quantity) or len(clock.parts) != 2:
         return False
     return other.number and bool(sympy.Rational(*clock.parts) == other.value)
 
@@ -125,10 +124,10 @@ def _in_proportion(one: Sequence[int], other: Sequence[int]) -> bool:
 
 def _one_for_group(group: Group, single: Answer, right: Callable[[Answer], bool]) -> bool:
     """Whether a group and a single answer are the same, by whether its items are."""
-    if isinstance(single, Quantity) and isinstance(single.value, sympy.MatrixBase):
+    if isinstance(single, Quantity) and _matrix(single):
         return group.kind in ("()", "[]") and _same_vector(single.value, group)
     if isinstance(single, Words):
-        return same_set(group, single) or Words(group.text).key == single.key
+        return same_set(group, single)
     if group.kind == "{}":  # {5} for 5
         return len(group.items) == 1 and right(group.items[0])
     return group.kind == "," and all(map(right, group.items))  # 5/2 or 2.5: one value in two spellings
@@ -150,11 +149,10 @@ def _same_groups(gold: Group, answer: Group) -> bool:
             return True
         return answer.kind in ("{}", ",") and _same_in_any_order(gold.items, answer.items)
     if gold.kind == ",":
-        if answer.kind not in (",", "{}", "()"):
-            return same_set(gold, answer)
         if len(set(_labels(gold.items))) > 1 and None in _labels(answer.items):
             return _same_in_order(gold.items, answer.items)  # AB = 1, CD = 2, for which 2, 1 is wrong
-        return _same_in_any_order(gold.items, answer.items)
+        listed = answer.kind in (",", "{}", "()") and _same_in_any_order(gold.items, answer.items)
+        return listed or same_set(gold, answer)
     alike = gold.kind == answer.kind and _same_in_any_order(gold.items, answer.items)
     return alike or same_set(gold, answer)
 
@@ -169,7 +167,7 @@ def _same_in_order(golds: Sequence[Answer], answers: Sequence[Answer]) -> bool:
 
 def _same_in_any_order(golds: Sequence[Answer], answers: Sequence[Answer]) -> bool:
     """Whether the items can be paired, each with one of its own."""
-    if len(golds) != len(answers) or len(golds) > _MOST_ITEMS:
+    if len(golds) != len(answers):
         return False
     left = list(answers)
     for gold in golds:
@@ -182,8 +180,6 @@ def _same_in_any_order(golds: Sequence[Answer], answers: Sequence[Answer]) -> bo
 
 def _same_members(golds: Sequence[Answer], answers: Sequence[Answer]) -> bool:
     """Whether two sets have the same members, however often each is written."""
-    if max(len(golds), len(answers)) > _MOST_ITEMS:
-        return False
     return all(any(same(gold, answer) for answer in answers) for gold in golds) and all(
         any(same(gold, answer) for gold in golds) for answer in answers
     )
@@ -196,8 +192,7 @@ def _same_relation(gold: Answer, answer: Answer) -> bool:
     if isinstance(gold, Relation) and isinstance(answer, Relation):
         if gold.equation and answer.equation:
             return _same_equation(gold, answer)
-        same_kind = not (gold.equation or answer.equation)
-        return same_kind and (_same_sides(gold, answer) or same_set(gold, answer))
+        return _same_sides(gold, answer) or same_set(gold, answer)
     if isinstance(answer, Relation) and answer.equation:
         return any(same(gold, value) for value in _stated(answer))
     if isinstance(gold, Relation) and gold.equation:
@@ -236,14 +231,13 @@ def _same_sides(gold: Relation, answer: Relation) -> bool:
 
 def _multiples(gold: Relation, answer: Relation) -> bool:
     """Whether two equations have the same solutions, since one is a multiple of the other."""
-    if len(gold.parts) != 2 or len(answer.parts) != 2:
-        return False
-    values = [side.value for side in (*gold.sides, *answer.sides) if isinstance(side, Quantity)]
-    if len(values) != 4 or any(isinstance(value, sympy.MatrixBase) for value in values):
+    sides = (*gold.sides, *answer.sides)
+    values = [side.value for side in sides if isinstance(side, Quantity) and not _matrix(side)]
+    if not len(sides) == len(values) == 4:
         return False
     a, b, c, d = values
     one, other = sympy.expand(a - b), sympy.expand(c - d)
-    if not one.free_symbols or one.free_symbols != other.free_symbols:
+    if not one.free_symbols:
         return False
     factor = sympy.cancel(one / other)
     return not factor.free_symbols and factor != 0
@@ -275,12 +269,18 @@ def _agree(one: Quantity, other: Quantity) -> bool:
     precise, rounded = (one, other) if one.ulp is None or (other.ulp or 0) > one.ulp else (other, one)
     if rounded.ulp is None:
         return False
-    difference = (precise.value - rounded.value).evalf(30)
-    return bool(difference.is_real and abs(difference) <= rounded.ulp)
+    difference = precise.value - rounded.value
+    if not isinstance(difference, sympy.Rational):
+        difference = difference.evalf(30)
+    return bool(difference.is_real and abs(difference) < rounded.ulp)
 
 
 def _constant(side: Answer) -> bool:
-    return isinstance(side, Quantity) and not side.symbols and not isinstance(side.value, sympy.MatrixBase)
+    return isinstance(side, Quantity) and not side.symbols and not _matrix(side)
+
+
+def _matrix(quantity: Quantity) -> bool:
+    return isinstance(quantity.value, sympy.MatrixBase)
 
 
 def _name(text: str) -> str | None:

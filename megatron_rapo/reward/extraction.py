@@ -43,7 +43,7 @@ _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|\.\d+
 _LAST_NUMBER = re.compile(
     rf"(?<![\w.\\])[-−–]?\s?[$€£]?(?:(?:\d+\s)?\d+\s?/\s?\d+|{_NUMBER})(?:\s?(?:%|percent))?(?![A-Za-z0-9_])"
 )
-_SENTENCE = re.compile(r"(.*?)(?:[.!?;](?=\s|\*|$)|\n|$|[.,]\s*[Ii] hope)", re.DOTALL)
+_STOP = re.compile(r"[.!?;](?=\s|\*|$)|\n|[.,]\s*[Ii] hope")
 _BOLD = re.compile(r"\s*\*\*\s*(.+?)\s*\*\*", re.DOTALL)
 _ENGLISH = re.compile(
     r"(?<![\\A-Za-z])(?!(?:and|or|pi|sqrt|sin|cos|tan|log|ln|exp|mod|percent|max|min)(?![A-Za-z]))[A-Za-z]{2,}"
@@ -75,16 +75,13 @@ def _boxed(response: str, boxes: list[re.Match[str]]) -> str | None:
     spans = [_content(response, box) for box in boxes]
     if spans[-1] is None:
         return None
-    last = len(spans) - 1
-    for place in range(last - 1, -1, -1):  # a box around the last one is the answer
-        around = spans[place]
-        if around is not None and around[1] > spans[-1][1]:
-            last = place
+    # The outermost box around the last one, or that one, is the answer.
+    last = min(place for place, span in enumerate(spans) if span is not None and span[1] >= spans[-1][1])
     first_start, first_end = boxes[last].start(), spans[last]
     assert first_end is not None
     contents = [response[first_end[0] : first_end[1]]]
     start = first_start
-    for place in range(last - 1, -1, -1):
+    for place in reversed(range(last)):
         span = spans[place]
         between = "" if span is None else response[span[1] + 1 : start]
         if span is None or not _one_list(between):
@@ -136,33 +133,32 @@ def _after(response: str, phrase: re.Match[str]) -> str | None:
     """What a phrase announces."""
     rest = response[phrase.end() :]
     if _NEGATED.search(phrase[0]) or _NEGATED.match(rest) or re.match(r"\w+ly\s+not\b", rest):
-        sentence = _SENTENCE.match(rest)
-        instead = _INSTEAD.search(sentence[1] if sentence else "")
+        instead = _INSTEAD.search(_first_sentence(rest))
         if instead is None:
             return None
         rest = rest[instead.end() :]
     while filler := _FILLER.match(rest):
         rest = rest[filler.end() :]
-    bold = _BOLD.match(rest)
-    sentence = bold or _SENTENCE.match(rest)
-    if (listed := _listed(rest, _MATH.match(rest.lstrip("* ")) and rest.find(rest.lstrip("* ")))) is not None:
+    if (listed := _listed(rest.lstrip("* "), 0)) is not None:
         return listed
-    text = sentence[1].strip() if sentence else ""
-    math = _MATH.search(text)
-    if math is not None:
+    bold = _BOLD.match(rest)
+    text = bold[1] if bold else _first_sentence(rest)
+    if (math := _MATH.search(text)) is not None:
         return _listed(text, math.start())
     return _plain(text)
+
+
+def _first_sentence(text: str) -> str:
+    return _STOP.split(text, maxsplit=1)[0]
 
 
 def _plain(text: str) -> str | None:
     """An answer in a sentence without LaTeX: the sentence, or the number in it."""
     text = text.strip(" *_\"'`:,")
-    if not text:
-        return None
     words = list(_ENGLISH.finditer(text))
     numbers = list(_LAST_NUMBER.finditer(text))
     if not words:
-        return text
+        return text or None
     if numbers and numbers[0].start() == 0:
         return text[: words[0].start()].strip(" ,(") or None
     if not numbers or _QUALIFIED.search(text) or len(numbers) > 1:
@@ -170,10 +166,8 @@ def _plain(text: str) -> str | None:
     return numbers[0][0]
 
 
-def _listed(text: str, start: int | None) -> str | None:
+def _listed(text: str, start: int) -> str | None:
     """The expression in mathematics at a place, with those that one list joins to it."""
-    if start is None or start < 0:
-        return None
     place, found = start, []
     while (math := _MATH.match(text, place)) is not None:
         found.append(next(group for group in math.groups() if group is not None))
@@ -190,11 +184,7 @@ def _listed(text: str, start: int | None) -> str | None:
 def _last_expression(response: str) -> str | None:
     """The last expression or number of a response that announces none."""
     spans = [match.span() for match in _MATH.finditer(response)]
-    numbers = [
-        number
-        for number in _LAST_NUMBER.finditer(response)
-        if not any(start <= number.start() < end for start, end in spans)
-    ]
+    numbers = list(_LAST_NUMBER.finditer(response))
     if spans and (not numbers or spans[-1][1] > numbers[-1].end()):
         first = len(spans) - 1
         while first and _JOINT.fullmatch(response, spans[first - 1][1], spans[first][0]):

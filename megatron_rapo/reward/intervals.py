@@ -36,43 +36,41 @@ _BRACKETS = {"()": (True, True), "[]": (False, False), "[)": (False, True), "(]"
 
 
 def _set(answer: Answer) -> sympy.Set | None:
+    """None where it is no set of real numbers."""
     try:
         return _real_set(answer)
     except (TypeError, ValueError, NotImplementedError, ArithmeticError, AttributeError):
         return None
 
 
-def _real_set(answer: Answer) -> sympy.Set | None:
+def _real_set(answer: Answer) -> sympy.Set:
     if isinstance(answer, Relation):
         return _solutions(answer)
-    if isinstance(answer, Words):
-        return sympy.S.Reals if re.sub(r"[{}\s]", "", answer.text) == "\\mathbbR" else None
+    if isinstance(answer, Words) and re.sub(r"[{}\s]", "", answer.text) == "\\mathbbR":
+        return sympy.S.Reals
     if not isinstance(answer, Group):
-        return None
+        raise ValueError("no set")
     if answer.kind in _BRACKETS and len(answer.items) == 2:
-        low, high = (_bound(item) for item in answer.items)
-        if low is None or high is None or not low < high:
-            return None
+        low, high = (_value(item) for item in answer.items)
+        if not low < high:
+            raise ValueError("no interval")
         return sympy.Interval(low, high, *_BRACKETS[answer.kind])
     if answer.kind == "{}":
-        members = [_bound(item) for item in answer.items]
-        return None if None in members else sympy.FiniteSet(*members)
-    parts = [_set(item) for item in answer.items]
-    if None in parts:
-        return None
+        return sympy.FiniteSet(*map(_value, answer.items))
+    parts = [_real_set(item) for item in answer.items]
     if answer.kind == "\\cup":
         return sympy.Union(*parts)
     if answer.kind == "\\setminus":
         return sympy.Complement(parts[0], sympy.Union(*parts[1:]))
-    if answer.kind == "," and answer.items and all(isinstance(item, Relation) for item in answer.items):
+    if answer.kind == "," and all(isinstance(item, Relation) for item in answer.items):
         both = sympy.Intersection(*parts)
         return sympy.Union(*parts) if "\\lor" in answer.text or both.is_empty else both
-    return None
+    raise ValueError("a list")
 
 
-def _bound(item: Answer) -> sympy.Expr | None:
-    if not isinstance(item, Quantity) or item.symbols or isinstance(item.value, sympy.MatrixBase):
-        return None
+def _value(item: Answer) -> sympy.Expr:
+    if not isinstance(item, Quantity):
+        raise ValueError("no number")
     return item.value.doit()
 
 
@@ -81,25 +79,18 @@ _RELATIONS = {
     ">": sympy.StrictGreaterThan,
     "\\le": sympy.LessThan,
     "\\ge": sympy.GreaterThan,
+    "\\ne": sympy.Unequality,
 }
 
 
-def _solutions(relation: Relation) -> sympy.Set | None:
+def _solutions(relation: Relation) -> sympy.Set:
     """The real solutions of a chain of inequalities in one variable."""
-    sides = relation.sides
-    given = [side.value for side in sides if isinstance(side, Quantity)]
-    symbols = {symbol for value in given for symbol in value.free_symbols}
-    if len(symbols) != 1 or len(given) != len(sides):
-        return None
-    (symbol,) = symbols
-    real = sympy.Symbol("x", real=True)
-    values = [value.subs(symbol, real).doit() for value in given]
+    values = [_value(side) for side in relation.sides]
+    if len({symbol for value in values for symbol in value.free_symbols}) != 1:
+        raise ValueError("not in one variable")
     found: sympy.Set = sympy.S.Reals
     for (left, right), sign in zip(pairwise(values), relation.operators, strict=True):
-        if sign == "\\ne":
-            found = found - sympy.Eq(left, right).as_set()
-        elif sign in _RELATIONS:
-            found = found & _RELATIONS[sign](left, right).as_set()
-        else:
-            return None
+        if sign not in _RELATIONS:
+            raise ValueError("an equation")
+        found = found & _RELATIONS[sign](left, right).as_set()
     return found

@@ -88,7 +88,6 @@ _SIGNS = {
     "￥": "",
     "＜": "<",
     "＞": ">",
-    **dict.fromkeys("\u00a0\u2009\u202f\u2007\u2002\u2003\u3000\u200a\t\r\n", " "),
     **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u202a\u202c\u202e\u2061\u2062", ""),
     "α": r"\alpha ",
     "β": r"\beta ",
@@ -194,7 +193,6 @@ _REPEATING = re.compile(
 _ENDLESS = re.compile(r"(?<![\d.])(\d+)\.(\d*?)(\d+?)\3{2,} ?\\ldots")
 _LINE_END = "\ue000"
 _TWICE_ESCAPED = re.compile(r"\\\\(?=[A-Za-z(\[,;!%])|\\\\")
-_LONGEST_PERIOD = 100  # digits
 
 
 def plain(text: str) -> str:
@@ -215,8 +213,6 @@ def plain(text: str) -> str:
 def _fraction(number: re.Match[str]) -> str:
     """A repeating decimal as the fraction that it is."""
     whole, start, period = number[1], number[2], number[3]
-    if max(len(whole), len(start), len(period)) > _LONGEST_PERIOD:
-        return number[0]
     tail = Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(start))
     value = Fraction(int(whole + start), 10 ** len(start)) + tail
     return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeGuard
+
+import sympy
 
 from megatron_rapo.reward.notation import plain
 from megatron_rapo.reward.quantity import Quantity, read_quantity
@@ -93,7 +95,7 @@ class Group:
 
     kind: str
     items: tuple[Answer, ...]
-    text: str = field(compare=False, default="")
+    text: str = ""
 
 
 Answer = Quantity | Words | Numeral | Clock | Relation | Group
@@ -106,6 +108,7 @@ _NEGATIONS = re.compile(
 )
 _OPERATORS = ("\\approx", "\\equiv", "\\in", "\\le", "\\ge", "\\ne", "=", "<", ">")
 _LISTS = (",", ";", "\\lor")
+_LIST = re.compile(r"[,;]|\\lor")
 _SIGNS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 _CLOCK = re.compile(
     r"(\d{1,6})\s*:\s*(\d{1,6})(?:\s*:\s*(\d{1,6}))?\s*(?:\\text\{)?\s*([ap]\.?\s*m\.?)?\s*\}?", re.I
@@ -153,7 +156,7 @@ def _choice(text: str) -> Answer | None:
 
 
 def _several(text: str) -> Group | None:
-    if any(mark in text for mark in _LISTS):
+    if _LIST.search(text):
         parts, _ = _split(text, _LISTS)
         parts = [part for part in parts if part.strip()]
         if len(parts) > 1:
@@ -161,10 +164,20 @@ def _several(text: str) -> Group | None:
     if _SIGNS.search(text):
         plus = text.replace("\\pm", "+").replace("\\mp", "-")
         minus = text.replace("\\pm", "-").replace("\\mp", "+")
-        items = (_read(one.strip().removeprefix("+")) for one in (plus, minus))
-        # 3 ± 2 is a way to write 5 and 1, not a sum left undone.
-        return Group(",", tuple(replace(x, text="") if isinstance(x, Quantity) else x for x in items), text)
+        items = (_done(_read(one.strip().removeprefix("+"))) for one in (plus, minus))
+        return Group(",", tuple(items), text)
     return None
+
+
+def _done(answer: Answer) -> Answer:
+    """One of the two that a ± gives: 3 ± 2 is a way to write 5 and 1, not a sum left undone."""
+    if isinstance(answer, Quantity):
+        return replace(answer, text="")
+    if isinstance(answer, Relation) and isinstance(last := answer.sides[-1], Quantity):
+        value = last.value.doit()
+        if isinstance(value, sympy.Rational):
+            return replace(answer, parts=(*answer.parts[:-1], str(value)))
+    return answer
 
 
 def listed(items: Iterable[Answer], text: str = "") -> Group:

@@ -102,6 +102,7 @@ _OTHERS |= {
     "dyne",
     "rpm",
     "per",
+    "of",
     "deg",
     "way",
     "pm",

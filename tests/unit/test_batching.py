@@ -59,6 +59,12 @@ def test_no_more_microbatches_than_needed() -> None:
     assert plan_microbatches([32, 32, 32, 32], replicas=2, token_budget=64) == [[[0, 2]], [[1, 3]]]
 
 
+def test_microbatches_of_a_replica_carry_alike() -> None:
+    """One after the other to the first with room, they would carry 60 and 20 tokens."""
+    ((one, other),) = plan_microbatches([30, 20, 20, 10], replicas=1, token_budget=64)
+    assert (sorted(one), sorted(other)) == ([0, 3], [1, 2])
+
+
 def test_too_few_sequences_leave_microbatches_empty() -> None:
     assert plan_microbatches([8], replicas=2, token_budget=64, count_multiple=2) == [[[0], []], [[], []]]
 

@@ -13,7 +13,7 @@ from megatron_rapo.config.verifiers import built_in
 from megatron_rapo.data.golds import join
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.reward import values
-from megatron_rapo.reward.math_answers import RESPONSE_TAIL, is_correct, stating
+from megatron_rapo.reward.math_answers import RESPONSE_TAIL, final_answer, is_correct, stating
 from megatron_rapo.reward.verifier import Verifier
 from tests.judging import outcomes as outcomes_of
 
@@ -92,6 +92,19 @@ def test_a_gold_answer_that_is_empty_is_an_error(gold):
 def test_a_gold_answer_that_is_a_solution_is_an_error(gold):
     with pytest.raises(ValueError, match="is a sentence or a solution; give the final answer alone"):
         is_correct(rf"\boxed{{{gold}}}", gold)
+
+
+def test_the_longest_gold_answer_has_ten_words():
+    gold = rf"\text{{{'word ' * 10}}}"
+    assert is_correct(stating(gold), gold)
+    with pytest.raises(ValueError, match="is a sentence or a solution"):
+        is_correct(r"\boxed{2}", gold.replace("word", "word word", 1))
+
+
+@pytest.mark.parametrize(("letters", "found"), [(58, True), (59, False)])
+def test_an_answer_in_words_is_no_longer_than_sixty_characters(letters, found):
+    text = f"a {'b' * letters}"
+    assert final_answer(f"The answer is {text} .") == (text if found else None)
 
 
 @pytest.mark.parametrize(

@@ -95,13 +95,20 @@ def test_a_template_that_refuses_the_system_turn_is_told():
 
 
 @pytest.mark.parametrize(
-    "body", ["{{ 1 + 'a' }}", "{{ 1 // 0 }}", "{{ messages[7].x.y }}", "{% for %}", "{{ [].pop() }}"]
+    ("body", "why"),
+    [
+        ("{{ 1 + 'a' }}", r"TypeError\(.+\)"),
+        ("{{ 1 // 0 }}", r"ZeroDivisionError\(.+\)"),
+        ("{{ messages[7].x.y }}", ".+"),
+        ("{% for %}", ".+"),
+        ("{{ [].pop() }}", ".+"),
+    ],
 )
-def test_a_template_that_fails_is_told(body):
+def test_a_template_that_fails_is_told(body, why):
     made = tokenizer(chat_template=CHAT_TEMPLATE + body)
     with pytest.raises(
         RapoError,
-        match=r'chat template of .* refuses the conversation: .+; set evaluate.data.template = "plain"',
+        match=rf'chat template of .* refuses the conversation: {why}; set evaluate.data.template = "plain"',
     ):
         encode_chat(["1+1"], made, None, "evaluate.data")
 

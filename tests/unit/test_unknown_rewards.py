@@ -93,7 +93,9 @@ def test_scored_groups_tell_what_happened_to_the_first() -> None:
         return [found[problem.answer][int(text)] for text, problem in items]
 
     verifier: Any = SimpleNamespace(verify=verify)
-    tokenizer: Any = SimpleNamespace(decode=lambda ids, skip_special_tokens: str(ids[0]))
+    tokenizer: Any = SimpleNamespace(
+        decode=lambda ids, skip_special_tokens: str(ids[0]) if skip_special_tokens else "</s>"
+    )
     scored = score_groups(groups, verifier, tokenizer)
     assert asked == [(str(n), f"answer {m}") for m in range(2) for n in range(3)]
     assert [one.problem for one in scored] == [one.prompt.problem for one in groups]
