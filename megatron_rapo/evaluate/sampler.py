@@ -124,6 +124,7 @@ class Sampler:
                 problem=prompt.id,
                 sample=number,
                 outcome=verification.outcome,
+                reward=verification.reward,
                 extracted=verification.extracted,
                 truncated=response.truncated,
                 seed=sample_seed(self.seed, prompt, number),

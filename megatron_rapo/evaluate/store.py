@@ -33,6 +33,7 @@ SAMPLES = pyarrow.schema(
         ("problem", _LABEL),
         ("sample", pyarrow.int32()),
         ("outcome", _LABEL),
+        ("reward", pyarrow.float64()),
         ("extracted", pyarrow.string()),
         ("length", pyarrow.int32()),
         ("truncated", pyarrow.bool_()),
@@ -78,6 +79,7 @@ class StoredSample:
     Attributes:
         problem: the problem's id.
         sample: number of the sample, from 0; with the evaluation's seed it determines `seed`.
+        reward: None where it is unknown; also read of parts that were written before rewards were kept.
         extracted: the final answer that the verifier found; None where it found none, or did not finish.
         text: without special tokens.
         token_ids: `[length]` int32.
@@ -93,6 +95,7 @@ class StoredSample:
     text: str
     token_ids: npt.NDArray[np.int32]
     log_probs: npt.NDArray[np.float32]
+    reward: float | None = None
 
     @property
     def length(self) -> int:

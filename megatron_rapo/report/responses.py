@@ -16,7 +16,7 @@ from megatron_rapo.report.selection import Integers, Rule, Samples, choose_rule
 from megatron_rapo.report.tokens import TokenTexts
 
 _OUTCOMES = {outcome.value: place for place, outcome in enumerate(Outcome)}
-_SHOWN = ["problem", "sample", "outcome", "truncated", "text", "token_ids", "log_probs"]
+_SHOWN = ["problem", "sample", "outcome", "reward", "truncated", "text", "token_ids", "log_probs"]
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,14 @@ def _read_rows(store: SampleStore, rows: Integers) -> list[dict[str, Any]]:
 
 def _response(row: dict[str, Any], rule: Rule, token_texts: TokenTexts | None) -> dict[str, Any]:
     length = len(row["token_ids"])
+    reward = row.get("reward")  # older parts have outcomes alone
+    if reward is None:
+        reward = reward_of(Outcome(row["outcome"]))
     texts = None if token_texts is None else token_texts(row["token_ids"])
     response: dict[str, Any] = {
         "sample": row["sample"],
         "outcome": row["outcome"],
-        "reward": reward_of(Outcome(row["outcome"])),
+        "reward": reward,
         "length": length,
         "truncated": row["truncated"],
     }

@@ -51,6 +51,7 @@ def sample(problem: str, number: int, outcome: Outcome = Outcome.WRONG, tokens: 
         text=f"{problem}{number}",
         token_ids=np.arange(tokens, dtype=np.int32),
         log_probs=-np.arange(tokens, dtype=np.float32),
+        reward=None if outcome is Outcome.TIMEOUT else number / 4,
     )
 
 
@@ -71,7 +72,17 @@ def test_what_is_written_is_read_back(stored: Evaluation) -> None:
     assert list(stored) == [("sums", "t1")]
     assert stored.problems("sums") == tuple(PROBLEMS)
     assert samples.present() == {("b", 1), ("a", 0), ("b", 0)}
-    columns = ["problem", "sample", "outcome", "extracted", "seed", "text", "token_ids", "log_probs"]
+    columns = [
+        "problem",
+        "sample",
+        "outcome",
+        "reward",
+        "extracted",
+        "seed",
+        "text",
+        "token_ids",
+        "log_probs",
+    ]
     rows = [row for batch in samples.stream(columns) for row in batch.to_pylist()]
     for row, expected in zip(rows, written, strict=True):
         assert (row["problem"], row["sample"], row["text"]) == (
@@ -81,6 +92,7 @@ def test_what_is_written_is_read_back(stored: Evaluation) -> None:
         )
         assert row["outcome"] == expected.outcome.value
         assert row["extracted"] == expected.extracted
+        assert row["reward"] == expected.reward
         assert row["token_ids"] == expected.token_ids.tolist()
         assert row["log_probs"] == expected.log_probs.tolist()
     only = [

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -18,6 +19,7 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.report.build import build_report
 from megatron_rapo.report.drawing import Line, Plot, draw_svg
 from megatron_rapo.report.page import render
+from megatron_rapo.report.responses import Sampled, browse
 from megatron_rapo.report.sources import open_sources
 from megatron_rapo.report.theme import DARK, LIGHT
 from megatron_rapo.report.tokens import TokenTexts
@@ -195,6 +197,27 @@ class TestTokens:
         texts = TokenTexts(tokenizer)(ids[:-1])
         assert texts[:76] == ["x", "答", "", ""] * 19
         assert texts[76] == "x" and set(texts[77:]) <= {"\ufffd", ""} and len(texts) == 79
+
+
+def test_a_response_is_shown_with_its_reward_and_of_older_parts_with_what_its_outcome_earns(
+    tmp_path: Path,
+) -> None:
+    """Parts that were written before rewards were kept lack the column."""
+    correct = np.array([[True, False]])
+    evaluation = store(tmp_path / "e", correct)
+    samples = evaluation.samples("sums", "t1")
+    [part] = samples.parts()
+    whole = pyarrow.parquet.read_table(part)
+
+    def rewards() -> list[float]:
+        [problem] = browse([Sampled("m", "sums", samples, None)]).data["problems"]
+        return [response["reward"] for response in problem["responses"]]
+
+    given = whole.drop_columns(["reward"])
+    pyarrow.parquet.write_table(given, part)
+    assert rewards() == [1.0, 0.0]
+    pyarrow.parquet.write_table(given.append_column("reward", pyarrow.array([1.5, 0.25])), part)
+    assert rewards() == [1.5, 0.25]
 
 
 class _Bytes:
