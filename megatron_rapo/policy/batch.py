@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -71,32 +73,28 @@ def make_samples(
         RapoError: the method does not take a reward, or does not say what it must of an episode.
     """
     _check_rewards(groups, method)
-    chosen, advantages, phi = (_ask(method, hook, groups) for hook in ("choose", "advantages", "flatten"))
-    minibatches = []
-    for start in range(0, len(groups), minibatch_prompts):
-        places = [
-            (place, number)
-            for place in range(start, min(start + minibatch_prompts, len(groups)))
-            for number in range(len(groups[place].episodes))
+    asked = [_ask(method, hook, groups) for hook in ("choose", "advantages", "flatten")]
+    judged = [
+        [
+            _Judged(scored, bool(chosen) and scored.reward is not None, advantage, phi)
+            # An array's rows may be longer than the group.
+            for scored, chosen, advantage, phi in zip(group.episodes, *said, strict=False)
         ]
-        episodes = [groups[place].episodes[number] for place, number in places]
-        kept = [
-            bool(chosen[place][number])
-            and scored.reward is not None
-            and not scored.episode.leaves(vocabulary)
-            for (place, number), scored in zip(places, episodes, strict=True)
-        ]
-        weights = _token_weights(episodes, kept, method)
-        minibatches.append(
-            [
-                sample
-                for (place, number), scored, weight in zip(places, episodes, weights, strict=True)
-                for sample in _samples(
-                    scored, advantages[place][number], phi[place][number], weight, method, vocabulary
-                )
-            ]
-        )
-    return minibatches
+        for group, *said in zip(groups, *asked, strict=True)
+    ]
+    starts = range(0, len(groups), minibatch_prompts)
+    minibatches = [list(chain(*judged[start : start + minibatch_prompts])) for start in starts]
+    return [_minibatch(minibatch, method, vocabulary) for minibatch in minibatches]
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """An episode, and what the method says of it."""
+
+    scored: ScoredEpisode
+    in_loss: bool
+    advantage: Any
+    phi: Any
 
 
 def _check_rewards(groups: Sequence[Group], method: Method) -> None:
@@ -125,30 +123,40 @@ def _ask(method: Method, hook: str, groups: Sequence[Group]) -> Sequence[Sequenc
     return said
 
 
-def _token_weights(
-    episodes: Sequence[ScoredEpisode], kept: Sequence[bool], method: Method
-) -> npt.NDArray[np.float64]:
-    """Of each episode's sampled tokens in the minibatch's loss, `[episodes]`; 0 where it is not kept."""
-    weights, lengths = np.zeros(len(episodes)), [scored.episode.sampled_tokens for scored in episodes]
-    if any(kept):
-        weights[kept] = method.aggregate([n for n, keep in zip(lengths, kept, strict=True) if keep])
-    return weights
+def _minibatch(judged: Sequence[_Judged], method: Method, vocabulary: int) -> list[Sample]:
+    """The sequences of a minibatch's episodes, with token weights over all of it."""
+    lengths = [one.scored.episode.sampled_tokens for one in judged]
+    in_loss = [one.in_loss and not one.scored.episode.leaves(vocabulary) for one in judged]
+    kept = [place for place, keep in enumerate(in_loss) if keep]
+    weights = np.zeros(len(judged))
+    if kept:
+        found = _numbers(method.aggregate([lengths[place] for place in kept]))
+        if found.shape != (len(kept),) or not (np.isfinite(found) & (found >= 0)).all():
+            raise RapoError(
+                f"aggregate of {_named(method)} returned {found!r:.200} for {len(kept)} episodes; return a "
+                "weight of each, from 0 up"
+            )
+        weights[kept] = found
+    return [
+        sample
+        for one, weight in zip(judged, weights, strict=True)
+        for sample in _samples(one, float(weight), method, vocabulary)
+    ]
 
 
-def _samples(
-    scored: ScoredEpisode, advantage: Any, phi: Any, weight: float, method: Method, vocabulary: int
-) -> Iterator[Sample]:
+def _samples(judged: _Judged, weight: float, method: Method, vocabulary: int) -> Iterator[Sample]:
     """An episode's sequences, each with its part of what the method says of the episode."""
-    episode = scored.episode
-    advantages = np.float64(0.0) if scored.reward is None else np.asarray(advantage, np.float64)
-    if advantages.shape not in ((), (episode.sampled_tokens,)) or not np.isfinite(advantages).all():
+    episode, known = judged.scored.episode, judged.scored.reward is not None
+    advantage, phi = _numbers(judged.advantage if known else 0.0), _numbers(judged.phi)
+    if advantage.shape not in ((), (episode.sampled_tokens,)) or not np.isfinite(advantage).all():
         raise RapoError(
-            f"advantages of {_named(method)} returned {advantage!r} for an episode of "
+            f"advantages of {_named(method)} returned {judged.advantage!r} for an episode of "
             f"{episode.sampled_tokens} sampled tokens; return a finite number, or one for each of them"
         )
-    if not (float(phi) >= 0.0 and np.isfinite(phi)):
+    if phi.shape != () or not (np.isfinite(phi) and phi >= 0):
         raise RapoError(
-            f"flatten of {_named(method)} returned {phi!r}; return a finite number that is not negative"
+            f"flatten of {_named(method)} returned {judged.phi!r}; return a finite number that is not "
+            "negative"
         )
     start = 0
     for sequence in episode.sequences:
@@ -156,11 +164,19 @@ def _samples(
         yield Sample(
             sequence=sequence,
             phi=float(phi),
-            advantage=advantages[start:end] if advantages.shape else float(advantages),
-            token_weight=float(weight),
+            advantage=advantage[start:end] if advantage.shape else float(advantage),
+            token_weight=weight,
             has_probability=not sequence.leaves(vocabulary),
         )
         start = end
+
+
+def _numbers(value: Any) -> npt.NDArray[np.float64]:
+    """What a method returned, as numbers; NaN if it is none."""
+    try:
+        return np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        return np.array(np.nan)
 
 
 def _named(method: Method) -> str:

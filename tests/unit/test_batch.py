@@ -16,6 +16,7 @@ from megatron_rapo.data.batching import Microbatch, Sample
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
+from megatron_rapo.methods.named import METHODS
 from megatron_rapo.policy.batch import build_minibatches, make_samples
 from tests.episodes import group_of, scored_response
 
@@ -299,6 +300,18 @@ def test_an_overlong_penalty_lowers_what_is_compared() -> None:
     assert advantages[0] == pytest.approx((shaped - shaped.mean()) / shaped.std(ddof=1))
     without = advantages_of(groups, config(method="dapo"))[0]
     assert without == pytest.approx(np.array([1, 1, -1, -1]) * 0.75**0.5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_groups_may_be_of_different_sizes(method: str) -> None:
+    """Each compares its own episodes: those of the smaller group as if it were alone."""
+    small, large = responses((3, C), (2, W)), responses((1, W), (4, C), (2, C), (1, W))
+    samples = samples_of([small, large], config(method=method))
+    assert [sample.sequence.sampled_tokens for sample in samples] == [3, 2, 1, 4, 2, 1]
+    if method not in ("lite_ppo", "dgpo"):  # which look at the whole batch
+        alone = samples_of([small], config(method=method))
+        assert [s.advantage for s in samples[:2]] == pytest.approx([s.advantage for s in alone])
+    assert all(sample.token_weight > 0 for sample in samples)
 
 
 def test_responses_of_one_length_inside_the_buffer_compare_as_without_it() -> None:

@@ -23,6 +23,7 @@ from megatron_rapo.job import Job
 from megatron_rapo.loss.objective import HeadStates, Objective
 from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.methods.state import restore_state, saved_state
+from megatron_rapo.methods.terms.term import Need
 from megatron_rapo.policy.batch import make_samples
 from megatron_rapo.preflight import check_method
 from tests.own_method import ADDRESS, write_method
@@ -163,6 +164,7 @@ def test_what_works_passes(tmp_path: Path) -> None:
         ("rewards[:1]", r"advantages of method .* returned 1 groups of \[4\] values, for 2 groups of \[4\]"),
         ("rewards * math.nan", r"returned .*nan.* for an episode of 3 sampled tokens; return a finite"),
         ("[[[1.0]] * 4] * 2", r"returned \[1\.0\] for an episode of 3 sampled tokens"),
+        ("[['good'] * 4] * 2", r"returned 'good' for an episode of 3 sampled tokens"),
     ],
 )
 def test_advantages_that_are_none_end_the_run(tmp_path: Path, advantages: str, told: str) -> None:
@@ -246,7 +248,9 @@ def test_its_gradient_is_that_of_finite_differences(tmp_path: Path) -> None:
 
 def test_a_term_may_ask_for_the_reference(tmp_path: Path) -> None:
     """And a reference is then loaded: a method whose terms need none has none."""
-    assert not configured(tmp_path).new_method().wants_reference
+    method = configured(tmp_path).new_method()
+    assert method.needs == {Need.IMPORTANCE}
+    assert not method.wants_reference
     sys.modules.pop("my_method")
     needs = "\n    needs = frozenset({Need.REVERSE_KL})\n\n    def __init__(self, bound"
     imports = ("import AtToken, Method", "import AtToken, Need, Method")
