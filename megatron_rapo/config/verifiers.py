@@ -22,7 +22,10 @@ A module may also have `final_answer(response)` → the answer as it reads it, o
 Addresses, not functions: only verifier processes import them, each the one that it needs.
 """
 
-REWARDS = {"format": "megatron_rapo.reward.format:score"}
+REWARDS = {
+    "format": "megatron_rapo.reward.format:score",
+    "reasoning_gym": "megatron_rapo.data.tasks.gym:score",
+}
 """Name (`use` of `reward.functions`) to a function(response, problem, **options) → number, as users write."""
 
 if TYPE_CHECKING:
@@ -90,11 +93,13 @@ class RewardPlan:
 
 
 def built_in(name: str) -> RewardPlan:
-    """The plan of a verifier alone.
+    """The plan of a verifier, or of a built-in reward, alone.
 
     Raises:
         RapoError: there is none of this name.
     """
+    if name in REWARDS:
+        return RewardPlan((RewardPart(REWARDS[name], "data.source"),))
     if name not in VERIFIERS:
         raise RapoError(f'reward.verifier = "{name}" does not exist; choose one of {", ".join(VERIFIERS)}')
     return RewardPlan((RewardPart(VERIFIERS[name], "reward.verifier", verifies=True),))

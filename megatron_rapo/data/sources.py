@@ -6,15 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rapo.config.data import ArithmeticData, CountdownData, Data, FileData, Format, FunctionData
+from megatron_rapo.config.data import (
+    ArithmeticData,
+    CountdownData,
+    Data,
+    FileData,
+    Format,
+    FunctionData,
+    ReasoningGymData,
+)
 from megatron_rapo.config.write import toml_value
 from megatron_rapo.data.columns import has
 from megatron_rapo.data.files import looks_like, read_records
 from megatron_rapo.data.functions import call
 from megatron_rapo.data.rows import Layout, Row, read_row
-from megatron_rapo.data.tasks import arithmetic, countdown
-from megatron_rapo.data.tasks.problem import Split
+from megatron_rapo.data.tasks import arithmetic, countdown, gym
+from megatron_rapo.data.tasks.problem import Problem, Split
 from megatron_rapo.errors import RapoError
+
+Generated = CountdownData | ArithmeticData | ReasoningGymData
 
 _FUNCTION_PROMPTS = ("messages", "question", "prompt")
 
@@ -45,7 +55,8 @@ def read_source(
         return str(data.path), read_file(data, option, needs_answers)
     if isinstance(data, FunctionData):
         return read_function(data, option, split, count, needs_answers, code)
-    return _told(data, split), generate(data, split, data.problems if count is None else count)
+    number = data.problems if count is None else count
+    return _told(data, split), generate(data, split, number, option)
 
 
 def read_file(data: FileData, option: str = "data", needs_answers: bool = True) -> list[Row]:
@@ -126,10 +137,13 @@ def read_function(
     return place, [read_row(index, record, layout) for index, record in enumerate(records)]
 
 
-def generate(data: CountdownData | ArithmeticData, split: Split, count: int) -> list[Row]:
+def generate(data: Generated, split: Split, count: int, option: str = "data") -> list[Row]:
     """`count` problems of a generated task, drawn by its seed; the same for the same arguments."""
+    problems: Sequence[Problem]
     if isinstance(data, CountdownData):
         problems = countdown.generate(data, data.seed, split, count)
+    elif isinstance(data, ReasoningGymData):
+        problems = gym.generate(data, data.seed, split, count, option)
     else:
         problems = arithmetic.generate(data, data.seed, split, count)
     return [
@@ -138,11 +152,18 @@ def generate(data: CountdownData | ArithmeticData, split: Split, count: int) -> 
     ]
 
 
-def _told(data: CountdownData | ArithmeticData, split: Split) -> str:
-    options = data.model_dump(exclude={"source", "label", "reward", "problems", "seed"})
-    told = ", ".join(f"{name} = {toml_value(value)}" for name, value in options.items())
+def _told(data: Generated, split: Split) -> str:
+    if isinstance(data, ReasoningGymData):
+        name, options = f"{data.source} {data.dataset}", data.options or {}
+    else:
+        name, options = data.source, _task_options(data)
+    told = "".join(f"{name} = {toml_value(value)}, " for name, value in options.items())[:-2]
     split_name = {"train": "training", "test": "held-out"}[split]
-    return f"{data.source} ({told}; {split_name} problems of seed {data.seed})"
+    return f"{name} ({told}{'; ' if told else ''}{split_name} problems of seed {data.seed})"
+
+
+def _task_options(data: CountdownData | ArithmeticData) -> dict[str, Any]:
+    return data.model_dump(exclude={"source", "label", "reward", "problems", "seed"})
 
 
 def _require_field(

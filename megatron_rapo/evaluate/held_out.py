@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_rapo.config import RunConfig
+from megatron_rapo.config import FileData, FunctionData, RunConfig
 from megatron_rapo.config.data import Data
-from megatron_rapo.config.templates import Templated
 from megatron_rapo.config.verifiers import RewardPlan
 from megatron_rapo.data.load import Judge, load_prompts
 from megatron_rapo.data.prompts import LoadReport, Prompt
@@ -97,7 +96,7 @@ def _load(
 ) -> HeldOut:
     assert config.evaluate is not None
     count = config.evaluate.problems
-    if count is None and not isinstance(data, Templated):
+    if count is None and not isinstance(data, FileData | FunctionData):
         count = GENERATED_PROBLEMS
     loaded = load_prompts(
         data,

@@ -260,7 +260,10 @@ def test_an_unknown_key_is_refused(values: dict[str, Any], message: str) -> None
         ({k: v for k, v in MINIMAL.items() if k != "model"}, "section [model] is missing; add it"),
         (with_options(run={"steps": 1}), "run.directory is missing; set it"),
         (with_options(rollout={"prompts_per_step": 1}), "rollout.max_response_tokens is missing; set it"),
-        (with_options(data={}), "data.source is missing; set it to file, function, countdown or arithmetic"),
+        (
+            with_options(data={}),
+            "data.source is missing; set it to file, function, reasoning_gym, countdown or arithmetic",
+        ),
         (with_options(data={"source": "file"}), "data.path is missing; set it"),
         (with_options(evaluate__data={}), "evaluate.data.source is missing"),
     ],

@@ -124,7 +124,11 @@ def setup_arguments() -> dict[str, Any]:
 
 def test_constraints_pin_every_requirement() -> None:
     pins, arguments = constraints(), setup_arguments()
-    for text in [*arguments["install_requires"], *arguments["extras_require"]["dev"]]:
+    for text in [
+        *arguments["install_requires"],
+        *arguments["extras_require"]["dev"],
+        *arguments["extras_require"]["reasoning_gym"],
+    ]:
         requirement = Requirement(text)
         if requirement.name == "triton":  # torch's build with CUDA pins its own
             continue

@@ -92,6 +92,8 @@ _TABLES = {
     "FileData": "data",
     "file_data": "data",
     "FunctionData": "data",
+    "ReasoningGymData": "data",
+    "gym_data": "data",
     "function_data": "data",
     "CountdownData": "data",
     "ArithmeticData": "data",

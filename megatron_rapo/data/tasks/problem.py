@@ -41,7 +41,11 @@ def split_of(key: str) -> Split:
 
 
 def distinct(
-    draw: Callable[[], tuple[str, Problem] | None], split: Split, count: int, task: str
+    draw: Callable[[], tuple[str, Problem] | None],
+    split: Split,
+    count: int,
+    task: str,
+    stale: int = _STALE_DRAWS,
 ) -> list[Problem]:
     """Draws until `count` problems of the split with different questions are found.
 
@@ -50,20 +54,21 @@ def distinct(
         split: which problems to keep; the splits share no key.
         count: how many.
         task: the task and its options, for the error's text.
+        stale: so many draws in a row without a new problem mean that there are no more.
 
     Raises:
         RapoError: where the task does not hold so many problems.
     """
     found: dict[str, Problem] = {}
-    stale = 0
+    waited = 0
     while len(found) < count:
         drawn = draw()
         if drawn is not None and split_of(drawn[0]) == split and drawn[1].question not in found:
             found[drawn[1].question] = drawn[1]
-            stale = 0
-        elif (stale := stale + 1) == _STALE_DRAWS:
+            waited = 0
+        elif (waited := waited + 1) == stale:
             raise RapoError(
                 f"{task}: {count} {split} problems were asked for, but only {len(found)} could be found; "
-                f"ask for at most {len(found)}, or widen the task (larger or more numbers, more operators)"
+                f"ask for at most {len(found)}, or widen the task by its options"
             )
     return list(found.values())
