@@ -120,7 +120,8 @@ class Verifier:
 
     def _results(self, items: Sequence[tuple[str | None, Problem]]) -> list[Verification]:
         try:
-            return [found.result() for found in self._enqueue(items)]
+            # The last is waited for first: each wait that ends in between would take time from the thread.
+            return [found.result() for found in reversed(self._enqueue(items))][::-1]
         except BaseException:
             self.close()
             raise
