@@ -17,8 +17,8 @@ from megatron_rapo.checkpoint.store import CheckpointStore
 from megatron_rapo.config import RunConfig
 from megatron_rapo.config.date import with_date
 from megatron_rapo.data.load import load_training_prompts
-from megatron_rapo.data.order import PromptOrder
-from megatron_rapo.data.prompts import Prompt, PromptSet
+from megatron_rapo.data.order import MixedOrder, PromptOrder, order_of
+from megatron_rapo.data.prompts import Prompt, TrainingPrompts
 from megatron_rapo.data.tokenizer import load_tokenizer, vocabulary_size
 from megatron_rapo.episode.group import Group
 from megatron_rapo.errors import RapoError
@@ -43,7 +43,7 @@ from megatron_rapo.policy.policy import Policy
 from megatron_rapo.policy.reference import Reference
 from megatron_rapo.publish.opening import open_publisher
 from megatron_rapo.publish.publisher import Publisher
-from megatron_rapo.record.identity import Identity
+from megatron_rapo.record.identity import Identity, prompts_fingerprint
 from megatron_rapo.record.standing import finish
 from megatron_rapo.record.start import begin, check_identity
 from megatron_rapo.reward.golds import gold_judge
@@ -61,7 +61,7 @@ class Job:
     identity: Identity
     architecture: Architecture
     vocabulary: int
-    prompts: PromptOrder
+    prompts: PromptOrder | MixedOrder
     collector: Collector
     unknown_rewards: UnknownRewards
     evaluator: Evaluator | None
@@ -222,6 +222,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             tokenizer = load_tokenizer(config.model.path)
             vocabulary = vocabulary_size(tokenizer, architecture.vocabulary)
             prompts = load_training_prompts(config, tokenizer, gold_judge(config, placement))
+            _require_the_same(prompts, placement)
             identity = placement.share_from_main(_identify(config, prompts, tokenizer, placement.is_main))
             check_identity(config, identity)
         with observer.phase("start engines"):
@@ -240,7 +241,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             identity=identity,
             architecture=architecture,
             vocabulary=vocabulary,
-            prompts=PromptOrder(prompts, seed=config.run.seed, shuffle=getattr(config.data, "shuffle", True)),
+            prompts=order_of(prompts, config.run.seed),
             collector=collector,
             unknown_rewards=UnknownRewards(config.reward.unknown_limit, tells=placement.is_main),
             evaluator=_open_evaluator(stack, config, tokenizer, collector),
@@ -267,8 +268,18 @@ def _tell_loss(directory: Path, reason: str) -> None:
     print(f"stopped {where} without saving, as {reason}: {how_to_go_on(directory)}", flush=True)
 
 
+def _require_the_same(prompts: TrainingPrompts, placement: Placement) -> None:
+    """Files of another node may be others, and functions of the user's own may draw what they like."""
+    mine = prompts_fingerprint(prompts.prompts)
+    if placement.share_from_main(mine) != mine:
+        raise RapoError(
+            f"rank {placement.rank} has loaded other problems than rank 0:\n{prompts.report}\nlet all nodes "
+            "read the same files, and a function of your own return the same each time (by its seed)"
+        )
+
+
 def _identify(
-    config: RunConfig, prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, is_main: bool
+    config: RunConfig, prompts: TrainingPrompts, tokenizer: PreTrainedTokenizerBase, is_main: bool
 ) -> Identity | None:
     """What the run loaded, on the main rank: reading weights once is enough."""
     if not is_main:
@@ -285,13 +296,17 @@ def _open_collector(
     tokenizer: PreTrainedTokenizerBase,
     architecture: Architecture,
 ) -> Collector:
-    """Opens the engines, and each head's own verifier."""
+    """Opens the engines, and on each head verifiers of its own, of each kind that its problems need."""
     engines = stack.enter_context(open_engines(config, placement, architecture))
-    verifier: Verifier | None = None
+    verifiers: dict[str, Verifier] = {}
     if placement.is_head:
-        plan = config.verifier_of(config.data)
-        verifier = stack.enter_context(Verifier.configured(plan, config.reward))
-    return Collector(config.rollout, placement, tokenizer, engines, verifier)
+        opened: dict[str, Verifier] = {}
+        for data in config.training_sources:
+            plan = config.verifier_of(data)
+            if str(plan) not in opened:
+                opened[str(plan)] = stack.enter_context(Verifier.configured(plan, config.reward))
+            verifiers[data.name] = opened[str(plan)]
+    return Collector(config.rollout, placement, tokenizer, engines, verifiers)
 
 
 def _open_evaluator(
@@ -301,8 +316,9 @@ def _open_evaluator(
     if config.evaluate is None:
         return None
     verifiers: dict[str, Verifier] = {}
-    if collector.verifier is not None:
-        verifiers[str(config.verifier_of(config.data))] = collector.verifier
+    if collector.verifiers:
+        for data in config.training_sources:
+            verifiers[str(config.verifier_of(data))] = collector.verifiers[data.name]
         for plan in map(config.verifier_of, config.evaluation_data):
             if str(plan) not in verifiers:
                 verifiers[str(plan)] = stack.enter_context(Verifier.configured(plan, config.reward))

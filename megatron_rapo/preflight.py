@@ -171,12 +171,14 @@ def _load_data(config: RunConfig, judge: Judge | None = None) -> Iterator[_Loade
 
     Without the model there is no tokenizer: of files and functions, columns alone are looked at then.
     """
-    training, *held_out = tables = _data_tables(config)
+    tables = _data_tables(config)
+    number = len(config.training_sources)
+    training, held_out = tables[:number], tables[number:]
     here = [(option, data) for option, data in tables if not isinstance(data, FileData) or data.path.exists()]
     if not config.model.path.is_dir():
         for option, data in here:
             if isinstance(data, FileData | FunctionData):
-                split: Split = "train" if option == training[0] else "test"
+                split: Split = "test" if option.startswith("evaluate") else "train"
                 answers, code = config.needs_answers(data), config.run.code
                 source, rows = read_source(data, option, split=split, needs_answers=answers, code=code)
                 report = f"{source}: {len(rows)} rows, no tokenizer to count their tokens with"
@@ -184,9 +186,10 @@ def _load_data(config: RunConfig, judge: Judge | None = None) -> Iterator[_Loade
         return
     tokenizer = load_tokenizer(config.model.path)
     vocabulary_size(tokenizer, read_architecture(config.model.path).vocabulary)
-    if training in here:
+    if all(table in here for table in training):
         prompts = load_training_prompts(config, tokenizer, judge)
-        yield _Loaded("data", str(prompts.report), prompts[0].problem)
+        for (option, _), one in zip(training, prompts.sets, strict=True):
+            yield _Loaded(option, str(one.report), one[0].problem)
     if all(table in here for table in held_out):
         sets = load_held_out(config, tokenizer, judge)
         for (option, _), loaded in zip(held_out, sets, strict=True):
@@ -285,7 +288,7 @@ def _model_paths(config: RunConfig) -> list[Path]:
 def _data_tables(config: RunConfig) -> list[tuple[str, Data]]:
     """The training data's table, as the user calls it, and those of the evaluation."""
     held_out = zip(config.evaluation_tables, config.evaluation_data, strict=True)
-    return [("data", config.data), *held_out]
+    return [*zip(config.training_tables, config.training_sources, strict=True), *held_out]
 
 
 def _data_paths(config: RunConfig) -> list[Path]:

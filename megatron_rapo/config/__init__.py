@@ -7,6 +7,7 @@ from megatron_rapo.config.data import (
     Data,
     FileData,
     FunctionData,
+    MixtureData,
     ReasoningGymData,
 )
 from megatron_rapo.config.evaluation import Evaluate, Setting
@@ -27,6 +28,7 @@ __all__ = [
     "Evaluate",
     "FileData",
     "FunctionData",
+    "MixtureData",
     "Model",
     "Observe",
     "Optimizer",

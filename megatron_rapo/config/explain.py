@@ -13,15 +13,16 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megatron_rapo.config.algorithm import DEFAULT_METHOD, find_method
-from megatron_rapo.config.data import LABEL_MEANS, Data
+from megatron_rapo.config.data import TrainingData
 from megatron_rapo.config.options import option_names, sections_of
 from megatron_rapo.config.schema import RunConfig
+from megatron_rapo.config.source import LABEL_MEANS
 from megatron_rapo.config.write import toml_value
 from megatron_rapo.methods.named import METHODS
 from megatron_rapo.section import Section
 
 # The tables of each kind of prompt source, by the name of the kind.
-_SOURCES = {table.model_fields["source"].annotation.__args__[0]: table for table in sections_of(Data)}  # type: ignore[union-attr]
+_SOURCES = {table.model_fields["source"].annotation.__args__[0]: table for table in sections_of(TrainingData)}  # type: ignore[union-attr]
 
 
 def explain(error: ValidationError, source: str, values: Mapping[str, Any]) -> str:
@@ -90,6 +91,7 @@ def _key(location: tuple[int | str, ...], values: Mapping[str, Any]) -> str:
         of_evaluation = location[:2] == ("evaluate", "data")
         if (
             location[:depth] == ("data",)
+            or (depth == 4 and location[:3] == ("data", "mixture", "sources"))
             or (depth == 3 and of_evaluation)
             or (depth == 2 and single and of_evaluation)
         ):

@@ -81,9 +81,9 @@ def change_of(option: str) -> Change:
 def options_of(config: RunConfig) -> dict[str, Any]:
     """All options that have an effect, by dotted name; defaults that follow from others are written out."""
     flat = dict(_flat(config.resolved()))
-    plan = config.verifier_of(config.data)
-    if plan.is_verifier:
-        flat["reward.verifier"] = str(plan)
+    plans = {str(plan): plan for plan in map(config.verifier_of, config.training_sources)}
+    if all(plan.is_verifier for plan in plans.values()):
+        flat["reward.verifier"] = ", ".join(plans)
     flat["algorithm.minibatch_prompts"] = config.minibatch_prompts
     if config.optimizer.decay != "constant":
         flat["optimizer.decay_steps"] = config.decay_steps

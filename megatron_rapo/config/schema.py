@@ -14,7 +14,7 @@ from pydantic import model_validator
 
 from megatron_rapo.config.algorithm import DEFAULT_METHOD, Algorithm, find_method
 from megatron_rapo.config.cluster import Slurm
-from megatron_rapo.config.data import Data
+from megatron_rapo.config.data import Data, MixtureData, TrainingData
 from megatron_rapo.config.evaluation import Evaluate, Setting
 from megatron_rapo.config.reward import Reward
 from megatron_rapo.config.running import Checkpoint, Observe, Run
@@ -47,7 +47,7 @@ class RunConfig(Section):
     run: Run
     model: Model
     parallel: Parallel = Parallel()
-    data: Data
+    data: TrainingData
     rollout: Rollout
     reward: Reward = Reward()
     weights: Weights = Weights()
@@ -79,6 +79,18 @@ class RunConfig(Section):
         """Steps over which the learning rate decays."""
         return self.optimizer.decay_steps or self.run.steps
 
+    @property
+    def training_sources(self) -> list[Data]:
+        """What is trained on: the sources of a mixture, or the only one."""
+        return self.data.sources if isinstance(self.data, MixtureData) else [self.data]
+
+    @property
+    def training_tables(self) -> list[str]:
+        """What the user calls the table of each of them: `data`, or `data.sources[1]`."""
+        if not isinstance(self.data, MixtureData):
+            return ["data"]
+        return [f"data.sources[{place}]" for place in range(len(self.data.sources))]
+
     def verifier_of(self, data: Data) -> RewardPlan:
         """What judges responses to a data set: its own `reward`, or that of the run.
 
@@ -89,7 +101,7 @@ class RunConfig(Section):
             return RewardPlan(parts, judging.correct_at, tuple(self.run.code))
         chosen = judging.verifier
         # Countdown's answers are no expressions that could be compared: it goes with its verifier alone.
-        shared = data.reward is None and data != self.data
+        shared = data.reward is None and data not in self.training_sources
         if chosen is None or (shared and "countdown" in (data.source, chosen)):
             return built_in(_BELONGING[data.source])
         return built_in(chosen)
@@ -99,20 +111,20 @@ class RunConfig(Section):
         """The data sets that are evaluated on."""
         if self.evaluate is None:
             return []
-        return [self.data] if self.evaluate.data is None else self.evaluate.data
+        return self.training_sources if self.evaluate.data is None else self.evaluate.data
 
     @property
     def evaluation_tables(self) -> list[str]:
         """What the user calls the table of each of them: `data`, `evaluate.data`, or `evaluate.data[1]`."""
         if self.evaluate is None or self.evaluate.data is None:
-            return ["data"] * len(self.evaluation_data)
+            return self.training_tables if self.evaluate else []
         several = len(self.evaluate.data) > 1
         return [f"evaluate.data[{i}]" if several else "evaluate.data" for i in range(len(self.evaluate.data))]
 
     @property
     def has_chat_data(self) -> bool:
         """Whether a chat template makes prompts of the run or its evaluation."""
-        sources = [self.data, *self.evaluation_data]
+        sources = [*self.training_sources, *self.evaluation_data]
         return any(isinstance(source, Templated) and source.template != "plain" for source in sources)
 
     def needs_answers(self, data: Data) -> bool:
@@ -153,6 +165,7 @@ class RunConfig(Section):
             self._check_warmup,
             self._check_checkpoints,
             self._check_rewards,
+            self._check_weights_of_sources,
             self._check_evaluation,
             self._check_colocation,
             self._check_slurm,
@@ -235,7 +248,7 @@ class RunConfig(Section):
 
     def _check_rewards(self) -> None:
         own = [data for data in self.evaluation_data if data.reward is not None]
-        for data in [self.data, *own]:
+        for data in [*self.training_sources, *own]:
             for part in self.verifier_of(data).parts:
                 if part.verifies and (str(part) == "countdown") != (data.source == "countdown"):
                     where = "data.source" if data is self.data else f"source of {data.name}"
@@ -256,10 +269,23 @@ class RunConfig(Section):
                 "the optimizer works on the model's own parameters; remove it"
             )
 
+    def _check_weights_of_sources(self) -> None:
+        alone = dict(zip(self.evaluation_tables, self.evaluation_data, strict=True))
+        if isinstance(self.data, MixtureData):
+            alone = {table: data for table, data in alone.items() if table.startswith("evaluate")}
+        else:
+            alone["data"] = self.data
+        for table, data in alone.items():
+            if data.weight is not None:
+                raise ValueError(
+                    f"{table}.weight = {data.weight} would have no effect: it is no source of a mixture; "
+                    "remove it"
+                )
+
     def _check_evaluation(self) -> None:
         if self.evaluate is None:
             return
-        if self.evaluate.data is None and self.data.source == "file":
+        if self.evaluate.data is None and any(one.source == "file" for one in self.training_sources):
             raise ValueError(
                 "evaluate.data is missing: training prompts from a file leave none held out; add it"
             )

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from megatron_rapo.config.source import Source
 from megatron_rapo.section import PathOption, Section
 
 _STATEMENT = re.compile(r"\{\{|\{%")  # of Jinja
@@ -25,7 +26,7 @@ class Shot(Section):
     answer: str = Field(description="The whole response to it.")
 
 
-class Templated(Section):
+class Templated(Source):
     """Options of sources whose questions are put into a template."""
 
     template: str = Field(

@@ -44,7 +44,7 @@ def call(
             f"{option}.seed = {data.seed} has no effect: {place} has no parameter seed; give it one, or "
             "remove the option"
         )
-    if split == "test" and option == "data" and "split" not in arguments:
+    if split == "test" and option.startswith("data") and "split" not in arguments:
         raise RapoError(
             f"{place} has no parameter split, so none of its problems are held out; give it one, which is "
             '"train" or "test", or name others in evaluate.data'

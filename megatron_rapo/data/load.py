@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_rapo.config import RunConfig
 from megatron_rapo.config.data import ArithmeticData, CountdownData, Data
-from megatron_rapo.data.prompts import LoadReport, Prompt, PromptSet
+from megatron_rapo.data.prompts import LoadReport, Prompt, PromptSet, TrainingPrompts
 from megatron_rapo.data.rows import Row
 from megatron_rapo.data.sources import read_source
 from megatron_rapo.data.tasks.problem import Split
@@ -116,8 +117,8 @@ def _judged(
 
 def load_training_prompts(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, judge: Judge | None = None
-) -> PromptSet:
-    """The prompts that the run trains on, at least as many as a step draws.
+) -> TrainingPrompts:
+    """The prompts that the run trains on, of each source at least as many as a step draws of it.
 
     Args:
         judge: as in `load_prompts`.
@@ -125,24 +126,40 @@ def load_training_prompts(
     Raises:
         RapoError: they cannot be loaded, or are fewer.
     """
-    prompts = load_prompts(
-        config.data,
-        tokenizer,
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
-        split="train",
-        count=None,
-        date=config.run.date,
-        judge=judge,
-        needs_answers=config.needs_answers(config.data),
-        code=config.run.code,
-    )
-    if len(prompts) < (step := config.rollout.prompts_per_step):
-        raise RapoError(
-            f"rollout.prompts_per_step = {step} is more than the {len(prompts)} prompts of "
-            f"{prompts.report.source}, and a step would have copies of them; lower it to {len(prompts)} "
-            "or less, or give more data"
+    sources = config.training_sources
+    weights = [source.weight or 1.0 for source in sources]
+    shares = tuple(weight / sum(weights) for weight in weights)
+    sets = tuple(
+        load_prompts(
+            source,
+            tokenizer,
+            max_prompt_tokens=config.rollout.max_prompt_tokens,
+            split="train",
+            count=None,
+            option=table,
+            date=config.run.date,
+            judge=judge,
+            needs_answers=config.needs_answers(source),
+            code=config.run.code,
         )
-    return prompts
+        for source, table in zip(sources, config.training_tables, strict=True)
+    )
+    for prompts, share in zip(sets, shares, strict=True):
+        _require_enough(config, prompts, share)
+    return TrainingPrompts(sets, shares, tuple(getattr(source, "shuffle", True) for source in sources))
+
+
+def _require_enough(config: RunConfig, prompts: PromptSet, share: float) -> None:
+    step = config.rollout.prompts_per_step
+    if len(prompts) >= math.ceil(step * share):
+        return
+    most = math.floor(len(prompts) / share)
+    drawn = "" if share == 1 else f" at a share of {share:.1%}"
+    raise RapoError(
+        f"rollout.prompts_per_step = {step} is more than the {len(prompts)} prompts of "
+        f"{prompts.report.source}{drawn}, and a step would have copies of them; lower it to {most} "
+        "or less, or give more data"
+    )
 
 
 def _duplicates(rows: Sequence[Row]) -> tuple[tuple[int, ...], ...]:

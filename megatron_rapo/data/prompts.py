@@ -109,5 +109,33 @@ class PromptSet:
         return iter(self.prompts)
 
 
+@dataclass(frozen=True)
+class TrainingPrompts:
+    """What a run trains on: a set of prompts, or several that are mixed.
+
+    Attributes:
+        sets: of each source.
+        shares: of each set in the prompts that are drawn; they sum to 1.
+        shuffled: whether each set is drawn in a new order each epoch, or in its own.
+    """
+
+    sets: tuple[PromptSet, ...]
+    shares: tuple[float, ...]
+    shuffled: tuple[bool, ...]
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """Those of all sets."""
+        return tuple(prompt for one in self.sets for prompt in one)
+
+    @property
+    def report(self) -> str:
+        """What became of each source's rows."""
+        if len(self.sets) == 1:
+            return str(self.sets[0].report)
+        named = zip(self.sets, self.shares, strict=True)
+        return "\n".join(f"{one[0].source} ({share:.1%} of prompts): {one.report}" for one, share in named)
+
+
 def _examples(rows: tuple[int, ...] | list[str]) -> str:
     return ", ".join(map(str, rows[:_SHOWN])) + (", …" if len(rows) > _SHOWN else "")

@@ -163,7 +163,7 @@ def _told(data: Generated, split: Split) -> str:
 
 
 def _task_options(data: CountdownData | ArithmeticData) -> dict[str, Any]:
-    return data.model_dump(exclude={"source", "label", "reward", "problems", "seed"})
+    return data.model_dump(exclude={"source", "label", "reward", "weight", "problems", "seed"})
 
 
 def _require_field(

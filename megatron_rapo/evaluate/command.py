@@ -148,14 +148,15 @@ def _source(text: str, request: Request) -> dict[str, Any]:
 
 def _generated(task: str, request: Request) -> dict[str, Any]:
     """The task as the model was trained on it, where that can be told; else by its defaults."""
-    trained_on = None
+    config: RunConfig | None = None
     if request.configs:
-        trained_on = load_config(request.configs, request.settings).data
+        config = load_config(request.configs, request.settings)
     elif request.model is not None and (recorded := recorded_configuration(request.model)) is not None:
-        trained_on = load_config([recorded]).data
-    if trained_on is None or trained_on.source != task:
+        config = load_config([recorded])
+    trained_on = [data for data in config.training_sources if data.source == task] if config else []
+    if len(trained_on) != 1:
         return {"source": task}
-    return trained_on.model_dump(mode="json", exclude={"reward"}, exclude_none=True)
+    return trained_on[0].model_dump(mode="json", exclude={"reward", "weight"}, exclude_none=True)
 
 
 def as_typed(message: str, request: Request) -> str:

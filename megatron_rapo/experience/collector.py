@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -34,14 +34,14 @@ class Collector:
         placement: Placement,
         tokenizer: PreTrainedTokenizerBase,
         engines: SharedEngines,
-        verifier: Verifier | None,
+        verifiers: Mapping[str, Verifier],
     ) -> None:
-        """`verifier` is this head's own; None on other ranks."""
+        """`verifiers` are this head's own, by the data set that each judges; none on other ranks."""
         self.rollout = rollout
         self.placement = placement
         self.tokenizer = tokenizer
         self.engines = engines
-        self.verifier = verifier
+        self.verifiers = verifiers
         self.recover: Callable[[int], object] | None = None
 
     def sample(
@@ -101,9 +101,14 @@ class Collector:
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[Group]:
         """Verifies this head's groups; nothing on other ranks."""
-        if self.verifier is None:
+        if not self.verifiers:
             return []
-        return score_groups(groups, self.verifier, self.tokenizer)
+        scored: dict[int, Group] = {}
+        for verifier in {id(one): one for one in self.verifiers.values()}.values():
+            mine = [i for i, one in enumerate(groups) if self.verifiers[one.prompt.source] is verifier]
+            found = score_groups([groups[i] for i in mine], verifier, self.tokenizer)
+            scored.update(zip(mine, found, strict=True))
+        return [scored[i] for i in range(len(groups))]
 
     def share(self, mine: Sequence[T]) -> list[T]:
         """What all heads made of their shares of the prompts, in the prompts' order, on all ranks."""

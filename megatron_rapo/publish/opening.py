@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_rapo.config import Model, RunConfig, Weights
-from megatron_rapo.data.prompts import PromptSet
+from megatron_rapo.data.prompts import TrainingPrompts
 from megatron_rapo.experience.engines import SharedEngines
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.build import DTYPES, Body
@@ -30,7 +30,7 @@ def open_publisher(
     policy: Policy,
     placement: Placement,
     engines: SharedEngines,
-    prompts: PromptSet,
+    prompts: TrainingPrompts,
     *,
     trusting: bool = False,
 ) -> Publisher:

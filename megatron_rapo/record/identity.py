@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_rapo.config import RunConfig
+from megatron_rapo.config import MixtureData, RunConfig
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import RapoError
 from megatron_rapo.fingerprint import (
@@ -24,13 +24,23 @@ SHOWN = 3  # rows in a message
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt that the run trains on: its row in the source, and fingerprints of what it became."""
+    """A prompt that the run trains on: its row in its source, and fingerprints of what it became.
 
+    Attributes:
+        source: the name of its data set where there are several.
+    """
+
+    source: str
     index: int
     question: str
     answer: str
     tokens: str
     columns: str
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """The prompt's data set and row."""
+        return self.source, self.index
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,12 @@ class Identity:
             contents["weights of model.checkpoint"] = files_fingerprint(files)
         if model.reference_path is not None:
             contents["weights of model.reference_path"] = weights_fingerprint(model.reference_path)
-        return cls(contents, evaluation, [_row(prompt) for prompt in prompts])
+        if isinstance(config.data, MixtureData):
+            order = [(one.name, one.weight, getattr(one, "shuffle", True)) for one in config.data.sources]
+            contents["weights or shuffling of data.sources"] = fingerprint(order)
+        mixed = len({prompt.source for prompt in prompts}) > 1  # else a set may be called otherwise
+        rows = [_row(prompt, prompt.source if mixed else "") for prompt in prompts]
+        return cls(contents, evaluation, rows)
 
     @classmethod
     def read(cls, directory: Path) -> Identity | None:
@@ -109,35 +124,42 @@ class Identity:
         return [*_row_differences(self.prompts, now.prompts), *others]
 
 
+def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
+    """16 hex digits that differ where prompts or their columns do."""
+    return fingerprint(
+        part for p in prompts for part in (p.question, p.answer, p.token_ids, in_json(p.columns))
+    )
+
+
 def _other(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return [name for name, value in before.items() if now.get(name, value) != value]
 
 
-def _row(prompt: Prompt) -> Row:
+def _row(prompt: Prompt, source: str) -> Row:
     parts = (prompt.question, prompt.answer, prompt.token_ids, in_json(prompt.columns))
-    return Row(prompt.index, *(fingerprint([part]) for part in parts))
+    return Row(source, prompt.index, *(fingerprint([part]) for part in parts))
 
 
 def _row_differences(before: Sequence[Row], now: Sequence[Row]) -> list[str]:
     if list(before) == list(now):
         return []
-    old, new = ({row.index: row for row in rows} for rows in (before, now))
-    both = [(row, new[row.index]) for row in before if row.index in new]
-    kinds = {
-        "another question in": [one.index for one, other in both if one.question != other.question],
+    old, new = ({row.place: row for row in rows} for rows in (before, now))
+    both = [(row, new[row.place]) for row in before if row.place in new]
+    kinds: dict[str, list[tuple[str, int]]] = {
+        "another question in": [one.place for one, other in both if one.question != other.question],
         "another answer in": [
-            one.index for one, other in both if one.question == other.question and one.answer != other.answer
+            one.place for one, other in both if one.question == other.question and one.answer != other.answer
         ],
         "other tokens of the same question in": [
-            one.index for one, other in both if one.question == other.question and one.tokens != other.tokens
+            one.place for one, other in both if one.question == other.question and one.tokens != other.tokens
         ],
         "other columns of the same question and answer in": [
-            one.index
+            one.place
             for one, other in both
             if _beside(one) == _beside(other) and one.columns != other.columns
         ],
-        "no more": [index for index in old if index not in new],
-        "new": [index for index in new if index not in old],
+        "no more": [place for place in old if place not in new],
+        "new": [place for place in new if place not in old],
     }
     told = [f"{kind} {_named(rows)}" for kind, rows in kinds.items() if rows]
     return [f"other training prompts ({'; '.join(told) or 'in another order'})"]
@@ -148,7 +170,8 @@ def _beside(row: Row) -> tuple[str, str]:
     return row.question, row.answer
 
 
-def _named(rows: Sequence[int]) -> str:
-    shown = ", ".join(map(str, rows[:SHOWN]))
+def _named(rows: Sequence[tuple[str, int]]) -> str:
+    sources = {source for source, _ in rows}
+    shown = ", ".join(str(row) if len(sources) == 1 else f"{of} {row}" for of, row in rows[:SHOWN])
     more = f" and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
     return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"

@@ -39,7 +39,7 @@ def make_collector(pool, reviver=None):
     )
     rollout = Rollout(prompts_per_step=8, max_response_tokens=8)
     engines = SharedEngines(cast(Any, placement), pool, reviver)
-    return Collector(rollout, cast(Any, placement), cast(Any, None), engines, None)
+    return Collector(rollout, cast(Any, placement), cast(Any, None), engines, {})
 
 
 def make_pool(urls, reviver=None):

@@ -262,7 +262,7 @@ def test_an_unknown_key_is_refused(values: dict[str, Any], message: str) -> None
         (with_options(rollout={"prompts_per_step": 1}), "rollout.max_response_tokens is missing; set it"),
         (
             with_options(data={}),
-            "data.source is missing; set it to file, function, reasoning_gym, countdown or arithmetic",
+            "data.source is missing; set it to file, function, reasoning_gym, countdown, arithmetic or mix",
         ),
         (with_options(data={"source": "file"}), "data.path is missing; set it"),
         (with_options(evaluate__data={}), "evaluate.data.source is missing"),

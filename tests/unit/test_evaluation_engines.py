@@ -79,7 +79,7 @@ def evaluator_of(directory, placement, pool, reviver=None, settings=(SETTING,)) 
         batch_decode=lambda ids, skip_special_tokens: ["1" if row[-1] % 2 else "" for row in ids]
     )
     engines = SharedEngines(cast(Any, placement), pool, reviver)
-    collector = Collector(rollout, cast(Any, placement), cast(Any, tokenizer), engines, None)
+    collector = Collector(rollout, cast(Any, placement), cast(Any, tokenizer), engines, {})
     verifiers = {} if pool is None else {"math": SimpleNamespace(verify=judge)}
     return Evaluator(cast(Any, config), cast(Any, tokenizer), collector, cast(Any, verifiers))
 

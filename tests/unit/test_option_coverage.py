@@ -29,7 +29,7 @@ SETTING = re.compile(r"((?:\w+\.)+\w+)\s*=\s*(\S.*)", re.ASCII)
 
 
 def options(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Section's name, option's name and default of all plain options."""
+    """Section's name, option's name and default of all plain options; a mixture's sources are `data`."""
     own = set(vars(section).get("__annotations__", {})) if issubclass(section, Options) else set()
     for name, field in section.model_fields.items():
         if name == "method":
@@ -40,7 +40,7 @@ def options(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tu
             continue
         tables = sections_of(field.annotation)
         for table in tables:
-            yield from options(table, name)
+            yield from options(table, "data" if name == "sources" else name)
         if prefix and not tables and name != "source":
             yield prefix, name, field.get_default(call_default_factory=True)
 
@@ -54,7 +54,7 @@ class Settings(ast.NodeVisitor):
 
     def _take(self, table: str | None, name: str, node: ast.expr) -> None:
         self.found[name].append((table, _literal(node)))
-        outer, self._table = self._table, name
+        outer, self._table = self._table, "data" if name == "sources" else name
         self.visit(node)
         self._table = outer
 

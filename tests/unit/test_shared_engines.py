@@ -128,7 +128,9 @@ PROMPTS = [Prompt(10 + i, "", (i, 7), "", draw=i) for i in range(8)]
 def collector_of(rank: Any, pool: Any, verifier: Any = None) -> Collector:
     rollout = Rollout(prompts_per_step=8, max_response_tokens=13, temperature=0.75)
     tokenizer: Any = SimpleNamespace(decode=lambda ids, skip_special_tokens: str(ids[0]))
-    return Collector(rollout, rank, tokenizer, SharedEngines(rank, pool, None), verifier)
+    return Collector(
+        rollout, rank, tokenizer, SharedEngines(rank, pool, None), {"": verifier} if verifier else {}
+    )
 
 
 @pytest.mark.parametrize("fails", [(0, 0, 0), (0, 2, 0), (3, 0, 1)])
