@@ -125,6 +125,9 @@ def test_golds_of_a_list_may_be_lists():
     gold = join(["1,2", "3"], "all")
     assert is_correct(r"\boxed{3,2,1}", gold)
     assert not is_correct(r"\boxed{3,2}", gold)
+    # The gold's decimal decides how near an answer must come, in a list as alone.
+    assert is_correct(r"\boxed{2, 0.3470005}", join(["0.347", "2"], "all"))
+    assert not is_correct(r"\boxed{2, 0.347}", join(["0.3470005", "2"], "all"))
 
 
 def test_one_gold_of_a_list_is_itself():
