@@ -25,7 +25,8 @@ class RewardFunction(Section):
 
     use: str = Field(
         description="One of your own as `module:name` (docs/rewards.md), a verifier (`math`, `countdown`, "
-        "`integer`), or `format`: 1 where the response as a whole matches the regular expression "
+        "`integer`), `reasoning_gym` for its problems, or `format`: 1 where the response as a whole matches "
+        "the regular expression "
         "`options.pattern` of Python's `re` (`(?s)` lets `.` match line ends), else 0."
     )
     weight: float = Field(
