@@ -5,21 +5,39 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_rapo.episode.environment import Environment as Environment
+    from megatron_rapo.episode.environment import Generate as Generate
+    from megatron_rapo.episode.environment import Transcript as Transcript
+    from megatron_rapo.episode.environment import Turn as Turn
+    from megatron_rapo.episode.episode import Episode as Episode
+    from megatron_rapo.episode.problem import Problem as Problem
+    from megatron_rapo.episode.score import Score as Score
+    from megatron_rapo.episode.sequence import Sequence as Sequence
     from megatron_rapo.methods.method import Method as Method
     from megatron_rapo.methods.options import Options as Options
     from megatron_rapo.methods.terms.term import AtToken as AtToken
     from megatron_rapo.methods.terms.term import Need as Need
     from megatron_rapo.methods.terms.term import Term as Term
+    from megatron_rapo.section import Section as Section
 
 __version__ = "0.1.0"
 
 # What users' own files import; each is looked up when it is asked for, as most commands need none of them.
 _PUBLIC = {
+    "Environment": "megatron_rapo.episode.environment",
+    "Generate": "megatron_rapo.episode.environment",
+    "Transcript": "megatron_rapo.episode.environment",
+    "Turn": "megatron_rapo.episode.environment",
+    "Episode": "megatron_rapo.episode.episode",
+    "Problem": "megatron_rapo.episode.problem",
+    "Score": "megatron_rapo.episode.score",
+    "Sequence": "megatron_rapo.episode.sequence",
     "Method": "megatron_rapo.methods.method",
     "Options": "megatron_rapo.methods.options",
     "AtToken": "megatron_rapo.methods.terms.term",
     "Need": "megatron_rapo.methods.terms.term",
     "Term": "megatron_rapo.methods.terms.term",
+    "Section": "megatron_rapo.section",
 }
 
 

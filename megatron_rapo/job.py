@@ -20,7 +20,12 @@ from megatron_rapo.data.load import load_training_prompts
 from megatron_rapo.data.order import MixedOrder, PromptOrder, order_of
 from megatron_rapo.data.prompts import Prompt, TrainingPrompts
 from megatron_rapo.data.tokenizer import load_tokenizer, vocabulary_size
+from megatron_rapo.environments.opening import open_environment
+from megatron_rapo.environments.runner import Runner
+from megatron_rapo.environments.running import EpisodeRunner
 from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.outcome import Verification
+from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.evaluator import Evaluator
 from megatron_rapo.evaluate.held_out import load_held_out
@@ -118,15 +123,13 @@ class Job:
         self.objective.temperature = sampling.temperature
 
         def score(prompts: Sequence[Prompt]) -> list[Group]:
-            with self.observer.phase("rollout"):
-                groups = self.collector.sample(
-                    prompts,
-                    sampling=sampling,
-                    weight_version=step - 1,
-                    seed=self.sampling_seed(step),
-                )
-            with self.observer.phase("reward"):
-                return self.collector.share(self.collector.score(groups))
+            return self.collector.collect(
+                prompts,
+                chosen=sampling,
+                weight_version=step - 1,
+                seed=self.sampling_seed(step),
+                phase=self.observer.phase,
+            )
 
         rollout = self.config.rollout
         batch = collect(
@@ -226,7 +229,8 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             identity = placement.share_from_main(_identify(config, prompts, tokenizer, placement.is_main))
             check_identity(config, identity)
         with observer.phase("start engines"):
-            collector = _open_collector(stack, config, placement, tokenizer, architecture)
+            verifiers = _open_verifiers(stack, config, placement)
+            collector = _open_collector(stack, config, placement, tokenizer, architecture, verifiers)
         with observer.phase("build models"):
             total_updates = config.decay_steps * config.updates_per_step
             policy = Policy(config.model, config.optimizer, architecture, placement, total_updates)
@@ -244,7 +248,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             prompts=order_of(prompts, config.run.seed),
             collector=collector,
             unknown_rewards=UnknownRewards(config.reward.unknown_limit, tells=placement.is_main),
-            evaluator=_open_evaluator(stack, config, tokenizer, collector),
+            evaluator=Evaluator(config, tokenizer, collector, verifiers) if config.evaluate else None,
             policy=policy,
             reference=reference,
             method=method,
@@ -289,37 +293,34 @@ def _identify(
     return Identity.of(config, prompts.prompts, evaluation)
 
 
+def _open_verifiers(stack: ExitStack, config: RunConfig, placement: Placement) -> dict[str, Verifier]:
+    """A head's verifiers, one of each kind that its data sets need; none on other ranks."""
+    verifiers: dict[str, Verifier] = {}
+    if placement.is_head:
+        for plan in map(config.verifier_of, [*config.training_sources, *config.evaluation_data]):
+            if str(plan) not in verifiers:
+                verifiers[str(plan)] = stack.enter_context(Verifier.configured(plan, config.reward))
+    return verifiers
+
+
 def _open_collector(
     stack: ExitStack,
     config: RunConfig,
     placement: Placement,
     tokenizer: PreTrainedTokenizerBase,
     architecture: Architecture,
+    verifiers: Mapping[str, Verifier],
 ) -> Collector:
-    """Opens the engines, and on each head verifiers of its own, of each kind that its problems need."""
+    """Opens the engines, and what runs a head's episodes on them."""
+    environment = open_environment(config)
     engines = stack.enter_context(open_engines(config, placement, architecture))
-    verifiers: dict[str, Verifier] = {}
-    if placement.is_head:
-        opened: dict[str, Verifier] = {}
-        for data in config.training_sources:
-            plan = config.verifier_of(data)
-            if str(plan) not in opened:
-                opened[str(plan)] = stack.enter_context(Verifier.configured(plan, config.reward))
-            verifiers[data.name] = opened[str(plan)]
-    return Collector(config.rollout, placement, tokenizer, engines, verifiers)
+    if engines.pool is None:
+        return Collector(config.rollout, placement, engines, None, None)
+    episodes = EpisodeRunner(environment, config.environment, tokenizer, config.reward.correct_at)
+    runner = stack.enter_context(Runner(episodes, engines.pool))
+    by_source = {data.name: verifiers[str(config.verifier_of(data))] for data in config.training_sources}
 
+    async def judge(answer: str, problem: Problem) -> Verification:
+        return await by_source[problem.source].score(answer, problem)
 
-def _open_evaluator(
-    stack: ExitStack, config: RunConfig, tokenizer: PreTrainedTokenizerBase, collector: Collector
-) -> Evaluator | None:
-    """The evaluator, on heads with a verifier of each kind that its data sets need."""
-    if config.evaluate is None:
-        return None
-    verifiers: dict[str, Verifier] = {}
-    if collector.verifiers:
-        for data in config.training_sources:
-            verifiers[str(config.verifier_of(data))] = collector.verifiers[data.name]
-        for plan in map(config.verifier_of, config.evaluation_data):
-            if str(plan) not in verifiers:
-                verifiers[str(plan)] = stack.enter_context(Verifier.configured(plan, config.reward))
-    return Evaluator(config, tokenizer, collector, verifiers)
+    return Collector(config.rollout, placement, engines, runner, judge)

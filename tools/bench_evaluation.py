@@ -15,12 +15,18 @@ import shutil
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rapo.config import validate
 from megatron_rapo.data.tokenizer import load_tokenizer
+from megatron_rapo.environments.runner import Runner
+from megatron_rapo.environments.running import EpisodeRunner
+from megatron_rapo.environments.single_turn import SingleTurn
+from megatron_rapo.episode.outcome import Outcome, Verification
+from megatron_rapo.episode.problem import Problem
 from megatron_rapo.evaluate.held_out import load_held_out, setting_records
 from megatron_rapo.evaluate.plan import plan
 from megatron_rapo.evaluate.sampler import Sampler
@@ -64,17 +70,19 @@ def main() -> None:
         with (
             open_own_engines(config, read_architecture(model)) as pool,
             Verifier(held_out.plan, workers=2, time_limit_s=5.0) as verifier,
+            ExitStack() as stack,
         ):
             pool.update_weights(model, 0)
-            sampler = Sampler(pool, tokenizer, weight_version=0, seed=1)
+            episodes = EpisodeRunner(SingleTurn(), config.environment, tokenizer, correct_at=1.0)
+            sampler = Sampler(stack.enter_context(Runner(episodes, pool)), pool, weight_version=0, seed=1)
             times: dict[str, list[float]] = {"alone": [], "whole": []}
             for _ in range(ROUNDS + 1):
                 start, tokens = time.perf_counter(), 0
-                for _, groups in sampler.generated(batches, setting):
-                    tokens += sum(len(response.token_ids) for group in groups for response in group.responses)
+                for _, groups in sampler.generated(batches, setting, unjudged):
+                    tokens += sum(one.episode.sampled_tokens for group in groups for one in group.episodes)
                 times["alone"].append(time.perf_counter() - start)
                 start = time.perf_counter()
-                for _ in sampler.draw(batches, setting, verifier, store):
+                for _ in sampler.draw(batches, setting, verifier.score, store):
                     pass
                 times["whole"].append(time.perf_counter() - start)
         alone, whole = (statistics.median(seconds[1:]) for seconds in times.values())
@@ -83,6 +91,11 @@ def main() -> None:
         speed = f"{tokens / alone:,.0f} tokens/s, {responses / alone:,.0f} responses/s"
         print(f"engines alone {alone:.2f} s ({speed})")
         print(f"evaluation {whole:.2f} s: {whole / alone - 1:+.1%}")
+
+
+async def unjudged(response: str, problem: Problem) -> Verification:
+    """For engines alone."""
+    return Verification(Outcome.WRONG)
 
 
 def make_model(directory: Path, hidden: int, layers: int) -> Path:

@@ -36,7 +36,7 @@ from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.rollout.exchange import http_client
 from megatron_rapo.rollout.launchers import EmbeddedLauncher, Launch, Launcher
 from megatron_rapo.rollout.pool import EnginePool
-from megatron_rapo.rollout.requests import Sampling
+from megatron_rapo.rollout.requests import Sampling, first_turns
 from megatron_rapo.rollout.servers import LocalServers
 
 ROOT = Path(__file__).parents[1]
@@ -174,15 +174,11 @@ def time_server(
         )
 
     def through(pool: EnginePool) -> int:
-        groups = pool.generate(
-            prompts,
-            responses_per_prompt=options.responses,
-            max_response_tokens=options.tokens,
-            temperature=1.0,
-            weight_version=1,
-            seed=0,
-        )
-        return sum(len(response.token_ids) for group in groups if group for response in group.responses)
+        each = pool.requests(len(prompts))
+        parts = [prompts[start : start + each] for start in range(0, len(prompts), each)]
+        with pool.round() as opened:
+            answers = [opened.ask(first_turns(part, sampling)) for part in parts]
+            return sum(len(response.token_ids) for answer in answers for response in answer.result())
 
     with pool_of(len(prompts)) as whole, pool_of(size) as split, asyncio.Runner() as runner:
         whole.update_weights(model, 1)
@@ -199,10 +195,10 @@ def time_server(
 
 def body(prompts: list[Prompt], sampling: Sampling) -> dict[str, object]:
     """What the pool sends for these prompts."""
-    repeats = range(sampling.responses_per_prompt)
+    request = first_turns(prompts, sampling)
     return {
-        "input_ids": [prompt.token_ids for prompt in prompts for _ in repeats],
-        "sampling_params": [sampling.params(prompt, i) for prompt in prompts for i in repeats],
+        "input_ids": request.input_ids,
+        "sampling_params": request.sampling_params,
         "return_logprob": True,
     }
 

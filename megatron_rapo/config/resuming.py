@@ -35,7 +35,7 @@ CLASSES: Mapping[Change, tuple[str, ...]] = {
         *("rollout.embedded_servers", "rollout.embedded_device", "rollout.embedded_threads"),
         *("rollout.prompts_per_request", "rollout.requests_per_engine", "rollout.minimum_engines"),
         *("rollout.startup_timeout_s", "rollout.request_timeout_s", "rollout.health_interval_s"),
-        *("reward.workers", "reward.memory_limit_gib", "reward.unknown_limit"),
+        *("reward.workers", "reward.memory_limit_gib", "reward.unknown_limit", "environment.time_limit_s"),
         "algorithm.audit_estimators",
         *("algorithm.max_tokens_per_microbatch", "algorithm.loss_chunk_tokens"),
         *("optimizer.overlap_communication", "optimizer.in_host_memory_during_rollouts"),
@@ -57,7 +57,7 @@ CLASSES: Mapping[Change, tuple[str, ...]] = {
             "algorithm",
             "optimizer",
         ),
-        "evaluate",
+        *("environment", "evaluate"),
     ),
     # Order of prompts and seeds of samples are functions of these, and the state is of these types.
     Change.NEVER: ("run.seed", "data.shuffle", "model.dtype", "optimizer.distributed"),

@@ -15,6 +15,7 @@ from pydantic import model_validator
 from megatron_rapo.config.algorithm import DEFAULT_METHOD, Algorithm, find_method
 from megatron_rapo.config.cluster import Slurm
 from megatron_rapo.config.data import Data, MixtureData, TrainingData
+from megatron_rapo.config.environment import EnvironmentOptions
 from megatron_rapo.config.evaluation import Evaluate, Setting
 from megatron_rapo.config.reward import Reward
 from megatron_rapo.config.running import Checkpoint, Observe, Run
@@ -49,6 +50,7 @@ class RunConfig(Section):
     parallel: Parallel = Parallel()
     data: TrainingData
     rollout: Rollout
+    environment: EnvironmentOptions = EnvironmentOptions()
     reward: Reward = Reward()
     weights: Weights = Weights()
     algorithm: Algorithm = METHODS[DEFAULT_METHOD].Options(method=DEFAULT_METHOD)

@@ -16,7 +16,7 @@ from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.rollout.client import EngineClient
 from megatron_rapo.rollout.exchange import http_client
 from megatron_rapo.rollout.loop import all_of
-from megatron_rapo.rollout.requests import Sampling
+from megatron_rapo.rollout.requests import Sampling, first_turns
 
 T = TypeVar("T")
 
@@ -75,10 +75,8 @@ class EngineProbe:
 
     def sampled(self, prompts: Sequence[Prompt], sampling: Sampling) -> dict[str, list[Answer]]:
         """Responses, asked for as a run does."""
-        wanted = [(prompt, i) for prompt in prompts for i in range(sampling.responses_per_prompt)]
-        ids = [prompt.token_ids for prompt, _ in wanted]
-        params = [sampling.params(prompt, i) for prompt, i in wanted]
-        return self._each(lambda client: _generate(client, ids, params))
+        request = first_turns(prompts, sampling)
+        return self._each(lambda client: _generate(client, request.input_ids, request.sampling_params))
 
     def prefilled(
         self, answers: Mapping[str, Sequence[Answer]]

@@ -13,13 +13,14 @@ from megatron_rapo.config import RunConfig
 from megatron_rapo.evaluate.held_out import HeldOut, load_held_out, setting_records
 from megatron_rapo.evaluate.manifest import Manifest, ModelRecord, SettingRecord, now
 from megatron_rapo.evaluate.plan import plan
-from megatron_rapo.evaluate.sampler import Sampler, TooFewEngines
+from megatron_rapo.evaluate.sampler import Sampler
 from megatron_rapo.evaluate.statistics import COLUMNS, Statistics, summarise
 from megatron_rapo.evaluate.store import SAMPLES, SampleStore, begin, remove
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.observe.versions import software_versions
 from megatron_rapo.reward.golds import gold_judge
 from megatron_rapo.reward.verifier import Verifier
+from megatron_rapo.rollout.dispatch import TooFewEngines
 
 
 class Evaluator:
@@ -40,7 +41,6 @@ class Evaluator:
         assert config.evaluate is not None
         self.config = config
         self.evaluate = config.evaluate
-        self.tokenizer = tokenizer
         self.collector = collector
         self.verifiers = verifiers
         self.data_sets = load_held_out(config, tokenizer, gold_judge(config, collector.placement))
@@ -90,6 +90,7 @@ class Evaluator:
     def _sample(self, held_out: HeldOut, setting: SettingRecord, directory: Path, step: int) -> pyarrow.Table:
         """This head's share, stored; the columns that statistics need of it. Nothing on other ranks."""
         placement, pool = self.collector.placement, self.collector.engines.pool
+        runner = self.collector.runner
         narrow = pyarrow.schema([SAMPLES.field(name) for name in COLUMNS])
         tables = [narrow.empty_table()]
         prompts = held_out.prompts[placement.data_rank :: placement.layout.data_parallel]
@@ -97,19 +98,20 @@ class Evaluator:
 
         def ask() -> int:
             """Draws what is missing here, as far as engines are left; how much still is."""
-            if pool is None:
+            if pool is None or runner is None:
                 return 0
             sampler = Sampler(
+                runner,
                 pool,
-                self.tokenizer,
                 weight_version=step,
                 seed=self.config.run.seed,
                 writer=placement.data_rank,
             )
             batches = plan(prompts, self.evaluate.samples, frozenset(present), rows=self.evaluate.batch)
+            judge = self.verifiers[held_out.verifier].score
             store = SampleStore(directory / held_out.name / setting.name, held_out.problems)
             with suppress(TooFewEngines):  # told where they do not come back
-                for samples in sampler.draw(batches, setting, self.verifiers[held_out.verifier], store):
+                for samples in sampler.draw(batches, setting, judge, store):
                     rows = [{name: getattr(sample, name) for name in COLUMNS} for sample in samples]
                     tables.append(pyarrow.Table.from_pylist(rows, schema=narrow))
                     present.update((sample.problem, sample.sample) for sample in samples)

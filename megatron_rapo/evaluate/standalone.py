@@ -9,13 +9,16 @@ from pathlib import Path
 from megatron_rapo.config import RunConfig
 from megatron_rapo.config.date import recorded_date, with_date
 from megatron_rapo.data.tokenizer import load_tokenizer
+from megatron_rapo.environments.opening import open_environment
+from megatron_rapo.environments.runner import Runner
+from megatron_rapo.environments.running import EpisodeRunner, Judge
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.held_out import HeldOut, load_held_out, setting_records
 from megatron_rapo.evaluate.manifest import FILE, Manifest, ModelRecord, SettingRecord, now
 from megatron_rapo.evaluate.plan import Batch, plan
 from megatron_rapo.evaluate.progress import SampleProgress
-from megatron_rapo.evaluate.sampler import Sampler, TooFewEngines
+from megatron_rapo.evaluate.sampler import Sampler
 from megatron_rapo.evaluate.sequential import Stopping
 from megatron_rapo.evaluate.store import Evaluation, StoredSample, begin
 from megatron_rapo.experience.engines import open_own_engines
@@ -24,6 +27,7 @@ from megatron_rapo.observe.versions import software_versions
 from megatron_rapo.reward.golds import gold_judge
 from megatron_rapo.reward.trial import try_rewards
 from megatron_rapo.reward.verifier import Verifier
+from megatron_rapo.rollout.dispatch import TooFewEngines
 
 WEIGHT_VERSION = 0  # engines are given one model, once
 
@@ -68,14 +72,17 @@ def evaluate(
         print(f"{directory} has {total - left:,} of {total:,} samples; going on")
     if left:
         _try_rewards(config, data_sets)
+        environment = open_environment(config)
         progress = SampleProgress(total, present=total - left)
         with open_own_engines(config, architecture) as pool:
             # Also where servers run already: what they serve is then what is evaluated, for certain.
             pool.update_weights(config.model.path, WEIGHT_VERSION)
-            sampler = Sampler(pool, tokenizer, weight_version=WEIGHT_VERSION, seed=config.run.seed)
-            for one in work:
-                with Verifier.configured(one.held_out.plan, config.reward) as verifier:
-                    _draw(one, sampler, verifier, progress, config.model.path)
+            episodes = EpisodeRunner(environment, config.environment, tokenizer, config.reward.correct_at)
+            with Runner(episodes, pool) as runner:
+                sampler = Sampler(runner, pool, weight_version=WEIGHT_VERSION, seed=config.run.seed)
+                for one in work:
+                    with Verifier.configured(one.held_out.plan, config.reward) as verifier:
+                        _draw(one, sampler, verifier.score, progress, config.model.path)
         print(progress.line())
     if adaptive is not None:
         drawn = sum(len(one.store.present()) for one in work)
@@ -83,13 +90,11 @@ def evaluate(
     return _finish(evaluation)
 
 
-def _draw(
-    work: _Work, sampler: Sampler, verifier: Verifier, progress: SampleProgress, model_path: Path
-) -> None:
+def _draw(work: _Work, sampler: Sampler, judge: Judge, progress: SampleProgress, model_path: Path) -> None:
     """Samples what is missing. Engines that were lost come back, as often as `rollout.restarts` says."""
     while True:
         try:
-            for samples in sampler.draw(work.batches(), work.setting, verifier, work.store):
+            for samples in sampler.draw(work.batches(), work.setting, judge, work.store):
                 work.take(samples)
                 progress.add(samples, f"{work.held_out.name} {work.setting.name}")
             return

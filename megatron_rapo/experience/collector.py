@@ -1,29 +1,31 @@
-"""Scored groups for prompts: every data-parallel head samples and verifies its share, all ranks get all."""
+"""Groups for prompts: every data-parallel head runs the episodes of its share, all ranks get all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
-
-from transformers import PreTrainedTokenizerBase
 
 from megatron_rapo.config import Rollout
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.environments.runner import Runner
+from megatron_rapo.environments.running import Judge
 from megatron_rapo.episode.group import Group
 from megatron_rapo.experience.engines import SharedEngines
-from megatron_rapo.methods.sampling import Sampling
+from megatron_rapo.methods.sampling import Sampling as Chosen
 from megatron_rapo.parallel.placement import Placement
-from megatron_rapo.reward.scoring import score_groups
-from megatron_rapo.reward.verifier import Verifier
-from megatron_rapo.rollout.groups import RolloutGroup
+from megatron_rapo.rollout.requests import Sampling
 
 T = TypeVar("T")
+Phase = Callable[[str], AbstractContextManager[None]]
+"""Times what happens within it (`Observer.phase`)."""
 
 
 class Collector:
-    """Asks engines and verifier on heads; the other ranks of a replica receive what their head got.
+    """Runs episodes on heads; the other ranks of a replica receive what their head got.
 
     Attributes:
+        runner: this head's own; None on other ranks.
         recover: makes engines serve a version of the weights again, on all ranks, where a rollout has lost
             too many; without it such a rollout is an error.
     """
@@ -32,83 +34,84 @@ class Collector:
         self,
         rollout: Rollout,
         placement: Placement,
-        tokenizer: PreTrainedTokenizerBase,
         engines: SharedEngines,
-        verifiers: Mapping[str, Verifier],
+        runner: Runner | None,
+        judge: Judge | None,
     ) -> None:
-        """`verifiers` are this head's own, by the data set that each judges; none on other ranks."""
+        """`runner` and `judge`, the reward of the training data, are this head's own; None on other ranks."""
         self.rollout = rollout
         self.placement = placement
-        self.tokenizer = tokenizer
         self.engines = engines
-        self.verifiers = verifiers
+        self.runner = runner
+        self._judge = judge
         self.recover: Callable[[int], object] | None = None
 
-    def sample(
-        self, prompts: Sequence[Prompt], *, sampling: Sampling, weight_version: int, seed: int
-    ) -> list[RolloutGroup]:
-        """This head's share of the prompts with their responses; nothing on other ranks. All ranks call it.
+    def collect(
+        self, prompts: Sequence[Prompt], *, chosen: Chosen, weight_version: int, seed: int, phase: Phase
+    ) -> list[Group]:
+        """The prompts' groups, in order, on all ranks, which all call it.
 
         What engines that failed leave open is sampled from those that are left, or that came back.
 
         Args:
             prompts: the same on all ranks.
-            sampling: how many responses of each prompt, and how they are drawn.
+            chosen: how many responses of each prompt, and how they are drawn.
             weight_version: that must have sampled every token.
             seed: of this batch of samples.
+            phase: times sampling (`rollout`), and what verifying takes after it (`reward`).
 
         Raises:
-            RapoError: engines refused, or too few are left.
+            RapoError: engines refused, or too few are left; or environment or reward are at fault.
         """
         mine = list(prompts[self.placement.data_rank :: self.placement.layout.data_parallel])
-        groups: dict[int, RolloutGroup] = {}
+        groups: dict[int, Group] = {}
+        sampling = Sampling(
+            chosen.responses_per_prompt,
+            chosen.max_response_tokens,
+            chosen.temperature,
+            weight_version,
+            seed,
+        )
 
         def ask() -> int:
             """Samples what is missing here; how much still is."""
-            pool = self.engines.pool
-            if pool is None:
+            if self.runner is None or self._judge is None:
                 return 0
             missing = [place for place in range(len(mine)) if place not in groups]
-            found = pool.generate(
-                [mine[place] for place in missing],
-                responses_per_prompt=sampling.responses_per_prompt,
-                max_response_tokens=sampling.max_response_tokens,
-                temperature=sampling.temperature,
-                weight_version=weight_version,
-                seed=seed,
-            )
+            with self.runner.begin([mine[place] for place in missing], sampling, self._judge) as rollout:
+                with phase("rollout"):
+                    rollout.wait_until_sampled()
+                with phase("reward"):
+                    found = rollout.groups()
             answered = zip(missing, found, strict=True)
             groups.update((place, group) for place, group in answered if group is not None)
             return len(mine) - len(groups)
 
-        self.until_complete(ask, weight_version)
-        return [groups[place] for place in sorted(groups)]
+        self.until_complete(ask, weight_version, phase)
+        with phase("reward"):
+            return self.share([groups[place] for place in sorted(groups)])
 
-    def until_complete(self, ask: Callable[[], int], weight_version: int) -> None:
+    def until_complete(
+        self, ask: Callable[[], int], weight_version: int, phase: Phase = lambda name: nullcontext()
+    ) -> None:
         """Has every head ask its engines until nothing is missing; all ranks call it.
 
         Args:
             ask: samples what is missing here, as far as engines are left; returns how much still is.
             weight_version: that engines get again before the next try.
+            phase: times the wait for other heads, as `rollout`.
 
         Raises:
             RapoError: engines refused, or too few are left.
         """
-        while self.engines.any_missing(ask()):
+        while True:
+            missing = ask()
+            with phase("rollout"):
+                if not self.engines.any_missing(missing):
+                    return
             if self.recover is None:
                 raise self.engines.too_few()
             self.recover(weight_version)
-
-    def score(self, groups: Sequence[RolloutGroup]) -> list[Group]:
-        """Verifies this head's groups; nothing on other ranks."""
-        if not self.verifiers:
-            return []
-        scored: dict[int, Group] = {}
-        for verifier in {id(one): one for one in self.verifiers.values()}.values():
-            mine = [i for i, one in enumerate(groups) if self.verifiers[one.prompt.source] is verifier]
-            found = score_groups([groups[i] for i in mine], verifier, self.tokenizer)
-            scored.update(zip(mine, found, strict=True))
-        return [scored[i] for i in range(len(groups))]
 
     def share(self, mine: Sequence[T]) -> list[T]:
         """What all heads made of their shares of the prompts, in the prompts' order, on all ranks."""

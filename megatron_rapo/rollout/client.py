@@ -33,6 +33,7 @@ class EngineInfo:
         tensor_parallel: the ranks that its weights are spread over.
         dtype: of its weights; `auto` is the checkpoint's.
         takes_slices: whether it has `/update_weights_from_shards`, an extension of SGLang's contract.
+        one_request_at_a_time: whether it serves one request after the other, as the embedded server does.
         update_sessions: whether updates stand between begin and end (SGLang from 0.5.21 on).
         software: its name and version.
     """
@@ -42,6 +43,7 @@ class EngineInfo:
     tensor_parallel: int
     dtype: str
     takes_slices: bool
+    one_request_at_a_time: bool
     update_sessions: bool
     software: str
 
@@ -110,6 +112,7 @@ class EngineClient:
                 tensor_parallel=int(server["tp_size"]),
                 dtype=str(server["dtype"]),
                 takes_slices=bool(server.get("takes_slices", False)),
+                one_request_at_a_time=bool(server.get("one_request_at_a_time", False)),
                 update_sessions=await self._has_sessions(),
                 # Only SGLang does not give its name.
                 software=f"{server.get('server', 'sglang')} {server.get('version', 'of unknown version')}",

@@ -5,26 +5,39 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence, Sized
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from megatron_rapo.errors import EngineLost
+from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.rollout.member import Member
 
 R = TypeVar("R", bound=Sized)
 T = TypeVar("T")
 
 
+class TooFewEngines(RapoError):
+    """Engines were lost, and too few are left to ask."""
+
+
+@dataclass(eq=False)
+class _Asked(Generic[R, T]):
+    """A request that is not answered yet."""
+
+    request: R
+    answer: asyncio.Future[T]
+    task: asyncio.Task[T] | None = None  # that sends it
+    lost: bool = False  # with an engine that had it
+
+
 class Dispatch(Generic[R, T]):
-    """One round of requests; afterwards its answers, and how many requests were sent again.
+    """Sends requests as they come, each once it finds an engine with room, in their order.
 
     Attributes:
-        answers: in the requests' order; None where too few engines were left to ask.
         resent: requests that were sent again, since the engine that had them was lost.
     """
 
     def __init__(
         self,
-        requests: Sequence[R],
         members: Sequence[Member],
         send: Callable[[Member, R], Coroutine[Any, Any, T]],
         *,
@@ -33,50 +46,80 @@ class Dispatch(Generic[R, T]):
     ) -> None:
         """
         Args:
-            requests: a request's length is what it loads an engine with.
             members: the engines; of equally loaded ones the first is taken.
             send: asks one engine; after `EngineLost` the request waits for another one.
             per_engine: most requests under way at one engine.
             minimum: with fewer live engines nothing more is sent; what is under way still counts.
         """
-        self.answers: list[T | None] = [None] * len(requests)
         self.resent = 0
-        self._requests = requests
         self._members = members
         self._send = send
         self._per_engine = per_engine
         self._minimum = minimum
-        self._waiting = deque(range(len(requests)))
-        self._under_way: dict[asyncio.Task[T], tuple[int, Member]] = {}
+        self._waiting: deque[_Asked[R, T]] = deque()
+        self._under_way: dict[asyncio.Task[T], tuple[_Asked[R, T], Member]] = {}
+        self._closed = False
 
-    async def run(self) -> None:
-        """Sends all requests, and waits for the answers.
+    async def ask(self, request: R) -> T:
+        """The answer. A request's length is what it loads an engine with.
+
+        Where whoever asks is cancelled, so is the request; once closed, whoever asks is cancelled.
 
         Raises:
-            RapoError: an engine refused a request. The others are given up at once.
+            TooFewEngines: fewer than `minimum` are left.
+            RapoError: an engine refused it.
         """
-        lost: set[int] = set()
+        asked = _Asked[R, T](request, asyncio.get_running_loop().create_future())
+        if self._closed:
+            asked.answer.cancel()
+        self._waiting.append(asked)
+        self._go_on()
         try:
-            while True:
-                while self._waiting and (member := self._least_loaded()):
-                    number = self._waiting.popleft()
-                    self.resent += number in lost
-                    task = asyncio.ensure_future(self._send(member, self._requests[number]))
-                    self._under_way[task] = number, member
-                if not self._under_way:
-                    return
-                done, _ = await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    number, _ = self._under_way.pop(task)
-                    try:
-                        self.answers[number] = task.result()
-                    except EngineLost:
-                        lost.add(number)
-                        self._waiting.appendleft(number)
+            return await asked.answer
         finally:
-            for task in self._under_way:
-                task.cancel()
-            await asyncio.gather(*self._under_way, return_exceptions=True)
+            if asked.task is not None:
+                asked.task.cancel()
+
+    async def close(self) -> None:
+        """Gives up what waits or is under way; nothing is sent any more."""
+        self._closed = True
+        while self._waiting:
+            self._waiting.popleft().answer.cancel()
+        tasks = list(self._under_way)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _go_on(self) -> None:
+        """Sends what finds an engine; refuses what never will."""
+        while self._waiting and (member := self._least_loaded()):
+            asked = self._waiting.popleft()
+            if asked.answer.done():
+                continue  # whoever asked has gone
+            self.resent += asked.lost
+            asked.task = task = asyncio.ensure_future(self._send(member, asked.request))
+            self._under_way[task] = asked, member
+            task.add_done_callback(self._done)
+        if sum(member.live for member in self._members) < self._minimum:
+            while self._waiting:
+                answer = self._waiting.popleft().answer
+                if not answer.done():
+                    answer.set_exception(TooFewEngines("too few engines are left to sample from"))
+
+    def _done(self, task: asyncio.Task[T]) -> None:
+        asked, _ = self._under_way.pop(task)
+        if task.cancelled():
+            asked.answer.cancel()
+        elif isinstance(task.exception(), EngineLost):
+            asked.lost = True
+            self._waiting.appendleft(asked)
+        elif not asked.answer.done():
+            error = task.exception()
+            if error is not None:
+                asked.answer.set_exception(error)
+            else:
+                asked.answer.set_result(task.result())
+        self._go_on()
 
     def _least_loaded(self) -> Member | None:
         """The live engine with the fewest responses to make that may have one more request."""
@@ -85,9 +128,9 @@ class Dispatch(Generic[R, T]):
             return None
         load = dict.fromkeys(live, 0)
         requests = dict.fromkeys(live, 0)
-        for number, member in self._under_way.values():
+        for asked, member in self._under_way.values():
             if member in load:
-                load[member] += len(self._requests[number])
+                load[member] += len(asked.request)
                 requests[member] += 1
         free = [member for member in live if requests[member] < self._per_engine]
         return min(free, key=load.__getitem__, default=None)

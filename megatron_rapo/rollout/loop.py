@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -18,6 +18,15 @@ class BackgroundLoop:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
+
+    @property
+    def thread_id(self) -> int:
+        """Of the thread that the work runs in."""
+        return self._thread.ident or 0
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Has the loop call a plain function, once it comes to it; returns at once."""
+        self._loop.call_soon_threadsafe(function)
 
     def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Begins the work; to cancel the future cancels it."""

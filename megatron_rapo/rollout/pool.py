@@ -1,26 +1,26 @@
-"""The engines of a run as one: prompts in, groups of responses out, all from one version of the weights."""
+"""The engines of a run as one: requests in, responses out, all from one version of the weights."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.rollout.client import EngineClient, MemoryTag
 from megatron_rapo.rollout.dispatch import Dispatch
 from megatron_rapo.rollout.exchange import Diagnose, http_client
-from megatron_rapo.rollout.groups import RolloutGroup
 from megatron_rapo.rollout.loop import BackgroundLoop, all_of
 from megatron_rapo.rollout.member import Member
 from megatron_rapo.rollout.membership import Membership
-from megatron_rapo.rollout.requests import GroupRequest, Sampling, check_prompts, split
+from megatron_rapo.rollout.requests import Request, check_tokens
+from megatron_rapo.rollout.response import Response
 from megatron_rapo.rollout.revival import Reviver
+from megatron_rapo.rollout.round import Round
 from megatron_rapo.rollout.router import RouterClient
 from megatron_rapo.rollout.routing import Routing
 from megatron_rapo.rollout.watch import watch
@@ -150,70 +150,54 @@ class EnginePool:
 
     # Responses
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        responses_per_prompt: int,
-        max_response_tokens: int,
-        temperature: float,
-        weight_version: int,
-        seed: int,
-        top_p: float = 1.0,
-        top_k: int = -1,
-        first_response: int = 0,
-    ) -> list[RolloutGroup | None]:
-        """Samples responses to each prompt; `Sampling` says how.
-
-        Args:
-            prompts: each with its index and draw, which its responses' seeds come from.
-
-        Returns:
-            A group for each prompt, in the order of the prompts; None where too few engines were left. What
-            is drawn does not depend on how prompts are spread over heads, requests and servers, nor on which
-            of these failed, beyond the rounding of logits in another batch.
-
-        Raises:
-            RapoError: a server refused, or sent what cannot be trained on.
-        """
-        check_prompts(prompts, self._vocab_size)
-        sampling = Sampling(
-            responses_per_prompt,
-            max_response_tokens,
-            temperature,
-            weight_version,
-            seed,
-            top_p,
-            top_k,
-            first_response,
-        )
-        # By the engines of the start, live or not: a request is the same whatever fails.
-        size = min(self._prompts_per_request, max(1, -(-len(prompts) // self._members.size)))
-        requests, live = split(prompts, sampling, size), self._members.live
+    @contextmanager
+    def round(self) -> Iterator[Round]:
+        """Takes requests until it is left; what is under way then is given up."""
+        # By the order of the start, so that heads begin at different engines.
+        live = self._members.live
         first = self._head % max(1, len(live))
-        work = Dispatch(
-            requests,
-            live[first:] + live[:first],
-            self._send,
-            per_engine=self._requests_per_engine,
-            minimum=self._members.minimum,
-        )
-        self._loop.run(work.run())
-        self.resent += work.resent
-        groups: list[RolloutGroup | None] = []
-        for request, answer in zip(requests, work.answers, strict=True):
-            groups += answer if answer is not None else [None] * len(request.prompts)
-        return groups
+        opened = Round(self._loop, self._dispatch(live[first:] + live[:first]))
+        try:
+            yield opened
+        finally:
+            opened.close()
+            self.resent += opened.resent
 
-    async def _send(self, member: Member, request: GroupRequest) -> list[RolloutGroup]:
+    def requests(self, prompts: int) -> int:
+        """How many of so many prompts share a request.
+
+        By the engines of the start, live or not: a request is the same whatever fails.
+        """
+        return min(self._prompts_per_request, max(1, -(-prompts // self._members.size)))
+
+    def one_request_at_a_time(self) -> bool:
+        """Whether an engine serves one request after the other, so that what belongs together is sent so.
+
+        One that is lost meanwhile is out.
+        """
+
+        async def ask(member: Member) -> bool:
+            with suppress(EngineLost):
+                return (await member.ask(member.client.info())).one_request_at_a_time
+            return False
+
+        return any(self._loop.run(all_of(ask(member) for member in self._members.live)))
+
+    def _dispatch(self, members: Sequence[Member]) -> Dispatch[Request, list[Response]]:
+        return Dispatch(
+            members, self._send, per_engine=self._requests_per_engine, minimum=self._members.minimum
+        )
+
+    async def _send(self, member: Member, request: Request) -> list[Response]:
+        check_tokens(request, self._vocab_size)
         if self._routing is not None:  # `member` counts among the engines that bound what is under way
             return await self._routing.send(request, self._members)
 
-        async def groups() -> list[RolloutGroup]:
+        async def responses() -> list[Response]:
             answers = await member.client.generate(request.input_ids, request.sampling_params)
-            return request.groups(answers, self._vocab_size, member.url)
+            return request.responses(answers, self._vocab_size, member.url)
 
-        return await member.ask(groups())
+        return await member.ask(responses())
 
     # Weights
 

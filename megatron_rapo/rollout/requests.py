@@ -1,4 +1,4 @@
-"""What engines are asked, and groups of responses from what they answer."""
+"""What engines are asked, and the responses in what they answer."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import RapoError
-from megatron_rapo.rollout.groups import RolloutGroup
+from megatron_rapo.rollout.response import Response
 from megatron_rapo.rollout.responses import to_response
 
 
-def sample_seed(seed: int, prompt: Prompt, response: int) -> int:
-    """The seed of one response: a pure function of the run's seed for this step, the prompt, its draw, and
-    the response's number.
+def sample_seed(seed: int, prompt: Prompt, response: int, turn: int = 0) -> int:
+    """The seed of one turn: a pure function of the run's seed for this step, the prompt, its draw, the
+    response's number, and the turn's.
 
     It does not depend on which data-parallel head asks, in which request, or of which server. The draw tells
     a prompt from the same one of another epoch in the same batch. 31 bits, since SGLang keeps seeds as int32.
     """
-    key = f"{seed}/{prompt.index}/{prompt.draw}/{response}"
+    key = f"{seed}/{prompt.index}/{prompt.draw}/{response}" + (f"/{turn}" if turn else "")
     digest = hashlib.blake2b(key.encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -49,83 +49,109 @@ class Sampling:
     top_k: int = -1
     first_response: int = 0
 
-    def params(self, prompt: Prompt, response: int) -> dict[str, Any]:
-        """The `sampling_params` of one response."""
-        return {
-            "max_new_tokens": self.max_response_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "sampling_seed": sample_seed(self.seed, prompt, self.first_response + response),
-        }
+    def seed_of(self, prompt: Prompt, response: int, turn: int = 0) -> int:
+        """The seed of a turn of the prompt's `response`-th response, counted from `first_response`."""
+        return sample_seed(self.seed, prompt, self.first_response + response, turn)
 
 
 @dataclass(frozen=True)
-class GroupRequest:
-    """One request: whole groups, so that an engine runs a prompt once for all its responses.
+class Ask:
+    """One continuation that is wanted.
+
+    Attributes:
+        name: of the prompt, and of the turn after the first, for messages.
+        token_ids: what it continues.
+        seed: of the sample.
+        max_tokens: at most, at least 1.
+        stop: token ids that end it, besides the model's own.
+    """
+
+    name: str
+    token_ids: tuple[int, ...]
+    seed: int
+    max_tokens: int
+    stop: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What goes to an engine at once, so that it runs a prompt once for all its responses.
 
     A request is the same whichever engine gets it: sent again, it yields the same responses.
     """
 
-    prompts: tuple[Prompt, ...]
+    asks: tuple[Ask, ...]
     sampling: Sampling
 
     def __len__(self) -> int:
-        return len(self.prompts) * self.sampling.responses_per_prompt
+        return len(self.asks)
 
     @property
     def input_ids(self) -> list[tuple[int, ...]]:
-        """The prompt of each response."""
-        return [p.token_ids for p in self.prompts for _ in range(self.sampling.responses_per_prompt)]
+        """What each response continues."""
+        return [ask.token_ids for ask in self.asks]
 
     @property
     def sampling_params(self) -> list[dict[str, Any]]:
-        """The parameters of each response."""
-        numbers = range(self.sampling.responses_per_prompt)
-        return [self.sampling.params(prompt, number) for prompt in self.prompts for number in numbers]
+        """The `sampling_params` of each response."""
+        return [
+            {
+                "max_new_tokens": ask.max_tokens,
+                "temperature": self.sampling.temperature,
+                "top_p": self.sampling.top_p,
+                "top_k": self.sampling.top_k,
+                "sampling_seed": ask.seed,
+                **({"stop_token_ids": list(ask.stop)} if ask.stop else {}),
+            }
+            for ask in self.asks
+        ]
 
-    def groups(self, answers: Sequence[dict[str, Any]], vocab_size: int, source: str) -> list[RolloutGroup]:
-        """The groups of an engine's answers, one a response.
+    def responses(self, answers: Sequence[dict[str, Any]], vocab_size: int, source: str) -> list[Response]:
+        """The responses in an engine's answers.
 
         Raises:
             RapoError: one is not what was asked for (see `to_response`).
         """
-        responses = [
+        return [
             to_response(
                 answer,
                 weight_version=self.sampling.weight_version,
                 vocab_size=vocab_size,
-                max_tokens=self.sampling.max_response_tokens,
+                max_tokens=ask.max_tokens,
                 source=source,
             )
-            for answer in answers
-        ]
-        size = self.sampling.responses_per_prompt
-        return [
-            RolloutGroup(prompt, tuple(responses[i * size : (i + 1) * size]))
-            for i, prompt in enumerate(self.prompts)
+            for ask, answer in zip(self.asks, answers, strict=True)
         ]
 
 
-def split(prompts: Sequence[Prompt], sampling: Sampling, size: int) -> list[GroupRequest]:
-    """Requests of at most `size` prompts each, in order."""
-    return [
-        GroupRequest(tuple(prompts[start : start + size]), sampling) for start in range(0, len(prompts), size)
+def name_of(prompt: Prompt, turn: int = 0) -> str:
+    """What messages call the tokens that a turn continues."""
+    return f"prompt {prompt.index}" + (f", turn {turn}," if turn else "")
+
+
+def first_turns(prompts: Sequence[Prompt], sampling: Sampling) -> Request:
+    """The responses of each prompt, as a rollout begins them."""
+    numbers = range(sampling.responses_per_prompt)
+    asks = [
+        Ask(name_of(prompt), prompt.token_ids, sampling.seed_of(prompt, number), sampling.max_response_tokens)
+        for prompt in prompts
+        for number in numbers
     ]
+    return Request(tuple(asks), sampling)
 
 
-def check_prompts(prompts: Sequence[Prompt], vocab_size: int) -> None:
+def check_tokens(request: Request, vocab_size: int) -> None:
     """Refuses unknown token ids: where one reaches SGLang 0.5.21, the whole server ends.
 
     Raises:
-        RapoError: a prompt is empty or has a token outside the policy's vocabulary.
+        RapoError: there is nothing to continue, or a token outside the policy's vocabulary.
     """
-    for prompt in prompts:
-        if not prompt.token_ids:
-            raise RapoError(f"prompt {prompt.index} is empty; look at its row and at the template")
-        for token in (min(prompt.token_ids), max(prompt.token_ids)):
+    for name, token_ids in dict.fromkeys((ask.name, ask.token_ids) for ask in request.asks):
+        if not token_ids:
+            raise RapoError(f"{name} is empty; look at its row, at the template, and at the environment")
+        for token in (min(token_ids), max(token_ids)):
             if not 0 <= token < vocab_size:
                 raise RapoError(
-                    f"prompt {prompt.index} has token id {token}, but the policy's vocabulary has "
-                    f"{vocab_size}; use the tokenizer of the model that is trained"
+                    f"{name} has token id {token}, but the policy's vocabulary has {vocab_size}; use the "
+                    "tokenizer of the model that is trained"
                 )

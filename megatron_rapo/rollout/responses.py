@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rapo.errors import EngineLost, RapoError
-from megatron_rapo.rollout.groups import Response
+from megatron_rapo.rollout.response import Response
 
 
 def to_response(

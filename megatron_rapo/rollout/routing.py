@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 from megatron_rapo.config.address import server_of
 from megatron_rapo.errors import EngineLost, RapoError
-from megatron_rapo.rollout.groups import RolloutGroup
 from megatron_rapo.rollout.loop import all_of
 from megatron_rapo.rollout.member import Member
 from megatron_rapo.rollout.membership import Membership
-from megatron_rapo.rollout.requests import GroupRequest
+from megatron_rapo.rollout.requests import Request
+from megatron_rapo.rollout.response import Response
 from megatron_rapo.rollout.router import RouterClient
 
 T = TypeVar("T")
@@ -78,8 +78,8 @@ class Routing:
             self._stuck.set_result(f"{member.url} may have it, and is out: {member.failure}")
             self._stuck = None
 
-    async def send(self, request: GroupRequest, members: Membership) -> list[RolloutGroup]:
-        """The request's groups.
+    async def send(self, request: Request, members: Membership) -> list[Response]:
+        """The request's responses.
 
         Raises:
             EngineLost: an engine was lost, and is no longer behind the router: it can be sent again.
@@ -89,7 +89,7 @@ class Routing:
         while len(problems) < TRIES:
             before = members.changes
             try:
-                return await self._unless_stuck(self._groups(request))
+                return await self._unless_stuck(self._responses(request))
             except EngineLost as error:
                 problems.append(error)
             await self._find_lost(members, version)
@@ -100,9 +100,9 @@ class Routing:
             "look into the router's log"
         )
 
-    async def _groups(self, request: GroupRequest) -> list[RolloutGroup]:
+    async def _responses(self, request: Request) -> list[Response]:
         answers = await self._router.generate(request.input_ids, request.sampling_params)
-        return request.groups(answers, self._vocab_size, f"an engine behind {self._router.url}")
+        return request.responses(answers, self._vocab_size, f"an engine behind {self._router.url}")
 
     async def _unless_stuck(self, work: Coroutine[Any, Any, T]) -> T:
         if self._stuck is None:

@@ -41,6 +41,7 @@ def test_it_says_what_it_is(engine, checkpoints):
     assert info.model_path in [str(checkpoint.path) for checkpoint in checkpoints]
     assert (info.weight_version, info.tensor_parallel, info.update_sessions) == ("0", 1, True)
     assert info.dtype in ("bfloat16", "auto")
+    assert info.one_request_at_a_time == (engine.kind == EMBEDDED)
     assert re.fullmatch(r"(sglang|megatron_rapo\.rollout\.embedded) \d+\.\d+\.\d+\S*", info.software)
     engine.ask(lambda client: client.until_healthy(10))
 

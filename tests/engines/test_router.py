@@ -23,6 +23,7 @@ from megatron_rapo.rollout.revival import Reviver
 from megatron_rapo.rollout.servers import LocalServers
 from tests.engines.servers import ROOT, SGLANG_PYTHON
 from tests.models import make_hf_model
+from tests.pools import generate_groups
 from tests.stand_in import stand_ins
 
 SITE_PACKAGES = SGLANG_PYTHON.parents[1] / "lib"
@@ -101,7 +102,8 @@ def make_pool(urls, router, model=None, **options):
 
 def generate(pool, count=6, version=3, tokens=8):
     prompts = [Prompt(100 + i, "", (i, 7), "", draw=i) for i in range(count)]
-    return pool.generate(
+    return generate_groups(
+        pool,
         prompts,
         responses_per_prompt=3,
         max_response_tokens=tokens,

@@ -142,13 +142,14 @@ def test_all_ranks_write_shards_and_the_main_one_all_else(
         complete(store, *arguments)
 
     monkeypatch.setattr(CheckpointStore, "_complete", counted)
+    state = TrainState(4, 40, "rapo", {"seen": 3})
     partial = tmp_path / "run/checkpoints/.partial_step_000004"
     partial.mkdir(parents=True)
     (partial / "left").write_text("by a start that was killed")
-    on_ranks(monkeypatch, config, save, lambda store, policy, _: store.save(policy, TrainState(4, 40)))
+    on_ranks(monkeypatch, config, save, lambda store, policy, _: store.save(policy, state))
     assert len(wrote) == 4 and len(completed) == 1
     record = json.loads((tmp_path / "run/checkpoints/step_000004/run.json").read_text())
-    assert record["state"] == {"step": 4, "prompts_drawn": 40}
+    assert record["state"] == {"step": 4, "prompts_drawn": 40, "method": "rapo", "method_state": {"seen": 3}}
     assert record["model_path"] == str(config.model.path)
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_000004"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import pytest
 
 from megatron_rapo.config import Rollout
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import SharedEngines
@@ -17,6 +19,7 @@ from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.revival import Reviver
 from tests.models import make_hf_model
+from tests.runners import single_turns
 from tests.stand_in import VOCAB, stand_ins
 
 PROMPTS = [Prompt(10 + i, "", (i, 7), "", draw=i) for i in range(8)]
@@ -28,7 +31,7 @@ def reviver_of(tmp_path_factory):
     return lambda: Reviver(None, architecture, restarts=3, startup_timeout=20)
 
 
-def make_collector(pool, reviver=None):
+def make_collector(pool, runner, reviver=None):
     """Of the one rank of a run."""
     placement = SimpleNamespace(
         is_main=True,
@@ -39,7 +42,11 @@ def make_collector(pool, reviver=None):
     )
     rollout = Rollout(prompts_per_step=8, max_response_tokens=8)
     engines = SharedEngines(cast(Any, placement), pool, reviver)
-    return Collector(rollout, cast(Any, placement), cast(Any, None), engines, {})
+    return Collector(rollout, cast(Any, placement), engines, runner, judge)
+
+
+async def judge(answer, problem):
+    return Verification(Outcome.CORRECT)
 
 
 def make_pool(urls, reviver=None):
@@ -47,18 +54,24 @@ def make_pool(urls, reviver=None):
 
 
 def sample(collector):
-    groups = collector.sample(PROMPTS, sampling=Sampling(1.0, 2, 8), weight_version=3, seed=5)
-    return [(g.prompt, [response.token_ids.tolist() for response in g.responses]) for g in groups]
+    groups = collector.collect(
+        PROMPTS, chosen=Sampling(1.0, 2, 8), weight_version=3, seed=5, phase=lambda name: nullcontext()
+    )
+    return [
+        (group.problem, [one.episode.sequences[0].token_ids.tolist() for one in group.episodes])
+        for group in groups
+    ]
 
 
 def test_what_is_missing_is_sampled_once_engines_are_back(reviver_of, tmp_path):
-    with stand_ins(1) as (_, urls), make_pool(urls) as pool:
-        undisturbed = sample(make_collector(pool))
-    assert [prompt for prompt, _ in undisturbed] == PROMPTS
+    with stand_ins(1) as (_, urls), make_pool(urls) as pool, single_turns(pool) as runner:
+        undisturbed = sample(make_collector(pool, runner))
+    assert [problem for problem, _ in undisturbed] == [prompt.problem for prompt in PROMPTS]
+    assert [[len(tokens) for tokens in responses] for _, responses in undisturbed] == [[4, 4]] * 8
 
     reviver = reviver_of()
-    with stand_ins(2) as (servers, urls), make_pool(urls, reviver) as pool:
-        collector, recovered = make_collector(pool, reviver), []
+    with stand_ins(2) as (servers, urls), make_pool(urls, reviver) as pool, single_turns(pool) as runner:
+        collector, recovered = make_collector(pool, runner, reviver), []
 
         def fail_after(server, count):
             def change(answers):
@@ -84,10 +97,10 @@ def test_what_is_missing_is_sampled_once_engines_are_back(reviver_of, tmp_path):
 
 
 def test_without_a_way_back_the_error_names_each_engine():
-    with stand_ins(2) as (servers, urls), make_pool(urls) as pool:
+    with stand_ins(2) as (servers, urls), make_pool(urls) as pool, single_turns(pool) as runner:
         for server in servers:
             server.answers["/generate"] = (500, b"out of memory")
         with pytest.raises(RapoError, match="too few engines are left") as failed:
-            sample(make_collector(pool))
+            sample(make_collector(pool, runner))
         assert all(url in str(failed.value) for url in urls)
         assert str(failed.value).count("out of memory") == 2

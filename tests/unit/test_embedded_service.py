@@ -280,6 +280,7 @@ def test_it_says_what_it_is() -> None:
             "version": __version__,
             "tp_size": 1,
             "takes_slices": True,
+            "one_request_at_a_time": True,
             "device": "cpu",
             "dtype": "float32",
         }

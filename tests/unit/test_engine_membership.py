@@ -13,7 +13,7 @@ import pytest
 
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.rollout import revival
-from megatron_rapo.rollout.dispatch import Dispatch
+from megatron_rapo.rollout.dispatch import Dispatch, TooFewEngines
 from megatron_rapo.rollout.loop import BackgroundLoop, all_of
 from megatron_rapo.rollout.member import Member
 from megatron_rapo.rollout.membership import Membership
@@ -126,15 +126,15 @@ class Engine:
 
 
 class Round:
-    """Requests of the given sizes to two or three engines that answer when a test says so."""
+    """Requests of the given sizes, asked at once, of engines that answer when a test says so."""
 
     def __init__(self, sizes: list[int], engines: int = 2, **options: int) -> None:
         self.members = [Engine(number) for number in range(engines)]
         self.asked: list[tuple[int, int]] = []  # engine, size
         self.answers: list[asyncio.Future[Any]] = []
         defaults = {"per_engine": 9, "minimum": 1}
+        self.sizes = sizes
         self.dispatch: Dispatch[Any, Any] = Dispatch(
-            [[0] * size for size in sizes],
             self.members,  # type: ignore[arg-type]
             self._send,
             **{**defaults, **options},
@@ -151,24 +151,28 @@ class Round:
             if asked == engine and not pending.done():
                 pending.set_exception(EngineLost("gone"))
 
-    async def finish(self, work: asyncio.Future[None]) -> None:
-        while not work.done():
+    def begin(self) -> list[asyncio.Task[Any]]:
+        """Asks for each, in order."""
+        return [asyncio.create_task(self.dispatch.ask([0] * size)) for size in self.sizes]
+
+    async def finish(self, work: list[asyncio.Task[Any]]) -> list[Any]:
+        """What each came to: its answer, or its error."""
+        while not all(task.done() for task in work):
             for number, pending in enumerate(self.answers):
                 if not pending.done():
                     pending.set_result(number)
             await asyncio.sleep(0)
-        await work
+        return await asyncio.gather(*work, return_exceptions=True)
 
 
 def test_each_request_goes_to_the_engine_with_the_fewest_responses_to_make() -> None:
     async def work() -> None:
         a_round = Round([5, 1, 1, 2, 1, 4], engines=3)
-        running = asyncio.ensure_future(a_round.dispatch.run())
+        running = a_round.begin()
         await turns()
         # Loads after each: 5 0 0, 5 1 0, 5 1 1, 5 3 1, 5 3 2, 5 3 6: of equal ones the first.
         assert a_round.asked == [(0, 5), (1, 1), (2, 1), (1, 2), (2, 1), (2, 4)]
-        await a_round.finish(running)
-        assert a_round.dispatch.answers == [0, 1, 2, 3, 4, 5]
+        assert await a_round.finish(running) == [0, 1, 2, 3, 4, 5]
         assert a_round.dispatch.resent == 0
 
     run(work)
@@ -177,14 +181,13 @@ def test_each_request_goes_to_the_engine_with_the_fewest_responses_to_make() -> 
 def test_no_engine_has_more_requests_than_it_may() -> None:
     async def work() -> None:
         a_round = Round([9, 1, 1, 1, 1, 1], per_engine=2)
-        running = asyncio.ensure_future(a_round.dispatch.run())
+        running = a_round.begin()
         await turns()
         assert a_round.asked == [(0, 9), (1, 1), (1, 1), (0, 1)]
         a_round.answers[2].set_result("third")
         await turns()
         assert a_round.asked[4:] == [(1, 1)]
-        await a_round.finish(running)
-        assert a_round.dispatch.answers == [0, 1, "third", 3, 4, 5]
+        assert await a_round.finish(running) == [0, 1, "third", 3, 4, 5]
 
     run(work)
 
@@ -192,7 +195,7 @@ def test_no_engine_has_more_requests_than_it_may() -> None:
 def test_what_a_lost_engine_had_goes_to_the_others_first_and_is_counted() -> None:
     async def work() -> None:
         a_round = Round([1, 2, 3, 4, 5], per_engine=1)
-        running = asyncio.ensure_future(a_round.dispatch.run())
+        running = a_round.begin()
         await turns()
         assert a_round.asked == [(0, 1), (1, 2)]
         a_round.lose(0)
@@ -201,8 +204,7 @@ def test_what_a_lost_engine_had_goes_to_the_others_first_and_is_counted() -> Non
         a_round.answers[1].set_result("second")
         await turns()
         assert a_round.asked[2:] == [(1, 1)]
-        await a_round.finish(running)
-        assert a_round.dispatch.answers == [2, "second", 3, 4, 5]
+        assert await a_round.finish(running) == [2, "second", 3, 4, 5]
         assert a_round.dispatch.resent == 1
 
     run(work)
@@ -214,13 +216,14 @@ def test_with_too_few_engines_nothing_more_is_sent_and_what_is_under_way_counts(
 ) -> None:
     async def work() -> None:
         a_round = Round([1] * 4, per_engine=1, minimum=minimum)
-        running = asyncio.ensure_future(a_round.dispatch.run())
+        running = a_round.begin()
         await turns()
         if minimum < 3:
             a_round.lose(0)
             await turns()
-        await a_round.finish(running)
-        given = [found is not None for found in a_round.dispatch.answers]
+        found = await a_round.finish(running)
+        given = [not isinstance(one, TooFewEngines) for one in found]
+        assert all(isinstance(one, int) for one, is_given in zip(found, given, strict=True) if is_given)
         # One engine alone makes all four; where there must be two, what the second had still counts.
         assert given == {1: [True] * 4, 2: [False, True, False, False], 3: [False] * 4}[minimum]
         assert len(a_round.asked) == sent + (minimum == 1)
@@ -229,16 +232,74 @@ def test_with_too_few_engines_nothing_more_is_sent_and_what_is_under_way_counts(
     run(work)
 
 
-def test_a_refusal_gives_the_others_up() -> None:
+def test_a_refusal_is_for_whoever_asked_and_the_round_goes_on() -> None:
     async def work() -> None:
         a_round = Round([1] * 4, per_engine=1)
-        running = asyncio.ensure_future(a_round.dispatch.run())
+        running = a_round.begin()
         await turns()
         a_round.answers[1].set_exception(RapoError("refused"))
-        with pytest.raises(RapoError, match="refused"):
-            await running
+        with pytest.raises(RapoError, match="refused") as refused:
+            await running[1]
+        assert not isinstance(refused.value, TooFewEngines)
+        assert await a_round.finish(running) == [0, refused.value, 2, 3]
+        assert len(a_round.asked) == 4 and a_round.dispatch.resent == 0
+
+    run(work)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_round_that_is_closed_gives_up_what_is_under_way_and_sends_no_more(refused: bool) -> None:
+    async def work() -> None:
+        a_round = Round([1] * 4, per_engine=1)
+        running = a_round.begin()
+        await turns()
+        if refused:
+            a_round.answers[1].set_exception(RapoError("refused"))
+            await turns()
+        await a_round.dispatch.close()
+        found = await asyncio.gather(*running, a_round.dispatch.ask([0]), return_exceptions=True)
+        kinds = [RapoError if refused and place == 1 else asyncio.CancelledError for place in range(5)]
+        assert [type(one) for one in found] == kinds
         assert a_round.answers[0].cancelled()
-        assert len(a_round.asked) == 2
+        assert len(a_round.asked) == 2 + refused, "what waited is not sent, nor what is asked afterwards"
+
+    run(work)
+
+
+def test_a_request_ends_with_whoever_asked_and_makes_room_for_the_next() -> None:
+    async def work() -> None:
+        a_round = Round([1, 2, 3, 4], engines=1, per_engine=1)
+        running = a_round.begin()
+        await turns()
+        running[0].cancel()  # under way
+        running[1].cancel()  # waits
+        await turns()
+        assert a_round.answers[0].cancelled()
+        assert a_round.asked == [(0, 1), (0, 3)]
+        running[2].cancel()
+        a_round.lose(0)  # the engine that has it
+        await turns()
+        assert [task.cancelled() for task in running[:3]] == [True] * 3
+        assert isinstance((await a_round.finish(running))[3], TooFewEngines)
+        assert a_round.asked == [(0, 1), (0, 3)] and a_round.dispatch.resent == 0
+
+    run(work)
+
+
+def test_a_round_takes_requests_while_others_are_under_way() -> None:
+    async def work() -> None:
+        a_round = Round([1, 1])
+        running = a_round.begin()
+        await turns()
+        a_round.lose(0)
+        await turns()
+        running += a_round.begin()
+        await turns()
+        assert a_round.asked == [(0, 1), (1, 1), (1, 1), (1, 1), (1, 1)]
+        assert await a_round.finish(running) == [2, 1, 3, 4]
+        a_round.lose(1)
+        with pytest.raises(TooFewEngines):
+            await a_round.dispatch.ask([0])
 
     run(work)
 

@@ -181,16 +181,18 @@ def test_an_abandoned_update_is_ended_where_there_may_be_one(sessions: int) -> N
 @pytest.mark.parametrize(
     ("server", "expected"),
     [
-        ({}, {"takes_slices": False, "software": "sglang 0.5.21"}),
+        ({}, {"software": "sglang 0.5.21"}),
         ({"server": "own", "takes_slices": True}, {"takes_slices": True, "software": "own 0.5.21"}),
-        ({"version": None}, {"takes_slices": False, "software": "sglang of unknown version"}),
+        ({"one_request_at_a_time": True}, {"one_request_at_a_time": True}),
+        ({"version": None}, {"software": "sglang of unknown version"}),
     ],
 )
 def test_an_engine_says_what_it_is(server: dict[str, Any], expected: dict[str, Any]) -> None:
     said = {name: value for name, value in {**SERVER, **server}.items() if value is not None}
     found, made = asked(lambda c: c.info(), {"/model_info": MODEL, "/server_info": said})
     usual = {"model_path": "models/m", "weight_version": "3", "tensor_parallel": 2, "dtype": "bfloat16"}
-    assert found == EngineInfo(**{**usual, "update_sessions": True, **expected})
+    usual |= {"update_sessions": True, "takes_slices": False, "one_request_at_a_time": False}
+    assert found == EngineInfo(**{**usual, "software": "sglang 0.5.21", **expected})
     assert made == [("GET", path, None, CONTROL) for path in ("/model_info", "/server_info", SESSIONS[1])]
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import pytest
 
@@ -24,14 +24,17 @@ from megatron_rapo.evaluate.evaluator import Evaluator
 from megatron_rapo.evaluate.held_out import HeldOut
 from megatron_rapo.evaluate.manifest import SettingRecord
 from megatron_rapo.evaluate.plan import Batch
-from megatron_rapo.evaluate.sampler import Sampler, TooFewEngines
+from megatron_rapo.evaluate.sampler import Sampler
 from megatron_rapo.evaluate.store import Evaluation
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import SharedEngines
 from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.rollout.dispatch import TooFewEngines
 from megatron_rapo.rollout.pool import EnginePool
+from megatron_rapo.rollout.requests import Sampling
 from megatron_rapo.rollout.revival import Reviver
 from tests.models import make_hf_model
+from tests.runners import single_turns
 from tests.stand_in import VOCAB, stand_ins
 
 PROMPTS = tuple(Prompt(i, "?", (i, 7), "1") for i in range(6))
@@ -57,16 +60,19 @@ ALONE = SimpleNamespace(
 )
 
 
-def judge(items: list[tuple[str, Problem]]) -> list[Verification]:
+async def judge(text: str, problem: Problem) -> Verification:
     """Correct where the text is its problem's answer."""
-    return [
-        Verification(Outcome.CORRECT if text == problem.answer else Outcome.WRONG, text or None)
-        for text, problem in items
-    ]
+    return Verification(Outcome.CORRECT if text == problem.answer else Outcome.WRONG, text or None)
 
 
-def evaluator_of(directory, placement, pool, reviver=None, settings=(SETTING,)) -> Evaluator:
-    """One rank's; a response's text is 1 where its last token is odd."""
+def text_of(token_ids: Sequence[int]) -> str:
+    """1 where the last token is odd."""
+    return "1" if token_ids[-1] % 2 else ""
+
+
+@contextmanager
+def evaluator_of(directory, placement, pool, reviver=None, settings=(SETTING,)) -> Iterator[Evaluator]:
+    """One rank's; without a pool, of a rank that is no head."""
     rollout = Rollout(prompts_per_step=8, max_response_tokens=8)
     config = SimpleNamespace(
         run=SimpleNamespace(directory=directory, seed=11, steps=10, date="2026-11-28"),
@@ -75,13 +81,11 @@ def evaluator_of(directory, placement, pool, reviver=None, settings=(SETTING,)) 
         evaluate=Evaluate(samples=SAMPLES, k=[1, 2], batch=8),
         evaluation_settings=settings,
     )
-    tokenizer = SimpleNamespace(
-        batch_decode=lambda ids, skip_special_tokens: ["1" if row[-1] % 2 else "" for row in ids]
-    )
     engines = SharedEngines(cast(Any, placement), pool, reviver)
-    collector = Collector(rollout, cast(Any, placement), cast(Any, tokenizer), engines, {})
-    verifiers = {} if pool is None else {"math": SimpleNamespace(verify=judge)}
-    return Evaluator(cast(Any, config), cast(Any, tokenizer), collector, cast(Any, verifiers))
+    verifiers = {} if pool is None else {"math": SimpleNamespace(score=judge)}
+    with nullcontext() if pool is None else single_turns(pool, text_of) as runner:
+        collector = Collector(rollout, cast(Any, placement), engines, runner, None)
+        yield Evaluator(cast(Any, config), cast(Any, None), collector, cast(Any, verifiers))
 
 
 @pytest.fixture(autouse=True)
@@ -92,8 +96,12 @@ def held_out(monkeypatch) -> None:
 @contextmanager
 def evaluation(directory, reviver=None, settings=(SETTING,)):
     """Stand-ins, their pool, and the evaluator of the one rank of a run."""
-    with engines_of(2) as (servers, urls), pool_of(urls, reviver) as pool:
-        yield servers, pool, evaluator_of(directory, ALONE, pool, reviver, settings)
+    with (
+        engines_of(2) as (servers, urls),
+        pool_of(urls, reviver) as pool,
+        evaluator_of(directory, ALONE, pool, reviver, settings) as evaluator,
+    ):
+        yield servers, pool, evaluator
 
 
 @contextmanager
@@ -216,7 +224,9 @@ def test_replicas_share_an_evaluation_between_them(tmp_path) -> None:
         pools = [first, None, second, None]
 
         def run(rank: int) -> Any:
-            return evaluator_of(tmp_path / "together", ranks.placement(rank), pools[rank]).run(STEP)
+            together = evaluator_of(tmp_path / "together", ranks.placement(rank), pools[rank])
+            with together as evaluator:
+                return evaluator.run(STEP)
 
         with ThreadPoolExecutor(4) as threads:
             found = list(threads.map(run, range(4)))
@@ -251,31 +261,42 @@ def test_metrics_are_named_by_data_set_and_setting_where_there_are_several(tmp_p
     assert (manifest.finished is not None, manifest.model.step, manifest.seed) == (True, STEP, 11)
 
 
-class Pool:
-    """Records what it is asked; a batch of prompt n waits for `go_on[n]`, or fails as `fails[n]` says."""
-
-    failures: ClassVar[dict[str, str]] = {"http://one": "gone"}
+class Episodes:
+    """Notes what it is asked; prompt n's group waits for `go_on[n]`, or is as `fails[n]` says."""
 
     def __init__(self, batches: int) -> None:
-        self.asked: list[int] = []
+        self.begun: list[int] = []
+        self.ended: list[int] = []
+        self.most = 0  # batches that were under way at a time
         self.go_on = [threading.Event() for _ in range(batches)]
         self.fails: dict[int, Any] = {}
 
-    def generate(self, prompts, **options):
+    @contextmanager
+    def begin(self, prompts: Sequence[Prompt], sampling: Sampling, judge: Any) -> Iterator[Any]:
         [prompt] = prompts
-        self.asked.append(prompt.index)
-        assert self.go_on[prompt.index].wait(timeout=20)
-        found = self.fails.get(prompt.index, prompt.index)
-        if isinstance(found, Exception):
-            raise found
-        return [found]
+        self.begun.append(prompt.index)
+        self.most = max(self.most, len(self.begun) - len(self.ended))
+
+        def groups() -> list[Any]:
+            assert self.go_on[prompt.index].wait(timeout=20)
+            found = self.fails.get(prompt.index, prompt.index)
+            if isinstance(found, Exception):
+                raise found
+            return [found]
+
+        yield SimpleNamespace(groups=groups)
+        self.ended.append(prompt.index)
 
 
-def drawing(pool: Pool) -> Iterator[tuple[int, Any]]:
-    """(batch, its response) one after the other."""
-    batches = [Batch((Prompt(i, "?", (i,), "1"),), 0, 1) for i in range(len(pool.go_on))]
-    sampler = Sampler(cast(Any, pool), cast(Any, None), weight_version=STEP, seed=1)
-    generated = sampler.generated(batches, SettingRecord(name="t1", temperature=1.0, max_response_tokens=4))
+POOL = SimpleNamespace(failures={"http://one": "gone"})
+
+
+def drawing(episodes: Episodes) -> Iterator[tuple[int, Any]]:
+    """(batch, its group) one after the other."""
+    batches = [Batch((Prompt(i, "?", (i,), "1"),), 0, 1) for i in range(len(episodes.go_on))]
+    sampler = Sampler(cast(Any, episodes), cast(Any, POOL), weight_version=STEP, seed=1)
+    setting = SettingRecord(name="t1", temperature=1.0, max_response_tokens=4)
+    generated = sampler.generated(batches, setting, judge)
     try:
         for batch, [found] in generated:
             yield batch.prompts[0].index, found
@@ -290,53 +311,56 @@ def wait_until(true: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def test_engines_work_on_the_next_batches_while_one_is_verified() -> None:
-    """Batches come in order, whichever is done first; no more than two are under way."""
-    pool = Pool(5)
-    drawn = drawing(pool)
+def test_engines_work_on_the_next_batches_while_one_is_judged() -> None:
+    """Batches come in order, whichever is done first; no more than two are under way beside it."""
+    episodes = Episodes(5)
+    drawn = drawing(episodes)
     with ThreadPoolExecutor(1) as thread:
         first = thread.submit(next, drawn)
-        wait_until(lambda: sorted(pool.asked) == [0, 1])
-        pool.go_on[1].set()
-        wait_until(lambda: len(pool.asked) == 3)
+        wait_until(lambda: episodes.begun == [0, 1, 2])
+        episodes.go_on[1].set()
+        time.sleep(0.05)
         assert not first.done()  # the second is, but it is not its turn
-        pool.go_on[0].set()
+        episodes.go_on[0].set()
         assert first.result(timeout=20) == (0, 0)
-        wait_until(lambda: len(pool.asked) == 3)
-    for event in pool.go_on:
+        assert (episodes.begun, episodes.ended) == ([0, 1, 2], [0])
+    for event in episodes.go_on:
         event.set()
     assert list(drawn) == [(n, n) for n in range(1, 5)]
-    assert sorted(pool.asked) == list(range(5))
+    assert episodes.begun == episodes.ended == list(range(5))
+    assert episodes.most == 3
 
 
-def test_after_an_error_what_is_under_way_is_not_waited_for() -> None:
-    """The pool's end will end it; and no more is asked for than had been planned."""
-    pool = Pool(5)
-    pool.fails[0] = RapoError("refused")
-    with ThreadPoolExecutor(1) as thread:
-        first = thread.submit(next, drawing(pool))
-        wait_until(lambda: len(pool.asked) == 2)
-        pool.go_on[0].set()
-        with pytest.raises(RapoError, match="refused"):
-            first.result(timeout=10)
-    for event in pool.go_on:
+@pytest.mark.parametrize(
+    ("found", "error", "message"),
+    [
+        (RapoError("refused"), RapoError, "^refused$"),
+        (None, TooFewEngines, r"too few engines .* to go on:\n  http://one: gone$"),  # a group left open
+    ],
+)
+def test_after_an_error_what_is_under_way_is_given_up_not_waited_for(
+    found: Any, error: type[RapoError], message: str
+) -> None:
+    """It has ended before engines may get weights anew; and no more is asked for than had been planned."""
+    episodes = Episodes(5)
+    episodes.fails[0] = found
+    episodes.go_on[0].set()
+    with pytest.raises(error, match=message) as failed:
+        next(drawing(episodes))
+    assert type(failed.value) is error
+    assert episodes.begun == [0, 1, 2]
+    assert sorted(episodes.ended) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("taken", [1, 2])
+def test_whoever_stops_drawing_leaves_nothing_under_way(taken: int) -> None:
+    episodes = Episodes(5)
+    for event in episodes.go_on:
         event.set()
-    wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("evaluate")])
-    assert sorted(pool.asked) == [0, 1, 2]
-
-
-def test_what_is_under_way_ends_before_engines_get_weights_anew() -> None:
-    pool = Pool(2)
-    pool.fails[0] = None  # a group that engines left open
-    with ThreadPoolExecutor(1) as thread:
-        first = thread.submit(next, drawing(pool))
-        wait_until(lambda: len(pool.asked) == 2)
-        pool.go_on[0].set()
-        time.sleep(0.05)
-        assert not first.done()
-        pool.go_on[1].set()
-        with pytest.raises(TooFewEngines, match=r"too few engines .* to go on:\n  http://one: gone$"):
-            first.result(timeout=20)
+    drawn = drawing(episodes)
+    assert [next(drawn)[0] for _ in range(taken)] == list(range(taken))
+    cast(Any, drawn).close()
+    assert sorted(episodes.ended) == episodes.begun == list(range(taken + 2))
 
 
 def _fail_after(server, count: int):

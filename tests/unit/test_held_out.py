@@ -75,7 +75,7 @@ def test_training_problems_are_the_same_for_every_run_seed_in_another_order(tmp_
     sets, orders = [], []
     for seed in (1, 2):
         config = configuration(tmp_path, [ROW], seed=seed)
-        prompts = load_training_prompts(config, TOKENIZER)
+        [prompts] = load_training_prompts(config, TOKENIZER).sets
         sets.append([prompt.question for prompt in prompts])
         orders.append([p.question for p in PromptOrder(prompts, seed=seed, shuffle=True).draw(50)])
     assert sets[0] == sets[1]

@@ -87,6 +87,7 @@ class Settings(ast.NodeVisitor):
 # Models of sections, and helpers of tests that take a section's options.
 _TABLES = {
     "in_loss": "algorithm",
+    "EnvironmentOptions": "environment",
     "Setting": "settings",
     "Rollout": "rollout",
     "FileData": "data",

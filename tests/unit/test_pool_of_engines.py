@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +13,10 @@ import pytest
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.rollout import pool as module
+from megatron_rapo.rollout.dispatch import TooFewEngines
 from megatron_rapo.rollout.pool import EnginePool
+from megatron_rapo.rollout.requests import Sampling, first_turns
+from tests.pools import generate_groups
 from tests.stand_in import VOCAB, stand_ins
 
 WAIT_S = 30.0
@@ -32,7 +37,7 @@ def memory(server: Any) -> list[Any]:
 def generate(pool: EnginePool, count: int = 4) -> Any:
     prompts = [Prompt(100 + i, "", (i, 7), "") for i in range(count)]
     options: dict[str, Any] = {"max_response_tokens": 8, "temperature": 0.5, "weight_version": 3, "seed": 11}
-    return pool.generate(prompts, responses_per_prompt=2, **options)
+    return generate_groups(pool, prompts, responses_per_prompt=2, **options)
 
 
 def test_a_pool_needs_an_engine() -> None:
@@ -104,27 +109,83 @@ def test_a_round_is_as_the_pool_is_told(
     options: dict[str, int], per_engine: int, minimum: int, first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounds: list[tuple[Any, Any]] = []
+    asked: list[list[list[int]]] = []
+    closed: list[bool] = []
+    last = 4
 
     class Noted:
         resent = 3
 
-        def __init__(self, requests: Any, members: Any, send: Any, **limits: int) -> None:
+        def __init__(self, members: Any, send: Any, **limits: int) -> None:
             rounds.append(([member.url for member in members], limits))
-            self.answers = [["group"] * len(request.prompts) for request in requests[:-1]] + [None]
-            rounds.append(([len(request.prompts) for request in requests], {}))
+            closed.append(False)
+            asked.append([])
 
-        async def run(self) -> None:
-            return None
+        async def ask(self, request: Any) -> Any:
+            asked[-1].append([ask.token_ids[0] for ask in request.asks])
+            if request.asks[-1].token_ids[0] == last:
+                raise TooFewEngines("too few")
+            return list(range(len(request)))
+
+        async def close(self) -> None:
+            closed[-1] = True
 
     monkeypatch.setattr(module, "Dispatch", Noted)
     urls = [f"http://127.0.0.1:{port}" for port in (1, 2, 3)]
     with make_pool(urls, **options) as pool:
-        assert generate(pool, 5) == ["group"] * 4 + [None]
-        assert generate(pool, 2) == ["group", None]
+        responses = [group and group.responses for group in generate(pool, 5)]
+        assert responses == [(0, 1), (2, 3)] * 2 + [None]
+        last = 1
+        responses = [group and group.responses for group in generate(pool, 2)]
+        assert responses == [(0, 1), None]
         assert pool.resent == 6
     limits = {"per_engine": per_engine, "minimum": minimum}
-    assert rounds[0] == (urls[first:] + urls[:first], limits)
-    assert [sizes for sizes, _ in rounds[1::2]] == [[2, 2, 1], [1, 1]]
+    assert rounds == [(urls[first:] + urls[:first], limits)] * 2
+    assert asked == [[[0, 0, 1, 1], [2, 2, 3, 3], [4, 4]], [[0, 0], [1, 1]]]
+    assert closed == [True, True]
+
+
+def test_a_round_is_left_once_nothing_of_it_is_under_way() -> None:
+    """Also after an error: what follows may give engines other weights."""
+    with stand_ins(1) as ([server], urls), make_pool(urls, prompts_per_request=1) as pool:
+        server.go_on.clear()
+        sampling = Sampling(1, 8, 1.0, 3, seed=0)
+        with pytest.raises(KeyError), pool.round() as opened:
+            answer = opened.ask(first_turns([Prompt(0, "", (1,), "")], sampling))
+            wait_until(lambda: bool(server.asked))
+            raise KeyError
+        assert not pool._members.live[0]._asked
+        wait_until(answer.cancelled)
+        wait_until(opened.ask(first_turns([Prompt(0, "", (2,), "")], sampling)).cancelled)
+        server.go_on.set()
+        assert [body["input_ids"] for _, body in server.asked] == [[[1]]]
+        assert pool.urls == urls
+
+
+@pytest.mark.parametrize("one", [False, True])
+def test_engines_that_serve_one_request_at_a_time_say_so(one: bool) -> None:
+    """One that is lost meanwhile is out: the rollout goes on with the others."""
+    with stand_ins(3) as (servers, urls), make_pool(urls) as pool:
+        info = {"tp_size": 1, "dtype": "float32"}
+        for server in servers:
+            server.answers["/server_info"] = (200, json.dumps(info).encode())
+        assert pool.one_request_at_a_time() is False, "SGLang does not say it"
+        servers[0].fault, servers[0].faulty = "closed", "/server_info"
+        said = json.dumps({**info, "one_request_at_a_time": one}).encode()
+        servers[2].answers["/server_info"] = (200, said)
+        assert pool.one_request_at_a_time() is one
+        assert pool.urls == urls[1:]
+        for server in servers[1:]:
+            server.fault, server.faulty = "closed", "/server_info"
+        assert pool.one_request_at_a_time() is False
+        assert pool.urls == []
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def test_engines_are_not_watched_while_an_update_is_open(tmp_path: Any) -> None:
@@ -164,7 +225,7 @@ def test_bodies_are_as_many_as_engines() -> None:
 
 
 class Routes:
-    """Stands for the router: notes what it is told, and answers with groups."""
+    """Stands for the router: notes what it is told, and answers each request."""
 
     made: list[Any]
     told: list[Any]
@@ -179,8 +240,8 @@ class Routes:
         self.told.append(("serve", urls))
 
     async def send(self, request: Any, members: Any) -> list[str]:
-        self.told.append([prompt.index for prompt in request.prompts])
-        return [f"group {prompt.index} of {members.size}" for prompt in request.prompts]
+        self.told.append([ask.token_ids for ask in request.asks])
+        return [f"answer {number} of {members.size}" for number in range(len(request))]
 
     def take_out(self, member: Any) -> None:
         self.told.append(("out", member.url))
@@ -198,8 +259,13 @@ def test_behind_a_router_it_gets_the_prompts_and_is_told_who_serves(
         pool.wait_until_healthy(WAIT_S)
         assert told == [("check", urls)]
         told.clear()
-        assert generate(pool, 3) == [f"group {number} of 2" for number in (100, 101, 102)]
-        assert sorted(told) == [[100], [101], [102]], "a prompt a request: the router spreads them"
+        answers = ("answer 0 of 2", "answer 1 of 2")
+        assert [(g.prompt.index, g.responses) for g in generate(pool, 3)] == [
+            (number, answers) for number in (100, 101, 102)
+        ]
+        assert sorted(told) == [[(number, 7)] * 2 for number in range(3)], (
+            "a prompt a request: the router spreads them"
+        )
         assert not any(path == "/generate" for server in servers for path, _ in server.asked)
         told.clear()
         pool.begin_update()

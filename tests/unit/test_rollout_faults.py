@@ -14,6 +14,7 @@ from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.revival import Reviver
 from tests.models import make_hf_model
+from tests.pools import generate_groups
 from tests.stand_in import VOCAB, stand_ins
 
 SOON = 60.0  # seconds in which anything happens, also on a machine that is very busy
@@ -35,7 +36,8 @@ def make_pool(urls, **options):
 
 def generate(pool, count=8, version=3):
     prompts = [Prompt(100 + i, "", (i, 7), "", draw=i) for i in range(count)]
-    return pool.generate(
+    return generate_groups(
+        pool,
         prompts,
         responses_per_prompt=3,
         max_response_tokens=8,

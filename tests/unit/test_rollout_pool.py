@@ -12,7 +12,8 @@ from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import RapoError
 from megatron_rapo.rollout.identity import check_distinct
 from megatron_rapo.rollout.pool import EnginePool
-from megatron_rapo.rollout.requests import sample_seed
+from megatron_rapo.rollout.requests import Ask, Request, Sampling, check_tokens, name_of, sample_seed
+from tests.pools import generate_groups
 from tests.stand_in import VOCAB, stand_ins
 
 
@@ -40,7 +41,7 @@ def generate(pool, prompts=None, **options):
         "weight_version": 3,
         "seed": 11,
     }
-    return pool.generate(make_prompts(1) if prompts is None else prompts, **{**defaults, **options})
+    return generate_groups(pool, make_prompts(1) if prompts is None else prompts, **{**defaults, **options})
 
 
 def test_groups_come_in_prompt_order_from_all_servers():
@@ -139,6 +140,14 @@ def test_a_prompt_outside_the_vocabulary_is_not_sent(engine, token_ids, named):
     with pytest.raises(RapoError, match=f"prompt 9 .*{named}"):
         generate(pool, [*make_prompts(1), Prompt(9, "", token_ids, "")])
     assert stand_in.asked == []
+
+
+def test_a_turn_outside_the_vocabulary_is_named_with_its_prompt():
+    prompt, sampling = Prompt(9, "", (1,), ""), Sampling(1, 8, 1.0, weight_version=3, seed=0)
+    asks = [Ask(name_of(prompt, turn), (1, 50 * turn), 0, 8) for turn in range(2)]
+    check_tokens(Request(tuple(asks[:1]), sampling), VOCAB)
+    with pytest.raises(RapoError, match=r"^prompt 9, turn 1, has token id 50, but"):
+        check_tokens(Request(tuple(asks), sampling), VOCAB)
 
 
 def one(change):

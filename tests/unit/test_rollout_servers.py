@@ -24,6 +24,7 @@ from megatron_rapo.rollout.revival import Reviver
 from megatron_rapo.rollout.servers import LocalServers
 from tests.leftovers import nothing_left
 from tests.models import make_hf_model
+from tests.pools import generate_groups
 
 MODULE = [sys.executable, "-m", "megatron_rapo.rollout.embedded"]
 PROMPTS = [Prompt(i, "", (5 + i, 6, 7), "") for i in range(5)]
@@ -58,7 +59,7 @@ def generate(pool, **options):
         "weight_version": 1,
         "seed": 0,
     }
-    return pool.generate(PROMPTS, **{**defaults, **options})
+    return generate_groups(pool, PROMPTS, **{**defaults, **options})
 
 
 def tokens(groups):

@@ -14,13 +14,13 @@ from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.rollout import routing as module
 from megatron_rapo.rollout.membership import Membership
-from megatron_rapo.rollout.requests import GroupRequest, Sampling
+from megatron_rapo.rollout.requests import Sampling, first_turns
 from megatron_rapo.rollout.routing import Routing
 
 WAIT_S = 30.0
 ONE, TWO = "http://127.0.0.1:7001", "http://127.0.0.1:7002"
 VERSION = 4
-REQUEST = GroupRequest((Prompt(3, "", (5, 6), ""),), Sampling(2, 8, 1.0, VERSION, seed=0))
+REQUEST = first_turns([Prompt(3, "", (5, 6), "")], Sampling(2, 8, 1.0, VERSION, seed=0))
 
 
 class Router:
@@ -47,8 +47,10 @@ class Router:
         if self.failures:
             raise self.failures.pop(0)
         meta = {"finish_reason": {"type": "stop"}, "weight_version": VERSION}
-        meta["output_token_logprobs"] = [[-0.5, 7, None]]
-        return [{"output_ids": [7], "meta_info": meta} for _ in input_ids]
+        return [
+            {"output_ids": [token], "meta_info": {**meta, "output_token_logprobs": [[-0.5, token, None]]}}
+            for token in range(7, 7 + len(input_ids))
+        ]
 
     async def check_workers(self, known: Collection[str]) -> None:
         self.known.append(set(known))
@@ -112,14 +114,11 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.001)
 
 
-def tokens(groups: Any) -> Any:
-    return [
-        (group.prompt.index, [response.token_ids.tolist() for response in group.responses])
-        for group in groups
-    ]
+def tokens(responses: Any) -> Any:
+    return [response.token_ids.tolist() for response in responses]
 
 
-GROUPS = [(3, [[7], [7]])]
+RESPONSES = [[7], [8]]
 
 
 @pytest.mark.parametrize("failures", [0, 1, 2])
@@ -128,7 +127,7 @@ def test_a_request_that_fails_though_no_engine_is_to_blame_is_sent_again(
 ) -> None:
     async def work(router: Router, routing: Routing, members: Membership) -> None:
         router.failures = [EngineLost("the router was late")] * failures
-        assert tokens(await routing.send(REQUEST, members)) == GROUPS
+        assert tokens(await routing.send(REQUEST, members)) == RESPONSES
         assert len(router.asked) == failures + 1
         seeds = [params["sampling_seed"] for params in REQUEST.sampling_params]
         assert router.asked == [([(5, 6)] * 2, seeds)] * (failures + 1)
@@ -178,7 +177,7 @@ def test_an_engine_that_is_to_blame_is_out_and_behind_the_router_no_more(
         assert router.removed == [TWO]
         assert len(router.asked) == 1
         assert not routing._removals
-        assert tokens(await routing.send(REQUEST, members)) == GROUPS
+        assert tokens(await routing.send(REQUEST, members)) == RESPONSES
 
     run(work, monkeypatch, two=two)
 
@@ -207,7 +206,7 @@ def test_requests_that_may_hang_at_a_lost_engine_are_sent_again(
                 with pytest.raises(EngineLost, match=f"{TWO} may have it, and is out: it was silent"):
                     await request
         router.hangs = False
-        assert tokens(await routing.send(REQUEST, members)) == GROUPS, (
+        assert tokens(await routing.send(REQUEST, members)) == RESPONSES, (
             "one that is sent afterwards cannot hang there"
         )
         members.live[0].lose("it was silent, too")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
-import numpy as np
 import pytest
 
 from megatron_rapo.config import Rollout
 from megatron_rapo.data.prompts import Prompt
-from megatron_rapo.episode.outcome import Outcome, Verification
+from megatron_rapo.episode.group import Group
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import SharedEngines
-from megatron_rapo.methods.sampling import Sampling
-from megatron_rapo.rollout.groups import Response, RolloutGroup
+from megatron_rapo.methods.sampling import Sampling as Chosen
+from megatron_rapo.rollout.requests import Sampling
 from tests.ranks import on_ranks
 
 WORLD, STRIDE, HEADS = 6, 2, 3
@@ -30,7 +32,6 @@ class Pool:
         self.urls = [url for url in (ONE, TWO, THREE) if url not in self.failures]
         self.resent = 10**head
         self.asked: list[Any] = []
-        self.fails = 0  # prompts that it leaves open at its first question
 
     def software(self) -> str:
         return "engine 1.0"
@@ -46,12 +47,6 @@ class Pool:
 
     def use(self, urls: list[str]) -> None:
         self.asked.append(urls)
-
-    def generate(self, prompts: list[Prompt], **options: Any) -> list[RolloutGroup | None]:
-        self.asked.append((prompts, options))
-        open_, self.fails = self.fails, 0
-        groups: list[RolloutGroup | None] = [RolloutGroup(prompt, ()) for prompt in prompts]
-        return [*[None] * open_, *groups[open_:]]
 
 
 def on_each(work: Any, lost: tuple[dict[str, str], ...] = ({}, {}, {}), **options: Any) -> list[Any]:
@@ -118,55 +113,91 @@ def test_requests_sent_again_are_those_of_all_heads() -> None:
         assert of_another == {"engines/live": 0, "engines/returned": 0, "engines/requests_resent": 111}
 
 
-# Sampling
+# Episodes
 
 
-SAMPLING = Sampling(0.75, 5, 13)
+CHOSEN = Chosen(0.75, 5, 13)
 PROMPTS = [Prompt(10 + i, "", (i, 7), "", draw=i) for i in range(8)]
+IDS = [prompt.id for prompt in PROMPTS]
+TIMED = threading.local()  # phases that this rank is in
 
 
-def collector_of(rank: Any, pool: Any, verifier: Any = None) -> Collector:
+class Episodes:
+    """A head's runner: notes what it is asked for, and in which phase."""
+
+    def __init__(self, fails: int = 0) -> None:
+        self.fails = fails  # prompts that engines leave open at its first question
+        self.asked: list[tuple[list[str], Sampling, Any]] = []
+        self.did: list[Any] = []
+
+    @contextmanager
+    def begin(self, prompts: list[Prompt], sampling: Sampling, judge: Any) -> Iterator[Any]:
+        self.asked.append(([prompt.id for prompt in prompts], sampling, judge))
+        self._note("begun")
+        open_, self.fails = self.fails, 0
+        groups = [*[None] * open_, *[Group(prompt.problem, ()) for prompt in prompts[open_:]]]
+
+        def judged() -> list[Group | None]:
+            self._note("judged")
+            return groups
+
+        yield SimpleNamespace(wait_until_sampled=lambda: self._note("sampled"), groups=judged)
+        self._note("left")
+
+    def _note(self, what: str) -> None:
+        self.did.append((what, *TIMED.phases))
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    TIMED.phases.append(name)
+    yield
+    TIMED.phases.remove(name)
+
+
+def collector_of(rank: Any, pool: Any, runner: Any = None) -> Collector:
+    TIMED.phases = []
     rollout = Rollout(prompts_per_step=8, max_response_tokens=13, temperature=0.75)
-    tokenizer: Any = SimpleNamespace(decode=lambda ids, skip_special_tokens: str(ids[0]))
-    return Collector(
-        rollout, rank, tokenizer, SharedEngines(rank, pool, None), {"": verifier} if verifier else {}
-    )
+    judge: Any = f"judge {rank.data_rank}" if runner is not None else None
+    return Collector(rollout, rank, SharedEngines(rank, pool, None), runner, judge)
+
+
+def collect(collector: Collector) -> list[str]:
+    groups = collector.collect(PROMPTS, chosen=CHOSEN, weight_version=4, seed=99, phase=phase)
+    return [group.problem.id for group in groups]
 
 
 @pytest.mark.parametrize("fails", [(0, 0, 0), (0, 2, 0), (3, 0, 1)])
-def test_each_head_samples_its_share_and_asks_again_for_what_is_missing_alone(fails: tuple[int, ...]) -> None:
+def test_each_head_runs_its_share_and_asks_again_for_what_is_missing_alone(fails: tuple[int, ...]) -> None:
     def sample(rank: Any) -> Any:
-        pool = Pool(rank.data_rank) if rank.is_head else None
-        collector = collector_of(rank, pool)
+        runner = Episodes(fails[rank.data_rank]) if rank.is_head else None
+        collector = collector_of(rank, Pool(rank.data_rank) if rank.is_head else None, runner)
         recovered: list[int] = []
         collector.recover = recovered.append
-        if pool is not None:
-            pool.fails = fails[rank.data_rank]
-        groups = collector.sample(PROMPTS, sampling=SAMPLING, weight_version=4, seed=99)
-        asked = [[prompt.index for prompt in prompts] for prompts, _ in pool.asked] if pool else []
-        options = [options for _, options in pool.asked] if pool else []
-        return [group.prompt.index for group in groups], asked, options, recovered
+        return collect(collector), runner.asked if runner else [], runner and runner.did, recovered
 
     found = on_ranks(WORLD, sample, stride=STRIDE)
-    for rank, (groups, asked, options, recovered) in enumerate(found):
-        head = rank // STRIDE
-        share = [prompt.index for prompt in PROMPTS[head::HEADS]] if rank % STRIDE == 0 else []
-        assert groups == share
+    for rank, (groups, asked, did, recovered) in enumerate(found):
+        assert groups == IDS, "all ranks get all groups, in the prompts' order"
         assert recovered == [4] * any(fails), "all ranks bring engines back together"
-        if share:
-            assert asked == [share, share[: fails[head]]][: 1 + any(fails)]
-            wanted = {"responses_per_prompt": 5, "max_response_tokens": 13, "temperature": 0.75}
-            wanted |= {"weight_version": 4, "seed": 99}
-            assert options == [wanted] * len(asked)
+        head = rank // STRIDE
+        if rank % STRIDE:
+            assert asked == []
+            continue
+        share = IDS[head::HEADS]
+        assert [prompts for prompts, _, _ in asked] == [share, share[: fails[head]]][: 1 + any(fails)]
+        for _, sampling, judge in asked:
+            assert sampling == Sampling(5, 13, temperature=0.75, weight_version=4, seed=99)
+            assert judge == f"judge {head}"
+        assert did == [("begun",), ("sampled", "rollout"), ("judged", "reward"), ("left",)] * len(asked)
 
 
 def test_without_a_way_back_every_rank_fails_alike() -> None:
     def sample(rank: Any) -> str:
         pool = Pool(rank.data_rank, {TWO: "late"}) if rank.is_head else None
-        if pool is not None and rank.data_rank == 2:
-            pool.fails = 1
+        runner = Episodes(fails=int(rank.data_rank == 2)) if rank.is_head else None
         with pytest.raises(RapoError, match=f"too few engines are left.*\n  {TWO}: late") as failed:
-            collector_of(rank, pool).sample(PROMPTS, sampling=SAMPLING, weight_version=4, seed=99)
+            collect(collector_of(rank, pool, runner))
         return str(failed.value)
 
     assert len(set(on_ranks(WORLD, sample, stride=STRIDE))) == 1
@@ -180,14 +211,3 @@ def test_what_heads_made_is_shared_in_the_prompts_order(count: int) -> None:
 
     found = on_ranks(WORLD, share, stride=STRIDE)
     assert found == [[f"made of {n}" for n in range(count)]] * WORLD
-
-
-def test_heads_verify_their_groups_and_other_ranks_none() -> None:
-    responses = tuple(Response(np.full(1, n, np.int32), np.zeros(1, np.float32), 0, "stop") for n in (3, 4))
-    groups = [RolloutGroup(prompt, responses) for prompt in PROMPTS[:2]]
-    of = {"3": Verification(Outcome.CORRECT), "4": Verification(Outcome.WRONG)}
-    verifier: Any = SimpleNamespace(verify=lambda pairs: [of[text] for text, _ in pairs])
-    rank: Any = SimpleNamespace()
-    scored = collector_of(rank, None, verifier).score(groups)
-    assert [group.rewards for group in scored] == [[1.0, 0.0]] * 2
-    assert collector_of(rank, None).score(groups) == []

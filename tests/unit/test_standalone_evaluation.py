@@ -9,7 +9,7 @@ import csv
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any, ClassVar
@@ -93,8 +93,8 @@ class FakeVerifier:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def verify(self, items: Sequence[tuple[str, Problem]]) -> list[Verification]:
-        return [judged(text[0], problem.answer) for text, problem in items]
+    async def score(self, response: str, problem: Problem) -> Verification:
+        return judged(response[0], problem.answer)
 
 
 def answers(server: StandIn) -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
@@ -242,16 +242,14 @@ def test_an_evaluation_that_failed_goes_on_where_it_stood(
 ) -> None:
     """What is there is neither asked for again nor changed; more samples may be asked for."""
     servers, urls = engines
-    judge, batches = FakeVerifier.verify, 0
+    judge = FakeVerifier.score
 
-    def fail(self: FakeVerifier, items: Sequence[tuple[str, Problem]]) -> list[Verification]:
-        nonlocal batches
-        batches += 1
-        if batches == 3:
+    async def fail(self: FakeVerifier, response: str, problem: Problem) -> Verification:
+        if problem.id == "2":  # of the third batch
             raise RapoError("the verifier cannot start")
-        return judge(self, items)
+        return await judge(self, response, problem)
 
-    monkeypatch.setattr(FakeVerifier, "verify", fail)
+    monkeypatch.setattr(FakeVerifier, "score", fail)
     with pytest.raises(RapoError, match="cannot start"):
         run(request(tmp_path, urls))
     out = tmp_path / "out"
@@ -259,7 +257,7 @@ def test_an_evaluation_that_failed_goes_on_where_it_stood(
     assert len(before) == 12 and Evaluation.open(out).manifest.finished is None
     for server in servers:
         server.asked.clear()
-    monkeypatch.setattr(FakeVerifier, "verify", judge)
+    monkeypatch.setattr(FakeVerifier, "score", judge)
     capsys.readouterr()
     assert run(request(tmp_path, urls)) == 0
     said = capsys.readouterr().out

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
 
 from megatron_rapo.config import Reward
@@ -18,9 +15,11 @@ from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.unknown import UnknownRewards
-from megatron_rapo.reward.scoring import score_groups
-from megatron_rapo.rollout.groups import Response, RolloutGroup
+from megatron_rapo.rollout.pool import EnginePool
+from megatron_rapo.rollout.requests import Sampling, sample_seed
 from tests.episodes import group_of, scored_response
+from tests.runners import single_turns
+from tests.stand_in import VOCAB, stand_ins
 
 C, W, T, X = Outcome.CORRECT, Outcome.WRONG, Outcome.TIMEOUT, Outcome.CRASH
 
@@ -80,27 +79,33 @@ def test_beyond_the_limit_the_run_ends_on_every_rank(tells: bool) -> None:
 
 
 def test_scored_groups_tell_what_happened_to_the_first() -> None:
-    responses = tuple(Response(np.full(1, n, np.int32), np.zeros(1, np.float32), 0, "stop") for n in range(3))
-    groups = [RolloutGroup(Prompt(n, "?", (1,), f"answer {n}"), responses) for n in range(2)]
+    prompts = [Prompt(n, "?", (n + 1, 7), f"answer {n}") for n in range(2)]
     found = {
         "answer 0": [Verification(C), Verification(X, why="ValueError: no"), Verification(T, why="late")],
         "answer 1": [Verification(W), Verification(C), Verification(W)],
     }
+    sampled = [
+        [[n + 1, sample_seed(5, prompt, m) % VOCAB] for m in range(3)] for n, prompt in enumerate(prompts)
+    ]
     asked: list[tuple[str, str]] = []
 
-    def verify(items: list[tuple[str, Problem]]) -> list[Verification]:
-        asked.extend((text, problem.answer) for text, problem in items)
-        return [found[problem.answer][int(text)] for text, problem in items]
+    async def judge(text: str, problem: Problem) -> Verification:
+        asked.append((text, problem.answer))
+        number = sampled[int(problem.id)].index([int(token) for token in text.split()])
+        return found[problem.answer][number]
 
-    verifier: Any = SimpleNamespace(verify=verify)
-    tokenizer: Any = SimpleNamespace(
-        decode=lambda ids, skip_special_tokens: str(ids[0]) if skip_special_tokens else "</s>"
-    )
-    scored = score_groups(groups, verifier, tokenizer)
-    assert asked == [(str(n), f"answer {m}") for m in range(2) for n in range(3)]
-    assert [one.problem for one in scored] == [one.prompt.problem for one in groups]
+    with (
+        stand_ins(1) as (_, urls),
+        EnginePool(urls, vocab_size=VOCAB, prompts_per_request=2, request_timeout=60) as pool,
+        single_turns(pool, lambda ids: " ".join(map(str, ids))) as runner,
+    ):
+        groups = runner.run(prompts, Sampling(3, 8, 1.0, weight_version=3, seed=5), judge)
+    scored = [group for group in groups if group is not None]
+    texts = [(" ".join(map(str, ids)), f"answer {n}") for n in range(2) for ids in sampled[n]]
+    assert sorted(asked) == sorted(texts)
+    assert [one.problem for one in scored] == [prompt.problem for prompt in prompts]
     sequences = [[one.episode.sequences[0].token_ids.tolist() for one in group.episodes] for group in scored]
-    assert sequences == [[[1, n] for n in range(3)]] * 2
+    assert sequences == [[[n + 1, 7, *ids] for ids in sampled[n]] for n in range(2)]
     found_outcomes = [[one.verification.outcome for one in group.episodes] for group in scored]
     assert found_outcomes == [[C, X, T], [W, C, W]]
     whys = [[one.verification.why for one in group.episodes] for group in scored]

@@ -89,6 +89,7 @@ async def server_info(engine: EngineOf) -> dict[str, Any]:
         "version": __version__,
         "tp_size": 1,
         "takes_slices": True,
+        "one_request_at_a_time": True,
         **engine.computing(),
     }
 

@@ -1,4 +1,4 @@
-"""What the engines return: responses, and the group of responses to one prompt."""
+"""What the engines return."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-
-from megatron_rapo.data.prompts import Prompt
 
 
 @dataclass(frozen=True)
@@ -31,18 +29,3 @@ class Response:
     def truncated(self) -> bool:
         """Whether the response was cut at the length limit."""
         return self.finish_reason == "length"
-
-    def leaves(self, vocabulary: int) -> bool:
-        """Whether one of its tokens is no token of a tokenizer of that size.
-
-        Models' heads have spare rows, of tokens that do not exist; engines sample them, if hardly ever.
-        """
-        return int(self.token_ids.max()) >= vocabulary
-
-
-@dataclass(frozen=True)
-class RolloutGroup:
-    """The responses to one prompt, over which group-relative advantages are taken."""
-
-    prompt: Prompt
-    responses: tuple[Response, ...]

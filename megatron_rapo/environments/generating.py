@@ -1,0 +1,169 @@
+"""The `Generate` that an episode is given: it keeps within the limits, and notes what was sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from megatron_rapo.environments.bundle import Bundle
+from megatron_rapo.episode.environment import Turn
+from megatron_rapo.episode.sequence import Sequence as TokenSequence
+from megatron_rapo.errors import RapoError
+from megatron_rapo.rollout.requests import Ask
+
+
+class EnvironmentFault(Exception):
+    """An environment did what the protocol does not allow: the run ends, and says what."""
+
+
+class Generating:
+    """One episode's turns.
+
+    Attributes:
+        turns: each with the tokens that it continues.
+        failure: what an engine's answer failed with, or what the protocol does not allow: the episode counts
+            for nothing then, whatever the environment makes of it.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        episode: int,
+        prompt: Sequence[int],
+        name_of: Callable[[int], str],
+        seed_of: Callable[[int], int],
+        max_tokens: int,
+        max_turns: int,
+        on_waiting: Callable[[bool], None],
+    ) -> None:
+        """
+        Args:
+            bundle: sends what is asked.
+            tokenizer: the policy's.
+            episode: its number in the bundle.
+            prompt: the problem's tokens.
+            name_of: what messages call a turn.
+            seed_of: the seed of a turn.
+            max_tokens: most tokens after the prompt, sampled or given.
+            max_turns: most calls.
+            on_waiting: is told when the episode begins and ends to wait for an engine.
+        """
+        self.turns: list[tuple[list[int], Turn]] = []
+        self.failure: Exception | None = None
+        self._bundle = bundle
+        self._tokenizer = tokenizer
+        self._episode = episode
+        self._prompt_tokens = len(prompt)
+        self._name_of = name_of
+        self._seed_of = seed_of
+        self._max_tokens = max_tokens
+        self._max_turns = max_turns
+        self._on_waiting = on_waiting
+        self._numbers: set[int] = set()
+
+    async def __call__(
+        self,
+        token_ids: Sequence[int],
+        *,
+        turn: int = 0,
+        max_tokens: int | None = None,
+        stop: Sequence[int] = (),
+    ) -> Turn:
+        """See `Generate`."""
+        try:
+            return await self._generate(token_ids, turn, max_tokens, stop)
+        except (RapoError, EnvironmentFault) as error:
+            self.failure = error
+            raise
+
+    async def _generate(
+        self, token_ids: Sequence[int], turn: int, max_tokens: int | None, stop: Sequence[int]
+    ) -> Turn:
+        self._check(turn)
+        given = list(map(int, token_ids))
+        left = self._max_tokens - (len(given) - self._prompt_tokens)
+        count = left if max_tokens is None else min(left, max_tokens)
+        if count < 1:
+            return _nothing()
+        self._on_waiting(True)
+        try:
+            response = await self._bundle.ask(
+                self._episode,
+                Ask(self._name_of(turn), tuple(given), self._seed_of(turn), count, tuple(stop)),
+            )
+        finally:
+            self._on_waiting(False)
+        sampled = Turn(
+            token_ids=response.token_ids,
+            log_probs=response.log_probs,
+            versions=np.full(len(response.token_ids), response.weight_version, np.int32),
+            finish=response.finish_reason,
+            text=self.decode(response.token_ids.tolist()),
+        )
+        self.turns.append((given, sampled))
+        return sampled
+
+    def encode(self, text: str) -> list[int]:
+        """See `Generate`."""
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """See `Generate`."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def check(self, sequences: Sequence[TokenSequence]) -> None:
+        """Whether what the episode would have trained on is, token for token, what engines sampled.
+
+        Raises:
+            EnvironmentFault: a sampled token of a sequence was not sampled there.
+        """
+        for sequence in sequences:
+            place, end = 0, len(sequence)
+            while place < end:
+                if not sequence.sampled[place]:
+                    place += 1
+                    continue
+                length = next((n for turn in self.turns if (n := _common(sequence, place, turn))), 0)
+                if not length:
+                    raise EnvironmentFault(
+                        f"token {place} of a sequence is marked as sampled, but no engine sampled it there; "
+                        "append turns and given tokens to a Transcript, as they are"
+                    )
+                place += length
+
+    def _check(self, turn: int) -> None:
+        if turn in self._numbers:
+            raise EnvironmentFault(
+                f"generate was called twice with turn = {turn}, which would draw the same tokens again; "
+                "count the calls of an episode"
+            )
+        if len(self._numbers) >= self._max_turns:
+            raise EnvironmentFault(
+                f"an episode asked for more than environment.max_turns = {self._max_turns} turns; end it, or "
+                "raise that"
+            )
+        self._numbers.add(turn)
+
+
+def _common(sequence: TokenSequence, place: int, turn: tuple[list[int], Turn]) -> int:
+    """How many of the turn's tokens stand at that place of the sequence; 0 where it was not sampled there."""
+    given, sampled = turn
+    if place != len(given) or not np.array_equal(sequence.token_ids[:place], given):
+        return 0
+    run = sequence.sampled[place : place + len(sampled.token_ids)]
+    length = len(run) if run.all() else int(run.argmin())
+    here = slice(place, place + length)
+    same = (
+        np.array_equal(sequence.token_ids[here], sampled.token_ids[:length])
+        and np.array_equal(sequence.log_probs[here], sampled.log_probs[:length])
+        and np.array_equal(sequence.versions[here], sampled.versions[:length])
+    )
+    return length if same else 0
+
+
+def _nothing() -> Turn:
+    return Turn(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int32), "length", "")

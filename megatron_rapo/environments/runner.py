@@ -1,0 +1,170 @@
+"""Runs the episodes of many prompts: sampled by engines, judged while others are sampled."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.environments.bundle import Bundle
+from megatron_rapo.environments.running import Attempt, EpisodeRunner, Judge
+from megatron_rapo.episode.group import Group
+from megatron_rapo.errors import RapoError
+from megatron_rapo.rollout.dispatch import TooFewEngines
+from megatron_rapo.rollout.loop import BackgroundLoop, all_of
+from megatron_rapo.rollout.pool import EnginePool
+from megatron_rapo.rollout.requests import Sampling
+
+_BEAT_S = 0.1  # between two looks at whether environments let others run
+_GRACE_S = 1.0  # for a machine that is busy
+
+
+class Rollout:
+    """Episodes under way."""
+
+    def __init__(self, runner: Runner, sampled: Future[None], groups: Future[list[Group | None]]) -> None:
+        self._runner = runner
+        self._sampled = sampled
+        self._groups = groups
+
+    def wait_until_sampled(self) -> None:
+        """Waits until engines are asked nothing more.
+
+        Raises:
+            RapoError: an engine refused, or environment or reward are at fault.
+        """
+        self._runner.wait(self._sampled, self._groups)
+
+    def groups(self) -> list[Group | None]:
+        """Waits until all is judged: a group of each prompt, in order; None where too few engines were left.
+
+        Raises:
+            RapoError: an engine refused, or environment or reward are at fault.
+        """
+        self._runner.wait(self._groups)
+        return self._groups.result()
+
+
+class Runner:
+    """Runs episodes on the engines of a pool; a context manager.
+
+    Environments have an event loop of their own: one that blocks it is told, and harms no engine's watch.
+    """
+
+    def __init__(self, episodes: EpisodeRunner, pool: EnginePool) -> None:
+        self._episodes = episodes
+        self._pool = pool
+        self._loop = BackgroundLoop("environments")
+        self._beat = time.monotonic()
+        self._blocked = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._blocked:  # else its thread, which ends with the process, would be waited for
+            self._loop.close()
+
+    @contextmanager
+    def begin(self, prompts: Sequence[Prompt], sampling: Sampling, judge: Judge) -> Iterator[Rollout]:
+        """Begins the episodes of the prompts, `sampling.responses_per_prompt` of each.
+
+        What is not done when it is left is given up.
+        """
+        size, gather_all = self._pool.requests(len(prompts)), self._pool.one_request_at_a_time()
+        sampled: Future[None] = Future()
+        sampling_still = len(prompts) * sampling.responses_per_prompt  # episodes
+
+        def ended() -> None:
+            nonlocal sampling_still
+            sampling_still -= 1
+            if not sampling_still:
+                sampled.set_result(None)
+
+        with ExitStack() as stack:
+            round_ = stack.enter_context(self._pool.round())
+
+            async def part(prompts: Sequence[Prompt]) -> list[Group | None]:
+                episodes = len(prompts) * sampling.responses_per_prompt
+                bundle = Bundle(round_, sampling, episodes, gather_all=gather_all)
+                return await all_of(
+                    self._group(prompt, place, bundle, sampling, judge, ended)
+                    for place, prompt in enumerate(prompts)
+                )
+
+            async def every() -> list[Group | None]:
+                parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+                try:
+                    return [group for groups in await all_of(map(part, parts)) for group in groups]
+                finally:
+                    if not sampled.done():  # there was nothing to sample, or some was given up
+                        sampled.set_result(None)
+
+            groups = self._loop.start(every())
+            stack.callback(groups.cancel)
+            yield Rollout(self, sampled, groups)
+
+    def run(self, prompts: Sequence[Prompt], sampling: Sampling, judge: Judge) -> list[Group | None]:
+        """The groups of the prompts (`Rollout.groups`)."""
+        with self.begin(prompts, sampling, judge) as rollout:
+            return rollout.groups()
+
+    def wait(self, *futures: Future[Any]) -> None:
+        """Waits for the first future.
+
+        Raises:
+            RapoError: what one of the futures failed with; or the environment blocks all episodes.
+        """
+        self._beat = time.monotonic()
+        while not futures[0].done():
+            for future in futures:
+                if future.done():
+                    future.result()
+            self._loop.call(self._note)
+            try:
+                futures[0].result(_BEAT_S)
+            except TimeoutError:
+                self._check_beat()
+        futures[0].result()
+
+    async def _group(
+        self, prompt: Prompt, place: int, bundle: Bundle, sampling: Sampling, judge: Judge, ended: Any
+    ) -> Group | None:
+        count = sampling.responses_per_prompt
+
+        async def episode(number: int) -> Any:
+            attempt = Attempt(prompt, number, place * count + number)
+            try:
+                found = await self._episodes.play(attempt, bundle, sampling)
+            finally:
+                ended()
+            return await self._episodes.judge(found, prompt.problem, judge)
+
+        try:
+            return Group(prompt.problem, tuple(await all_of(episode(number) for number in range(count))))
+        except TooFewEngines:
+            return None
+
+    def _note(self) -> None:
+        self._beat = time.monotonic()
+
+    def _check_beat(self) -> None:
+        options = self._episodes.options
+        if time.monotonic() - self._beat <= options.time_limit_s + _GRACE_S:
+            return
+        self._blocked = True
+        frame = sys._current_frames().get(self._loop.thread_id)
+        where = "".join(traceback.format_stack(frame)[-3:]) if frame else ""
+        raise RapoError(
+            f'environment.use = "{options.use}" has blocked all episodes for more than '
+            f"environment.time_limit_s = {options.time_limit_s:g} s; let it await what takes time "
+            f"(asyncio.to_thread for plain functions). It is here:\n{where}"
+        )

@@ -1,0 +1,133 @@
+"""One episode from its problem to its verification; what the environment does wrong is told."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_rapo.config.environment import EnvironmentOptions
+from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.environments.bundle import Bundle
+from megatron_rapo.environments.generating import EnvironmentFault, Generating
+from megatron_rapo.environments.own_time import OwnTime
+from megatron_rapo.episode.environment import Environment
+from megatron_rapo.episode.episode import Episode, ScoredEpisode
+from megatron_rapo.episode.outcome import Outcome, Verification
+from megatron_rapo.episode.problem import Problem
+from megatron_rapo.episode.score import Score
+from megatron_rapo.errors import RapoError
+from megatron_rapo.rollout.requests import Sampling, name_of
+
+Judge = Callable[[str, Problem], Awaitable[Verification]]
+"""The configured reward of a text."""
+
+_OWN_DRAWS = -1  # the "turn" that seeds what an environment itself draws
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The number-th episode of a prompt, and its place in a bundle."""
+
+    prompt: Prompt
+    number: int
+    place: int
+
+
+@dataclass(frozen=True)
+class EpisodeRunner:
+    """Runs episodes of an environment.
+
+    Attributes:
+        correct_at: the reward from which an environment's own score counts as correct.
+    """
+
+    environment: Environment
+    options: EnvironmentOptions
+    tokenizer: PreTrainedTokenizerBase
+    correct_at: float
+
+    async def play(self, attempt: Attempt, bundle: Bundle, sampling: Sampling) -> Episode | Verification:
+        """The episode; or why there is none, where the environment took too long or raised.
+
+        Raises:
+            TooFewEngines: too few engines are left to go on with it.
+            RapoError: an engine refused, or the environment does what the protocol does not allow.
+        """
+        problem, own_time = attempt.prompt.problem, OwnTime(self.options.time_limit_s)
+        generate = Generating(
+            bundle,
+            self.tokenizer,
+            episode=attempt.place,
+            prompt=problem.token_ids,
+            name_of=lambda turn: name_of(attempt.prompt, turn),
+            seed_of=lambda turn: sampling.seed_of(attempt.prompt, attempt.number, turn),
+            max_tokens=sampling.max_response_tokens,
+            max_turns=self.options.max_turns,
+            on_waiting=own_time.wait,
+        )
+        seed = sampling.seed_of(attempt.prompt, attempt.number, _OWN_DRAWS)
+        found: Episode | Verification
+        try:
+            found = await own_time.run(self.environment.run(problem, generate, seed))
+        except Exception as error:  # the user's own code raises what it likes
+            found = self._unknown(error, late=own_time.is_up)
+        finally:
+            bundle.end(attempt.place)
+        try:
+            if generate.failure is not None:
+                raise generate.failure
+            if isinstance(found, Episode):
+                _check(found, generate, len(problem.token_ids) + sampling.max_response_tokens)
+            elif not isinstance(found, Verification):
+                raise EnvironmentFault(f"run returned {found!r:.100}, no Episode")
+        except EnvironmentFault as fault:
+            raise RapoError(
+                f'environment.use = "{self.options.use}", problem {problem.id}: {fault}'
+            ) from fault
+        return found
+
+    async def judge(self, found: Episode | Verification, problem: Problem, judge: Judge) -> ScoredEpisode:
+        """Its verification: by the environment's own score, or else by the configured reward."""
+        if isinstance(found, Verification):
+            return ScoredEpisode(Episode((), ""), found)
+        if found.score is None:
+            return ScoredEpisode(found, await judge(found.answer, problem))
+        return ScoredEpisode(found, self._verification(found.score, problem))
+
+    def _verification(self, score: Score, problem: Problem) -> Verification:
+        if score.value is None:
+            return Verification(
+                Outcome.CRASH, score.answer, "the environment gave no reward", facts=score.facts
+            )
+        if isinstance(score.value, str) or not math.isfinite(score.value):
+            raise RapoError(
+                f'environment.use = "{self.options.use}", problem {problem.id}: the reward is '
+                f"{score.value!r}, no finite number; return Score(None) where it is unknown"
+            )
+        outcome = Outcome.CORRECT if score.value >= self.correct_at else Outcome.WRONG
+        return Verification(outcome, score.answer, reward=float(score.value), facts=score.facts)
+
+    def _unknown(self, error: Exception, *, late: bool) -> Verification:
+        if late:
+            limit = self.options.time_limit_s
+            why = f"the environment took more than environment.time_limit_s = {limit:g} s for itself"
+            return Verification(Outcome.TIMEOUT, why=why)
+        trace = "".join(traceback.format_exception(error)[-6:])
+        return Verification(Outcome.CRASH, why=f"{type(error).__name__}: {error}", trace=trace)
+
+
+def _check(episode: Episode, generate: Generating, longest: int) -> None:
+    """Refuses what cannot be trained on."""
+    if not episode.sequences or not episode.sampled_tokens:
+        raise EnvironmentFault("an episode has no sampled token; return the sequences that were sampled")
+    most = max(map(len, episode.sequences))
+    if most > longest:
+        raise EnvironmentFault(
+            f"a sequence has {most} tokens, more than the prompt and rollout.max_response_tokens "
+            f"({longest}); give less, or raise that"
+        )
+    generate.check(episode.sequences)

@@ -1,0 +1,19 @@
+"""Runners of the default environment, for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from megatron_rapo.config.environment import EnvironmentOptions
+from megatron_rapo.environments.runner import Runner
+from megatron_rapo.environments.running import EpisodeRunner
+from megatron_rapo.environments.single_turn import SingleTurn
+from megatron_rapo.rollout.pool import EnginePool
+
+
+def single_turns(pool: EnginePool, text_of: Callable[[Sequence[int]], str] = str) -> Runner:
+    """Runs one response to each prompt, whose tokens `text_of` makes text of."""
+    tokenizer: Any = SimpleNamespace(decode=lambda ids, skip_special_tokens: text_of(ids))
+    return Runner(EpisodeRunner(SingleTurn(), EnvironmentOptions(), tokenizer, correct_at=1.0), pool)
