@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from megatron_rapo.episode.problem import Problem
 from megatron_rapo.episode.score import Score
 from megatron_rapo.errors import RapoError
 from megatron_rapo.rollout.requests import Sampling, name_of
+from megatron_rapo.user_code import own_traceback
 
 Judge = Callable[[str, Problem], Awaitable[Verification]]
 """The configured reward of a text."""
@@ -116,8 +116,8 @@ class EpisodeRunner:
             limit = self.options.time_limit_s
             why = f"the environment took more than environment.time_limit_s = {limit:g} s for itself"
             return Verification(Outcome.TIMEOUT, why=why)
-        trace = "".join(traceback.format_exception(error)[-6:])
-        return Verification(Outcome.CRASH, why=f"{type(error).__name__}: {error}", trace=trace)
+        why = f"{type(error).__name__}: {error}"
+        return Verification(Outcome.CRASH, why=why, trace=own_traceback(error))
 
 
 def _check(episode: Episode, generate: Generating, longest: int) -> None:

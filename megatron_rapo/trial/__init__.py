@@ -1,0 +1,1 @@
+"""One problem through template, engines, environment and reward, to be looked at."""
