@@ -9,7 +9,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_rapo", "megatron_rapo.*"]),
-    package_data={"megatron_rapo": ["py.typed", "launch/slurm.sh", "report/assets/*"]},
+    package_data={
+        # init/tiny-countdown is a link to examples/models/tiny-countdown: a wheel has its files.
+        "megatron_rapo": ["py.typed", "launch/slurm.sh", "report/assets/*", "init/*/*"],
+    },
     install_requires=[
         "fastapi",
         "httpx",

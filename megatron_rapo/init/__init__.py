@@ -1,0 +1,1 @@
+"""New projects: `reward/`, `method/` and `environment/` are copied as they stand (`project`)."""
