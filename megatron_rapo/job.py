@@ -16,6 +16,7 @@ from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.checkpoint.store import CheckpointStore
 from megatron_rapo.config import RunConfig
 from megatron_rapo.config.date import with_date
+from megatron_rapo.data.batching import Sample
 from megatron_rapo.data.load import load_training_prompts
 from megatron_rapo.data.order import MixedOrder, PromptOrder, order_of
 from megatron_rapo.data.prompts import Prompt, TrainingPrompts
@@ -49,10 +50,13 @@ from megatron_rapo.policy.reference import Reference
 from megatron_rapo.publish.opening import open_publisher
 from megatron_rapo.publish.publisher import Publisher
 from megatron_rapo.record.identity import Identity, prompts_fingerprint
+from megatron_rapo.record.replaying import check_recorded_identity
 from megatron_rapo.record.standing import finish
 from megatron_rapo.record.start import begin, check_identity
 from megatron_rapo.reward.golds import gold_judge
 from megatron_rapo.reward.verifier import Verifier
+from megatron_rapo.samples.recorder import SampleRecorder
+from megatron_rapo.samples.replay import Replay, Unpublished
 from megatron_rapo.weights.export import write_hf_model
 
 
@@ -67,14 +71,15 @@ class Job:
     architecture: Architecture
     vocabulary: int
     prompts: PromptOrder | MixedOrder
-    collector: Collector
+    collector: Collector | Replay
     unknown_rewards: UnknownRewards
+    recorder: SampleRecorder
     evaluator: Evaluator | None
     policy: Policy
     reference: Reference | None
     method: Method
     objective: Objective
-    publisher: Publisher
+    publisher: Publisher | Unpublished
     checkpoints: CheckpointStore
     stop_signal: int = 0  # that asked to stop; a step's end agrees on it, on all ranks
 
@@ -140,6 +145,11 @@ class Job:
         self.policy.take_room()
         return batch
 
+    def record(self, step: int, batch: Batch, samples: Sequence[Sequence[Sample]]) -> None:
+        """Keeps what the step sampled (docs/samples.md)."""
+        drawn, temperature = self.prompts.position, self.objective.temperature
+        self.recorder.record(step, batch, samples, prompts_drawn=drawn, temperature=temperature)
+
     def finish_step(self, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Evaluates, saves and logs, each when due."""
         metrics = {
@@ -155,6 +165,7 @@ class Job:
         due = self.placement.share_from_main(self.checkpoints.due(state.step))  # clocks differ
         if due or best or self.stop_signal:
             with self.observer.phase("checkpoint"):
+                self.recorder.finish()  # what the checkpoint goes on after is not sampled again
                 self.checkpoints.save(self.policy, state)
         self.observer.finish_step(metrics)
 
@@ -228,6 +239,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             _require_the_same(prompts, placement)
             identity = placement.share_from_main(_identify(config, prompts, tokenizer, placement.is_main))
             check_identity(config, identity)
+            check_recorded_identity(config, identity)
         with observer.phase("start engines"):
             verifiers = _open_verifiers(stack, config, placement)
             collector = _open_collector(stack, config, placement, tokenizer, architecture, verifiers)
@@ -248,7 +260,8 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             prompts=order_of(prompts, config.run.seed),
             collector=collector,
             unknown_rewards=UnknownRewards(config.reward.unknown_limit, tells=placement.is_main),
-            evaluator=Evaluator(config, tokenizer, collector, verifiers) if config.evaluate else None,
+            recorder=stack.enter_context(SampleRecorder(config, placement)),
+            evaluator=_open_evaluator(config, tokenizer, collector, verifiers),
             policy=policy,
             reference=reference,
             method=method,
@@ -259,10 +272,13 @@ def open_job(config: RunConfig) -> Iterator[Job]:
                 group=placement.tensor_group,
                 context_group=placement.context_group,
             ),
-            publisher=open_publisher(config, policy, placement, collector.engines, prompts),
+            publisher=Unpublished(policy)
+            if config.rollout.replay
+            else open_publisher(config, policy, placement, collector.engines, prompts),
             checkpoints=CheckpointStore(config, identity.fingerprints()),
         )
-        collector.recover = job.publisher.publish
+        if isinstance(collector, Collector):
+            collector.recover = job.publisher.publish
         yield job
 
 
@@ -296,11 +312,23 @@ def _identify(
 def _open_verifiers(stack: ExitStack, config: RunConfig, placement: Placement) -> dict[str, Verifier]:
     """A head's verifiers, one of each kind that its data sets need; none on other ranks."""
     verifiers: dict[str, Verifier] = {}
-    if placement.is_head:
+    if placement.is_head and config.rollout.replay is None:
         for plan in map(config.verifier_of, [*config.training_sources, *config.evaluation_data]):
             if str(plan) not in verifiers:
                 verifiers[str(plan)] = stack.enter_context(Verifier.configured(plan, config.reward))
     return verifiers
+
+
+def _open_evaluator(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    collector: Collector | Replay,
+    verifiers: Mapping[str, Verifier],
+) -> Evaluator | None:
+    """None where nothing is evaluated, as in a replay."""
+    if config.evaluate is None or isinstance(collector, Replay):
+        return None
+    return Evaluator(config, tokenizer, collector, verifiers)
 
 
 def _open_collector(
@@ -310,8 +338,10 @@ def _open_collector(
     tokenizer: PreTrainedTokenizerBase,
     architecture: Architecture,
     verifiers: Mapping[str, Verifier],
-) -> Collector:
-    """Opens the engines, and what runs a head's episodes on them."""
+) -> Collector | Replay:
+    """Opens the engines, and what runs a head's episodes on them; or a run's recorded episodes."""
+    if config.rollout.replay is not None:
+        return Replay(config.rollout.replay, placement)
     environment = open_environment(config)
     engines = stack.enter_context(open_engines(config, placement, architecture))
     if engines.pool is None:

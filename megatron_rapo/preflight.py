@@ -30,6 +30,7 @@ from megatron_rapo.methods.state import restore_state, saved_state
 from megatron_rapo.model.architecture import Architecture, read_architecture
 from megatron_rapo.model.build import DTYPES
 from megatron_rapo.observe.loggers import import_wandb
+from megatron_rapo.record.replaying import check_recorded
 from megatron_rapo.reward.golds import gold_judge
 from megatron_rapo.reward.trial import Trial, try_rewards
 from megatron_rapo.scaling.memory import GIB, MemoryEstimate, estimate_memory
@@ -54,6 +55,7 @@ def check(config: RunConfig) -> Architecture:
             raise RapoError(f"model directory {path} does not exist; download the model there")
     _check_models(config, architecture)
     check_method(config)
+    check_recorded(config)
     environment = RankEnvironment.read()
     if environment is None or environment.rank == 0:  # which starts the run's own servers, and logs
         for problem in _missing_here(config):
@@ -209,7 +211,7 @@ def _try_rewards(config: RunConfig, loaded: Sequence[_Loaded]) -> Iterator[Trial
 def _missing_here(config: RunConfig) -> Iterator[str]:
     """What the machine of rank 0 needs beside files, and this one lacks, each as an error tells it."""
     rollout = config.rollout
-    own_servers = not rollout.urls
+    own_servers = not rollout.urls and rollout.replay is None
     if (
         own_servers
         and not rollout.sglang
@@ -265,6 +267,8 @@ def _too_much_memory(memory: MemoryEstimate) -> list[str]:
 def _weight_routes(config: RunConfig, architecture: Architecture) -> list[str]:
     """What each trainer rank sends; slices to the engine ranks under `shard`, else whole tensors."""
     dtype = DTYPES[config.model.dtype]
+    if config.rollout.replay is not None:
+        return [f"none: {config.rollout.replay} has the samples"]
     if config.weights.transport == "shard":
         sizes = [config.rollout.engine_tensor_parallel] * config.rollout.engines
         plan = make_plan(architecture, config.parallel, sizes, config.model.vocabulary_multiple)

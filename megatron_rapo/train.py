@@ -6,7 +6,7 @@ from megatron_rapo.config import RunConfig
 from megatron_rapo.experience.summary import summarise
 from megatron_rapo.job import open_job
 from megatron_rapo.launch.stop import requests
-from megatron_rapo.policy.batch import build_minibatches
+from megatron_rapo.policy.batch import build_minibatches, make_samples
 from megatron_rapo.policy.weighing import weigh
 
 
@@ -27,9 +27,9 @@ def train(config: RunConfig) -> None:
                 job.observer.begin_step(step)
                 batch = job.collect(step)
                 with phase("annotate"):
-                    minibatches = build_minibatches(
-                        batch.groups, config, job.method, job.placement, job.vocabulary
-                    )
+                    samples = make_samples(batch.groups, job.method, job.vocabulary, config.minibatch_prompts)
+                    job.record(step, batch, samples)
+                    minibatches = build_minibatches(samples, config, job.placement)
                     job.policy.annotate(minibatches, job.objective)
                     if job.reference is not None:
                         job.reference.annotate(minibatches, job.objective)

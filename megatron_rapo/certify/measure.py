@@ -115,7 +115,8 @@ def _computed(config: RunConfig, case: Case, dtype: str) -> tuple[float, dict[st
         context_group=placement.context_group,
     )
     groups = batch()[::-1] if case.permuted else batch()
-    minibatches = build_minibatches(groups, config, method, placement, VOCABULARY)
+    samples = make_samples(groups, method, VOCABULARY, config.minibatch_prompts)
+    minibatches = build_minibatches(samples, config, placement)
     for microbatch in minibatches[0]:
         microbatch.old_log_probs = microbatch.engine_log_probs
     reference = Reference(model, architecture, placement) if method.wants_reference else None

@@ -8,7 +8,14 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megatron_rapo.section import NonNegativeFloat, PathOption, PositiveFloat, PositiveInt, Section
+from megatron_rapo.section import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathOption,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 
 
 class Run(Section):
@@ -104,8 +111,23 @@ class Observe(Section):
         "after which the run ends; the first is warned of.",
     )
 
+    samples_every: NonNegativeInt = Field(
+        1,
+        description="Steps between those whose samples are kept in `<run>/samples` (docs/samples.md); "
+        "0: none.",
+    )
+    samples_keep: PositiveInt | None = Field(
+        None,
+        description="Newest of these steps to keep; the samples of older ones are removed. Default: all.",
+    )
+
     def without_effect(self) -> dict[str, str]:
-        return {"wandb_project": 'wandb is "off"'} if self.wandb == "off" else {}
+        inert = {}
+        if self.wandb == "off":
+            inert["wandb_project"] = 'wandb is "off"'
+        if not self.samples_every:
+            inert["samples_keep"] = "samples_every = 0 keeps none"
+        return inert
 
     @model_validator(mode="after")
     def _check(self) -> Observe:

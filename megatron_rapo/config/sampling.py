@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from megatron_rapo.config.address import same_server
 from megatron_rapo.section import (
     NonNegativeInt,
+    PathOption,
     PositiveFloat,
     PositiveInt,
     Seconds,
@@ -17,6 +18,12 @@ from megatron_rapo.section import (
 
 # Arguments of sglang.launch_server that a run has its own ideas of.
 _SET_BY_THE_RUN = ("--model-path", "--model", "--host", "--port", "--dtype", "--tp-size", "--tp")
+
+
+_OF_ENGINES = (
+    *("urls", "router", "sglang", "colocated", "prompts_per_request", "requests_per_engine"),
+    *("startup_timeout_s", "request_timeout_s", "health_interval_s", "minimum_engines", "restarts"),
+)
 
 
 class SGLangServers(Section):
@@ -135,6 +142,12 @@ class Rollout(Section):
         "prompts it drew.",
     )
 
+    replay: PathOption | None = Field(
+        None,
+        description="Folder of a run whose recorded samples (docs/samples.md) are trained on again, with "
+        "their rewards and log-probs, in place of new ones: no engine is opened. Default: engines sample.",
+    )
+
     @property
     def engines(self) -> int:
         """How many engines the run begins with."""
@@ -147,6 +160,8 @@ class Rollout(Section):
 
     def without_effect(self) -> dict[str, str]:
         embedded = ["embedded_servers", "embedded_device", "embedded_threads"]
+        if self.replay is not None:
+            return dict.fromkeys([*embedded, *_OF_ENGINES], "replay takes recorded samples, without engines")
         if self.urls:
             inert = dict.fromkeys([*embedded, "sglang"], "urls name running servers")
             if self.router:

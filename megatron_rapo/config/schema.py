@@ -166,11 +166,13 @@ class RunConfig(Section):
             self._check_method,
             self._check_warmup,
             self._check_checkpoints,
+            self._check_samples,
             self._check_rewards,
             self._check_weights_of_sources,
             self._check_evaluation,
             self._check_colocation,
             self._check_slurm,
+            self._check_replay,
         ]
         for check in checks:
             check()
@@ -248,6 +250,13 @@ class RunConfig(Section):
                 "effect; lower or remove it"
             )
 
+    def _check_samples(self) -> None:
+        if self.observe.samples_every > self.run.steps:
+            raise ValueError(
+                f"observe.samples_every = {self.observe.samples_every} is beyond run.steps = "
+                f"{self.run.steps} and would keep no samples; lower it, or set 0"
+            )
+
     def _check_rewards(self) -> None:
         own = [data for data in self.evaluation_data if data.reward is not None]
         for data in [*self.training_sources, *own]:
@@ -323,6 +332,19 @@ class RunConfig(Section):
                 f"{slurm.ranks_per_node} are {slurm.ranks} ranks, but [parallel] lays out "
                 f"{layout.world_size} (TP × PP × CP × DP); make them equal"
             )
+
+    def _check_replay(self) -> None:
+        if self.rollout.replay is None:
+            return
+        replay = f"rollout.replay = {self.rollout.replay}"
+        inert = {"evaluate": self.evaluate is not None, "weights": self.weights != Weights()}
+        inert["environment"] = self.environment != EnvironmentOptions()
+        for section, is_set in inert.items():
+            if is_set:
+                raise ValueError(
+                    f"[{section}] would have no effect: {replay} takes recorded samples, without engines; "
+                    "remove it"
+                )
 
     def resolved(self) -> dict[str, Any]:
         """All options that have an effect, with their values, as written beside a run's output.

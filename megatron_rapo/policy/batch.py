@@ -20,54 +20,13 @@ from megatron_rapo.parallel.device import device
 from megatron_rapo.parallel.placement import Placement
 
 
-def build_minibatches(
-    groups: Sequence[Group], config: RunConfig, method: Method, placement: Placement, vocabulary: int
-) -> list[list[Microbatch]]:
-    """Minibatches in the groups' order, each as this rank's packed microbatches.
-
-    `vocabulary` is the tokenizer's: a response with another token has no probability, and is masked.
-
-    Every rank holds all groups and plans alike, so advantages, token weights and the number of microbatches
-    agree without communication. Only this replica's microbatches, and of them only this context-parallel
-    rank's tokens, become tensors.
-
-    Raises:
-        RapoError: the method does not take a reward, or does not say what it must of an episode.
-    """
-    minibatches = make_samples(groups, method, vocabulary, config.minibatch_prompts)
-    layout = config.parallel
-    plans = [
-        plan_microbatches(
-            [padded_length(len(sample.sequence), config.sequence_multiple) for sample in samples],
-            replicas=layout.data_parallel,
-            token_budget=config.algorithm.max_tokens_per_microbatch,
-            count_multiple=layout.pipeline_parallel if layout.virtual_pipeline_parallel else 1,
-        )[placement.data_rank]
-        for samples in minibatches
-    ]
-    total_tokens = _common_length(minibatches, plans, config)
-    return [
-        [
-            pack(
-                [samples[index] for index in chosen],
-                sequence_multiple=config.sequence_multiple,
-                total_tokens=total_tokens,
-                context_rank=placement.context_rank,
-                context_ranks=layout.context_parallel,
-                device=device(),
-            )
-            for chosen in plan
-        ]
-        for samples, plan in zip(minibatches, plans, strict=True)
-    ]
-
-
 def make_samples(
     groups: Sequence[Group], method: Method, vocabulary: int, minibatch_prompts: int
 ) -> list[list[Sample]]:
     """The training samples of each minibatch, one a sequence.
 
-    The method looks at all groups at once; token weights are made over each minibatch.
+    The method looks at all groups at once; token weights are made over each minibatch, on every rank alike.
+    `vocabulary` is the tokenizer's: a response with another token has no probability, and is masked.
 
     Raises:
         RapoError: the method does not take a reward, or does not say what it must of an episode.
@@ -95,6 +54,41 @@ class _Judged:
     in_loss: bool
     advantage: Any
     phi: Any
+
+
+def build_minibatches(
+    minibatches: Sequence[Sequence[Sample]], config: RunConfig, placement: Placement
+) -> list[list[Microbatch]]:
+    """Minibatches of samples (`make_samples`), each as this rank's packed microbatches.
+
+    Every rank holds all samples and plans alike, so the number of microbatches agrees without communication.
+    Only this replica's microbatches, and of them only this context-parallel rank's tokens, become tensors.
+    """
+    layout = config.parallel
+    plans = [
+        plan_microbatches(
+            [padded_length(len(sample.sequence), config.sequence_multiple) for sample in samples],
+            replicas=layout.data_parallel,
+            token_budget=config.algorithm.max_tokens_per_microbatch,
+            count_multiple=layout.pipeline_parallel if layout.virtual_pipeline_parallel else 1,
+        )[placement.data_rank]
+        for samples in minibatches
+    ]
+    total_tokens = _common_length(minibatches, plans, config)
+    return [
+        [
+            pack(
+                [samples[index] for index in chosen],
+                sequence_multiple=config.sequence_multiple,
+                total_tokens=total_tokens,
+                context_rank=placement.context_rank,
+                context_ranks=layout.context_parallel,
+                device=device(),
+            )
+            for chosen in plan
+        ]
+        for samples, plan in zip(minibatches, plans, strict=True)
+    ]
 
 
 def _check_rewards(groups: Sequence[Group], method: Method) -> None:

@@ -15,13 +15,14 @@ from megatron_rapo.observe.versions import record_versions
 from megatron_rapo.record import configurations, identity
 from megatron_rapo.record.configurations import record_configuration
 from megatron_rapo.record.identity import Identity
+from megatron_rapo.samples.store import FOLDER, drop_after
 
 METRICS = "metrics.jsonl"
 EARLIER = "earlier"
 # What a start that left no checkpoint has told; a new one begins anew.
 RECORDS = (
     *(METRICS, "published.jsonl", "versions.jsonl", "config.toml", configurations.FILE, identity.FILE),
-    *("tensorboard", "evaluations"),
+    *("tensorboard", "evaluations", FOLDER),
 )
 
 
@@ -58,6 +59,7 @@ def begin(config: RunConfig, now: Identity, versions: Mapping[str, str], step: i
     """
     directory = config.run.directory
     lines = _begins(directory) if step is None else _goes_on(config, step)
+    drop_after(directory, step or 0)
     before = None if step is None else Identity.read(directory)
     if before is not None:  # also what is not in use this time
         contents, evaluation = before.contents | now.contents, before.evaluation | now.evaluation

@@ -21,7 +21,7 @@ def build_report(sources: Sources) -> Report:
     """
     runs = [read_training(path) for path in sources.runs]
     benchmarks = benchmarks_of(sources.models, sources.control)
-    browser, notes = browser_of(sources.models)
+    browser, notes = browser_of(sources)
     return Report(
         title="Exploration report" if sources.models else "Training report",
         subtitle=_subtitle(sources),

@@ -4,19 +4,75 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow.parquet
 
+from megatron_rapo.data.token_texts import TokenTexts
 from megatron_rapo.episode.outcome import Outcome, reward_of
 from megatron_rapo.evaluate.counts import codes
-from megatron_rapo.evaluate.store import SampleStore
+from megatron_rapo.evaluate.store import Problem, SampleStore
 from megatron_rapo.report.selection import Integers, Rule, Samples, choose_rule
-from megatron_rapo.report.tokens import TokenTexts
 
-_OUTCOMES = {outcome.value: place for place, outcome in enumerate(Outcome)}
+OUTCOMES = {outcome.value: place for place, outcome in enumerate(Outcome)}
 _SHOWN = ["problem", "sample", "outcome", "reward", "truncated", "text", "token_ids", "log_probs"]
+
+
+class Source(Protocol):
+    """Where samples of a model on a data set are: an evaluation's, or a step's of a run."""
+
+    @property
+    def problems(self) -> Sequence[Problem]:
+        """That were sampled."""
+
+    def narrow(self) -> Samples:
+        """All samples, in an order of the source's own."""
+
+    def read(self, rows: Integers) -> list[dict[str, Any]]:
+        """The samples of these numbers in that order.
+
+        They have `problem`, `sample`, `outcome`, `reward`, `truncated`, `text`, `token_ids`, and `log_probs`,
+        None where a token was given, not sampled.
+        """
+
+
+@dataclass(frozen=True)
+class EvaluatedSamples:
+    """An evaluation's samples of a data set at a setting."""
+
+    store: SampleStore
+
+    @property
+    def problems(self) -> Sequence[Problem]:
+        """See `Source`."""
+        return self.store.problems
+
+    def narrow(self) -> Samples:
+        """See `Source`: in the order of the parts' rows."""
+        table = self.store.read(["problem", "sample", "outcome", "length"]).unify_dictionaries()
+        places = {problem.id: place for place, problem in enumerate(self.problems)}
+        return Samples(
+            problem=codes(table["problem"], places),
+            number=table["sample"].to_numpy(),
+            outcome=codes(table["outcome"], OUTCOMES),
+            length=table["length"].to_numpy(),
+        )
+
+    def read(self, rows: Integers) -> list[dict[str, Any]]:
+        """See `Source`; a row group without one of them is not read."""
+        wanted = np.sort(rows)
+        found: list[dict[str, Any]] = []
+        first = 0
+        for path in self.store.parts():
+            with pyarrow.parquet.ParquetFile(path) as part:
+                for group in range(part.num_row_groups):
+                    stop = first + part.metadata.row_group(group).num_rows
+                    inside = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, stop)] - first
+                    if len(inside):
+                        found += part.read_row_group(group, columns=_SHOWN).take(inside).to_pylist()
+                    first = stop
+        return [row | {"reward": _reward(row)} for row in found]
 
 
 @dataclass(frozen=True)
@@ -31,7 +87,7 @@ class Sampled:
 
     model: str
     dataset: str
-    store: SampleStore
+    source: Source
     token_texts: TokenTexts | None
 
 
@@ -53,13 +109,13 @@ class Browser:
 
 def browse(parts: Sequence[Sampled]) -> Browser:
     """Chooses responses over all models and data sets, and reads them."""
-    samples = [_narrow(part.store) for part in parts]
+    samples = [part.source.narrow() for part in parts]
     rule = choose_rule(samples)
     models = list(dict.fromkeys(part.model for part in parts))
     problems: dict[tuple[str, str], dict[str, Any]] = {}
     for part, narrow in zip(parts, samples, strict=True):
-        sampled = np.bincount(narrow.problem, minlength=len(part.store.problems))
-        for place, problem in enumerate(part.store.problems):
+        sampled = np.bincount(narrow.problem, minlength=len(part.source.problems))
+        for place, problem in enumerate(part.source.problems):
             entry = problems.setdefault(
                 (part.dataset, problem.id),
                 {
@@ -72,13 +128,13 @@ def browse(parts: Sequence[Sampled]) -> Browser:
                 },
             )
             entry["sampled"] += int(sampled[place])
-        for row in _read_rows(part.store, rule.rows(narrow)):
+        for row in part.source.read(rule.rows(narrow)):
             response = _response(row, rule, part.token_texts) | {"model": models.index(part.model)}
             problems[part.dataset, row["problem"]]["responses"].append(response)
     shown = [entry for entry in problems.values() if entry["responses"]]
     for entry in shown:
         entry["responses"].sort(
-            key=lambda response: (response["model"], _OUTCOMES[response["outcome"]], response["sample"])
+            key=lambda response: (response["model"], OUTCOMES[response["outcome"]], response["sample"])
         )
     return Browser(
         rule=rule,
@@ -88,44 +144,19 @@ def browse(parts: Sequence[Sampled]) -> Browser:
     )
 
 
-def _narrow(store: SampleStore) -> Samples:
-    """All samples, in the order of the parts' rows."""
-    table = store.read(["problem", "sample", "outcome", "length"]).unify_dictionaries()
-    places = {problem.id: place for place, problem in enumerate(store.problems)}
-    return Samples(
-        problem=codes(table["problem"], places),
-        number=table["sample"].to_numpy(),
-        outcome=codes(table["outcome"], _OUTCOMES),
-        length=table["length"].to_numpy(),
-    )
-
-
-def _read_rows(store: SampleStore, rows: Integers) -> list[dict[str, Any]]:
-    """The rows of these numbers, counted through all parts; a row group without one of them is not read."""
-    wanted = np.sort(rows)
-    found: list[dict[str, Any]] = []
-    first = 0
-    for path in store.parts():
-        with pyarrow.parquet.ParquetFile(path) as part:
-            for group in range(part.num_row_groups):
-                stop = first + part.metadata.row_group(group).num_rows
-                inside = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, stop)] - first
-                if len(inside):
-                    found += part.read_row_group(group, columns=_SHOWN).take(inside).to_pylist()
-                first = stop
-    return found
+def _reward(row: dict[str, Any]) -> float | None:
+    """What the response earned; older parts have outcomes alone."""
+    earned: float | None = row.get("reward")
+    return reward_of(Outcome(row["outcome"])) if earned is None else earned
 
 
 def _response(row: dict[str, Any], rule: Rule, token_texts: TokenTexts | None) -> dict[str, Any]:
     length = len(row["token_ids"])
-    reward = row.get("reward")  # older parts have outcomes alone
-    if reward is None:
-        reward = reward_of(Outcome(row["outcome"]))
     texts = None if token_texts is None else token_texts(row["token_ids"])
     response: dict[str, Any] = {
         "sample": row["sample"],
         "outcome": row["outcome"],
-        "reward": reward,
+        "reward": row["reward"],
         "length": length,
         "truncated": row["truncated"],
     }
@@ -135,7 +166,7 @@ def _response(row: dict[str, Any], rule: Rule, token_texts: TokenTexts | None) -
         head, tail = (len(text) * place // max(length, 1) for place in (start, start + left_out))
         response |= {"tokens": [text[:head], text[tail:]], "log_probs": []}
         return response | ({"cut_at": 1, "cut": left_out} if left_out else {})
-    log_probs = [round(value, 2) for value in row["log_probs"]]
+    log_probs = [None if value is None else round(value, 2) for value in row["log_probs"]]
     end = start + left_out
     response |= {"tokens": texts[:start] + texts[end:], "log_probs": log_probs[:start] + log_probs[end:]}
     return response | ({"cut_at": start, "cut": left_out} if left_out else {})

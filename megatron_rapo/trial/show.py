@@ -7,9 +7,9 @@ from itertools import groupby
 
 import numpy as np
 
+from megatron_rapo.data.token_texts import TokenTexts
 from megatron_rapo.episode.episode import ScoredEpisode
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
-from megatron_rapo.report.tokens import TokenTexts
 from megatron_rapo.trial.take import Taken
 
 WIDTH = 100  # characters of a line of tokens

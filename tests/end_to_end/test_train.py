@@ -8,6 +8,7 @@ import threading
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,8 @@ from megatron_rapo.evaluate.store import Evaluation
 from megatron_rapo.observe.versions import read_versions
 from megatron_rapo.rollout.embedded.decode import Sample
 from megatron_rapo.rollout.embedded.engine import Engine
-from tests.end_to_end.command import MODEL, Command, checkpoints, heartbeats, metrics
+from megatron_rapo.samples.store import read_step, steps_of
+from tests.end_to_end.command import MODEL, Command, checkpoints, heartbeats, metrics, run, write_config
 from tests.end_to_end.conftest import EVALUATE, LAYOUT
 
 Finished = tuple[Path, Command]
@@ -83,6 +85,37 @@ def test_every_evaluated_sample_is_kept_with_the_run(finished: Finished) -> None
             assert line["evaluate/pass@1"] == pytest.approx((counts.correct / counts.samples).mean())
     best = json.loads((directory / "checkpoints" / "best.json").read_text())
     assert best == {"step": 4, "metric": "pass@1", "value": metrics(directory)[-1]["evaluate/pass@1"]}
+
+
+def test_every_step_keeps_its_samples(finished: Finished) -> None:
+    """Each token by the weights of the step before, with rewards whose mean the metrics tell."""
+    directory, _ = finished
+    files = steps_of(directory)
+    assert list(files) == [1, 2, 3, 4]
+    for line in metrics(directory)[1:]:
+        rows = read_step(files[line["step"]])
+        assert np.mean([row["reward"] for row in rows]) == pytest.approx(line["reward/mean"])
+        sequences = [sequence for row in rows for sequence in row["sequences"]]
+        assert {v for s in sequences for v in s["versions"]} == {-1, line["step"] - 1}
+        assert sum(map(sum, (s["sampled"] for s in sequences))) / len(rows) == pytest.approx(
+            line["rollout/response_tokens_mean"]
+        )
+
+
+def test_a_replay_of_its_samples_has_the_same_weights_bit_for_bit(finished: Finished, tmp_path: Path) -> None:
+    """And it opens no engine."""
+    recorded, _ = finished
+    of_engines = dict.fromkeys(("startup_timeout_s", "request_timeout_s"))
+    rollout = {"replay": str(recorded), **of_engines}
+    replay = write_config(tmp_path / "run.toml", tmp_path / "run", parallel=LAYOUT, rollout=rollout)
+    done = run(replay)
+    assert done.process.returncode == 0, done.stderr
+    for name in ("reward/mean", "loss/total", "mismatch/log_prob_mean", "optimizer/gradient_norm"):
+        steps = [[line[name] for line in metrics(folder)[1:]] for folder in (recorded, tmp_path / "run")]
+        assert steps[0] == steps[1], name
+    for written in (recorded / "model").iterdir():
+        assert (tmp_path / "run/model" / written.name).read_bytes() == written.read_bytes(), written.name
+    assert not (tmp_path / "run/engines").exists()
 
 
 def test_tensorboard_has_the_steps(finished: Finished) -> None:

@@ -75,7 +75,8 @@ def config(parallel: dict[str, Any] | None = None, **algorithm: Any) -> RunConfi
 
 def minibatches(run: RunConfig, data_rank: int = 0, context_rank: int = 0) -> list[list[Microbatch]]:
     placement: Any = SimpleNamespace(data_rank=data_rank, context_rank=context_rank)
-    return build_minibatches(GROUPS, run, run.new_method(), placement, VOCABULARY)
+    samples = make_samples(GROUPS, run.new_method(), VOCABULARY, run.minibatch_prompts)
+    return build_minibatches(samples, run, placement)
 
 
 def values(microbatches: list[Microbatch], name: str) -> dict[int, list[float]]:
@@ -217,7 +218,8 @@ def test_a_response_with_a_token_that_does_not_exist_is_masked() -> None:
     """The last group's last response is of token 311, which a tokenizer of 311 tokens lacks."""
     placement: Any = SimpleNamespace(data_rank=0, context_rank=0)
     run = config()
-    batches = build_minibatches(GROUPS, run, run.new_method(), placement, 311)
+    samples = make_samples(GROUPS, run.new_method(), 311, run.minibatch_prompts)
+    batches = build_minibatches(samples, run, placement)
     predicted = {token for microbatches in batches for token in values(microbatches, "weights")}
     assert predicted == {1, 11, 101, 111, 201, 211, 301}
     last = sum(float(m.weights.sum()) for m in batches[1])

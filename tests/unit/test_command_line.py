@@ -64,7 +64,7 @@ def test_a_command_without_its_configuration_is_refused(
 def test_without_a_command_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     listed = capsys.readouterr().err
-    for command in ("train", "certify", "evaluate", "compare", "report", "doctor", "convert"):
+    for command in ("train", "certify", "evaluate", "compare", "report", "samples", "doctor", "convert"):
         assert f"    {command} " in listed
     assert main(["convert"]) == 2
     assert "to-megatron" in capsys.readouterr().err

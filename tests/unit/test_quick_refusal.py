@@ -18,7 +18,9 @@ print(json.dumps([status, [name for name in json.loads(sys.argv[2]) if name in s
 """
 
 
-@pytest.mark.parametrize("arguments", [["report", "nowhere"], ["compare", "nowhere", "neither"]])
+@pytest.mark.parametrize(
+    "arguments", [["report", "nowhere"], ["compare", "nowhere", "neither"], ["samples", "nowhere"]]
+)
 def test_a_wrong_directory_is_refused_at_once(arguments: list[str], tmp_path: Path) -> None:
     found = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(arguments), json.dumps(SLOW)],

@@ -15,14 +15,14 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from megatron_rapo.data.token_texts import TokenTexts
 from megatron_rapo.errors import RapoError
 from megatron_rapo.report.build import build_report
 from megatron_rapo.report.drawing import Line, Plot, draw_svg
 from megatron_rapo.report.page import render
-from megatron_rapo.report.responses import Sampled, browse
+from megatron_rapo.report.responses import EvaluatedSamples, Sampled, browse
 from megatron_rapo.report.sources import open_sources
 from megatron_rapo.report.theme import DARK, LIGHT
-from megatron_rapo.report.tokens import TokenTexts
 from megatron_rapo.report.training import TrainingRun, running_mean, training_plots
 from tests.stored_evaluations import store_evaluation
 from tests.unit.stored import store
@@ -210,7 +210,7 @@ def test_a_response_is_shown_with_its_reward_and_of_older_parts_with_what_its_ou
     whole = pyarrow.parquet.read_table(part)
 
     def rewards() -> list[float]:
-        [problem] = browse([Sampled("m", "sums", samples, None)]).data["problems"]
+        [problem] = browse([Sampled("m", "sums", EvaluatedSamples(samples), None)]).data["problems"]
         return [response["reward"] for response in problem["responses"]]
 
     given = whole.drop_columns(["reward"])

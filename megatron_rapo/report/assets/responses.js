@@ -45,7 +45,10 @@
       }
       const span = element("span", "", token);
       const nats = response.log_probs[index];
-      if (nats !== undefined) {
+      if (nats === null) {
+        span.className = "given";
+        span.title = "given, not sampled";
+      } else if (nats !== undefined) {
         span.style.setProperty("--h", ((Math.min(DEEPEST, -nats) / DEEPEST) * 75).toFixed(1));
         span.title = `log-prob ${nats.toFixed(2)} nats, probability ${Math.exp(nats).toPrecision(2)}`;
       }

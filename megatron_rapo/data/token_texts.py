@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from megatron_rapo.data.tokenizer import FILES, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,6 +101,31 @@ class TokenTexts:
         )
         assert isinstance(text, str)
         return text
+
+
+def find_token_texts(places: Sequence[Path]) -> TokenTexts | None:
+    """Splits responses of a model by its tokenizer; None where that is not on this machine.
+
+    Args:
+        places: model directories and runs; of a run, its final model, or the one that it began with.
+
+    Raises:
+        RapoError: there is one, and it does not load.
+    """
+    for directory in _model_directories(places):
+        if any((directory / name).is_file() for name in FILES):
+            return TokenTexts(load_tokenizer(directory))
+    return None
+
+
+def _model_directories(places: Sequence[Path]) -> list[Path]:
+    found = []
+    for place in places:
+        found += [place, place / "model"]
+        config = place / "config.toml"
+        if config.is_file():
+            found.append(Path(tomllib.loads(config.read_text(encoding="utf-8"))["model"]["path"]))
+    return found
 
 
 def _common(one: str, other: str) -> int:

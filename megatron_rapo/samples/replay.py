@@ -1,0 +1,118 @@
+"""Recorded rollouts in place of sampled ones: the same updates again, without an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.episode.episode import Episode, ScoredEpisode
+from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.outcome import Outcome, Verification
+from megatron_rapo.episode.sequence import Sequence as TokenSequence
+from megatron_rapo.errors import RapoError
+from megatron_rapo.experience.collector import Phase
+from megatron_rapo.experience.engines import SharedEngines
+from megatron_rapo.methods.sampling import Sampling
+from megatron_rapo.parallel.placement import Placement
+from megatron_rapo.policy.policy import Policy
+from megatron_rapo.samples.store import read_step, steps_of
+
+
+class Replay:
+    """In place of a `Collector`: what a run has recorded, with its rewards. Every rank reads it.
+
+    Attributes:
+        engines: none.
+    """
+
+    def __init__(self, run: Path, placement: Placement) -> None:
+        self.engines = SharedEngines(placement, None, None)
+        self._run = run
+        self._files = steps_of(run)
+        self._step = 0
+        self._rows: dict[int, list[dict[str, Any]]] = {}
+
+    def collect(
+        self, prompts: Sequence[Prompt], *, chosen: Sampling, weight_version: int, seed: int, phase: Phase
+    ) -> list[Group]:
+        """The prompts' groups as the run recorded them; see `Collector.collect`.
+
+        Raises:
+            RapoError: the run has not recorded these prompts at this step.
+        """
+        del seed  # they are drawn already
+        with phase("rollout"):
+            self._read(weight_version + 1)
+            groups = [self._group(prompt, chosen) for prompt in prompts]
+        with phase("reward"):  # known already
+            return groups
+
+    def _read(self, step: int) -> None:
+        if self._step == step:
+            return
+        if step not in self._files:
+            raise RapoError(f"rollout.replay = {self._run} has no samples of step {step}; lower run.steps")
+        self._step, self._rows = step, {}
+        for row in read_step(self._files[step]):
+            self._rows.setdefault(row["draw"], []).append(row)
+
+    def _group(self, prompt: Prompt, chosen: Sampling) -> Group:
+        rows, responses = self._rows.get(prompt.draw, []), chosen.responses_per_prompt
+        if len(rows) != responses or any(row["problem"] != prompt.id for row in rows):
+            found = f"{len(rows)} responses to problem {rows[0]['problem']}" if rows else "nothing"
+            raise RapoError(
+                f"rollout.replay = {self._run} has {found} as draw {prompt.draw} of step {self._step}, where "
+                f"this run needs {responses} to problem {prompt.id}; give the options that it was recorded "
+                "with"
+            )
+        if (temperature := rows[0]["temperature"]) != chosen.temperature:
+            raise RapoError(
+                f"rollout.replay = {self._run} has samples of step {self._step} at temperature "
+                f"{temperature:g}, where this run needs {chosen.temperature:g}: their log-probs would be of "
+                "another distribution; let rollout.temperature, and the method's own, be the same"
+            )
+        return Group(prompt.problem, tuple(map(_scored, rows)))
+
+
+class Unpublished:
+    """In place of a `Publisher`: there is no engine that weights could go to."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def publish(self, version: int, *, resumed: bool = False) -> Mapping[str, float]:
+        """Nothing to send, and no metrics."""
+        del version, resumed
+        self._policy.synchronise_parameters()
+        return {}
+
+
+def _scored(row: Mapping[str, Any]) -> ScoredEpisode:
+    episode = Episode(
+        tuple(map(_sequence, row["sequences"])),
+        row["text"],
+        truncated=row["truncated"],
+        facts=row["environment_facts"],
+    )
+    verification = Verification(
+        Outcome(row["outcome"]),
+        row["extracted"],
+        row["why"],
+        reward=row["reward"],
+        facts=row["facts"],
+        trace=row["trace"],
+    )
+    return ScoredEpisode(episode, verification)
+
+
+def _sequence(fields: Mapping[str, Any]) -> TokenSequence:
+    return TokenSequence(
+        token_ids=np.array(fields["token_ids"], np.int32),
+        sampled=np.array(fields["sampled"], bool),
+        log_probs=np.array(fields["log_probs"], np.float32),
+        versions=np.array(fields["versions"], np.int32),
+    )
