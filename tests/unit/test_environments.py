@@ -158,7 +158,7 @@ def test_what_is_trained_is_token_for_token_what_was_sampled(engine: Engine, gat
 
 
 def test_the_page_s_example_is_an_environment(engine: Engine) -> None:
-    [source] = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    source, _ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     groups = engine.run(source, "GuessAgain", limit=20, options={"tries": 2}, max_turns=2)
     assert all(group is not None and len(group.episodes) == 2 for group in groups)
     [first, *_] = [one for group in groups if group for one in group.episodes]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -76,3 +78,10 @@ def test_an_environment_that_returns_no_episode_fails() -> None:
 def test_a_problem_has_its_columns() -> None:
     problem = a_problem("2+3=", "5", level=1)
     assert (problem["level"], problem.answer, problem.token_ids) == (1, "5", (50, 43, 51, 61))
+
+
+def test_the_pages_test_of_its_environment_passes() -> None:
+    page = (Path(__file__).parents[2] / "docs/environments.md").read_text(encoding="utf-8")
+    names: dict = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), names)
+    assert names["episode"].score.facts == {"guesses": 2}
