@@ -25,8 +25,6 @@ from megatron_rapo.environments.opening import open_environment
 from megatron_rapo.environments.runner import Runner
 from megatron_rapo.environments.running import EpisodeRunner
 from megatron_rapo.episode.group import Group
-from megatron_rapo.episode.outcome import Verification
-from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.evaluator import Evaluator
 from megatron_rapo.evaluate.held_out import load_held_out
@@ -53,6 +51,7 @@ from megatron_rapo.record.identity import Identity, prompts_fingerprint
 from megatron_rapo.record.replaying import check_recorded_identity
 from megatron_rapo.record.standing import finish
 from megatron_rapo.record.start import begin, check_identity
+from megatron_rapo.reward.by_source import judge_by_source
 from megatron_rapo.reward.golds import gold_judge
 from megatron_rapo.reward.verifier import Verifier
 from megatron_rapo.samples.recorder import SampleRecorder
@@ -349,8 +348,4 @@ def _open_collector(
     episodes = EpisodeRunner(environment, config.environment, tokenizer, config.reward.correct_at)
     runner = stack.enter_context(Runner(episodes, engines.pool))
     by_source = {data.name: verifiers[str(config.verifier_of(data))] for data in config.training_sources}
-
-    async def judge(answer: str, problem: Problem) -> Verification:
-        return await by_source[problem.source].score(answer, problem)
-
-    return Collector(config.rollout, placement, engines, runner, judge)
+    return Collector(config.rollout, placement, engines, runner, judge_by_source(by_source))

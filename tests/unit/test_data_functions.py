@@ -167,7 +167,7 @@ k = [1]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
     config = load_config([project / "run.toml"])
-    prompts = load_training_prompts(config, TOKENIZER)
+    prompts = load_training_prompts(config, TOKENIZER).prompts
     assert [prompt.columns["n"] for prompt in prompts] == list(range(8))
     assert prompts[0].source == "problems"
     (held_out,) = load_held_out(config, TOKENIZER)

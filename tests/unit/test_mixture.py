@@ -1,8 +1,8 @@
 """Mixtures of sources: their options, their reports, and their own rewards."""
 
+import asyncio
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +11,12 @@ from megatron_rapo.config import MixtureData, to_toml, validate
 from megatron_rapo.config.load import load_config
 from megatron_rapo.data.load import load_training_prompts
 from megatron_rapo.data.order import order_of
+from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.held_out import load_held_out
-from megatron_rapo.experience import collector as collectors
 from megatron_rapo.record import identity
 from megatron_rapo.record.identity import prompts_fingerprint
+from megatron_rapo.reward.by_source import judge_by_source
 from tests.models import make_tokenizer
 
 TOKENIZER = make_tokenizer(vocab_size=200)
@@ -125,16 +126,19 @@ def test_a_file_in_a_mixture_needs_held_out_data(tmp_path: Any) -> None:
         mixture(SUMS, {"source": "file", "path": str(path), "weight": 1.0})
 
 
-def test_groups_are_judged_by_their_own_sources_verifier_and_keep_their_order(monkeypatch: Any) -> None:
-    monkeypatch.setattr(
-        collectors,
-        "score_groups",
-        lambda groups, verifier, _: [(one.prompt.source, verifier) for one in groups],
-    )
-    verifiers: Any = {"a": "first", "b": "second", "c": "first"}
-    collector = collectors.Collector(*([None] * 4), verifiers)  # type: ignore[arg-type]
-    groups: Any = [SimpleNamespace(prompt=SimpleNamespace(source=source)) for source in "abcba"]
-    assert collector.score(groups) == [(source, verifiers[source]) for source in "abcba"]
+def test_answers_are_judged_by_the_verifier_of_their_problem_s_source() -> None:
+    class Judges:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        async def score(self, answer: str, problem: Problem) -> Any:
+            return self.name, answer, problem.id
+
+    verifiers: Any = {source: Judges(f"of {source}") for source in "abc"}
+    judge = judge_by_source(verifiers)
+    problems = [Problem(str(number), "?", source=source) for number, source in enumerate("abcba")]
+    found = [asyncio.run(judge("yes", problem)) for problem in problems]  # type: ignore[arg-type]
+    assert found == [(f"of {problem.source}", "yes", problem.id) for problem in problems]
 
 
 def test_fingerprints_of_prompts_differ_with_their_order_and_columns() -> None:

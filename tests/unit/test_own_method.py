@@ -270,15 +270,13 @@ class Step:
         self.policy = SimpleNamespace(take_room=lambda: None)
         self.asked: list[Any] = []
         engines = SimpleNamespace(rest=lambda: None)
-        self.collector: Any = SimpleNamespace(
-            sample=self.sample, score=lambda groups: groups, share=list, engines=engines
-        )
+        self.collector: Any = SimpleNamespace(collect=self.sample, engines=engines)
 
     def sampling_seed(self, step: int) -> int:
         return step
 
-    def sample(self, prompts: Any, *, sampling: Any, **_: Any) -> list[Group]:
-        self.asked.append((len(prompts), sampling))
+    def sample(self, prompts: Any, *, chosen: Any, **_: Any) -> list[Group]:
+        self.asked.append((len(prompts), chosen))
         return [GROUPS[0]] * len(prompts)
 
 
