@@ -106,7 +106,7 @@ def a_server(process: Any, log: Path, url: str = "http://127.0.0.1:1", log_start
         ("raise SystemExit(0)", "ended with exit code 0"),
         ("raise SystemExit(1)", "ended with exit code 1"),
         ("import os; os.kill(os.getpid(), 9)", "was killed by SIGKILL"),
-        ("import os; os.kill(os.getpid(), 1)", "was killed by SIGHUP"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGUSR1)", "was killed by SIGUSR1"),
     ],
 )
 def test_how_a_server_ended_is_told_with_the_end_of_its_log(
