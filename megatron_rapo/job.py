@@ -120,7 +120,6 @@ class Job:
 
     def collect(self, step: int) -> Batch:
         """Rollouts and rewards of the step's prompts, and of further ones where need be; on all ranks."""
-
         sampling = self.method.sampling()
         if wrong := sampling.wrong(self.method.configured):
             raise RapoError(f'sampling of method "{self.config.algorithm.method}" returned {wrong}; mend it')
@@ -344,8 +343,10 @@ def _open_collector(
     environment = open_environment(config)
     engines = stack.enter_context(open_engines(config, placement, architecture))
     if engines.pool is None:
-        return Collector(config.rollout, placement, engines, None, None)
-    episodes = EpisodeRunner(environment, config.environment, tokenizer, config.reward.correct_at)
+        return Collector(placement, engines, None, None)
+    episodes = EpisodeRunner(
+        environment, config.environment, tokenizer, config.reward.correct_at, architecture.vocabulary
+    )
     runner = stack.enter_context(Runner(episodes, engines.pool))
     by_source = {data.name: verifiers[str(config.verifier_of(data))] for data in config.training_sources}
-    return Collector(config.rollout, placement, engines, runner, judge_by_source(by_source))
+    return Collector(placement, engines, runner, judge_by_source(by_source))

@@ -20,6 +20,7 @@ from megatron_rapo.data.rows import Row
 from megatron_rapo.data.sources import read_source
 from megatron_rapo.data.tasks.problem import Split
 from megatron_rapo.data.tokenizer import load_tokenizer, vocabulary_size
+from megatron_rapo.environments.opening import open_environment
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluate.held_out import load_held_out
@@ -55,6 +56,7 @@ def check(config: RunConfig) -> Architecture:
             raise RapoError(f"model directory {path} does not exist; download the model there")
     _check_models(config, architecture)
     check_method(config)
+    open_environment(config)
     check_recorded(config)
     environment = RankEnvironment.read()
     if environment is None or environment.rank == 0:  # which starts the run's own servers, and logs
@@ -90,6 +92,7 @@ def describe_plan(config: RunConfig) -> str:
     architecture = planned_architecture(config)
     _check_models(config, architecture)
     check_method(config)
+    open_environment(config)
     layout = config.parallel
     updates = config.run.steps * config.updates_per_step
     responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt

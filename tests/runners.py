@@ -16,4 +16,4 @@ from megatron_rapo.rollout.pool import EnginePool
 def single_turns(pool: EnginePool, text_of: Callable[[Sequence[int]], str] = str) -> Runner:
     """Runs one response to each prompt, whose tokens `text_of` makes text of."""
     tokenizer: Any = SimpleNamespace(decode=lambda ids, skip_special_tokens: text_of(ids))
-    return Runner(EpisodeRunner(SingleTurn(), EnvironmentOptions(), tokenizer, correct_at=1.0), pool)
+    return Runner(EpisodeRunner(SingleTurn(), EnvironmentOptions(), tokenizer, 1.0, vocabulary=2**31), pool)

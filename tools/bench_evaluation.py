@@ -73,7 +73,9 @@ def main() -> None:
             ExitStack() as stack,
         ):
             pool.update_weights(model, 0)
-            episodes = EpisodeRunner(SingleTurn(), config.environment, tokenizer, correct_at=1.0)
+            episodes = EpisodeRunner(
+                SingleTurn(), config.environment, tokenizer, 1.0, read_architecture(model).vocabulary
+            )
             sampler = Sampler(stack.enter_context(Runner(episodes, pool)), pool, weight_version=0, seed=1)
             times: dict[str, list[float]] = {"alone": [], "whole": []}
             for _ in range(ROUNDS + 1):

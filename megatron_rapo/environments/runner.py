@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
@@ -73,13 +74,18 @@ class Runner:
         if not self._blocked:  # else its thread, which ends with the process, would be waited for
             self._loop.close()
 
+    @cached_property
+    def _gather_all(self) -> bool:
+        """Engines that come back are of the same kind."""
+        return self._pool.one_request_at_a_time()
+
     @contextmanager
     def begin(self, prompts: Sequence[Prompt], sampling: Sampling, judge: Judge) -> Iterator[Rollout]:
         """Begins the episodes of the prompts, `sampling.responses_per_prompt` of each.
 
         What is not done when it is left is given up.
         """
-        size, gather_all = self._pool.requests(len(prompts)), self._pool.one_request_at_a_time()
+        size, gather_all = self._pool.requests(len(prompts)), self._gather_all
         sampled: Future[None] = Future()
         sampling_still = len(prompts) * sampling.responses_per_prompt  # episodes
 

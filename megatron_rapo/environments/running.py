@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_rapo.config.environment import EnvironmentOptions
+from megatron_rapo.config.reward import TAKEN
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.environments.bundle import Bundle
 from megatron_rapo.environments.generating import EnvironmentFault, Generating
@@ -19,6 +19,7 @@ from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.episode.score import Score
 from megatron_rapo.errors import RapoError
+from megatron_rapo.reward.facts import checked_facts, finite_number, shown
 from megatron_rapo.rollout.requests import Sampling, name_of
 from megatron_rapo.user_code import own_traceback
 
@@ -43,12 +44,14 @@ class EpisodeRunner:
 
     Attributes:
         correct_at: the reward from which an environment's own score counts as correct.
+        vocabulary: tokens that the model has.
     """
 
     environment: Environment
     options: EnvironmentOptions
     tokenizer: PreTrainedTokenizerBase
     correct_at: float
+    vocabulary: int
 
     async def play(self, attempt: Attempt, bundle: Bundle, sampling: Sampling) -> Episode | Verification:
         """The episode; or why there is none, where the environment took too long or raised.
@@ -81,35 +84,38 @@ class EpisodeRunner:
             if generate.failure is not None:
                 raise generate.failure
             if isinstance(found, Episode):
-                _check(found, generate, len(problem.token_ids) + sampling.max_response_tokens)
+                self._check(found, generate, len(problem.token_ids) + sampling.max_response_tokens)
             elif not isinstance(found, Verification):
                 raise EnvironmentFault(f"run returned {found!r:.100}, no Episode")
         except EnvironmentFault as fault:
-            raise RapoError(
-                f'environment.use = "{self.options.use}", problem {problem.id}: {fault}'
-            ) from fault
+            raise RapoError(f"{self._told(problem)}: {fault}") from fault
         return found
 
     async def judge(self, found: Episode | Verification, problem: Problem, judge: Judge) -> ScoredEpisode:
-        """Its verification: by the environment's own score, or else by the configured reward."""
+        """Its verification: by the environment's own score, or else by the configured reward.
+
+        Raises:
+            RapoError: reward or facts are no finite numbers, or a fact cannot be logged.
+        """
         if isinstance(found, Verification):
             return ScoredEpisode(Episode((), ""), found)
+        found = replace(found, facts=checked_facts(found.facts, self._told(problem), (), "environment"))
         if found.score is None:
             return ScoredEpisode(found, await judge(found.answer, problem))
         return ScoredEpisode(found, self._verification(found.score, problem))
 
     def _verification(self, score: Score, problem: Problem) -> Verification:
+        told = self._told(problem)
+        facts = checked_facts(score.facts, told, TAKEN)
         if score.value is None:
-            return Verification(
-                Outcome.CRASH, score.answer, "the environment gave no reward", facts=score.facts
-            )
-        if isinstance(score.value, str) or not math.isfinite(score.value):
+            return Verification(Outcome.CRASH, score.answer, "the environment gave no reward", facts=facts)
+        if (value := finite_number(score.value)) is None:
             raise RapoError(
-                f'environment.use = "{self.options.use}", problem {problem.id}: the reward is '
-                f"{score.value!r}, no finite number; return Score(None) where it is unknown"
+                f"{told}: the reward is {shown(score.value)}, no finite number; return Score(None) where it "
+                "is unknown"
             )
-        outcome = Outcome.CORRECT if score.value >= self.correct_at else Outcome.WRONG
-        return Verification(outcome, score.answer, reward=float(score.value), facts=score.facts)
+        outcome = Outcome.CORRECT if value >= self.correct_at else Outcome.WRONG
+        return Verification(outcome, score.answer, reward=value, facts=facts)
 
     def _unknown(self, error: Exception, *, late: bool) -> Verification:
         if late:
@@ -119,15 +125,24 @@ class EpisodeRunner:
         why = f"{type(error).__name__}: {error}"
         return Verification(Outcome.CRASH, why=why, trace=own_traceback(error))
 
+    def _told(self, problem: Problem) -> str:
+        return f'environment.use = "{self.options.use}", problem {problem.id}'
 
-def _check(episode: Episode, generate: Generating, longest: int) -> None:
-    """Refuses what cannot be trained on."""
-    if not episode.sequences or not episode.sampled_tokens:
-        raise EnvironmentFault("an episode has no sampled token; return the sequences that were sampled")
-    most = max(map(len, episode.sequences))
-    if most > longest:
-        raise EnvironmentFault(
-            f"a sequence has {most} tokens, more than the prompt and rollout.max_response_tokens "
-            f"({longest}); give less, or raise that"
-        )
-    generate.check(episode.sequences)
+    def _check(self, episode: Episode, generate: Generating, longest: int) -> None:
+        """Refuses what cannot be trained on."""
+        if not episode.sequences or not episode.sampled_tokens:
+            raise EnvironmentFault("an episode has no sampled token; return the sequences that were sampled")
+        most = max(map(len, episode.sequences))
+        if most > longest:
+            raise EnvironmentFault(
+                f"a sequence has {most} tokens, more than the prompt and rollout.max_response_tokens "
+                f"({longest}); give less, or raise that"
+            )
+        for sequence in episode.sequences:
+            for token in (int(sequence.token_ids.min()), int(sequence.token_ids.max())):
+                if not 0 <= token < self.vocabulary:
+                    raise EnvironmentFault(
+                        f"a sequence has token id {token}, and the model has {self.vocabulary} tokens; give "
+                        "what generate.encode makes of a text"
+                    )
+        generate.check(episode.sequences)

@@ -77,7 +77,9 @@ def evaluate(
         with open_own_engines(config, architecture) as pool:
             # Also where servers run already: what they serve is then what is evaluated, for certain.
             pool.update_weights(config.model.path, WEIGHT_VERSION)
-            episodes = EpisodeRunner(environment, config.environment, tokenizer, config.reward.correct_at)
+            episodes = EpisodeRunner(
+                environment, config.environment, tokenizer, config.reward.correct_at, architecture.vocabulary
+            )
             with Runner(episodes, pool) as runner:
                 sampler = Sampler(runner, pool, weight_version=WEIGHT_VERSION, seed=config.run.seed)
                 for one in work:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
-from megatron_rapo.config import Rollout
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.environments.runner import Runner
 from megatron_rapo.environments.running import Judge
@@ -32,14 +31,12 @@ class Collector:
 
     def __init__(
         self,
-        rollout: Rollout,
         placement: Placement,
         engines: SharedEngines,
         runner: Runner | None,
         judge: Judge | None,
     ) -> None:
         """`runner` and `judge`, the reward of the training data, are this head's own; None on other ranks."""
-        self.rollout = rollout
         self.placement = placement
         self.engines = engines
         self.runner = runner

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from megatron_rapo.episode.episode import ScoredEpisode
 from megatron_rapo.episode.group import Group, known_rewards
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.experience.batch import Batch
@@ -31,25 +31,26 @@ def summarise(batch: Batch, vocabulary: int) -> Mapping[str, float]:
         "reward/mean": float(np.ma.filled(rewards.mean(), np.nan)),
         **{f"reward/{outcome}": outcomes[outcome] / len(episodes) for outcome in Outcome},
         "reward/unknown": sum(outcomes[outcome] for outcome in Outcome if not outcome.known) / len(episodes),
-        **_facts(scored),
+        **_means("reward", [one.verification.facts for one in scored]),
+        **_means("environment", [episode.facts for episode in episodes]),
         "reward/groups_all_fail": float(np.ma.filled(rewards.max(axis=1) == 0, False).mean()),
         "reward/groups_without_variance": float((~varies(rewards)).mean()),
         "rollout/response_tokens_mean": float(lengths.mean()),
         "rollout/response_tokens_max": float(lengths.max()),
         "rollout/truncated": sum(episode.truncated for episode in episodes) / len(episodes),
-        "rollout/weight_version": int(min(versions)),
+        "rollout/weight_version": float(min(versions, default=math.nan)),
         "rollout/outside_vocabulary": sum(episode.leaves(vocabulary) for episode in episodes) / len(episodes),
         **batch.metrics(),
     }
 
 
-def _facts(scored: Sequence[ScoredEpisode]) -> Mapping[str, float]:
-    """What rewards told beside the reward: the mean of each, over the responses that it was told of."""
+def _means(prefix: str, facts: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    """What rewards or environments told beside the reward: the mean of each, where it was told."""
     told: defaultdict[str, list[float]] = defaultdict(list)
-    for one in scored:
-        for name, value in one.verification.facts.items():
+    for of_episode in facts:
+        for name, value in of_episode.items():
             told[name].append(value)
-    return {f"reward/{name}": float(np.mean(values)) for name, values in told.items()}
+    return {f"{prefix}/{name}": float(np.mean(values)) for name, values in told.items()}
 
 
 def count_tokens(groups: Sequence[Group]) -> tuple[int, int]:

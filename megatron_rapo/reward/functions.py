@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import numbers
-import re
-import reprlib
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +16,7 @@ from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.episode.score import Score
 from megatron_rapo.errors import RapoError
+from megatron_rapo.reward.facts import checked_facts, finite_number, shown
 from megatron_rapo.user_code import check_callable, load, own_traceback, place_of
 
 if TYPE_CHECKING:
@@ -29,7 +27,6 @@ PARAMETERS = ("response", "problem")  # of a user's function
 _LONGEST_REASON = 500  # characters; SymPy's messages can hold whole expressions
 _LONGEST_EXTRACTED = 200  # characters
 _ROUNDING = 1e-9  # 0.7 + 0.2 + 0.1 is a little less than 1
-_FACT = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -143,40 +140,22 @@ class Functions:
         value = returned if score is None else score.value
         if score is not None and value is None:
             return score
-        number = _number(value)
+        number = finite_number(value)
         if number is None:
             within = "Score(value) of " if score else ""
             raise RapoError(
-                f"{function.told} returned {within}{_shown(value)} for problem {problem.id}, which is no "
+                f"{function.told} returned {within}{shown(value)} for problem {problem.id}, which is no "
                 f"reward; {_remedy(value)}"
             )
         if score is None:
             return Score(number)
-        if not isinstance(score.facts, Mapping) or not isinstance(score.answer, str | None):
-            raise RapoError(
-                f"{function.told} returned {_shown(score)}; facts must be a dict of numbers by name, and "
-                "answer text or None"
-            )
+        if not isinstance(score.answer, str | None):
+            raise RapoError(f"{function.told} returned {shown(score)}; answer must be text or None")
         return Score(
             number,
-            {name: self._fact(function, name, fact) for name, fact in score.facts.items()},
+            checked_facts(score.facts, function.told, self._taken),
             score.answer,
         )
-
-    def _fact(self, function: _Function, name: object, fact: object) -> float:
-        number = _number(fact)
-        if not isinstance(name, str) or not _FACT.fullmatch(name) or name in self._taken:
-            raise RapoError(
-                f"{function.told} returned a fact by the name {name!r}, which cannot be logged as "
-                f"reward/{name}; {'that is another metric: ' if name in self._taken else ''}give it another "
-                "name, of letters, digits, dots, hyphens and underscores"
-            )
-        if number is None:
-            raise RapoError(
-                f"{function.told} returned the fact {name!r} = {_shown(fact)}; give a finite number, or "
-                "leave it out where there is none"
-            )
-        return number
 
     @staticmethod
     def _add(told: Mapping[str, float], facts: dict[str, float], function: _Function) -> None:
@@ -223,25 +202,10 @@ def _loaded(part: Mapping[str, Any], folders: Sequence[Path]) -> _Function:
 def _verdict(function: _Function, returned: object) -> bool:
     if not isinstance(returned, bool):  # 0.5, None or an array would all be read as something they do not say
         raise RapoError(
-            f"{function.told} returned {_shown(returned)}, not True or False; let it return bool(…) of what "
+            f"{function.told} returned {shown(returned)}, not True or False; let it return bool(…) of what "
             "it means"
         )
     return returned
-
-
-def _number(value: object) -> float | None:
-    """A finite number of Python or NumPy as a float; None for all else, arrays of one number included."""
-    kind = type(value)
-    if not isinstance(value, numbers.Real) and (kind.__module__, kind.__name__.rstrip("_")) != (
-        "numpy",
-        "bool",
-    ):
-        return None
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _remedy(value: object) -> str:
@@ -253,10 +217,6 @@ def _remedy(value: object) -> str:
     if isinstance(value, numbers.Real):
         return "return a finite number, or Score(None) where the reward is unknown"
     return "return a number (float(…) of what it means), True or False, or a Score"
-
-
-def _shown(value: object) -> str:
-    return f"{reprlib.repr(value)} ({type(value).__name__})"
 
 
 def _crash(error: BaseException) -> Verification:

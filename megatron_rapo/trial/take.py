@@ -82,7 +82,9 @@ def take(config: RunConfig, wanted: str | None, responses: int) -> Taken:
             # Also where servers run already: what they serve is then what is tried, for certain.
             pool.update_weights(config.model.path, WEIGHT_VERSION)
             seconds["engine's start"] = time.perf_counter() - began
-            episodes = EpisodeRunner(environment, config.environment, tokenizer, config.reward.correct_at)
+            episodes = EpisodeRunner(
+                environment, config.environment, tokenizer, config.reward.correct_at, architecture.vocabulary
+            )
             judge = _TimedJudge(verifier.score)
             with (
                 Runner(episodes, pool) as runner,

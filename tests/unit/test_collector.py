@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import pytest
 
-from megatron_rapo.config import Rollout
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.errors import RapoError
@@ -40,9 +39,8 @@ def make_collector(pool, runner, reviver=None):
         share_from_heads=lambda mine: [mine],
         share_from_main=lambda mine: mine,
     )
-    rollout = Rollout(prompts_per_step=8, max_response_tokens=8)
     engines = SharedEngines(cast(Any, placement), pool, reviver)
-    return Collector(rollout, cast(Any, placement), engines, runner, judge)
+    return Collector(cast(Any, placement), engines, runner, judge)
 
 
 async def judge(answer, problem):

@@ -84,7 +84,7 @@ def evaluator_of(directory, placement, pool, reviver=None, settings=(SETTING,)) 
     engines = SharedEngines(cast(Any, placement), pool, reviver)
     verifiers = {} if pool is None else {"math": SimpleNamespace(score=judge)}
     with nullcontext() if pool is None else single_turns(pool, text_of) as runner:
-        collector = Collector(rollout, cast(Any, placement), engines, runner, None)
+        collector = Collector(cast(Any, placement), engines, runner, None)
         yield Evaluator(cast(Any, config), cast(Any, None), collector, cast(Any, verifiers))
 
 

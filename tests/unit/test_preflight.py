@@ -352,3 +352,23 @@ def test_a_reward_that_is_none_is_refused_before_anything_starts(
     for check in (preflight.check, preflight.describe_plan):
         with pytest.raises(RapoError, match=message):
             check(wrong)
+
+
+@pytest.mark.parametrize(
+    ("use", "options", "message"),
+    [
+        ("preflight_rewards:partly", {}, "is no class with `async def run"),
+        ("preflight_world:World", {"depth": 2}, r"environment.options does not fit .*preflight_world.py:1"),
+        ("elsewhere", {}, 'environment.use = "elsewhere" does not exist; choose one of single_turn'),
+    ],
+)
+def test_an_environment_that_is_none_is_refused_before_anything_starts(
+    tmp_path: Path, model: Path, use: str, options: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "preflight_world.py").write_text(
+        "class World:\n    async def run(self, problem, generate, seed): ...\n"
+    )
+    wrong = rewarded(tmp_path, model, "partly", environment={"use": use, "options": options})
+    for check in (preflight.check, preflight.describe_plan):
+        with pytest.raises(RapoError, match=message):
+            check(wrong)

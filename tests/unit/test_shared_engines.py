@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import pytest
 
-from megatron_rapo.config import Rollout
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.episode.group import Group
 from megatron_rapo.errors import RapoError
@@ -157,9 +156,8 @@ def phase(name: str) -> Iterator[None]:
 
 def collector_of(rank: Any, pool: Any, runner: Any = None) -> Collector:
     TIMED.phases = []
-    rollout = Rollout(prompts_per_step=8, max_response_tokens=13, temperature=0.75)
     judge: Any = f"judge {rank.data_rank}" if runner is not None else None
-    return Collector(rollout, rank, SharedEngines(rank, pool, None), runner, judge)
+    return Collector(rank, SharedEngines(rank, pool, None), runner, judge)
 
 
 def collect(collector: Collector) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_rapo.config.reward import TAKEN
+from megatron_rapo.episode.episode import Episode, ScoredEpisode
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.experience.batch import Batch
@@ -112,3 +113,21 @@ def test_the_trainer_sees_each_response_with_its_prompt() -> None:
 def test_responses_with_tokens_that_do_not_exist_are_counted() -> None:
     strange = group_of(*(scored_response(outcome, [3, VOCABULARY]) for outcome in (C, W)))
     assert summarise(Batch([*GROUPS, strange], GROUPS, 0), VOCABULARY)["rollout/outside_vocabulary"] == 2 / 10
+
+
+def test_what_environments_tell_is_a_mean_over_the_episodes_that_told_it() -> None:
+    def telling(pages: float) -> ScoredEpisode:
+        one = scored_response(C, [0])
+        return replace(one, episode=replace(one.episode, facts={"pages": pages}))
+
+    groups = [group_of(telling(3.0), telling(3.0)), group_of(telling(6.0), scored_response(W, [0]))]
+    assert summarise(Batch(groups, groups, 0), VOCABULARY)["environment/pages"] == 4.0
+
+
+def test_a_step_without_any_sequence_is_told() -> None:
+    """As where an environment raised in every episode."""
+    nothing = ScoredEpisode(Episode((), ""), Verification(X))
+    groups = [group_of(nothing, nothing)]
+    found = summarise(Batch(groups, groups, 0), VOCABULARY)
+    assert math.isnan(found["rollout/weight_version"])
+    assert (found["reward/crash"], found["rollout/response_tokens_max"]) == (1.0, 0.0)
