@@ -24,8 +24,3 @@ class Response:
     log_probs: npt.NDArray[np.float32]
     weight_version: int
     finish_reason: Literal["stop", "length"]
-
-    @property
-    def truncated(self) -> bool:
-        """Whether the response was cut at the length limit."""
-        return self.finish_reason == "length"

@@ -196,7 +196,7 @@ def test_a_truncated_response_is_kept_as_such(engine):
     stand_in, pool = engine
     stand_in.change = one(lambda a, m: m.update(finish_reason={"type": "length", "length": 8}))
     [group] = generate(pool)
-    assert [response.truncated for response in group.responses] == [False, False, True]
+    assert [response.finish_reason == "length" for response in group.responses] == [False, False, True]
 
 
 @pytest.mark.parametrize(
