@@ -98,7 +98,7 @@ def slots(processes: int) -> Iterator[list[Copy]]:
         folders = [
             stack.enter_context(tempfile.TemporaryDirectory(prefix="mutate-")) for _ in range(processes)
         ]
-        yield [Copy(ROOT, Path(folder)) for folder in folders]
+        yield [Copy(ROOT, Path(folder) / "repository") for folder in folders]
 
 
 def cover(copies: Sequence[Copy], places: Sequence[str]) -> Coverage:

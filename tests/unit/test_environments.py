@@ -354,3 +354,12 @@ def test_options_of_the_default_environment_would_have_no_effect() -> None:
     for option in ({"options": {"tries": 2}}, {"max_turns": 2}, {"time_limit_s": 9.0}):
         with pytest.raises(ValueError, match=r'would have no effect: use is "single_turn"'):
             EnvironmentOptions(**option)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("limit", "within"), [(3, True), (2, False)])
+def test_an_episode_has_as_many_turns_as_the_limit_says(engine: Engine, limit: int, within: bool) -> None:
+    if within:
+        assert all(group is not None for group in engine.run(TURNS, "Turns", limit=10, max_turns=limit))
+        return
+    with pytest.raises(RapoError, match=r"more than environment.max_turns = 2 turns"):
+        engine.run(TURNS, "Turns", limit=10, max_turns=limit)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import textwrap
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ import mutation.coverage  # noqa: E402
 from mutation.coverage import Coverage, Store, Traced, digest  # noqa: E402
 from mutation.equivalent import read_equivalents  # noqa: E402
 from mutation.faults import Fault, find_faults, shuffled  # noqa: E402
+from mutation.tracing import Tracer  # noqa: E402
 
 
 def planted(source: str) -> set[str]:
@@ -159,3 +162,22 @@ def test_a_fault_that_is_declared_equivalent_exists(equivalent) -> None:
     faults = find_faults(equivalent.file, (ROOT / equivalent.file).read_bytes())
     assert any(equivalent.is_it(found) for found in faults), "the line has changed: judge it anew"
     assert equivalent.why
+
+
+def test_a_test_that_ends_the_tracer_does_not_end_it_for_the_next(tmp_path: Path) -> None:
+    """As Python does with a trace function that raises; lines of a later test are written all the same."""
+    module = tmp_path / "module.py"
+    module.write_text("def f():\n    return 1\n")
+    code: dict[str, Any] = {}
+    exec(compile(module.read_text(), str(module), "exec"), code)
+    before, tracer = sys.gettrace(), Tracer(str(tmp_path), str(tmp_path / "lines.txt"))
+    try:
+        for test in ("first", "second"):
+            tracer.enter(test)
+            code["f"]()
+            sys.settrace(None)
+    finally:
+        sys.settrace(before)
+        threading.settrace(None)  # type: ignore[arg-type]
+    lines = (tmp_path / "lines.txt").read_text().splitlines()
+    assert {line.split("\t")[0] for line in lines} == {"first", "second"}

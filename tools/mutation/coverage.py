@@ -21,6 +21,7 @@ from mutation.tracing import VARIABLE, Tracer
 from mutation.trial import Copy, run_tests
 
 PACKAGE = "megatron_rapo"
+TRACER = Path(__file__).with_name("tracing.py")  # what it did not see is not in its traces
 BUDGET_S = 60.0  # of tests a fault; beyond it, only the quickest of each file
 
 
@@ -127,7 +128,7 @@ class Store:
         return {before + n + 1: now + n + 1 for before, now, size in blocks for n in range(size)}
 
     def _path(self, test_file: str) -> Path:
-        imported = sorted(_with_helpers(self._root / test_file, self._root))
+        imported = [*sorted(_with_helpers(self._root / test_file, self._root)), TRACER]
         key = hashlib.sha256("".join(map(digest, imported)).encode()).hexdigest()[:24]
         return self._directory / f"{Path(test_file).stem}-{key}.json"
 

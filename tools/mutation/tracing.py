@@ -26,7 +26,9 @@ class Tracer:
     def __init__(self, package: str, log: str) -> None:
         self._package = package + os.sep
         self._log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        self.enter(os.environ.get("PYTEST_CURRENT_TEST", ""))
+        self._test = os.environ.get("PYTEST_CURRENT_TEST", "")
+        self._seen: set[tuple[CodeType, int]] = set()
+        self._calls: dict[CodeType, int] = {}
 
     def start(self) -> None:
         """In this thread and those begun later."""
@@ -34,10 +36,14 @@ class Tracer:
         sys.settrace(self._call)
 
     def enter(self, test: str) -> None:
-        """Lines are `test`'s from now on."""
+        """Lines are `test`'s from now on.
+
+        Python stops to trace a thread whose trace function has raised, as where a test lets recursion end.
+        """
+        self.start()
         self._test = test
-        self._seen: set[tuple[CodeType, int]] = set()
-        self._calls: dict[CodeType, int] = {}
+        self._seen.clear()
+        self._calls.clear()
 
     def _call(self, frame: FrameType, event: str, argument: Any) -> Any:
         code = frame.f_code

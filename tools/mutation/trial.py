@@ -83,7 +83,13 @@ def run_tests(
     phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]  # the smallest example is not asked for
     hypothesis.settings.register_profile("mutation", deadline=None, database=None, phases=phases)
     hypothesis.settings.load_profile("mutation")
-    options = ["--tb=line", "-p", "no:cacheprovider", "--hypothesis-seed=0", "--basetemp=tmp/pytest"]
+    options = [
+        "--tb=line",
+        "-p",
+        "no:cacheprovider",
+        "--hypothesis-seed=0",
+        f"--basetemp={os.environ['TMPDIR']}/pytest",
+    ]
     if to_the_first_failure:
         options.append("-x")
     if limit_s is not None:
@@ -163,7 +169,7 @@ def _fork(copy: Copy, work: Callable[[Copy], int]) -> int:
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.chdir(copy.directory)
-        temporary = copy.directory / "tmp"
+        temporary = copy.directory.parent / "tmp"  # as tests are used to: outside of the working directory
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         os.environ.update(PYTHONPATH=str(copy.directory), TMPDIR=str(temporary))
