@@ -26,8 +26,8 @@ from megatron_rapo.environments.runner import Runner
 from megatron_rapo.environments.running import EpisodeRunner
 from megatron_rapo.episode.group import Group
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.evaluator import Evaluator
-from megatron_rapo.evaluate.held_out import load_held_out
+from megatron_rapo.evaluation.evaluator import Evaluator
+from megatron_rapo.evaluation.held_out import load_held_out
 from megatron_rapo.experience.batch import Batch, collect
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import open_engines

@@ -23,7 +23,7 @@ from megatron_rapo.data.tokenizer import load_tokenizer, vocabulary_size
 from megatron_rapo.environments.opening import open_environment
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.held_out import load_held_out
+from megatron_rapo.evaluation.held_out import load_held_out
 from megatron_rapo.launch.environment import RankEnvironment
 from megatron_rapo.launch.slurm import describe
 from megatron_rapo.loss.trial import reported_names

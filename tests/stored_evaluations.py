@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from megatron_rapo.episode.outcome import Outcome
-from megatron_rapo.evaluate.manifest import DataRecord, Manifest, ModelRecord, SettingRecord
-from megatron_rapo.evaluate.store import Evaluation, Problem, SampleStore, StoredSample, write_problems
+from megatron_rapo.evaluation.manifest import DataRecord, Manifest, ModelRecord, SettingRecord
+from megatron_rapo.evaluation.store import Evaluation, Problem, SampleStore, StoredSample, write_problems
 from megatron_rapo.fingerprint import fingerprint
 
 VERSIONS = {"python": "3.11.2", "megatron_rapo": "0.1.0", "torch": "2.13.0"}

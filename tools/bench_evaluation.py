@@ -27,10 +27,10 @@ from megatron_rapo.environments.running import EpisodeRunner
 from megatron_rapo.environments.single_turn import SingleTurn
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
-from megatron_rapo.evaluate.held_out import load_held_out, setting_records
-from megatron_rapo.evaluate.plan import plan
-from megatron_rapo.evaluate.sampler import Sampler
-from megatron_rapo.evaluate.store import SampleStore
+from megatron_rapo.evaluation.held_out import load_held_out, setting_records
+from megatron_rapo.evaluation.plan import plan
+from megatron_rapo.evaluation.sampler import Sampler
+from megatron_rapo.evaluation.store import SampleStore
 from megatron_rapo.experience.engines import open_own_engines
 from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.reward.verifier import Verifier

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_rapo.evaluate.interval import Estimate, estimate_differences, estimates
-from megatron_rapo.evaluate.majority import majority_at_k
-from megatron_rapo.evaluate.pass_at_k import pass_at_k
+from megatron_rapo.evaluation.interval import Estimate, estimate_differences, estimates
+from megatron_rapo.evaluation.majority import majority_at_k
+from megatron_rapo.evaluation.pass_at_k import pass_at_k
 
 Floats = npt.NDArray[np.float64]
 Draw = Callable[[np.random.Generator, tuple[int, int]], Floats]

@@ -19,13 +19,13 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from megatron_rapo.episode.outcome import Outcome
-from megatron_rapo.evaluate.manifest import (
+from megatron_rapo.evaluation.manifest import (
     DataRecord,
     Manifest,
     ModelRecord,
     SettingRecord,
 )
-from megatron_rapo.evaluate.store import Problem, SampleStore, StoredSample, write_problems
+from megatron_rapo.evaluation.store import Problem, SampleStore, StoredSample, write_problems
 from megatron_rapo.observe.versions import software_versions
 
 MODEL = Path(__file__).parents[1] / "examples/models/tiny-countdown"

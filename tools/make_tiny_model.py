@@ -23,8 +23,8 @@ from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 from megatron_rapo.config import CountdownData
 from megatron_rapo.data.tasks import countdown
-from megatron_rapo.evaluate.interval import estimate
-from megatron_rapo.evaluate.pass_at_k import pass_at_k
+from megatron_rapo.evaluation.interval import estimate
+from megatron_rapo.evaluation.pass_at_k import pass_at_k
 
 TASK = CountdownData(source="countdown", numbers=3, largest=25, operators="+-*")
 MULTIPLYING = 0.002  # share of × among the demonstrations' operators; a third in the task's own

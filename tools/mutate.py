@@ -41,7 +41,7 @@ from mutation.trial import Copy, Job, preload, run_jobs, run_tests  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = [
-    *("loss", "policy", "experience", "evaluate", "weights", "checkpoint"),
+    *("loss", "policy", "experience", "evaluation", "weights", "checkpoint"),
     *("config", "methods", "environments", "reward", "data", "rollout", "publish"),
 ]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron_rapo" / "mutation"

@@ -37,6 +37,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from megatron_rapo.evaluate.compare_command import run_compare
+    from megatron_rapo.evaluation.compare_command import run_compare
 
     return run_compare(options.base, options.model, options.control, options.k, options.diagnose, options.out)

@@ -52,7 +52,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from megatron_rapo.evaluate.command import Request, run
+    from megatron_rapo.evaluation.command import Request, run
     from megatron_rapo.launch.stop import requests
 
     request = Request(

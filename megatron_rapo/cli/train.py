@@ -106,7 +106,7 @@ def _start(config: RunConfig, environment: RankEnvironment | None) -> None:
 def _train_rank(config: RunConfig) -> None:
     """One rank's part. The process that only watches ranks does not import Megatron."""
     from megatron_rapo.folder import writing_to
-    from megatron_rapo.train import train
+    from megatron_rapo.loop import train
 
     with writing_to(config.run.directory, "run.directory"):
         train(config)

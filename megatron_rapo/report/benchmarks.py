@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.compare import Comparison, compare
-from megatron_rapo.evaluate.draws import stored_tries
-from megatron_rapo.evaluate.frontier import curve, grid, powers_of_two
-from megatron_rapo.evaluate.interval import Estimate
-from megatron_rapo.evaluate.statistics import COLUMNS, Statistics, summarise, summarise_adaptive
-from megatron_rapo.evaluate.store import Evaluation
+from megatron_rapo.evaluation.compare import Comparison, compare
+from megatron_rapo.evaluation.draws import stored_tries
+from megatron_rapo.evaluation.frontier import curve, grid, powers_of_two
+from megatron_rapo.evaluation.interval import Estimate
+from megatron_rapo.evaluation.statistics import COLUMNS, Statistics, summarise, summarise_adaptive
+from megatron_rapo.evaluation.store import Evaluation
 from megatron_rapo.report.contents import Against, Benchmark, Scores
 from megatron_rapo.report.drawing import Line, Plot
 from megatron_rapo.report.figures import figure

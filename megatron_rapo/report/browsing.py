@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_rapo.data.token_texts import TokenTexts, find_token_texts
-from megatron_rapo.evaluate.manifest import ModelRecord
+from megatron_rapo.evaluation.manifest import ModelRecord
 from megatron_rapo.report.responses import Browser, EvaluatedSamples, Sampled, browse
 from megatron_rapo.report.sources import Sources, benchmark_name
 from megatron_rapo.report.trained import trained_samples

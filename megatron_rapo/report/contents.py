@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rapo.evaluate.compare import Comparison
-from megatron_rapo.evaluate.interval import Estimate
-from megatron_rapo.evaluate.statistics import Statistics
+from megatron_rapo.evaluation.compare import Comparison
+from megatron_rapo.evaluation.interval import Estimate
+from megatron_rapo.evaluation.statistics import Statistics
 from megatron_rapo.report.configuration import Table
 from megatron_rapo.report.drawing import Plot
 from megatron_rapo.report.figures import PageFigure

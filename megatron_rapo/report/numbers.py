@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_rapo.evaluate.compare import Comparison
-from megatron_rapo.evaluate.interval import Estimate
+from megatron_rapo.evaluation.compare import Comparison
+from megatron_rapo.evaluation.interval import Estimate
 from megatron_rapo.report.contents import Benchmark, Diagnosis, Report
 
 Row = Mapping[str, Any]

@@ -11,8 +11,8 @@ import pyarrow.parquet
 
 from megatron_rapo.data.token_texts import TokenTexts
 from megatron_rapo.episode.outcome import Outcome, reward_of
-from megatron_rapo.evaluate.counts import codes
-from megatron_rapo.evaluate.store import Problem, SampleStore
+from megatron_rapo.evaluation.counts import codes
+from megatron_rapo.evaluation.store import Problem, SampleStore
 from megatron_rapo.report.selection import Integers, Rule, Samples, choose_rule
 
 OUTCOMES = {outcome.value: place for place, outcome in enumerate(Outcome)}

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.manifest import FILE
-from megatron_rapo.evaluate.store import Evaluation
+from megatron_rapo.evaluation.manifest import FILE
+from megatron_rapo.evaluation.store import Evaluation
 
 BASE = "base"
 

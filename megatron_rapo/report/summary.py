@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_rapo.evaluate.ledger import Change
+from megatron_rapo.evaluation.ledger import Change
 from megatron_rapo.observe.closing import metrics_summary, reward_ends
 from megatron_rapo.report.contents import Against, Benchmark, Headline, Report, Tile
 from megatron_rapo.report.training import TrainingRun

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rapo.data.token_texts import find_token_texts
-from megatron_rapo.evaluate.store import Problem
+from megatron_rapo.evaluation.store import Problem
 from megatron_rapo.report.responses import OUTCOMES, Sampled
 from megatron_rapo.report.selection import Integers, Samples
 from megatron_rapo.samples.store import read_step, steps_of

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from megatron_rapo.evaluate.compare import Comparison
-from megatron_rapo.evaluate.frontier import Crossover, Paired
-from megatron_rapo.evaluate.interval import Estimate
-from megatron_rapo.evaluate.ledger import Change, Entry
+from megatron_rapo.evaluation.compare import Comparison
+from megatron_rapo.evaluation.frontier import Crossover, Paired
+from megatron_rapo.evaluation.interval import Estimate
+from megatron_rapo.evaluation.ledger import Change, Entry
 from megatron_rapo.report.contents import Scores
 
 CHANGES = tuple(Change)

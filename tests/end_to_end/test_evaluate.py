@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rapo.evaluate.draws import tries
-from megatron_rapo.evaluate.store import Evaluation
+from megatron_rapo.evaluation.draws import tries
+from megatron_rapo.evaluation.store import Evaluation
 from tests.end_to_end.command import MODEL, Command, running
 
 Finished = tuple[Path, Command]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_rapo.config import load_config
-from megatron_rapo.evaluate.store import Evaluation
+from megatron_rapo.evaluation.store import Evaluation
 from megatron_rapo.observe.versions import read_versions
 from megatron_rapo.rollout.embedded.decode import Sample
 from megatron_rapo.rollout.embedded.engine import Engine

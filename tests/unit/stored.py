@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_rapo.episode.outcome import Outcome
-from megatron_rapo.evaluate.manifest import DataRecord, Manifest, ModelRecord, SettingRecord
-from megatron_rapo.evaluate.store import Evaluation, Problem, StoredSample, begin
+from megatron_rapo.evaluation.manifest import DataRecord, Manifest, ModelRecord, SettingRecord
+from megatron_rapo.evaluation.store import Evaluation, Problem, StoredSample, begin
 
 
 def store(

@@ -12,11 +12,11 @@ import pyarrow
 import pytest
 
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.compare import Comparison, compare
-from megatron_rapo.evaluate.control import SECOND_HALF
-from megatron_rapo.evaluate.draws import Draws, tries
-from megatron_rapo.evaluate.exact_test import Budget, p_values
-from megatron_rapo.evaluate.ledger import Change, ledger
+from megatron_rapo.evaluation.compare import Comparison, compare
+from megatron_rapo.evaluation.control import SECOND_HALF
+from megatron_rapo.evaluation.draws import Draws, tries
+from megatron_rapo.evaluation.exact_test import Budget, p_values
+from megatron_rapo.evaluation.ledger import Change, ledger
 from tests.unit.stored import store
 
 Outcomes = tuple[int, int]

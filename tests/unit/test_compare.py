@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.compare import compare
-from megatron_rapo.evaluate.compare_command import run_compare
-from megatron_rapo.evaluate.control import Choice
-from megatron_rapo.evaluate.draws import Draws
-from megatron_rapo.evaluate.frontier import Crossover, Paired, crossover, curve, grid, paired
-from megatron_rapo.evaluate.hard_subset import HardSubset, hard_subset
-from megatron_rapo.evaluate.interval import Estimate
-from megatron_rapo.evaluate.ledger import Change, ledger
-from megatron_rapo.evaluate.manifest import ModelRecord, SettingRecord
-from megatron_rapo.evaluate.pass_at_k import pass_at_k
+from megatron_rapo.evaluation.compare import compare
+from megatron_rapo.evaluation.compare_command import run_compare
+from megatron_rapo.evaluation.control import Choice
+from megatron_rapo.evaluation.draws import Draws
+from megatron_rapo.evaluation.frontier import Crossover, Paired, crossover, curve, grid, paired
+from megatron_rapo.evaluation.hard_subset import HardSubset, hard_subset
+from megatron_rapo.evaluation.interval import Estimate
+from megatron_rapo.evaluation.ledger import Change, ledger
+from megatron_rapo.evaluation.manifest import ModelRecord, SettingRecord
+from megatron_rapo.evaluation.pass_at_k import pass_at_k
 from tests.unit.stored import store
 
 N = 64

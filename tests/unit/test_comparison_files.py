@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_rapo.evaluate import comparison_files, diagnosis
-from megatron_rapo.evaluate.compare import Comparison, compare
-from megatron_rapo.evaluate.compare_command import run_compare
-from megatron_rapo.evaluate.frontier import Crossover, Paired
-from megatron_rapo.evaluate.hard_subset import HardSubset
-from megatron_rapo.evaluate.interval import Estimate
-from megatron_rapo.evaluate.ledger import Change, Entry
+from megatron_rapo.evaluation import comparison_files, diagnosis
+from megatron_rapo.evaluation.compare import Comparison, compare
+from megatron_rapo.evaluation.compare_command import run_compare
+from megatron_rapo.evaluation.frontier import Crossover, Paired
+from megatron_rapo.evaluation.hard_subset import HardSubset
+from megatron_rapo.evaluation.interval import Estimate
+from megatron_rapo.evaluation.ledger import Change, Entry
 from tests.unit.stored import store
 
 

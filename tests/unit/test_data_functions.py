@@ -10,7 +10,7 @@ from megatron_rapo.config.data import FunctionData
 from megatron_rapo.data import functions
 from megatron_rapo.data.load import load_prompts, load_training_prompts
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.held_out import load_held_out
+from megatron_rapo.evaluation.held_out import load_held_out
 from tests.models import make_tokenizer
 
 TOKENIZER = make_tokenizer(vocab_size=200)

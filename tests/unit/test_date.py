@@ -13,11 +13,11 @@ import pytest
 from megatron_rapo.config import RunConfig, to_toml, validate
 from megatron_rapo.config.date import recorded_date, with_date
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate import standalone
-from megatron_rapo.evaluate.compare import compare
-from megatron_rapo.evaluate.manifest import Manifest, ModelRecord
-from megatron_rapo.evaluate.standalone import evaluate
-from megatron_rapo.evaluate.store import Evaluation
+from megatron_rapo.evaluation import standalone
+from megatron_rapo.evaluation.compare import compare
+from megatron_rapo.evaluation.manifest import Manifest, ModelRecord
+from megatron_rapo.evaluation.standalone import evaluate
+from megatron_rapo.evaluation.store import Evaluation
 
 MODEL = Path(__file__).parents[2] / "examples/models/tiny-countdown"
 

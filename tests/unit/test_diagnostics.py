@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate import diagnosis, diagnostics
-from megatron_rapo.evaluate.diagnostics import Diagnostics, Pair, diagnose
-from megatron_rapo.evaluate.diversity import Diversity, diversity
-from megatron_rapo.evaluate.manifest import ModelRecord, SettingRecord
-from megatron_rapo.evaluate.store import Problem, SampleStore, StoredSample
+from megatron_rapo.evaluation import diagnosis, diagnostics
+from megatron_rapo.evaluation.diagnostics import Diagnostics, Pair, diagnose
+from megatron_rapo.evaluation.diversity import Diversity, diversity
+from megatron_rapo.evaluation.manifest import ModelRecord, SettingRecord
+from megatron_rapo.evaluation.store import Problem, SampleStore, StoredSample
 from megatron_rapo.fingerprint import weights_fingerprint
 from tests.models import make_hf_model
 from tests.unit.stored import store

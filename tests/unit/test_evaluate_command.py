@@ -12,12 +12,12 @@ import pytest
 from megatron_rapo.config import RunConfig
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate import command
-from megatron_rapo.evaluate.command import Request, as_typed, run
-from megatron_rapo.evaluate.interval import Estimate
-from megatron_rapo.evaluate.results import Result, table
-from megatron_rapo.evaluate.statistics import Lengths, Statistics
-from megatron_rapo.evaluate.subject import recorded_configuration
+from megatron_rapo.evaluation import command
+from megatron_rapo.evaluation.command import Request, as_typed, run
+from megatron_rapo.evaluation.interval import Estimate
+from megatron_rapo.evaluation.results import Result, table
+from megatron_rapo.evaluation.statistics import Lengths, Statistics
+from megatron_rapo.evaluation.subject import recorded_configuration
 
 MODEL = Path(__file__).parents[2] / "examples/models/tiny-countdown"
 ALONE = {"model": MODEL, "data": ["x.jsonl"]}

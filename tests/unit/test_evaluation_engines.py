@@ -18,14 +18,14 @@ from megatron_rapo.data.prompts import LoadReport, Prompt
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate import evaluator as evaluator_module
-from megatron_rapo.evaluate import standalone
-from megatron_rapo.evaluate.evaluator import Evaluator
-from megatron_rapo.evaluate.held_out import HeldOut
-from megatron_rapo.evaluate.manifest import SettingRecord
-from megatron_rapo.evaluate.plan import Batch
-from megatron_rapo.evaluate.sampler import Sampler
-from megatron_rapo.evaluate.store import Evaluation
+from megatron_rapo.evaluation import evaluator as evaluator_module
+from megatron_rapo.evaluation import standalone
+from megatron_rapo.evaluation.evaluator import Evaluator
+from megatron_rapo.evaluation.held_out import HeldOut
+from megatron_rapo.evaluation.manifest import SettingRecord
+from megatron_rapo.evaluation.plan import Batch
+from megatron_rapo.evaluation.sampler import Sampler
+from megatron_rapo.evaluation.store import Evaluation
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import SharedEngines
 from megatron_rapo.model.architecture import read_architecture

@@ -14,8 +14,8 @@ import pytest
 
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.manifest import DataRecord, Manifest, ModelRecord, SettingRecord
-from megatron_rapo.evaluate.store import (
+from megatron_rapo.evaluation.manifest import DataRecord, Manifest, ModelRecord, SettingRecord
+from megatron_rapo.evaluation.store import (
     Evaluation,
     Problem,
     SampleStore,

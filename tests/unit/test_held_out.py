@@ -14,10 +14,10 @@ from megatron_rapo.data.load import load_training_prompts
 from megatron_rapo.data.order import PromptOrder
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.command import Request, run
-from megatron_rapo.evaluate.evaluator import Evaluator
-from megatron_rapo.evaluate.held_out import load_held_out, setting_records
-from megatron_rapo.evaluate.plan import plan
+from megatron_rapo.evaluation.command import Request, run
+from megatron_rapo.evaluation.evaluator import Evaluator
+from megatron_rapo.evaluation.held_out import load_held_out, setting_records
+from megatron_rapo.evaluation.plan import plan
 from tests.models import make_tokenizer
 
 TOKENIZER = make_tokenizer()

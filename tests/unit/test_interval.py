@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from megatron_rapo.evaluate.interval import (
+from megatron_rapo.evaluation.interval import (
     estimate,
     estimate_difference,
     estimate_differences,

@@ -13,7 +13,7 @@ from megatron_rapo.data.load import load_training_prompts
 from megatron_rapo.data.order import order_of
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.held_out import load_held_out
+from megatron_rapo.evaluation.held_out import load_held_out
 from megatron_rapo.record import identity
 from megatron_rapo.record.identity import prompts_fingerprint
 from megatron_rapo.reward.by_source import judge_by_source

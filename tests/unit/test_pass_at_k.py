@@ -9,7 +9,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from megatron_rapo.evaluate.pass_at_k import pass_at_k
+from megatron_rapo.evaluation.pass_at_k import pass_at_k
 
 
 def test_it_is_the_share_of_subsets_with_a_correct_sample() -> None:

@@ -107,7 +107,7 @@ def test_the_page_keeps_megatron_and_engines_apart() -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "from megatron_rapo.train import train",
+        "from megatron_rapo.loop import train",
         "import megatron_rapo.rollout.pool",
         "def late():\n    from megatron_rapo import job",
         "from megatron_rapo.weights.load import load_weights",  # of the same line

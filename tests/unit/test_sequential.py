@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.draws import tries
-from megatron_rapo.evaluate.interval import estimate
-from megatron_rapo.evaluate.pass_at_k import pass_at_k
-from megatron_rapo.evaluate.sequential import Stopping, sequential_pass_at_k
-from megatron_rapo.evaluate.statistics import COLUMNS, summarise_adaptive
+from megatron_rapo.evaluation.draws import tries
+from megatron_rapo.evaluation.interval import estimate
+from megatron_rapo.evaluation.pass_at_k import pass_at_k
+from megatron_rapo.evaluation.sequential import Stopping, sequential_pass_at_k
+from megatron_rapo.evaluation.statistics import COLUMNS, summarise_adaptive
 from tests.unit.stored import store
 
 

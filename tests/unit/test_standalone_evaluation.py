@@ -23,11 +23,11 @@ from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate import command, plan, progress, standalone
-from megatron_rapo.evaluate.command import Request, run
-from megatron_rapo.evaluate.manifest import ModelRecord
-from megatron_rapo.evaluate.pass_at_k import pass_at_k
-from megatron_rapo.evaluate.store import Evaluation
+from megatron_rapo.evaluation import command, plan, progress, standalone
+from megatron_rapo.evaluation.command import Request, run
+from megatron_rapo.evaluation.manifest import ModelRecord
+from megatron_rapo.evaluation.pass_at_k import pass_at_k
+from megatron_rapo.evaluation.store import Evaluation
 from megatron_rapo.rollout.requests import sample_seed
 from tests.stand_in import StandIn, stand_ins
 

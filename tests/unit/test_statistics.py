@@ -12,10 +12,10 @@ import pytest
 
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.evaluator import _as_metrics
-from megatron_rapo.evaluate.majority import majority_at_k
-from megatron_rapo.evaluate.results import Result, table
-from megatron_rapo.evaluate.statistics import COLUMNS, summarise
+from megatron_rapo.evaluation.evaluator import _as_metrics
+from megatron_rapo.evaluation.majority import majority_at_k
+from megatron_rapo.evaluation.results import Result, table
+from megatron_rapo.evaluation.statistics import COLUMNS, summarise
 from tests.unit.stored import store
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate import subject
-from megatron_rapo.evaluate.subject import default_name, open_model, recorded_configuration
+from megatron_rapo.evaluation import subject
+from megatron_rapo.evaluation.subject import default_name, open_model, recorded_configuration
 
 
 def checkpoint(run: Path, step: int) -> Path:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_rapo.config import ArithmeticData, CountdownData
 from megatron_rapo.data.tasks import arithmetic, countdown
 from megatron_rapo.data.tasks.problem import split_of
-from megatron_rapo.evaluate.pass_at_k import pass_at_k
+from megatron_rapo.evaluation.pass_at_k import pass_at_k
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "examples" / "models" / "tiny-countdown"

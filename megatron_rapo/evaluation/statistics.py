@@ -12,11 +12,11 @@ import pyarrow.compute
 
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.counts import COUNTED, Counts, codes, count
-from megatron_rapo.evaluate.draws import tries
-from megatron_rapo.evaluate.interval import Estimate, estimate
-from megatron_rapo.evaluate.majority import majority_at_k
-from megatron_rapo.evaluate.pass_at_k import pass_at_k
+from megatron_rapo.evaluation.counts import COUNTED, Counts, codes, count
+from megatron_rapo.evaluation.draws import tries
+from megatron_rapo.evaluation.interval import Estimate, estimate
+from megatron_rapo.evaluation.majority import majority_at_k
+from megatron_rapo.evaluation.pass_at_k import pass_at_k
 
 Values = npt.NDArray[np.float64]
 

@@ -10,12 +10,12 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from megatron_rapo.config import RunConfig
-from megatron_rapo.evaluate.held_out import HeldOut, load_held_out, setting_records
-from megatron_rapo.evaluate.manifest import Manifest, ModelRecord, SettingRecord, now
-from megatron_rapo.evaluate.plan import plan
-from megatron_rapo.evaluate.sampler import Sampler
-from megatron_rapo.evaluate.statistics import COLUMNS, Statistics, summarise
-from megatron_rapo.evaluate.store import SAMPLES, SampleStore, begin, remove
+from megatron_rapo.evaluation.held_out import HeldOut, load_held_out, setting_records
+from megatron_rapo.evaluation.manifest import Manifest, ModelRecord, SettingRecord, now
+from megatron_rapo.evaluation.plan import plan
+from megatron_rapo.evaluation.sampler import Sampler
+from megatron_rapo.evaluation.statistics import COLUMNS, Statistics, summarise
+from megatron_rapo.evaluation.store import SAMPLES, SampleStore, begin, remove
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.observe.versions import software_versions
 from megatron_rapo.reward.golds import gold_judge

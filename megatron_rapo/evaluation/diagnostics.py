@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from megatron_rapo.data.tokenizer import load_tokenizer, vocabulary_size
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.manifest import SettingRecord
-from megatron_rapo.evaluate.store import SampleStore
+from megatron_rapo.evaluation.manifest import SettingRecord
+from megatron_rapo.evaluation.store import SampleStore
 
 FLOOR = math.log(1e-4)  # nats: a token of less is hardly ever drawn in ten thousand
 CHUNK = 256  # positions whose logits exist at a time

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.diagnostics import FLOOR, Diagnostics, Pair, diagnose
-from megatron_rapo.evaluate.diversity import DRAWN, Diversity, diversity
-from megatron_rapo.evaluate.store import Evaluation
-from megatron_rapo.evaluate.subject import open_model
+from megatron_rapo.evaluation.diagnostics import FLOOR, Diagnostics, Pair, diagnose
+from megatron_rapo.evaluation.diversity import DRAWN, Diversity, diversity
+from megatron_rapo.evaluation.store import Evaluation
+from megatron_rapo.evaluation.subject import open_model
 
 
 def run(base: Evaluation, model: Evaluation, *, limit: int, directory: Path) -> str:

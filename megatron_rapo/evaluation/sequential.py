@@ -15,7 +15,7 @@ from collections import defaultdict
 import numpy as np
 import numpy.typing as npt
 
-from megatron_rapo.evaluate.pass_at_k import pass_at_k
+from megatron_rapo.evaluation.pass_at_k import pass_at_k
 
 Integers = npt.NDArray[np.integer]
 

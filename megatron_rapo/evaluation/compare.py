@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.control import check_control, choose
-from megatron_rapo.evaluate.draws import stored_tries
-from megatron_rapo.evaluate.frontier import Crossover, Paired, crossover, curve, grid, paired
-from megatron_rapo.evaluate.hard_subset import HardSubset, hard_subset
-from megatron_rapo.evaluate.interval import Estimate
-from megatron_rapo.evaluate.ledger import Entry, ledger
-from megatron_rapo.evaluate.store import Evaluation
+from megatron_rapo.evaluation.control import check_control, choose
+from megatron_rapo.evaluation.draws import stored_tries
+from megatron_rapo.evaluation.frontier import Crossover, Paired, crossover, curve, grid, paired
+from megatron_rapo.evaluation.hard_subset import HardSubset, hard_subset
+from megatron_rapo.evaluation.interval import Estimate
+from megatron_rapo.evaluation.ledger import Entry, ledger
+from megatron_rapo.evaluation.store import Evaluation
 
 
 @dataclass(frozen=True)

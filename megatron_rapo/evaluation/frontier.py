@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from megatron_rapo.evaluate.draws import Draws
-from megatron_rapo.evaluate.interval import Estimate, estimate_differences, estimates
+from megatron_rapo.evaluation.draws import Draws
+from megatron_rapo.evaluation.interval import Estimate, estimate_differences, estimates
 
 Floats = npt.NDArray[np.float64]
 Standing = Literal["ahead", "behind", "not told apart"]

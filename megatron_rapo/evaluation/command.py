@@ -14,10 +14,10 @@ from megatron_rapo.config import RunConfig, load_config
 from megatron_rapo.config.data import ArithmeticData, CountdownData, FileData
 from megatron_rapo.config.write import toml_value
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.frontier import powers_of_two
-from megatron_rapo.evaluate.results import compute, examples_of_failed_extraction, table, write
-from megatron_rapo.evaluate.standalone import evaluate
-from megatron_rapo.evaluate.subject import default_name, open_model, recorded_configuration
+from megatron_rapo.evaluation.frontier import powers_of_two
+from megatron_rapo.evaluation.results import compute, examples_of_failed_extraction, table, write
+from megatron_rapo.evaluation.standalone import evaluate
+from megatron_rapo.evaluation.subject import default_name, open_model, recorded_configuration
 from megatron_rapo.folder import own_folder
 
 GENERATED = ("countdown", "arithmetic")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 from megatron_rapo.episode.outcome import Outcome
-from megatron_rapo.evaluate.store import StoredSample
+from megatron_rapo.evaluation.store import StoredSample
 
 EVERY_S = 10.0
 

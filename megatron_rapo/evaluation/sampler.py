@@ -12,9 +12,9 @@ from megatron_rapo.environments.runner import Rollout, Runner
 from megatron_rapo.environments.running import Judge
 from megatron_rapo.episode.episode import ScoredEpisode
 from megatron_rapo.episode.group import Group
-from megatron_rapo.evaluate.manifest import SettingRecord
-from megatron_rapo.evaluate.plan import Batch
-from megatron_rapo.evaluate.store import SampleStore, StoredSample
+from megatron_rapo.evaluation.manifest import SettingRecord
+from megatron_rapo.evaluation.plan import Batch
+from megatron_rapo.evaluation.store import SampleStore, StoredSample
 from megatron_rapo.rollout.dispatch import TooFewEngines
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.requests import Sampling, sample_seed

@@ -24,8 +24,8 @@ import pyarrow.parquet
 
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.counts import COUNTED, Counts, count
-from megatron_rapo.evaluate.manifest import FILE, Manifest
+from megatron_rapo.evaluation.counts import COUNTED, Counts, count
+from megatron_rapo.evaluation.manifest import FILE, Manifest
 
 _LABEL = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
 SAMPLES = pyarrow.schema(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_rapo.convert.to_hf import convert_to_hf
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.manifest import ModelRecord
+from megatron_rapo.evaluation.manifest import ModelRecord
 from megatron_rapo.fingerprint import weights_fingerprint
 from megatron_rapo.weights.megatron_files import find_checkpoint, is_checkpoint
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_rapo.evaluate import comparison_files
-from megatron_rapo.evaluate.compare import Comparison, compare
-from megatron_rapo.evaluate.frontier import powers_of_two
-from megatron_rapo.evaluate.manifest import FILE, Manifest
-from megatron_rapo.evaluate.store import Evaluation
+from megatron_rapo.evaluation import comparison_files
+from megatron_rapo.evaluation.compare import Comparison, compare
+from megatron_rapo.evaluation.frontier import powers_of_two
+from megatron_rapo.evaluation.manifest import FILE, Manifest
+from megatron_rapo.evaluation.store import Evaluation
 from megatron_rapo.folder import own_folder
 
 
@@ -61,7 +61,7 @@ def _write(
         print(f"{comparison_files.describe(comparison)}\n")
     files = ["comparison.json", "frontier.csv", "ledger.csv"]
     if diagnosed is not None:
-        from megatron_rapo.evaluate import diagnosis  # torch and transformers take seconds
+        from megatron_rapo.evaluation import diagnosis  # torch and transformers take seconds
 
         print(diagnosis.run(first, second, limit=diagnosed, directory=out), end="\n\n")
         files.append("diagnostics.json")

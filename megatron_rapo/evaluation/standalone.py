@@ -14,13 +14,13 @@ from megatron_rapo.environments.runner import Runner
 from megatron_rapo.environments.running import EpisodeRunner, Judge
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.held_out import HeldOut, load_held_out, setting_records
-from megatron_rapo.evaluate.manifest import FILE, Manifest, ModelRecord, SettingRecord, now
-from megatron_rapo.evaluate.plan import Batch, plan
-from megatron_rapo.evaluate.progress import SampleProgress
-from megatron_rapo.evaluate.sampler import Sampler
-from megatron_rapo.evaluate.sequential import Stopping
-from megatron_rapo.evaluate.store import Evaluation, StoredSample, begin
+from megatron_rapo.evaluation.held_out import HeldOut, load_held_out, setting_records
+from megatron_rapo.evaluation.manifest import FILE, Manifest, ModelRecord, SettingRecord, now
+from megatron_rapo.evaluation.plan import Batch, plan
+from megatron_rapo.evaluation.progress import SampleProgress
+from megatron_rapo.evaluation.sampler import Sampler
+from megatron_rapo.evaluation.sequential import Stopping
+from megatron_rapo.evaluation.store import Evaluation, StoredSample, begin
 from megatron_rapo.experience.engines import open_own_engines
 from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.observe.versions import software_versions

@@ -11,10 +11,10 @@ import pyarrow
 
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.counts import codes
-from megatron_rapo.evaluate.pass_at_k import pass_at_k
-from megatron_rapo.evaluate.sequential import sequential_pass_at_k
-from megatron_rapo.evaluate.store import Evaluation
+from megatron_rapo.evaluation.counts import codes
+from megatron_rapo.evaluation.pass_at_k import pass_at_k
+from megatron_rapo.evaluation.sequential import sequential_pass_at_k
+from megatron_rapo.evaluation.store import Evaluation
 
 Integers = npt.NDArray[np.integer]
 Floats = npt.NDArray[np.float64]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_rapo.episode.outcome import Outcome
-from megatron_rapo.evaluate.pass_at_k import pass_at_k
-from megatron_rapo.evaluate.store import SampleStore
+from megatron_rapo.evaluation.pass_at_k import pass_at_k
+from megatron_rapo.evaluation.store import SampleStore
 
 DRAWN = 4  # correct responses that different ones are counted among
 

@@ -13,8 +13,8 @@ from megatron_rapo.config.verifiers import RewardPlan
 from megatron_rapo.data.load import Judge, load_prompts
 from megatron_rapo.data.prompts import LoadReport, Prompt
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.manifest import DataRecord, SettingRecord
-from megatron_rapo.evaluate.store import Problem
+from megatron_rapo.evaluation.manifest import DataRecord, SettingRecord
+from megatron_rapo.evaluation.store import Problem
 from megatron_rapo.fingerprint import fingerprint, in_json
 
 GENERATED_PROBLEMS = 64  # of a generated task, where the configuration does not say how many

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_rapo.evaluate.control import Choice
-from megatron_rapo.evaluate.frontier import Paired, curve, paired
-from megatron_rapo.evaluate.interval import Estimate
+from megatron_rapo.evaluation.control import Choice
+from megatron_rapo.evaluation.frontier import Paired, curve, paired
+from megatron_rapo.evaluation.interval import Estimate
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_rapo.evaluate.compare import Comparison
-from megatron_rapo.evaluate.frontier import Crossover
-from megatron_rapo.evaluate.interval import Estimate
-from megatron_rapo.evaluate.ledger import Change
+from megatron_rapo.evaluation.compare import Comparison
+from megatron_rapo.evaluation.frontier import Crossover
+from megatron_rapo.evaluation.interval import Estimate
+from megatron_rapo.evaluation.ledger import Change
 
 
 def write(comparisons: Sequence[Comparison], directory: Path) -> None:

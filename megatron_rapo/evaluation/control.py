@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluate.draws import Draws, Tries, stored_tries
-from megatron_rapo.evaluate.store import Evaluation
+from megatron_rapo.evaluation.draws import Draws, Tries, stored_tries
+from megatron_rapo.evaluation.store import Evaluation
 
 SECOND_HALF = "the second half of the base's samples"
 

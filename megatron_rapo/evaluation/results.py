@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_rapo.episode.outcome import Outcome
-from megatron_rapo.evaluate.interval import Estimate
-from megatron_rapo.evaluate.statistics import COLUMNS, Statistics, summarise, summarise_adaptive
-from megatron_rapo.evaluate.store import Evaluation
+from megatron_rapo.evaluation.interval import Estimate
+from megatron_rapo.evaluation.statistics import COLUMNS, Statistics, summarise, summarise_adaptive
+from megatron_rapo.evaluation.store import Evaluation
 
 EXAMPLES = 3  # of failed extractions that are shown
 EXCERPT = 200  # characters of each, from its end

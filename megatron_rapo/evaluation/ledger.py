@@ -10,8 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from megatron_rapo.evaluate.draws import Draws
-from megatron_rapo.evaluate.exact_test import Budget, p_values
+from megatron_rapo.evaluation.draws import Draws
+from megatron_rapo.evaluation.exact_test import Budget, p_values
 
 FALSE_DISCOVERIES = 0.05  # share of false ones that is put up with among significant entries
 
