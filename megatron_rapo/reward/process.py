@@ -5,25 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
-import os
 import signal
-import subprocess
-import sys
 import time
-from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
-
-import psutil
 
 from megatron_rapo.config.reward import TAKEN
 from megatron_rapo.config.verifiers import RewardPlan
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
+from megatron_rapo.processes.interpreter import REAP_LIMIT_S, end_process, start_interpreter
 from megatron_rapo.reward.worker import FAILED, LAST, READY, REFUSED, STARTUP_LIMIT_S
-
-_REAP_LIMIT_S = 30.0  # seconds for the kernel to end a process after SIGKILL
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +23,7 @@ logger = logging.getLogger(__name__)
 class VerifierProcess:
     """A process that is starting, idle, or verifying exactly one item.
 
-    It is an interpreter of its own (not a fork, nor multiprocessing's spawn): safe beside the trainer's
-    threads and CUDA context, startable from daemonic processes, and it does not import the trainer's main
-    module. It ends when this object's end of the connection is closed, be it by the trainer's death.
+    It ends when this object's end of the connection is closed, be it by the trainer's death.
 
     Attributes:
         connection: readable when `collect` has something to say.
@@ -47,20 +37,9 @@ class VerifierProcess:
         self._verifying = False
         self.connection, theirs = multiprocessing.Pipe()
         with theirs:
-            command = [sys.executable, "-P", "-m", "megatron_rapo.reward.worker"]
-            arguments = [str(theirs.fileno()), _in_json(plan), str(time_limit_s), str(memory_limit_gib)]
-            self._process = subprocess.Popen(
-                [*command, *arguments],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                # The same modules as here, those of the user's folders later (`user_code.load`), as they
-                # must not stand in for Python's own; and the same hash seed in every process and run,
-                # since the order of sets can decide what SymPy tries first.
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(p for p in sys.path if p and Path(p) not in plan.code),
-                    "PYTHONHASHSEED": "0",
-                },
+            arguments = [_in_json(plan), str(time_limit_s), str(memory_limit_gib)]
+            self._process = start_interpreter(
+                "megatron_rapo.reward.worker", arguments, theirs.fileno(), code=plan.code
             )
         self.deadline = time.monotonic() + STARTUP_LIMIT_S
 
@@ -127,18 +106,10 @@ class VerifierProcess:
     def kill(self) -> None:
         """Ends the process, and what it started, at once, and waits until it is gone."""
         self.connection.close()
-        started = []
-        if self._process.poll() is None:  # later its number may be another's
-            with suppress(psutil.Error):
-                started = psutil.Process(self._process.pid).children(recursive=True)
-        self._process.kill()
-        for child in started:
-            with suppress(psutil.Error):
-                child.kill()
-        self._process.wait(_REAP_LIMIT_S)
+        end_process(self._process)
 
     def _collect_death(self) -> Verification:
-        status = self._process.wait(_REAP_LIMIT_S)
+        status = self._process.wait(REAP_LIMIT_S)
         self.connection.close()
         if not self._ready:
             raise self._cannot_start(f"its process ended with status {status}")

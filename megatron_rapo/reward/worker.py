@@ -10,15 +10,13 @@ from outliving or starving the trainer.
 from __future__ import annotations
 
 import json
-import os
-import resource
-import signal
 import sys
 from multiprocessing.connection import Connection
 
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
+from megatron_rapo.processes.limits import die_in, protect_parent
 from megatron_rapo.reward.functions import Functions
 
 READY = "ready"
@@ -36,15 +34,15 @@ _ORPHAN_GRACE_S = 2.0  # the trainer kills at the limit; past this much more the
 def main(arguments: list[str]) -> None:
     """Serves one trainer until it closes the connection or dies."""
     descriptor, plan, time_limit_s, memory_limit_gib = arguments
-    _protect_the_trainer(int(float(memory_limit_gib) * 2**30))
+    protect_parent(int(float(memory_limit_gib) * 2**30))
     try:
         with Connection(int(descriptor)) as connection:
-            _die_in(STARTUP_LIMIT_S)
+            die_in(STARTUP_LIMIT_S)
             functions = _start(connection, plan)
             while functions is not None:
-                _die_in(0)
+                die_in(0)
                 response, problem = connection.recv()
-                _die_in(float(time_limit_s) + _ORPHAN_GRACE_S)
+                die_in(float(time_limit_s) + _ORPHAN_GRACE_S)
                 try:
                     connection.send(_verify(functions, response, problem))
                 except MemoryError:  # a process that ran out of memory once is not used again
@@ -53,21 +51,6 @@ def main(arguments: list[str]) -> None:
                     return
     except (EOFError, ConnectionError):
         pass  # the trainer is done, or dead: so is this process
-
-
-def _protect_the_trainer(memory_limit: int) -> None:
-    os.dup2(2, 1)  # what functions print is for people; standard output may be for programs
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then ends this process
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _, ceiling = resource.getrlimit(resource.RLIMIT_AS)
-    limit = memory_limit if ceiling == resource.RLIM_INFINITY else min(memory_limit, ceiling)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, ceiling))
-
-
-def _die_in(seconds: float) -> None:
-    """The kernel ends this process after so many seconds, whatever it is doing; 0: never."""
-    signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _start(connection: Connection, plan: str) -> Functions | None:
