@@ -36,6 +36,7 @@ _IN_ORDER = ("()", "[]", "[)", "(]")
 _TURNED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 _NAME = re.compile(
     r"(?:\\[A-Za-z]+|[A-Za-z])(?:\s*_\s*(?:\{[^{}]*\}|\w))?'*(?:\s*\([A-Za-z](?:\s*,\s*[A-Za-z])*\))?"
+    r"|[A-Z](?:\s*\\(?:cup|cap|setminus)\s*[A-Z])+"
     r"|\\text\{[^{}]*\}"
 )
 _CONSTANTS = ("\\pi", "e", "i", "\\infty")

@@ -2,8 +2,9 @@ r"""Which part of a response is its final answer.
 
 1. The last `\boxed{…}` or `\fbox{…}`. Boxes with nothing but `,`, `and` or `or` (and a name's `x =`) between
    them are one list. A last box that is empty, or not closed, is no answer, and no earlier one stands in.
-2. What follows the last "answer is", "answer:" or "answer =". "The answer is not 5." gives none. After a box
-   only "final answer …" before mathematics counts.
+2. What follows the last "answer is", "answer:" or "answer =": the sentence's mathematics, or what is emphasised
+   (`**Evelyn Brown** (of 3)`), or its number, or its words. "The answer is not 5." gives none. After a box only
+   "final answer …" before mathematics counts.
 3. The last expression in `$…$`, `\(…\)`, `\[…\]`, or the last number outside of them.
 """
 
@@ -25,13 +26,14 @@ _VERB = (
     r"|cannot\s+be|\w+n['’]t(?:\s+be)?)"
 )
 _PHRASE = re.compile(
-    rf"\b(?:final\s+)?answers?\b[^\n.:=$\\]{{0,60}}?(?:\s+{_VERB}(?!\w)|\s*[:=])[\s:*]*", re.IGNORECASE
+    rf"\b(?:final\s+)?answers?\b[^\n.:=$\\]{{0,60}}?(?:\s+{_VERB}(?!\w)|\s*[:=])(?:[\s:]|[*_]+(?=[\s:]))*",
+    re.IGNORECASE,
 )
 _NEGATED = re.compile(r"\b(?:not|never|no\s+longer|neither|cannot)\b|n['’]t\b", re.IGNORECASE)
 _INSTEAD = re.compile(r"\b(?:but(?:\s+rather)?|rather|it\s+is|it's|instead)\b\s*", re.IGNORECASE)
 _FILLER = re.compile(
-    r"\s*(?:therefore|thus|then|hence|simply|just|indeed|now|actually|clearly|equal\s+to|given\s+by|the\s+number|found\s+to\s+be)"
-    r"\b[,:]?\s*",
+    r"\s*[*_]*(?:therefore|thus|then|hence|simply|just|indeed|now|actually|clearly|equal\s+to|given\s+by|the\s+number|found\s+to\s+be)"
+    r"\b[*_]*[,:]?\s*",
     re.IGNORECASE,
 )
 _MATH = re.compile(
@@ -44,7 +46,10 @@ _LAST_NUMBER = re.compile(
     rf"(?<![\w.\\])[-−–]?\s?[$€£]?(?:(?:\d+\s)?\d+\s?/\s?\d+|{_NUMBER})(?:\s?(?:%|percent))?(?![A-Za-z0-9_])"
 )
 _STOP = re.compile(r"[.!?;](?=\s|\*|$)|\n|[.,]\s*[Ii] hope")
-_BOLD = re.compile(r"\s*\*\*\s*(.+?)\s*\*\*", re.DOTALL)
+_EMPHASIS = re.compile(r"(\*{1,3}|_{1,3})(?=\S)([^\n]+?)(?<=\S)\1(?![\w*])")
+_END_OF_EMPHASIS = re.compile(r"([^*\n]*[^*\s])\*{2,3}(?![\w*])")
+_GOES_ON = re.compile(r"\s*(?:,?\s*(?:and|or)\b|[,;]\s*(?=[-*_$\d\\(])|[=<>≤≥≈≠/+^×·]|\\(?!%))")
+_PERCENT = re.compile(r"\s*(?:\\?%|percent)")
 _ENGLISH = re.compile(
     r"(?<![\\A-Za-z])(?!(?:and|or|pi|sqrt|sin|cos|tan|log|ln|exp|mod|percent|max|min)(?![A-Za-z]))[A-Za-z]{2,}"
 )
@@ -62,7 +67,7 @@ def final_text(response: str) -> str | None:
         if boxes and "final" not in phrase[0].lower():
             continue
         found = _after(response, phrase)
-        if boxes and (found is None or not re.search(r"[\d$\\]", response[phrase.end() : phrase.end() + 3])):
+        if boxes and (found is None or not re.search(r"[\d$\\]", response[phrase.end() :].lstrip("*_ ")[:3])):
             continue
         return found
     if boxes:
@@ -132,20 +137,32 @@ def _without_boxes(content: str) -> str:
 def _after(response: str, phrase: re.Match[str]) -> str | None:
     """What a phrase announces."""
     rest = response[phrase.end() :]
-    if _NEGATED.search(phrase[0]) or _NEGATED.match(rest) or re.match(r"\w+ly\s+not\b", rest):
+    bare = rest.lstrip("*_ ")
+    if _NEGATED.search(phrase[0]) or _NEGATED.match(bare) or re.match(r"\w+ly\s+not\b", bare):
         instead = _INSTEAD.search(_first_sentence(rest))
         if instead is None:
             return None
         rest = rest[instead.end() :]
     while filler := _FILLER.match(rest):
         rest = rest[filler.end() :]
-    if (listed := _listed(rest.lstrip("* "), 0)) is not None:
+    if (listed := _listed(rest.lstrip("*_ "), 0)) is not None:
         return listed
-    bold = _BOLD.match(rest)
-    text = bold[1] if bold else _first_sentence(rest)
+    text = _emphasised(rest) or _first_sentence(rest.lstrip("*_ "))
     if (math := _MATH.search(text)) is not None:
         return _listed(text, math.start())
     return _plain(text)
+
+
+def _emphasised(rest: str) -> str | None:
+    """What stands in emphasis (`**Evelyn**`), or up to the end of one that began before; None without.
+
+    None as well where the emphasis ends within an expression or a list.
+    """
+    emphasis = _EMPHASIS.match(rest) or _END_OF_EMPHASIS.match(_first_sentence(rest))
+    if emphasis is None or _GOES_ON.match(rest, emphasis.end()):
+        return None
+    content = _first_sentence(emphasis[emphasis.lastindex or 0])
+    return content + ("\\%" if _PERCENT.match(rest, emphasis.end()) else "")
 
 
 def _first_sentence(text: str) -> str:
@@ -177,7 +194,7 @@ def _listed(text: str, start: int) -> str | None:
         place = joint.end()
     if not found:
         return None
-    percent = re.match(r"\s*(?:\\?%|percent)", text[math.end() :]) if math is not None else None
+    percent = _PERCENT.match(text, math.end()) if math is not None else None
     return " , ".join(found) + ("\\%" if percent else "")
 
 

@@ -200,9 +200,15 @@ def _union(text: str) -> Group | None:
     for operator in ("\\setminus", "\\cup"):
         if operator in text:
             parts, _ = _split(text, (operator,))
-            if len(parts) > 1:
+            if len(parts) > 1 and not _equates(text, parts):
                 return Group(operator, tuple(_read(part) for part in parts), text)
     return None
+
+
+def _equates(text: str, parts: Sequence[str]) -> bool:
+    r"""Whether `=` binds what `\cup` joins, as in `|A \cup B| = 5`; in `x = 1 \cup x = 2` it does not."""
+    operators = set(_split(text, _OPERATORS)[1])
+    return operators == {"="} and not all("=" in part for part in parts)
 
 
 def _relation(text: str) -> Answer | None:
