@@ -2,8 +2,8 @@ r"""Which part of a response is its final answer.
 
 1. The last `\boxed{…}` or `\fbox{…}`. Boxes with nothing but `,`, `and` or `or` (and a name's `x =`) between
    them are one list. A last box that is empty, or not closed, is no answer, and no earlier one stands in.
-2. What follows the last "answer is", "answer:" or "answer =": the sentence's mathematics, or what is emphasised
-   (`**Evelyn Brown** (of 3)`), or its number, or its words. "The answer is not 5." gives none. After a box only
+2. What follows the last "answer is", "answer:" or "answer =": the sentence's mathematics, what is emphasised
+   (`**Evelyn Brown** (of 3)`), its number, or its words. "The answer is not 5." gives none. After a box only
    "final answer …" before mathematics counts.
 3. The last expression in `$…$`, `\(…\)`, `\[…\]`, or the last number outside of them.
 """
