@@ -15,8 +15,8 @@ from megatron_rapo.observe.step_lines import StepLines
 
 NON_FINITE = "log/non_finite"
 
-# reward/mean, time/rollout_s, evaluate/pass@16
-_NAME = re.compile(r"[a-z0-9_]+(/[a-z0-9_@.]+)+")
+# reward/mean, evaluate/pass@16; behind the group data sets and users' own numbers have names of their own
+_NAME = re.compile(r"[a-z0-9_]+(/[^/]+)+")
 
 
 class MetricsLog:
@@ -74,7 +74,9 @@ class MetricsLog:
 
 def _number(name: str, value: object) -> int | float:
     if not _NAME.fullmatch(name) or name == NON_FINITE:
-        raise ValueError(f"metric name {name!r} is not like reward/mean, in lower case; rename it")
+        raise ValueError(
+            f"metric name {name!r} is not like reward/mean: a group in lower case, then names; rename it"
+        )
     if not isinstance(value, Real):
         raise TypeError(f"metric {name} is a {type(value).__name__}, not a number; log .item() of tensors")
     return int(value) if isinstance(value, int) else float(value)

@@ -87,6 +87,16 @@ def test_a_name_outside_the_namespaces_is_refused(tmp_path: Path, name: str) -> 
         log.write(1, {name: 1.0})
 
 
+@pytest.mark.parametrize(
+    "name", ["reward/Exact-Match", "evaluate/MATH-500/t0.6-p0.95/pass@1_low", "evaluate/my set/t1/unknown"]
+)
+def test_names_of_the_users_own_are_logged_as_they_are(tmp_path: Path, name: str) -> None:
+    """Of a fact, of a data set's file, and of a sampling setting."""
+    with MetricsLog(configuration(tmp_path)) as log:
+        log.write(1, {name: 0.5})
+    assert lines(tmp_path)[0][name] == 0.5
+
+
 @pytest.mark.parametrize("value", ["0.5", None, torch.tensor(0.5), 1j])
 def test_a_value_that_is_no_number_is_refused(tmp_path: Path, value: Any) -> None:
     with MetricsLog(configuration(tmp_path)) as log, pytest.raises(TypeError, match="reward/mean is a "):
