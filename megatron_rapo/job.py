@@ -37,6 +37,7 @@ from megatron_rapo.launch.stop import requests
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.methods.method import Method
 from megatron_rapo.methods.state import restore_state, saved_state
+from megatron_rapo.methods.told import told_by
 from megatron_rapo.model.architecture import Architecture, read_architecture
 from megatron_rapo.observe.heartbeat import where_is
 from megatron_rapo.observe.observer import Observer
@@ -152,6 +153,7 @@ class Job:
         """Evaluates, saves and logs, each when due."""
         metrics = {
             **metrics,
+            **told_by(self.method),
             **self._evaluate_if_due(state.step),
             **self.collector.engines.metrics(),
             "memory/peak_gib": self.placement.largest(peak_memory()) / 2**30,

@@ -9,6 +9,7 @@ from typing import Any, Self
 from pydantic import Field, JsonValue, model_validator
 
 from megatron_rapo.config.verifiers import REWARDS, VERIFIERS, RewardPart, VerifierName
+from megatron_rapo.episode.facts import NAME
 from megatron_rapo.section import Fraction, PositiveFloat, PositiveInt, Seconds, Section
 from megatron_rapo.user_code import malformed
 
@@ -17,7 +18,6 @@ TAKEN = (
     *("mean", "correct", "wrong", "timeout", "crash", "unknown"),
     *("groups_all_fail", "groups_without_variance"),
 )
-_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
 class RewardFunction(Section):
@@ -46,7 +46,7 @@ class RewardFunction(Section):
     def _check(self) -> RewardFunction:
         if self.use not in VERIFIERS | REWARDS and (wrong := malformed(self.use)):
             raise ValueError(f'use = "{self.use}" {wrong}, or one of {", ".join(VERIFIERS | REWARDS)}')
-        if not _NAME.fullmatch(self.metric) or self.metric in TAKEN:
+        if not NAME.fullmatch(self.metric) or self.metric in TAKEN:
             raise ValueError(
                 f'name = "{self.metric}" would be logged as reward/{self.metric}, which '
                 f"{'has another meaning' if self.metric in TAKEN else 'is no name of a metric'}; give another"

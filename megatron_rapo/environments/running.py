@@ -15,11 +15,11 @@ from megatron_rapo.environments.generating import EnvironmentFault, Generating
 from megatron_rapo.environments.own_time import OwnTime
 from megatron_rapo.episode.environment import Environment
 from megatron_rapo.episode.episode import Episode, ScoredEpisode
+from megatron_rapo.episode.facts import checked_facts, finite_number, shown
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.episode.score import Score
 from megatron_rapo.errors import RapoError
-from megatron_rapo.reward.facts import checked_facts, finite_number, shown
 from megatron_rapo.rollout.requests import Sampling, name_of
 from megatron_rapo.user_code import own_traceback
 
@@ -99,14 +99,14 @@ class EpisodeRunner:
         """
         if isinstance(found, Verification):
             return ScoredEpisode(Episode((), ""), found)
-        found = replace(found, facts=checked_facts(found.facts, self._told(problem), (), "environment"))
+        found = replace(found, facts=checked_facts(found.facts, self._told(problem), group="environment"))
         if found.score is None:
             return ScoredEpisode(found, await judge(found.answer, problem))
         return ScoredEpisode(found, self._verification(found.score, problem))
 
     def _verification(self, score: Score, problem: Problem) -> Verification:
         told = self._told(problem)
-        facts = checked_facts(score.facts, told, TAKEN)
+        facts = checked_facts(score.facts, told, group="reward", taken=TAKEN)
         if score.value is None:
             return Verification(Outcome.CRASH, score.answer, "the environment gave no reward", facts=facts)
         if (value := finite_number(score.value)) is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class Method:
     - `aggregate` makes the weights of tokens, of each minibatch's responses that are in the loss;
     - `weigh` may change them, token by token, once old log-probs and entropies are known;
     - `terms` is the loss: Σ coefficient · term, token by token;
+    - `metrics` tells numbers of the step;
     - `state` and `restore` carry over checkpoints what the object learnt of the run.
 
     Attributes:
@@ -124,6 +125,14 @@ class Method:
         may not.
         """
         raise NotImplementedError(f"{type(self).__name__} has no terms")
+
+    def metrics(self) -> Mapping[str, float]:
+        """Numbers of the step by name, which are logged as `method/<name>`.
+
+        It is asked for after each step's updates; what it tells of groups it keeps when it sees them
+        (`advantages`). Here: nothing.
+        """
+        return {}
 
     def state(self) -> Any:
         """What it learnt of the run, as JSON: numbers, texts, lists, and dictionaries with text keys.

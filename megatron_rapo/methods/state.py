@@ -19,17 +19,17 @@ def saved_state(method: Method) -> Any:
     try:
         state = method.state()
     except Exception as error:  # of the user's own code
-        raise RapoError(f"state of {_named(method)} fails; mend it:\n{own_traceback(error)}") from error
+        raise RapoError(f"state of {named(method)} fails; mend it:\n{own_traceback(error)}") from error
     try:
         kept = json.loads(json.dumps(state, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise RapoError(
-            f"state of {_named(method)} cannot be saved with a checkpoint: {error}; return numbers, texts, "
+            f"state of {named(method)} cannot be saved with a checkpoint: {error}; return numbers, texts, "
             "lists and dictionaries"
         ) from error
     if kept != state:
         raise RapoError(
-            f"state of {_named(method)} would not come back from a checkpoint as it was: {state!r:.200} as "
+            f"state of {named(method)} would not come back from a checkpoint as it was: {state!r:.200} as "
             f"{kept!r:.200}; return dictionaries with text keys, and lists in place of tuples"
         )
     return kept
@@ -45,10 +45,11 @@ def restore_state(method: Method, state: Any) -> None:
         method.restore(state)
     except Exception as error:  # of the user's own code
         raise RapoError(
-            f"restore of {_named(method)} does not take the state {state!r:.200} that was saved; mend it:\n"
+            f"restore of {named(method)} does not take the state {state!r:.200} that was saved; mend it:\n"
             f"{own_traceback(error)}"
         ) from error
 
 
-def _named(method: Method) -> str:
+def named(method: Method) -> str:
+    """A method by name and place, for errors."""
     return f'method "{method.options.method}" ({place_of(type(method))})'

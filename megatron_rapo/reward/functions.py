@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_rapo.episode.facts import checked_facts, finite_number, shown
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.episode.score import Score
 from megatron_rapo.errors import RapoError
-from megatron_rapo.reward.facts import checked_facts, finite_number, shown
 from megatron_rapo.user_code import check_callable, load, own_traceback, place_of
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class Functions:
             raise RapoError(f"{function.told} returned {shown(score)}; answer must be text or None")
         return Score(
             number,
-            checked_facts(score.facts, function.told, self._taken),
+            checked_facts(score.facts, function.told, group="reward", taken=self._taken),
             score.answer,
         )
 

@@ -32,6 +32,7 @@ def test_a_method_of_ones_own_trains_and_goes_on_bit_for_bit(tmp_path: Path) -> 
     for step in (1, 2):
         baseline = 0.5 * baseline + 0.5 * lines[step]["reward/mean"]
         assert saved(step)["method"] == ADDRESS
+        assert lines[step]["method/baseline"] == pytest.approx(baseline)
         assert saved(step)["method_state"] == {"baseline": pytest.approx(baseline)}
     assert baseline > 0.0, "no reward was earned, so the state says nothing"
 

@@ -24,6 +24,7 @@ from megatron_rapo.loss.objective import HeadStates, Objective
 from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.methods.state import restore_state, saved_state
 from megatron_rapo.methods.terms.term import Need
+from megatron_rapo.methods.told import told_by
 from megatron_rapo.policy.batch import make_samples
 from megatron_rapo.preflight import check_method
 from tests.own_method import ADDRESS, write_method
@@ -215,6 +216,37 @@ def test_its_state_goes_on_where_it_was_saved(tmp_path: Path) -> None:
     method = config.new_method()
     restore_state(method, state)
     assert step() == third
+
+
+def test_it_tells_numbers_of_the_step(tmp_path: Path) -> None:
+    """Those that its state has then; a method without the hook tells none."""
+    method = configured(tmp_path).new_method()
+    make_samples(GROUPS, method, VOCABULARY, 2)
+    assert told_by(method) == {"method/baseline": pytest.approx(0.1 * 4 / 7)}
+    sys.modules.pop("my_method")
+    silent = configured(tmp_path / "silent", ("def metrics", "def my_metrics")).new_method()
+    assert told_by(silent) == {}
+
+
+@pytest.mark.parametrize(
+    ("returned", "told"),
+    [
+        ("None", r"returned the metrics None \(NoneType\); give a dict of numbers by name"),
+        ('{"a b": 1.0}', r"by the name 'a b', which cannot be logged as method/a b; give it another name"),
+        (
+            '{"x": float("nan")}',
+            r"returned the metric 'x' = nan \(float\); give a finite number, or leave it",
+        ),
+        ('{"x": self.options}', r"returned the metric 'x' = Options"),
+        ('{"x": 1 / 0}', r"(?s)fails; mend it:.*my_method\.py.*ZeroDivisionError"),
+    ],
+)
+def test_numbers_that_cannot_be_logged_end_the_run(tmp_path: Path, returned: str, told: str) -> None:
+    tells = ('return {"baseline": self.baseline}\n\n    def state', f"return {returned}\n\n    def state")
+    method = configured(tmp_path, tells).new_method()
+    with pytest.raises(RapoError, match=told) as failure:
+        told_by(method)
+    assert 'metrics of method "my_method:RunningBaseline" (' in str(failure.value)
 
 
 def test_its_gradient_is_that_of_finite_differences(tmp_path: Path) -> None:

@@ -42,6 +42,9 @@ class RunningBaseline(Method):
         o = self.options
         return [(1.0, PolicyGradient(0.2, 0.2)), (o.penalty, Overconfidence(o.bound))]
 
+    def metrics(self):
+        return {"baseline": self.baseline}
+
     def state(self):
         return {"baseline": self.baseline}
 

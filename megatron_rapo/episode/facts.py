@@ -1,4 +1,4 @@
-"""Numbers that rewards and environments return: finite ones, and facts that can be logged."""
+"""Numbers that users' own code tells: finite ones, by names under which they can be logged."""
 
 from __future__ import annotations
 
@@ -10,35 +10,43 @@ from collections.abc import Collection, Mapping
 
 from megatron_rapo.errors import RapoError
 
-_FACT = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
+NAME = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
+"""What a number may be called."""
 
 
 def checked_facts(
-    facts: object, told: str, taken: Collection[str], prefix: str = "reward"
+    facts: object,
+    told: str,
+    *,
+    group: str,
+    what: str = "fact",
+    taken: Collection[str] = (),
 ) -> dict[str, float]:
-    """What was told beside a reward, as numbers that can be logged as `prefix/name`.
+    """What was told, as numbers that can be logged as `group/name`.
 
     Args:
-        facts: of a `Score`, or of an episode.
+        facts: of a `Score`, of an episode, or of a method.
         told: who told them, for errors.
-        taken: names that other metrics have.
+        group: `reward`, `environment` or `method`.
+        what: what one is called, for errors.
+        taken: names that other metrics of the group have.
 
     Raises:
         RapoError: one has a name that cannot be logged, or is no finite number.
     """
     if not isinstance(facts, Mapping):
-        raise RapoError(f"{told} returned the facts {shown(facts)}; give a dict of numbers by name")
+        raise RapoError(f"{told} returned the {what}s {shown(facts)}; give a dict of numbers by name")
     checked: dict[str, float] = {}
     for name, fact in facts.items():
-        if not isinstance(name, str) or not _FACT.fullmatch(name) or name in taken:
+        if not isinstance(name, str) or not NAME.fullmatch(name) or name in taken:
             raise RapoError(
-                f"{told} returned a fact by the name {name!r}, which cannot be logged as "
-                f"{prefix}/{name}; {'that is another metric: ' if name in taken else ''}give it another "
+                f"{told} returned a {what} by the name {name!r}, which cannot be logged as "
+                f"{group}/{name}; {'that is another metric: ' if name in taken else ''}give it another "
                 "name, of letters, digits, dots, hyphens and underscores"
             )
         if (number := finite_number(fact)) is None:
             raise RapoError(
-                f"{told} returned the fact {name!r} = {shown(fact)}; give a finite number, or "
+                f"{told} returned the {what} {name!r} = {shown(fact)}; give a finite number, or "
                 "leave it out where there is none"
             )
         checked[name] = number
