@@ -39,6 +39,6 @@ def train(config: RunConfig) -> None:
                 with phase("publish"):
                     published = job.publisher.publish(step)
                 state = job.state_after(step)
-                sampled = {**summarise(batch, job.vocabulary), **job.throughput(batch)}
-                job.finish_step(state, {**sampled, **updated, **published})
+                sampled = summarise(batch, job.vocabulary, config.source_names)
+                job.finish_step(state, {**sampled, **job.throughput(batch), **updated, **published})
         job.end(state)

@@ -87,6 +87,11 @@ class RunConfig(Section):
         return self.data.sources if isinstance(self.data, MixtureData) else [self.data]
 
     @property
+    def source_names(self) -> list[str]:
+        """What problems and metrics call each of them."""
+        return [data.name for data in self.training_sources]
+
+    @property
     def training_tables(self) -> list[str]:
         """What the user calls the table of each of them: `data`, or `data.sources[1]`."""
         if not isinstance(self.data, MixtureData):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,11 +15,16 @@ from megatron_rapo.experience.batch import Batch
 from megatron_rapo.methods.advantages import varies
 
 
-def summarise(batch: Batch, vocabulary: int) -> Mapping[str, float]:
+def summarise(batch: Batch, vocabulary: int, sources: Sequence[str] = ()) -> Mapping[str, float]:
     """Rewards, outcomes as shares of all responses, lengths, and how many groups can teach by comparison.
 
-    Of the groups that the step trains on; `sampling/…` tells what was drawn for them. `reward/mean` is of the
-    known rewards, NaN where there are none.
+    Of the groups that the step trains on; `sampling/…` tells what was drawn for them. Means of rewards are of
+    the known ones, NaN where there are none.
+
+    Args:
+        batch: of the step.
+        vocabulary: the tokenizer's size.
+        sources: of the training data, by name; where there are several, each has metrics of its own.
     """
     groups = batch.groups
     rewards = known_rewards(groups)
@@ -28,7 +34,8 @@ def summarise(batch: Batch, vocabulary: int) -> Mapping[str, float]:
     lengths = np.array([episode.sampled_tokens for episode in episodes])
     versions = [s.versions[s.sampled].min() for episode in episodes for s in episode.sequences]
     return {
-        "reward/mean": float(np.ma.filled(rewards.mean(), np.nan)),
+        "reward/mean": _mean(rewards),
+        **(_by_source(groups, sources) if len(sources) > 1 else {}),
         **{f"reward/{outcome}": outcomes[outcome] / len(episodes) for outcome in Outcome},
         "reward/unknown": sum(outcomes[outcome] for outcome in Outcome if not outcome.known) / len(episodes),
         **_means("reward", [one.verification.facts for one in scored]),
@@ -42,6 +49,24 @@ def summarise(batch: Batch, vocabulary: int) -> Mapping[str, float]:
         "rollout/outside_vocabulary": sum(episode.leaves(vocabulary) for episode in episodes) / len(episodes),
         **batch.metrics(),
     }
+
+
+def _mean(rewards: Any) -> float:
+    return float(np.ma.filled(rewards.mean(), np.nan))
+
+
+def _by_source(groups: Sequence[Group], sources: Sequence[str]) -> Mapping[str, float]:
+    """Of each source: its responses, and of those the mean reward and the share of unknown ones."""
+    metrics: dict[str, float] = {}
+    for source in sources:
+        own = [group for group in groups if group.problem.source == source]
+        responses = sum(len(group.episodes) for group in own)
+        metrics[f"reward/{source}/responses"] = responses
+        if responses:
+            rewards = known_rewards(own)
+            metrics[f"reward/{source}/mean"] = _mean(rewards)
+            metrics[f"reward/{source}/unknown"] = 1.0 - rewards.count() / responses
+    return metrics
 
 
 def _means(prefix: str, facts: Sequence[Mapping[str, float]]) -> Mapping[str, float]:

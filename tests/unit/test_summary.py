@@ -63,6 +63,27 @@ def test_rewards_that_are_no_verdicts_have_their_own_mean() -> None:
     assert found.rewards == rewards
 
 
+def test_sources_of_a_mixture_have_their_own_means() -> None:
+    """One that none of the step's problems is of has a count alone."""
+    of_sources = [
+        replace(group, problem=replace(group.problem, source=source))
+        for group, source in zip(GROUPS, ("sums", "words", "words", "sums"), strict=True)
+    ]
+    batch = Batch(of_sources, of_sources, 0)
+    found = summarise(batch, VOCABULARY, ["sums", "words", "rare"])
+    assert {name: value for name, value in found.items() if name.count("/") == 2} == {
+        "reward/sums/responses": 4,
+        "reward/sums/mean": pytest.approx(1 / 3),
+        "reward/sums/unknown": pytest.approx(1 / 4),
+        "reward/words/responses": 4,
+        "reward/words/mean": pytest.approx(2 / 3),
+        "reward/words/unknown": pytest.approx(1 / 4),
+        "reward/rare/responses": 0,
+    }
+    assert found["reward/mean"] == 3 / 6
+    assert summarise(batch, VOCABULARY, ["sums"]) == summarise(batch, VOCABULARY)
+
+
 def test_no_fact_can_take_the_name_of_another_metric() -> None:
     metrics = summarise(Batch(GROUPS, GROUPS, 0), VOCABULARY)
     assert {f"reward/{name}" for name in TAKEN} == {name for name in metrics if name.startswith("reward/")}
