@@ -35,12 +35,12 @@ class Rollout:
         self._groups = groups
 
     def wait_until_sampled(self) -> None:
-        """Waits until engines are asked nothing more.
+        """Waits until engines are asked nothing more; what failed is told by `groups`.
 
         Raises:
-            RapoError: an engine refused, or environment or reward are at fault.
+            RapoError: the environment blocks all episodes.
         """
-        self._runner.wait(self._sampled, self._groups)
+        self._runner.wait(self._sampled)
 
     def groups(self) -> list[Group | None]:
         """Waits until all is judged: a group of each prompt, in order; None where too few engines were left.
@@ -123,23 +123,20 @@ class Runner:
         with self.begin(prompts, sampling, judge) as rollout:
             return rollout.groups()
 
-    def wait(self, *futures: Future[Any]) -> None:
-        """Waits for the first future.
+    def wait(self, future: Future[Any]) -> None:
+        """Waits for the future.
 
         Raises:
-            RapoError: what one of the futures failed with; or the environment blocks all episodes.
+            RapoError: what it failed with; or the environment blocks all episodes.
         """
         self._beat = time.monotonic()
-        while not futures[0].done():
-            for future in futures:
-                if future.done():
-                    future.result()
+        while not future.done():
             self._loop.call(self._note)
             try:
-                futures[0].result(_BEAT_S)
+                future.result(_BEAT_S)
             except TimeoutError:
                 self._check_beat()
-        futures[0].result()
+        future.result()
 
     async def _group(
         self, prompt: Prompt, place: int, bundle: Bundle, sampling: Sampling, judge: Judge, ended: Any

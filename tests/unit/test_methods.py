@@ -15,6 +15,7 @@ from megatron_rapo.episode.episode import ScoredEpisode
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
 from megatron_rapo.loss.objective import Objective
+from megatron_rapo.methods.advantages import varies
 from megatron_rapo.methods.method import Method
 from megatron_rapo.methods.named import METHODS
 from megatron_rapo.methods.terms.term import AtToken, Need
@@ -259,3 +260,8 @@ def test_entropy_and_mismatch_of_the_same_samples_are_the_same(
     assert mismatch.metrics()["mismatch/log_prob_mean"] == pytest.approx(apart)
     if name == "dapo":
         assert objective.metrics(sums)["loss/tokens"] == 6, "the truncated response is masked out of the loss"
+
+
+def test_rewards_that_differ_by_rounding_alone_do_not_vary() -> None:
+    rewards = np.array([[0.5, 0.5 + 5e-13], [0.5, 0.5 + 1.5e-12], [1e3, 1e3 + 5e-10], [1e3, 1e3 + 2e-9]])
+    assert varies(rewards).tolist() == [False, True, False, True]

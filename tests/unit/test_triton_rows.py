@@ -24,7 +24,7 @@ def errors() -> dict[str, float]:
         del os.environ["TRITON_INTERPRET"]
 
 
-CASES = ["none", "forward", "reverse", "both", "bfloat16", "masked", "no columns", "no rows"]
+CASES = ["none", "forward", "reverse", "both", "bfloat16", "masked", "rising", "no columns", "no rows"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -63,11 +63,16 @@ def _difference(case: str) -> float:
     logits, reference = whole[:, :COLUMNS], other[:, :COLUMNS]
     if case == "masked":
         logits[:, 7], reference[:, 7] = -torch.inf, -torch.inf
+    if case == "rising":  # the reference's maximum is in the last block, most of the policy's mass before it
+        reference = reference.sort(dim=1).values
     if case == "no columns":
         logits, reference = logits[:, :0], reference[:, :0]
     if case == "no rows":
         logits, reference = logits[:0], reference[:0]
-    forward, reverse = case not in ("none", "reverse"), case in ("reverse", "both", "bfloat16", "masked")
+    forward, reverse = (
+        case not in ("none", "reverse"),
+        case not in ("none", "forward", "no columns", "no rows"),
+    )
     phi = torch.tensor([0.3, 0.7, 1.0])[: len(logits)]
     pull = rows.Pull(reference, phi, forward, reverse) if forward or reverse else None
 
@@ -84,7 +89,8 @@ def _difference(case: str) -> float:
     written = [logits.clone(), logits.clone()]
     for module, target in zip((rows, triton_rows), written, strict=True):
         module.write_gradient(target, 0.8, pull, terms)
-    return max([*worst, _relative(written[1], written[0])], default=0.0)
+    # Python's max lets NaN pass.
+    return torch.tensor([*worst, _relative(written[1], written[0])]).max().item()
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
