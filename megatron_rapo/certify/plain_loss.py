@@ -71,6 +71,7 @@ def _token_loss(
         Need.REFERENCE_LOG_PROB: of_chosen(log_reference),
         Need.SEQUENCE_LOG_RATIO: (log_prob - old).mean().detach().expand_as(log_prob),
         Need.IMPORTANCE: torch.ones_like(log_prob),
+        Need.SEQUENCE_IMPORTANCE: torch.ones_like(log_prob),
     }
     at_token = AtToken(
         log_prob=log_prob,

@@ -28,7 +28,7 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.methods.method import Method
 from megatron_rapo.methods.named import METHODS
 from megatron_rapo.methods.sampling import Sampling
-from megatron_rapo.methods.terms.term import Need
+from megatron_rapo.methods.terms.term import OF_IMPORTANCE
 from megatron_rapo.section import Section
 from megatron_rapo.user_code import is_named_in, own_traceback
 
@@ -222,7 +222,7 @@ class RunConfig(Section):
                 f"it:\n{own_traceback(error)}"
             ) from error
         correction = self.algorithm.importance_correction
-        if correction != "off" and Need.IMPORTANCE not in needs:
+        if correction != "off" and not needs & OF_IMPORTANCE:
             raise ValueError(
                 f'algorithm.importance_correction = "{correction}" would have no effect: no term of method '
                 f"{self.algorithm.method} reads importance weights; remove it"

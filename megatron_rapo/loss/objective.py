@@ -26,7 +26,7 @@ from megatron_rapo.loss.statistics import TokenStatistics
 from megatron_rapo.loss.trial import OF_EVERY_UPDATE, reported_names
 from megatron_rapo.loss.vocabulary import VocabularyShard
 from megatron_rapo.methods.method import Method
-from megatron_rapo.methods.terms.term import AtToken, Need
+from megatron_rapo.methods.terms.term import OF_SEQUENCES, AtToken, Need
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,8 @@ class Objective:
             flattened_log_prob=_first(statistics.flattened_log_prob, tokens.flattened_log_probs),
             reference_log_prob=_first(statistics.reference_log_prob, tokens.reference_log_probs),
             sequence_log_ratio=tokens.sequence_log_ratios,
-            # Where all tokens share a ratio, only the mean of their weights is in the loss and its gradient.
-            importance=_first(tokens.sequence_importance, correction),
+            importance=correction,
+            sequence_importance=tokens.sequence_importance,
         )
         loss = torch.zeros_like(statistics.log_prob)
         parts: dict[str, Tensor] = {}
@@ -239,7 +239,7 @@ class Objective:
         None where no term needs them. Costs a pass over the head, but where both are known to be 1: on the
         step's first update without importance correction.
         """
-        if Need.SEQUENCE_LOG_RATIO not in self.needs:
+        if not self.needs & OF_SEQUENCES:
             return None, None
         chosen = microbatch.is_response
         engine = microbatch.engine_log_probs[chosen]

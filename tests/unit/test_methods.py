@@ -109,6 +109,7 @@ def loss_at(subject: Method) -> np.ndarray:
         Need.FLATTENED_LOG_PROB: REFERENCE,
         Need.SEQUENCE_LOG_RATIO: LOG_RATIO,
         Need.IMPORTANCE: np.ones(8),
+        Need.SEQUENCE_IMPORTANCE: np.ones(8),
     }
     token = AtToken(
         **at,

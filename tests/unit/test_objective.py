@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,11 @@ from megatron_rapo.data.batching import Microbatch, Sample, pack
 from megatron_rapo.episode.sequence import Sequence
 from megatron_rapo.loss.mismatch import Mismatch
 from megatron_rapo.loss.objective import HeadStates, Objective
+from megatron_rapo.methods.gspo import GSPO
+from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.methods.terms.divergences import LOG_RATIO_BOUNDS
+from megatron_rapo.methods.terms.policy_gradient import PolicyGradient
+from megatron_rapo.methods.terms.term import AtToken, Term
 from tests.methods import a_method
 from tests.unit.one_rank import one_rank
 from tests.unit.thread_ranks import on_ranks, placement_of
@@ -27,20 +32,18 @@ def group(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
-def sequence(random: np.random.Generator, prompt: int, response: int, dtype: Any) -> Sequence:
+def sequence(random: np.random.Generator, prompt: int, response: int) -> Sequence:
     ids = random.integers(0, VOCABULARY, prompt + response).astype(np.int32)
-    log_probs = random.normal(-2.0, 0.5, response).astype(dtype)
+    log_probs = random.normal(-2.0, 0.5, response).astype(np.float32)
     return Sequence.of_response(ids[:prompt], ids[prompt:], log_probs, version=0)
 
 
-def microbatch(
-    weights=(0.05, 0.1), dtype=np.float32, responses=(6, 9), has_probability=(True, True), **context
-) -> Microbatch:
+def microbatch(weights=(0.05, 0.1), responses=(6, 9), has_probability=(True, True), **context) -> Microbatch:
     random = np.random.default_rng(0)
     return pack(
         [
             Sample(
-                sequence=sequence(random, prompt, response, dtype),
+                sequence=sequence(random, prompt, response),
                 phi=0.5 + 0.5 * number,
                 advantage=float(random.normal()),
                 token_weight=weight,
@@ -234,59 +237,111 @@ def test_metrics_of_several_updates_are_means_over_their_tokens_and_the_mean_los
     assert both["loss/entropy"] == pytest.approx((15 * one["loss/entropy"] + 3 * other["loss/entropy"]) / 18)
 
 
-@pytest.mark.parametrize("moved", [False, True])
-@pytest.mark.parametrize("method", ["dapo", "gspo"])
-@pytest.mark.parametrize("correction", ["off", "truncated", "masked"])
-def test_the_gradient_is_that_of_the_printed_loss(correction, method, moved):
-    """Against autograd through full logits in fp64; also where the policy has moved since it sampled."""
-    batch, lengths = microbatch(dtype=np.float64), (6, 9)
+def printed_loss(
+    batch: Microbatch, policy: HeadStates, old: torch.Tensor | None, correction: str, *, sequence: bool
+) -> torch.Tensor:
+    """Σ −weight u min(w A, clip(w) A) in fp64, response by response, of full logits and for autograd."""
     chosen = batch.is_response
-    options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.5}
-    if correction != "off":
-        options |= {"importance_correction": correction, "importance_cap": 1.3}
-    subject = objective(method, **options)
-    policy, plain = states(15, 0), states(15, 0)
-    at = batch.targets[chosen][:, None]
-    if moved:
-        batch.old_log_probs = torch.zeros(len(chosen), dtype=torch.float64)
-        wave = 0.2 * torch.sin(torch.arange(15.0, dtype=torch.float64))
-        batch.old_log_probs[chosen] = log_distribution(plain).gather(1, at).squeeze(1) + wave
-
-    loss, *_ = subject(batch, policy, None)
-    loss.backward()
-
-    logits = (plain.hidden @ plain.weight.T)[:, :VOCABULARY] / TEMPERATURE
-    log_prob = logits.log_softmax(-1).gather(1, at).squeeze(1)
-    old = batch.old_log_probs[chosen] if moved else log_prob.detach()
+    log_distribution = ((policy.hidden @ policy.weight.T)[:, :VOCABULARY] / TEMPERATURE).log_softmax(-1)
+    log_prob = log_distribution.gather(1, batch.targets[chosen][:, None]).squeeze(1)
+    old = log_prob.detach() if old is None else old
     u = (old - batch.engine_log_probs[chosen]).exp()
     weight = {
         "off": torch.ones_like(u),
         "truncated": u.clamp(max=1.3),
         "masked": ((u <= 1.3) & (u >= 1 / 1.3)).double(),
     }[correction]
-    expected = torch.zeros((), dtype=torch.float64)
-    for rows in (slice(0, lengths[0]), slice(lengths[0], None)):
+    assert weight.unique().numel() > 1 or correction == "off"
+    loss = torch.zeros((), dtype=torch.float64)
+    for number in batch.sequences[chosen].unique():
+        rows = batch.sequences[chosen] == number
         log_ratio = (log_prob - old)[rows]
-        if method == "gspo":
+        if sequence:
             log_ratio = log_ratio.mean().expand(len(log_ratio))
         advantage = batch.advantages[chosen][rows].double()
         bounded = log_ratio.exp().clamp(1 - 0.2, 1 + 0.5) * advantage
         surrogate = torch.minimum(log_ratio.exp() * advantage, bounded)
-        expected = expected - (batch.weights[chosen][rows] * weight[rows] * surrogate).sum()
+        loss = loss - (batch.weights[chosen][rows] * weight[rows] * surrogate).sum()
+    return loss
+
+
+def printed_options(correction: str) -> dict[str, Any]:
+    options = {"clip_low": 0.2, "clip_high": 0.5}
+    corrected = {"importance_correction": correction, "importance_cap": 1.3}
+    return options if correction == "off" else options | corrected
+
+
+def old_log_probs(batch: Microbatch, policy: HeadStates) -> torch.Tensor:
+    """Of the response tokens, under a policy that has moved since."""
+    of_policy = log_distribution(policy).gather(1, batch.targets[batch.is_response][:, None]).squeeze(1)
+    return of_policy + 0.2 * torch.sin(torch.arange(len(of_policy), dtype=torch.float64))
+
+
+def with_old(batch: Microbatch, old: torch.Tensor) -> Microbatch:
+    batch.old_log_probs = torch.zeros(len(batch.is_response), dtype=torch.float64)
+    batch.old_log_probs[batch.is_response] = old
+    return batch
+
+
+def assert_gradients_of(loss: torch.Tensor, found: HeadStates, expected: torch.Tensor, plain: HeadStates):
+    loss.backward()
     expected.backward()
-    assert weight.unique().numel() > 1 or correction == "off"
     assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
-    torch.testing.assert_close(policy.hidden.grad, plain.hidden.grad, rtol=1e-7, atol=1e-12)
-    torch.testing.assert_close(policy.weight.grad, plain.weight.grad, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(found.hidden.grad, plain.hidden.grad, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(found.weight.grad, plain.weight.grad, rtol=1e-7, atol=1e-12)
 
 
 @pytest.mark.parametrize("moved", [False, True])
-@pytest.mark.parametrize("options", [{}, {"importance_correction": "truncated", "importance_cap": 1.3}])
-def test_ranks_that_share_sequences_have_the_ratios_of_whole_ones(options, moved):
-    """Each sums over the tokens that it has; a response's mean is over those of both."""
-    whole, policy = microbatch(), states(15, 0)
-    old = log_distribution(policy).gather(1, whole.targets[whole.is_response][:, None]).squeeze(1)
-    old = old + 0.2 * torch.sin(torch.arange(15.0, dtype=torch.float64))
+@pytest.mark.parametrize("method", ["dapo", "gspo"])
+@pytest.mark.parametrize("correction", ["off", "truncated", "masked"])
+def test_the_gradient_is_that_of_the_printed_loss(correction, method, moved):
+    """Also where the policy has moved since it sampled."""
+    batch, policy, plain = microbatch(), states(15, 0), states(15, 0)
+    old = old_log_probs(batch, plain) if moved else None
+    if old is not None:
+        with_old(batch, old)
+    loss, *_ = objective(method, **printed_options(correction))(batch, policy, None)
+    expected = printed_loss(batch, plain, old, correction, sequence=method == "gspo")
+    assert_gradients_of(loss, policy, expected, plain)
+
+
+@dataclass(frozen=True)
+class OfTokens(PolicyGradient):
+    """Reports nothing, for the names are the other term's."""
+
+    def __call__(self, token: AtToken) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return super().__call__(token)[0], {}
+
+
+class OfBoth(GSPO):
+    """Ratios of responses and, with half the weight, of tokens."""
+
+    def terms(self) -> list[tuple[float, Term]]:
+        return [*super().terms(), (0.5, OfTokens(self.options.clip_low, self.options.clip_high))]
+
+
+def test_terms_of_tokens_and_of_responses_have_importance_weights_of_their_own():
+    batch, policy, plain = microbatch(), states(15, 0), states(15, 0)
+    old = old_log_probs(batch, plain)
+    options = OfBoth.Options(loss_chunk_tokens=4, **printed_options("truncated"))
+    subject = Objective(
+        OfBoth(options, Sampling(1.0, 4, 10)),
+        temperature=TEMPERATURE,
+        vocabulary=VOCABULARY,
+        group=torch.distributed.group.WORLD,
+    )
+    loss, *_ = subject(with_old(batch, old), policy, None)
+    expected = printed_loss(batch, plain, old, "truncated", sequence=True)
+    expected = expected + 0.5 * printed_loss(batch, plain, old, "truncated", sequence=False)
+    assert_gradients_of(loss, policy, expected, plain)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("correction", ["off", "truncated", "masked"])
+def test_ranks_that_share_sequences_have_the_loss_of_whole_ones(correction, moved):
+    """Each sums over the tokens that it has; a response's means are over those of both."""
+    whole, policy, plain = microbatch(), states(15, 0), states(15, 0)
+    old = old_log_probs(whole, policy) if moved else None
     # A response token is known by its response and its place there.
     places = list(
         zip(
@@ -300,21 +355,27 @@ def test_ranks_that_share_sequences_have_the_ratios_of_whole_ones(options, moved
             zip(*(x[chosen].tolist() for x in (batch.sequences, batch.response_positions)), strict=True)
         )
         rows = torch.tensor([places.index(place) for place in mine])
-        if moved:
-            batch.old_log_probs = torch.zeros(len(chosen), dtype=torch.float64)
-            batch.old_log_probs[chosen] = old[rows]
-        hidden = policy.hidden.detach()[rows].requires_grad_()
-        subject = objective("gspo", clip_low=0.2, clip_high=0.2, **options)
+        if old is not None:
+            with_old(batch, old[rows])
+        own = HeadStates(
+            policy.hidden.detach()[rows].requires_grad_(), policy.weight.detach().requires_grad_()
+        )
+        subject = objective("gspo", **printed_options(correction))
         subject.context_group = group
-        loss, sums, _ = subject(batch, HeadStates(hidden, policy.weight.detach()), None)
+        loss, sums, _ = subject(batch, own, None)
         loss.backward()
-        return loss.detach(), sums, torch.zeros_like(policy.hidden).index_add(0, rows, hidden.grad)
+        hidden = torch.zeros_like(policy.hidden).index_add(0, rows, own.hidden.grad)
+        return loss.detach(), hidden, own.weight.grad, sums
 
-    expected = run(whole)
+    *_, sums = run(microbatch())
+    expected = printed_loss(whole, plain, old, correction, sequence=True)
+    expected.backward()
     parts = on_ranks(2, lambda g: run(microbatch(context_rank=g.rank(), context_ranks=2), g))
-    assert all(part[2].any() for part in parts)
-    for found, value in zip(zip(*parts, strict=True), expected, strict=True):
-        torch.testing.assert_close(found[0] + found[1], value, rtol=1e-9, atol=1e-12)
+    assert all(part[1].any() for part in parts)
+    for found, value in zip(
+        zip(*parts, strict=True), (expected, plain.hidden.grad, plain.weight.grad, sums), strict=True
+    ):
+        torch.testing.assert_close(found[0] + found[1], value, rtol=1e-7, atol=1e-12)
 
 
 def test_ranks_that_share_the_vocabulary_have_the_loss_of_the_whole():

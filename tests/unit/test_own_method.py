@@ -251,7 +251,7 @@ def test_numbers_that_cannot_be_logged_end_the_run(tmp_path: Path, returned: str
 
 def test_its_gradient_is_that_of_finite_differences(tmp_path: Path) -> None:
     method = configured(tmp_path).new_method()
-    batch = microbatch(dtype=np.float64)
+    batch = microbatch()
     tokens = int(batch.is_response.sum())
     batch.old_log_probs = torch.full((len(batch.is_response),), -2.2, dtype=torch.float64)
     policy = states(tokens, 0)

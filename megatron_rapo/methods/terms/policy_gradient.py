@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from megatron_rapo.methods.terms.term import AtToken, Need, Term, present
+from megatron_rapo.methods.terms.term import OF_SEQUENCES, AtToken, Need, Term, present
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +55,9 @@ def with_sequence_value(log_prob: Tensor, sequence_log_ratio: Tensor) -> Tensor:
 class PolicyGradient(Term):
     """−u · min(w A, clip(w) A), u the importance weight.
 
+    With ratios of responses u is the mean over the response. All of its tokens have one w there, so no other
+    than the mean of their weights is in the loss and its gradient, if they have one A as well.
+
     Attributes:
         clip_low, clip_high: the ratio w is clipped to [1 − clip_low, 1 + clip_high].
         clip_dual: bound of the surrogate of negative advantages, in multiples of A.
@@ -68,14 +71,17 @@ class PolicyGradient(Term):
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
-        """Importance weights, and for ratios of responses their mean log-ratio."""
-        return frozenset({Need.IMPORTANCE} | ({Need.SEQUENCE_LOG_RATIO} if self.sequence else set()))
+        """Importance weights of tokens, or weights and log-ratios of responses."""
+        return OF_SEQUENCES if self.sequence else frozenset({Need.IMPORTANCE})
 
     def __call__(self, token: AtToken) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Reports itself as `policy`, and the share of `clipped` tokens."""
-        log_ratio = token.log_prob - token.old_log_prob
         if self.sequence:
             log_ratio = with_sequence_value(token.log_prob, present(token.sequence_log_ratio))
+            importance = present(token.sequence_importance)
+        else:
+            log_ratio = token.log_prob - token.old_log_prob
+            importance = present(token.importance)
         surrogate = clipped_surrogate(
             log_ratio,
             token.advantage,
@@ -83,5 +89,5 @@ class PolicyGradient(Term):
             clip_high=self.clip_high,
             clip_dual=self.clip_dual,
         )
-        policy = -present(token.importance) * surrogate.value
+        policy = -importance * surrogate.value
         return policy, {"policy": policy, "clipped": surrogate.clipped}

@@ -19,12 +19,19 @@ class Need(Enum):
     REFERENCE_LOG_PROB = "reference_log_prob"
     SEQUENCE_LOG_RATIO = "sequence_log_ratio"
     IMPORTANCE = "importance"
+    SEQUENCE_IMPORTANCE = "sequence_importance"
 
 
 OF_THE_REFERENCE = frozenset(
     {Need.FORWARD_KL, Need.REVERSE_KL, Need.FLATTENED_LOG_PROB, Need.REFERENCE_LOG_PROB}
 )
 """For which there must be a reference model."""
+
+OF_IMPORTANCE = frozenset({Need.IMPORTANCE, Need.SEQUENCE_IMPORTANCE})
+"""On which `algorithm.importance_correction` has an effect."""
+
+OF_SEQUENCES = frozenset({Need.SEQUENCE_LOG_RATIO, Need.SEQUENCE_IMPORTANCE})
+"""Means over a response's tokens."""
 
 OF_ITS_DISTRIBUTION = frozenset({Need.FORWARD_KL, Need.REVERSE_KL})
 """For which its log-prob of the sampled token is not enough: its final hidden states are kept."""
@@ -50,8 +57,8 @@ class AtToken(NamedTuple):
         reference_log_prob: log q of the sampled token.
         sequence_log_ratio: the mean of log π − log π_old over the token's response; a constant.
         importance: the weight of the token for having been sampled by μ, not π_old
-            (`algorithm.importance_correction`). Where a term of the method needs `sequence_log_ratio`, a
-            response's tokens share their mean.
+            (`algorithm.importance_correction`).
+        sequence_importance: the mean of these weights over the token's response.
     """
 
     log_prob: Tensor
@@ -67,6 +74,7 @@ class AtToken(NamedTuple):
     reference_log_prob: Tensor | None = None
     sequence_log_ratio: Tensor | None = None
     importance: Tensor | None = None
+    sequence_importance: Tensor | None = None
 
 
 class Term:
