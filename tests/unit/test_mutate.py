@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import textwrap
 import threading
@@ -18,6 +19,7 @@ from mutation.coverage import Coverage, Store, Traced, digest  # noqa: E402
 from mutation.equivalent import read_equivalents  # noqa: E402
 from mutation.faults import Fault, find_faults, shuffled  # noqa: E402
 from mutation.tracing import Tracer  # noqa: E402
+from mutation.trial import Copy  # noqa: E402
 
 
 def planted(source: str) -> set[str]:
@@ -147,6 +149,26 @@ def test_traces_follow_lines_that_have_moved_and_forget_those_that_are_gone(tmp_
         forgotten = Store(tmp_path / "cache", tmp_path).load(name)
         assert forgotten is None, f"another {other}, another test"
         store.save(name, Traced({}, {}, [], {}), tmp_path)
+    assert store.load(name) is not None
+    store.save(name, Traced({}, {}, ["t"], {}), tmp_path)
+    assert store.load(name) is None, "what failed may pass by now"
+
+
+def test_a_copy_has_all_that_git_lists_and_links_as_links(tmp_path: Path) -> None:
+    root, copy = tmp_path / "root", tmp_path / "copy"
+    (root / "megatron_rapo").mkdir(parents=True)
+    (root / "models").mkdir()
+    (root / "models/model").write_text("weights")
+    (root / "megatron_rapo/models").symlink_to("../models")
+    (root / "new.txt").write_text("not added")
+    (root / "gone.txt").write_text("removed, and still listed")
+    for command in (["init", "-q"], ["add", "gone.txt", "megatron_rapo", "models"]):
+        subprocess.run(["git", *command], cwd=root, check=True)
+    (root / "gone.txt").unlink()
+    Copy(root, copy)
+    assert (copy / "new.txt").exists() and not (copy / "gone.txt").exists()
+    assert (copy / "megatron_rapo/models").readlink() == Path("../models")
+    assert (copy / "megatron_rapo/models/model").read_text() == "weights"
 
 
 def test_the_draw_takes_other_lines_first_and_does_not_depend_on_lines_elsewhere() -> None:

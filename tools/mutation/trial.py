@@ -52,10 +52,10 @@ class Copy:
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=root, text=True
         )
         for name in filter(None, listed.split("\0")):
-            if (root / name).is_file():
-                target = directory / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(root / name, target)
+            target = directory / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if (root / name).is_symlink() or (root / name).is_file():  # not what git still lists, but is gone
+                shutil.copy2(root / name, target, follow_symlinks=False)
         (directory / "sitecustomize.py").write_text(
             "from tools.mutation.tracing import start_in_child\n\nstart_in_child()\n"
         )
