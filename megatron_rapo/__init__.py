@@ -5,6 +5,8 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_rapo.api import evaluate as evaluate
+    from megatron_rapo.api import train as train
     from megatron_rapo.episode.environment import Environment as Environment
     from megatron_rapo.episode.environment import Generate as Generate
     from megatron_rapo.episode.environment import Transcript as Transcript
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from megatron_rapo.episode.problem import Problem as Problem
     from megatron_rapo.episode.score import Score as Score
     from megatron_rapo.episode.sequence import Sequence as Sequence
+    from megatron_rapo.errors import RapoError as RapoError
     from megatron_rapo.methods.method import Method as Method
     from megatron_rapo.methods.options import Options as Options
     from megatron_rapo.methods.terms.term import AtToken as AtToken
@@ -22,8 +25,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# What users' own files import; each is looked up when it is asked for, as most commands need none of them.
+# What users import (docs/python.md); looked up when it is asked for, as most commands need none of it.
 _PUBLIC = {
+    "train": "megatron_rapo.api",
+    "evaluate": "megatron_rapo.api",
+    "RapoError": "megatron_rapo.errors",
     "Environment": "megatron_rapo.episode.environment",
     "Generate": "megatron_rapo.episode.environment",
     "Transcript": "megatron_rapo.episode.environment",
@@ -47,6 +53,10 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_PUBLIC[name]), name)
 
 
+def __dir__() -> list[str]:
+    return [*__all__, *globals()]
+
+
 # What libraries warn of on every rank although nothing is to be done about it. They must be silenced before
 # Megatron is imported, hence here.
 _KNOWN_AND_HARMLESS = (
@@ -64,7 +74,23 @@ _KNOWN_AND_HARMLESS = (
 for _message in _KNOWN_AND_HARMLESS:
     warnings.filterwarnings("ignore", message=_message)
 
-from megatron_rapo.episode.problem import Problem  # noqa: E402
-from megatron_rapo.episode.score import Score  # noqa: E402
-
-__all__ = ["Problem", "Score", "__version__"]
+__all__ = [
+    "AtToken",
+    "Environment",
+    "Episode",
+    "Generate",
+    "Method",
+    "Need",
+    "Options",
+    "Problem",
+    "RapoError",
+    "Score",
+    "Section",
+    "Sequence",
+    "Term",
+    "Transcript",
+    "Turn",
+    "__version__",
+    "evaluate",
+    "train",
+]

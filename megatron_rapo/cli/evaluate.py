@@ -69,7 +69,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     )
     requests.last_words = _tell_stop
     with requests.noted():
-        return run(request)
+        run(request)
+    return 0
 
 
 def _tell_stop(_: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,28 @@ from megatron_rapo.user_code import is_named_in
 DEFAULT = "@default"
 
 
-def load_config(paths: Sequence[Path], settings: Sequence[str] = ()) -> RunConfig:
-    """Reads TOML files (later ones overlay earlier ones), applies `section.key=value` settings, validates.
+def load_config(
+    configurations: Sequence[Path | Mapping[str, Any]], settings: Sequence[str] = ()
+) -> RunConfig:
+    """Reads configurations (later ones overlay earlier ones), applies settings, validates.
 
     Tables overlay key by key; any other value replaces the earlier one, and `"@default"` removes it.
+
+    Args:
+        configurations: TOML files, or what would stand in one; the keys of mappings may be dotted.
+        settings: `section.key=value`, as on the command line.
 
     Raises:
         RapoError: a file is missing or malformed, or an option is unknown, invalid or without effect.
     """
     values: dict[str, Any] = {}
-    for path in paths:
-        _overlay(values, _read_toml(path))
+    for one in configurations:
+        _overlay(values, _tables(one) if isinstance(one, Mapping) else _read_toml(one))
     for setting in settings:
         _apply(values, setting)
-    sources = [str(path) for path in paths] + (["--set"] if settings else [])
+    paths = [one for one in configurations if isinstance(one, Path)]
+    sources = ["(a mapping)" if isinstance(one, Mapping) else str(one) for one in configurations]
+    sources += ["--set"] if settings else []
     values = _without_defaults(values)
     if is_named_in(values) and isinstance(run := values.get("run"), dict):
         run.setdefault("code", _folders(paths))
@@ -63,6 +71,24 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise RapoError(f"configuration {path} is not valid TOML: {error}; mend it there") from error
     except OSError as error:
         raise RapoError(f"configuration {path} cannot be read: {error.strerror}; give a TOML file") from error
+
+
+def _tables(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping as TOML's reader would give it: a table for each part of a dotted key."""
+    tables: dict[str, Any] = {}
+    for key, value in mapping.items():
+        *above, last = str(key).split(".")
+        inner = {last: _plain(value)}
+        for part in reversed(above):
+            inner = {part: inner}
+        _overlay(tables, inner)
+    return tables
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _tables(value)
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _overlay(base: dict[str, Any], over: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from megatron_rapo.config.data import ArithmeticData, CountdownData, FileData
 from megatron_rapo.config.write import toml_value
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluation.frontier import powers_of_two
-from megatron_rapo.evaluation.results import compute, examples_of_failed_extraction, table, write
+from megatron_rapo.evaluation.results import Result, compute, examples_of_failed_extraction, table, write
 from megatron_rapo.evaluation.standalone import evaluate
 from megatron_rapo.evaluation.subject import default_name, open_model, recorded_configuration
 from megatron_rapo.folder import own_folder
@@ -36,10 +36,10 @@ WITHOUT_CONFIGURATION: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Request:
-    """The command line; None is what was not said.
+    """What was asked for; None is what was not said.
 
     Attributes:
-        configs: of a run; may be empty.
+        configs: of a run, as `load_config` takes them; may be empty.
         settings: `section.key=value`.
         model: HF directory, checkpoint or run.
         data: files, generated tasks, and TOML tables like those of `evaluate.data`.
@@ -48,7 +48,7 @@ class Request:
         out: the evaluation's directory.
     """
 
-    configs: Sequence[Path] = ()
+    configs: Sequence[Path | Mapping[str, Any]] = ()
     settings: Sequence[str] = ()
     model: Path | None = None
     data: Sequence[str] | None = None
@@ -60,8 +60,11 @@ class Request:
     out: Path | None = None
 
 
-def run(request: Request) -> int:
-    """Evaluates, writes results.json and results.csv, prints the table; 0.
+def run(request: Request) -> tuple[Path, list[Result]]:
+    """Evaluates, writes results.json and results.csv, prints the table.
+
+    Returns:
+        The evaluation's directory, and its numbers.
 
     Raises:
         RapoError: what was asked for does not work, or something failed meanwhile.
@@ -70,12 +73,12 @@ def run(request: Request) -> int:
         config = _configuration(request)
         out = request.out or _default_directory(request, config)
         with own_folder(out, "--out"):
-            return _evaluate(request, config, out)
+            return out, _evaluate(request, config, out)
     except RapoError as error:
         raise RapoError(as_typed(str(error), request)) from error
 
 
-def _evaluate(request: Request, config: RunConfig, out: Path) -> int:
+def _evaluate(request: Request, config: RunConfig, out: Path) -> list[Result]:
     assert config.evaluate is not None
     path, record = open_model(config.model.path, out)
     sampled = config.model_copy(
@@ -91,7 +94,7 @@ def _evaluate(request: Request, config: RunConfig, out: Path) -> int:
     write(results, out)
     print(f"{table(results)}\n\n{examples_of_failed_extraction(evaluation)}", end="")
     print(f"{out}  samples, results.json, results.csv")
-    return 0
+    return results
 
 
 def _configuration(request: Request) -> RunConfig:

@@ -62,6 +62,19 @@ def write(results: Sequence[Result], directory: Path) -> None:
                 rows.writerow([result.data, result.setting, name, *numbers])
 
 
+def flat(results: Sequence[Result]) -> dict[str, float]:
+    """Each number by `DATA/SETTING/METRIC`, with `…_low` and `…_high` where it has an interval."""
+    found: dict[str, float] = {}
+    for result in results:
+        for metric, value in _metrics(result.statistics):
+            name = f"{result.data}/{result.setting}/{metric}"
+            if isinstance(value, Estimate):
+                found |= {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
+            else:
+                found[name] = value
+    return found
+
+
 def table(results: Sequence[Result]) -> str:
     """A block for each data set and setting, for a terminal."""
     blocks = []

@@ -6,13 +6,15 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -87,7 +89,8 @@ class _Rank:
         self.process: SpawnProcess = multiprocessing.get_context("spawn").Process(
             target=run_rank, args=(function, args, place.rank, report, os.getpid()), name=f"rank {place.rank}"
         )
-        with _environment({**_defaults(), **place.variables()}):
+        hidden = nullcontext() if function.__module__ == "__main__" else _without_main()
+        with _environment({**_defaults(), **place.variables()}), hidden:
             self.process.start()
 
     def ended(self) -> bool:
@@ -247,6 +250,20 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Processes that are started meanwhile do not import the script that started this one.
+
+    They would run it again where it is no more than a few lines that train (`megatron_rapo.train`).
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 # What ranks end with that heeded a stop signal.

@@ -91,6 +91,30 @@ def test_settings_come_after_files_in_their_order(minimal_file: Path) -> None:
     assert config.evaluate is not None and config.evaluate.problems == 2
 
 
+def test_a_mapping_overlays_as_a_file_would_and_may_have_dotted_keys(minimal_file: Path) -> None:
+    over = {
+        "run": {"steps": 7, "seed": 5},
+        "run.seed": 6,
+        "run.directory": Path("elsewhere"),
+        "evaluate.data": ({"source": "countdown"},),
+        "rollout.responses_per_prompt": "@default",
+    }
+    config = load_config([minimal_file, {"rollout": {"responses_per_prompt": 3}}, over])
+    assert (config.run.steps, config.run.seed, config.run.directory) == (7, 6, Path("elsewhere"))
+    assert [data.source for data in config.evaluation_data] == ["countdown"]
+    assert config.rollout.responses_per_prompt == 8
+    assert over["run"] == {"steps": 7, "seed": 5}, "the user's own mapping is changed"
+    with pytest.raises(RapoError, match=r"run\.toml, \(a mapping\) is not valid:\n  run\.stepz = 3 is not"):
+        load_config([minimal_file, {"run.stepz": 3}])
+
+
+def test_code_of_a_mapping_is_beside_the_files_or_here(minimal_file: Path) -> None:
+    own = {"reward": {"functions": ({"use": "my_rewards:score"},)}}
+    assert load_config([minimal_file, own]).run.code == [minimal_file.parent]
+    whole = tomllib.loads(minimal_file.read_text())
+    assert load_config([whole, own]).run.code == [Path.cwd()]
+
+
 @pytest.mark.parametrize(
     ("setting", "read"),
     [
