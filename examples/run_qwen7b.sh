@@ -166,7 +166,7 @@ start_engine() { # start_engine NODE NUMBER: in the background; one that ends is
         )
         ;;
     embedded)
-        command=("$ENGINE_PYTHON" -m megatron_rapo.rollout.embedded --model "$MODEL")
+        command=("$ENGINE_PYTHON" -m megatron_rapo.embedded_server --model "$MODEL")
         ((GPUS_PER_NODE == 0)) || command+=(--device cuda)
         ;;
     esac

@@ -33,11 +33,12 @@ from random_model import add_size_options, make_random_model
 from transformers import AutoModelForCausalLM
 
 from megatron_rapo.data.prompts import Prompt
-from megatron_rapo.rollout.exchange import http_client
-from megatron_rapo.rollout.launchers import EmbeddedLauncher, Launch, Launcher
+from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
+from megatron_rapo.engines.exchange import http_client
+from megatron_rapo.engines.launching import Launch, Launcher
+from megatron_rapo.engines.servers import LocalServers
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.requests import Sampling, first_turns
-from megatron_rapo.rollout.servers import LocalServers
 
 ROOT = Path(__file__).parents[1]
 SGLANG_PYTHON = ROOT / ".venv-sglang/bin/python"
@@ -54,7 +55,7 @@ class SGLangOnCpu:
 
     def launch(self, number: int, port: int, socket_fd: int) -> Launch:
         """As `Launcher`."""
-        tether = [sys.executable, "-m", "megatron_rapo.rollout.tether", str(os.getpid())]
+        tether = [sys.executable, "-m", "megatron_rapo.engines.tether", str(os.getpid())]
         script = [str(SGLANG_PYTHON), str(ROOT / "tests/engines/sglang_on_cpu.py")]
         options = ["--model-path", str(self.model_path), "--port", str(port), "--dtype", self.dtype]
         return Launch([*tether, *script, *options, "--skip-tokenizer-init"])

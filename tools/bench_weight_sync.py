@@ -35,14 +35,14 @@ from random_model import add_size_options, make_random_model
 from torch import multiprocessing
 
 from megatron_rapo.config import Model, Parallel, Weights
+from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
+from megatron_rapo.engines.servers import LocalServers
 from megatron_rapo.launch.local import run_local
 from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.model.build import build_chunks
 from megatron_rapo.parallel.placement import process_groups
 from megatron_rapo.publish.opening import open_transport
-from megatron_rapo.rollout.launchers import EmbeddedLauncher
 from megatron_rapo.rollout.pool import EnginePool
-from megatron_rapo.rollout.servers import LocalServers
 from megatron_rapo.weights.gather import StageWeights
 from megatron_rapo.weights.load import load_weights
 from megatron_rapo.weights.stream import Deliver, WeightStream

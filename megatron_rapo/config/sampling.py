@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_rapo.config.address import same_server
+from megatron_rapo.engines.address import same_server
 from megatron_rapo.section import (
     NonNegativeInt,
     PathOption,

@@ -11,11 +11,11 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from megatron_rapo.background import all_of
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.engines.exchange import http_client
+from megatron_rapo.engines.sglang.client import EngineClient
 from megatron_rapo.errors import EngineLost, RapoError
-from megatron_rapo.rollout.client import EngineClient
-from megatron_rapo.rollout.exchange import http_client
-from megatron_rapo.rollout.loop import all_of
 from megatron_rapo.rollout.requests import Sampling, first_turns
 
 T = TypeVar("T")

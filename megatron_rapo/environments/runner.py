@@ -12,13 +12,13 @@ from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
+from megatron_rapo.background import BackgroundLoop, all_of
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.environments.bundle import Bundle
 from megatron_rapo.environments.running import Attempt, EpisodeRunner, Judge
 from megatron_rapo.episode.group import Group
 from megatron_rapo.errors import RapoError
 from megatron_rapo.rollout.dispatch import TooFewEngines
-from megatron_rapo.rollout.loop import BackgroundLoop, all_of
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.requests import Sampling
 

@@ -6,14 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 from megatron_rapo.config import RunConfig
+from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
+from megatron_rapo.engines.launching import Launcher
+from megatron_rapo.engines.servers import LocalServers
+from megatron_rapo.engines.sglang.launcher import SGLangLauncher
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.rollout.identity import check_distinct
-from megatron_rapo.rollout.launchers import EmbeddedLauncher, Launcher, SGLangLauncher
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.revival import Reviver
-from megatron_rapo.rollout.servers import LocalServers
 
 
 class SharedEngines:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_rapo.config.address import server_of
+from megatron_rapo.engines.address import server_of
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import Architecture, read_architecture
 

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from megatron_rapo.engines.sglang.client import EngineClient
 from megatron_rapo.errors import EngineLost
-from megatron_rapo.rollout.client import EngineClient
 
 T = TypeVar("T")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
+from megatron_rapo.background import all_of
+from megatron_rapo.engines.sglang.client import EngineClient
 from megatron_rapo.errors import RapoError
-from megatron_rapo.rollout.client import EngineClient
-from megatron_rapo.rollout.loop import all_of
 from megatron_rapo.rollout.member import Member
 from megatron_rapo.rollout.revival import Reviver
 

@@ -10,18 +10,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from megatron_rapo.background import BackgroundLoop, all_of
+from megatron_rapo.engines.exchange import Diagnose, http_client
+from megatron_rapo.engines.sglang.client import EngineClient, MemoryTag
+from megatron_rapo.engines.sglang.router import RouterClient
 from megatron_rapo.errors import EngineLost, RapoError
-from megatron_rapo.rollout.client import EngineClient, MemoryTag
 from megatron_rapo.rollout.dispatch import Dispatch
-from megatron_rapo.rollout.exchange import Diagnose, http_client
-from megatron_rapo.rollout.loop import BackgroundLoop, all_of
 from megatron_rapo.rollout.member import Member
 from megatron_rapo.rollout.membership import Membership
 from megatron_rapo.rollout.requests import Request, check_tokens
 from megatron_rapo.rollout.response import Response
 from megatron_rapo.rollout.revival import Reviver
 from megatron_rapo.rollout.round import Round
-from megatron_rapo.rollout.router import RouterClient
 from megatron_rapo.rollout.routing import Routing
 from megatron_rapo.rollout.watch import watch
 

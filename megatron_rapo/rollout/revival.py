@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_rapo.engines.servers import LocalServers
+from megatron_rapo.engines.sglang.client import EngineClient
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import Architecture
-from megatron_rapo.rollout.client import EngineClient
 from megatron_rapo.rollout.identity import check_model
-from megatron_rapo.rollout.servers import LocalServers
 
 
 class Reviver:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 
+from megatron_rapo.background import BackgroundLoop
 from megatron_rapo.rollout.dispatch import Dispatch
-from megatron_rapo.rollout.loop import BackgroundLoop
 from megatron_rapo.rollout.requests import Request
 from megatron_rapo.rollout.response import Response
 

@@ -8,14 +8,14 @@ from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from megatron_rapo.config.address import server_of
+from megatron_rapo.background import all_of
+from megatron_rapo.engines.address import server_of
+from megatron_rapo.engines.sglang.router import RouterClient
 from megatron_rapo.errors import EngineLost, RapoError
-from megatron_rapo.rollout.loop import all_of
 from megatron_rapo.rollout.member import Member
 from megatron_rapo.rollout.membership import Membership
 from megatron_rapo.rollout.requests import Request
 from megatron_rapo.rollout.response import Response
-from megatron_rapo.rollout.router import RouterClient
 
 T = TypeVar("T")
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import uvicorn
 
-from megatron_rapo.rollout.embedded.app import create_app
-from megatron_rapo.rollout.embedded.engine import Engine
-from megatron_rapo.rollout.embedded.service import Service
+from megatron_rapo.embedded_server.app import create_app
+from megatron_rapo.embedded_server.engine import Engine
+from megatron_rapo.embedded_server.service import Service
 
 Send = Callable[[MutableMapping[str, Any]], Any]
 Body = dict[str, Any]

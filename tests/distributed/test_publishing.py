@@ -20,6 +20,8 @@ import torch.distributed as dist
 
 from megatron_rapo.config import Model, Optimizer, Parallel, Weights
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
+from megatron_rapo.engines.servers import LocalServers
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.engines import SharedEngines
 from megatron_rapo.model.architecture import read_architecture
@@ -29,9 +31,7 @@ from megatron_rapo.policy.policy import Policy
 from megatron_rapo.publish.opening import open_transport
 from megatron_rapo.publish.publisher import Publisher, Transport
 from megatron_rapo.publish.record import Record
-from megatron_rapo.rollout.launchers import EmbeddedLauncher
 from megatron_rapo.rollout.pool import EnginePool
-from megatron_rapo.rollout.servers import LocalServers
 from megatron_rapo.weights.engines import Engines
 from megatron_rapo.weights.export import write_hf_model
 from megatron_rapo.weights.load import load_weights

@@ -206,13 +206,13 @@ def test_killed_servers_are_replaced_and_cost_nothing(tmp_path: Path) -> None:
 
 
 def engines(command: Command) -> list[psutil.Process]:
-    return [p for p in command.processes() if "megatron_rapo.rollout.embedded" in p.cmdline()]
+    return [p for p in command.processes() if "megatron_rapo.embedded_server" in p.cmdline()]
 
 
 def test_where_no_server_is_left_the_job_ends(tmp_path: Path) -> None:
     rollout = {"restarts": 0}
     with training(tmp_path, rollout=rollout) as (directory, command):
-        (server,) = [p for p in command.processes() if "megatron_rapo.rollout.embedded" in p.cmdline()]
+        (server,) = [p for p in command.processes() if "megatron_rapo.embedded_server" in p.cmdline()]
         server.send_signal(signal.SIGKILL)
         assert end(command) < SOON
     assert_one_message(

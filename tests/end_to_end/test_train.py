@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from megatron_rapo.config import load_config
+from megatron_rapo.embedded_server.decode import Sample
+from megatron_rapo.embedded_server.engine import Engine
 from megatron_rapo.evaluation.store import Evaluation
 from megatron_rapo.observe.versions import read_versions
-from megatron_rapo.rollout.embedded.decode import Sample
-from megatron_rapo.rollout.embedded.engine import Engine
 from megatron_rapo.samples.store import read_step, steps_of
 from tests.end_to_end.command import MODEL, Command, checkpoints, heartbeats, metrics, run, write_config
 from tests.end_to_end.conftest import EVALUATE, LAYOUT
@@ -137,7 +137,7 @@ def test_it_tells_the_software_that_it_was_made_with(finished: Finished) -> None
     directory, _ = finished
     [start] = read_versions(directory)
     assert start.step == 0
-    assert start.versions["engines"] == f"megatron_rapo.rollout.embedded {version('megatron_rapo')}"
+    assert start.versions["engines"] == f"megatron_rapo.embedded_server {version('megatron_rapo')}"
     assert start.versions["megatron-core"] == version("megatron-core")
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_rapo.rollout.client import EngineClient
+from megatron_rapo.engines.sglang.client import EngineClient
 from tests.engines.servers import EMBEDDED, KEY, SGLANG_CPU, SGLANG_GPU, running, tail, why_not
 from tests.models import make_hf_model
 

@@ -39,13 +39,13 @@ def command(kind: str, model: Path, port: int) -> list[str]:
     """What starts such an engine, without the key."""
     if kind == EMBEDDED:
         return [
-            *(sys.executable, "-m", "megatron_rapo.rollout.embedded"),
+            *(sys.executable, "-m", "megatron_rapo.embedded_server"),
             "--model",
             str(model),
             f"--port={port}",
         ]
     options = ["--model-path", str(model), "--host", "127.0.0.1", "--port", str(port)]
-    tether = [sys.executable, "-m", "megatron_rapo.rollout.tether", str(os.getpid())]
+    tether = [sys.executable, "-m", "megatron_rapo.engines.tether", str(os.getpid())]
     if kind == SGLANG_CPU:
         return [*tether, str(SGLANG_PYTHON), str(ROOT / "tests/engines/sglang_on_cpu.py"), *options]
     memory = ["--mem-fraction-static", "0.2", "--enable-memory-saver"]

@@ -15,12 +15,12 @@ import httpx
 import pytest
 
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
+from megatron_rapo.engines.servers import LocalServers
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.rollout import pool as pools
-from megatron_rapo.rollout.launchers import EmbeddedLauncher
 from megatron_rapo.rollout.revival import Reviver
-from megatron_rapo.rollout.servers import LocalServers
 from tests.engines.servers import ROOT, SGLANG_PYTHON
 from tests.models import make_hf_model
 from tests.pools import generate_groups

@@ -148,7 +148,7 @@ def test_a_job_whose_time_is_up_goes_on_in_another_allocation(
     wait(cluster, job, lambda: newest(directory) > last + 1, 120, "checkpoints after the restart")
     assert [line["step"] for line in metrics(directory)] == list(range(metrics(directory)[-1]["step"] + 1))
 
-    (engine,) = _processes(job, "megatron_rapo.rollout.embedded")
+    (engine,) = _processes(job, "megatron_rapo.embedded_server")
     # One that ends within 30 s of its first start could not be started, and would end the job.
     wait(cluster, job, lambda: time.time() - engine.create_time() > 32, 40, "the engine is old enough")
     engine.kill()

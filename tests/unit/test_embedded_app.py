@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_rapo.rollout.embedded.app import create_app
-from megatron_rapo.rollout.embedded.engine import Engine
-from megatron_rapo.rollout.embedded.service import Service
+from megatron_rapo.embedded_server.app import create_app
+from megatron_rapo.embedded_server.engine import Engine
+from megatron_rapo.embedded_server.service import Service
 from tests.models import EOS, make_hf_model
 
 PROMPT = [5, 6, 7]

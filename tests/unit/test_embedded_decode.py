@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_rapo.rollout.embedded import decode as decoding
-from megatron_rapo.rollout.embedded.decode import Sample
-from megatron_rapo.rollout.embedded.engine import Engine
+from megatron_rapo.embedded_server import decode as decoding
+from megatron_rapo.embedded_server.decode import Sample
+from megatron_rapo.embedded_server.engine import Engine
 from tests.models import EOS, make_hf_model
 
 # Of unequal lengths, the first one twice.
@@ -93,7 +93,7 @@ def test_requests_larger_than_a_batch_are_decoded_in_pieces(models, monkeypatch)
     engine, _ = models
     samples = [sample(prompt, i) for i in range(4) for prompt in PROMPTS]
     whole = [completion.token_ids for completion in run(engine, samples)]
-    monkeypatch.setattr("megatron_rapo.rollout.embedded.engine.MAX_ROWS", 7)
+    monkeypatch.setattr("megatron_rapo.embedded_server.engine.MAX_ROWS", 7)
     assert [completion.token_ids for completion in run(engine, samples)] == whole
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from megatron_rapo.embedded_server import protocol, weight_requests
+from megatron_rapo.embedded_server.decode import Completion, Sample
+from megatron_rapo.embedded_server.protocol import GenerateRequest, SamplingParams, to_answer, to_samples
 from megatron_rapo.errors import RapoError
-from megatron_rapo.rollout.embedded import protocol, weight_requests
-from megatron_rapo.rollout.embedded.decode import Completion, Sample
-from megatron_rapo.rollout.embedded.protocol import GenerateRequest, SamplingParams, to_answer, to_samples
 
 EOS, VOCAB, CONTEXT = 9, 50, 64
 GROUP = {"group_name": "weight_update_group"}

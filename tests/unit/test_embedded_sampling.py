@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_rapo.rollout.embedded.sampling import Truncation, draw, uniforms
+from megatron_rapo.embedded_server.sampling import Truncation, draw, uniforms
 
 
 def splitmix64(state: int) -> int:

@@ -15,10 +15,10 @@ import httpx
 import pytest
 
 from megatron_rapo import __version__
+from megatron_rapo.embedded_server.app import create_app
+from megatron_rapo.embedded_server.decode import Completion, Sample
+from megatron_rapo.embedded_server.service import Service
 from megatron_rapo.errors import RapoError
-from megatron_rapo.rollout.embedded.app import create_app
-from megatron_rapo.rollout.embedded.decode import Completion, Sample
-from megatron_rapo.rollout.embedded.service import Service
 
 WAIT_S = 30.0
 SAMPLE = Sample((5, 6), 4, 0.0, frozenset(), 0)
@@ -276,7 +276,7 @@ def test_it_says_what_it_is() -> None:
             "context_length": 64,
         }
         assert (await http.get("/server_info")).json() == {
-            "server": "megatron_rapo.rollout.embedded",
+            "server": "megatron_rapo.embedded_server",
             "version": __version__,
             "tp_size": 1,
             "takes_slices": True,

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_rapo.checksum import tensor_checksum
+from megatron_rapo.embedded_server.app import create_app
+from megatron_rapo.embedded_server.engine import Engine
+from megatron_rapo.embedded_server.service import Service
+from megatron_rapo.embedded_server.unpickle import load_named_tensors
+from megatron_rapo.engines.sglang.client import EngineClient
 from megatron_rapo.errors import EngineLost, RapoError
-from megatron_rapo.rollout.client import EngineClient
-from megatron_rapo.rollout.embedded.app import create_app
-from megatron_rapo.rollout.embedded.engine import Engine
-from megatron_rapo.rollout.embedded.service import Service
-from megatron_rapo.rollout.embedded.unpickle import load_named_tensors
 from tests.models import make_hf_model
 
 PROMPT = [5, 6, 7]
@@ -266,7 +266,7 @@ def test_a_trainer_that_dies_in_a_broadcast_frees_the_server(service, checkpoint
 
 
 def test_a_group_that_nobody_opens_is_refused_and_holds_nothing_up(service, checkpoints, monkeypatch):
-    monkeypatch.setattr("megatron_rapo.rollout.embedded.broadcast.TIMEOUT_S", 2.0)
+    monkeypatch.setattr("megatron_rapo.embedded_server.broadcast.TIMEOUT_S", 2.0)
     group = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 2}
 
     async def meanwhile(client):

@@ -6,9 +6,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from megatron_rapo.engines.exchange import http_client
+from megatron_rapo.engines.sglang.client import EngineClient
 from megatron_rapo.errors import EngineLost, RapoError
-from megatron_rapo.rollout.client import EngineClient
-from megatron_rapo.rollout.exchange import http_client
 
 
 def reply(status=200, body=b"{}", length=None):

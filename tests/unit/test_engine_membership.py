@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from megatron_rapo.background import BackgroundLoop, all_of
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.rollout import revival
 from megatron_rapo.rollout.dispatch import Dispatch, TooFewEngines
-from megatron_rapo.rollout.loop import BackgroundLoop, all_of
 from megatron_rapo.rollout.member import Member
 from megatron_rapo.rollout.membership import Membership
 from megatron_rapo.rollout.revival import Reviver

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from megatron_rapo.config import validate
+from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
+from megatron_rapo.engines.sglang.launcher import SGLangLauncher
 from megatron_rapo.experience import engines
 from megatron_rapo.experience.engines import open_own_engines
-from megatron_rapo.rollout.launchers import EmbeddedLauncher, SGLangLauncher
 
 ARCHITECTURE = SimpleNamespace(vocabulary=61)
 OWN = ["http://127.0.0.1:1", "http://127.0.0.1:2", "http://127.0.0.1:3"]

@@ -10,11 +10,12 @@ from typing import Any
 import httpx
 import pytest
 
+from megatron_rapo.engines import exchange as exchange_module
+from megatron_rapo.engines.exchange import EXCERPT, Exchange, NoSuchRoute, http_client
+from megatron_rapo.engines.sglang import client as module
+from megatron_rapo.engines.sglang.client import EngineClient, EngineInfo
 from megatron_rapo.errors import EngineLost, RapoError
-from megatron_rapo.rollout import client as module
-from megatron_rapo.rollout import exchange as exchange_module
-from megatron_rapo.rollout.client import EngineClient, EngineInfo
-from megatron_rapo.rollout.exchange import EXCERPT, Exchange, NoSuchRoute, http_client
+from megatron_rapo.wire.access import is_loopback
 
 URL = "http://127.0.0.1:7001"
 TIMEOUT = 77.0
@@ -404,7 +405,7 @@ def test_a_long_answer_is_shown_in_part(length: int, cut: bool) -> None:
     ],
 )
 def test_what_only_this_machine_reaches(host: str, own: bool) -> None:
-    assert exchange_module.is_loopback(host) == own
+    assert is_loopback(host) == own
 
 
 def test_connections_are_not_kept_and_the_environments_proxy_is_not_asked(

@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 
+from megatron_rapo.engines import servers as module
+from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
+from megatron_rapo.engines.launching import Launch
+from megatron_rapo.engines.servers import LocalServers
+from megatron_rapo.engines.sglang.launcher import SGLangLauncher
 from megatron_rapo.errors import RapoError
-from megatron_rapo.rollout import servers as module
-from megatron_rapo.rollout.launchers import EmbeddedLauncher, Launch, SGLangLauncher
-from megatron_rapo.rollout.servers import LocalServers
 
 SOON = 20.0
 TELLS = """
@@ -336,7 +338,7 @@ def test_a_restart_ends_the_server_and_no_other(tmp_path: Path, monkeypatch: pyt
 )
 def test_the_command_line_of_an_sglang_server(gpus: Any, number: int, mine: str | None) -> None:
     launch = SGLangLauncher(Path("m"), "bfloat16", "py", 2, gpus, ["--x"]).launch(number, 8000, 9)
-    tether = [sys.executable, "-m", "megatron_rapo.rollout.tether", str(os.getpid())]
+    tether = [sys.executable, "-m", "megatron_rapo.engines.tether", str(os.getpid())]
     command = [
         "py",
         "-m",
@@ -355,6 +357,6 @@ def test_the_command_line_of_an_sglang_server(gpus: Any, number: int, mine: str 
 
 def test_the_command_line_of_an_embedded_server() -> None:
     launch = EmbeddedLauncher(Path("m"), "cpu", "float32", threads=3).launch(1, 8000, 9)
-    command = [sys.executable, "-m", "megatron_rapo.rollout.embedded", "--model", "m", "--device", "cpu"]
+    command = [sys.executable, "-m", "megatron_rapo.embedded_server", "--model", "m", "--device", "cpu"]
     command += ["--dtype", "float32", "--threads", "3", "--socket-fd", "9", "--parent-pid", str(os.getpid())]
     assert launch == Launch(command, inherited_socket=9, environment={})

@@ -322,7 +322,7 @@ def test_the_path_of_an_update_is_absolute(engine, monkeypatch, tmp_path):
 def test_an_update_that_failed_is_an_error_and_leaves_no_server_paused(
     engine, path, answer, named, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("megatron_rapo.rollout.client.FLUSH_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("megatron_rapo.engines.sglang.client.FLUSH_TIMEOUT_S", 0.2)
     stand_in, pool = engine
     stand_in.answers[path] = answer
     with pytest.raises(RapoError) as failed:

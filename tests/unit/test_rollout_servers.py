@@ -16,17 +16,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
+from megatron_rapo.engines.launching import Launch
+from megatron_rapo.engines.servers import LocalServers
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import read_architecture
-from megatron_rapo.rollout.launchers import EmbeddedLauncher, Launch
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.revival import Reviver
-from megatron_rapo.rollout.servers import LocalServers
 from tests.leftovers import nothing_left
 from tests.models import make_hf_model
 from tests.pools import generate_groups
 
-MODULE = [sys.executable, "-m", "megatron_rapo.rollout.embedded"]
+MODULE = [sys.executable, "-m", "megatron_rapo.embedded_server"]
 PROMPTS = [Prompt(i, "", (5 + i, 6, 7), "") for i in range(5)]
 
 
@@ -69,7 +70,7 @@ def tokens(groups):
 def processes():
     """The embedded servers that this process started."""
     return [
-        p for p in psutil.Process().children() if "megatron_rapo.rollout.embedded" in " ".join(p.cmdline())
+        p for p in psutil.Process().children() if "megatron_rapo.embedded_server" in " ".join(p.cmdline())
     ]
 
 
@@ -209,8 +210,8 @@ def test_servers_end_when_their_parent_is_killed(checkpoints, tmp_path):
     script = f"""
 import time
 from pathlib import Path
-from megatron_rapo.rollout.launchers import EmbeddedLauncher
-from megatron_rapo.rollout.servers import LocalServers
+from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
+from megatron_rapo.engines.servers import LocalServers
 launcher = EmbeddedLauncher(Path({str(checkpoints[0])!r}), device="cpu", dtype="float32", threads=1)
 with LocalServers(launcher, count=1, log_directory=Path({str(tmp_path)!r}), startup_timeout=300) as servers:
     print(servers.urls[0], flush=True)

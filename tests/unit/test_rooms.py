@@ -101,7 +101,7 @@ def test_a_library_stays_in_its_rooms(library: str) -> None:
 
 def test_the_page_keeps_megatron_and_engines_apart() -> None:
     assert libraries()["megatron"].isdisjoint({"rollout", "reward", "loss", "data", "config"})
-    assert libraries()["httpx"] == {"rollout"}
+    assert libraries()["httpx"] == {"engines"}
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
+from megatron_rapo.background import BackgroundLoop
+from megatron_rapo.engines.sglang import router as module
+from megatron_rapo.engines.sglang.router import RouterClient
 from megatron_rapo.errors import EngineLost, RapoError
-from megatron_rapo.rollout import router as module
-from megatron_rapo.rollout.loop import BackgroundLoop
-from megatron_rapo.rollout.router import RouterClient
 
 ROUTER = "http://127.0.0.1:7000"
 ONE, TWO, OTHER = (f"http://127.0.0.1:{port}" for port in (7001, 7002, 7003))

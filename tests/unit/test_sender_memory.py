@@ -8,8 +8,8 @@ import weakref
 import pytest
 import torch
 
-from megatron_rapo.rollout.embedded import sender_memory
-from megatron_rapo.rollout.embedded.sender_memory import SenderMemory
+from megatron_rapo.embedded_server import sender_memory
+from megatron_rapo.embedded_server.sender_memory import SenderMemory
 
 
 def shared() -> torch.Tensor:

@@ -19,10 +19,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_rapo.engines.servers import LocalServers
+from megatron_rapo.engines.sglang.launcher import SGLangLauncher
+from megatron_rapo.engines.tether import NOTE_S
 from megatron_rapo.errors import RapoError
-from megatron_rapo.rollout.launchers import SGLangLauncher
-from megatron_rapo.rollout.servers import LocalServers
-from megatron_rapo.rollout.tether import NOTE_S
 from tests.leftovers import nothing_left
 
 STAND_IN = """
@@ -192,8 +192,8 @@ def test_kill_9_of_whoever_watches_leaves_no_server(package, tmp_path, killed):
     script = f"""
 import json, sys, time, httpx
 from pathlib import Path
-from megatron_rapo.rollout.launchers import SGLangLauncher
-from megatron_rapo.rollout.servers import LocalServers
+from megatron_rapo.engines.sglang.launcher import SGLangLauncher
+from megatron_rapo.engines.servers import LocalServers
 launcher = SGLangLauncher(Path("/models/seven"), "bfloat16", sys.executable, 1, gpus=None, arguments=[])
 with LocalServers(launcher, count=1, log_directory=Path({str(tmp_path)!r}), startup_timeout=60) as servers:
     said = httpx.get(servers.urls[0] + "/health", trust_env=False).json()

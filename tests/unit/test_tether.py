@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_rapo.rollout import tether
+from megatron_rapo.engines import tether
 
 SOON = 20.0
 HERE = Path("/dev/shm")
@@ -23,7 +23,7 @@ HERE = Path("/dev/shm")
 # Run by the tether of a process whose waits are short; what it prints is the test's.
 QUICK = """
 import sys
-from megatron_rapo.rollout import tether
+from megatron_rapo.engines import tether
 tether.POLL_S, tether.NOTE_S, tether.END_WAIT_S, tether.CLEANUP_WAIT_S = 0.02, {note_s}, 0.5, 0.5
 sys.exit(tether.main())
 """

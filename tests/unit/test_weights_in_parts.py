@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_rapo.checksum import tensor_checksum
+from megatron_rapo.embedded_server.engine import Engine
+from megatron_rapo.embedded_server.weights import Weights, _some
 from megatron_rapo.errors import RapoError
-from megatron_rapo.rollout.embedded.bucket import lay_out, views
-from megatron_rapo.rollout.embedded.engine import Engine
-from megatron_rapo.rollout.embedded.slices import CHECKSUM_BYTES, message_bytes, unpack
-from megatron_rapo.rollout.embedded.weights import Weights, _some
+from megatron_rapo.wire.bucket import lay_out, views
+from megatron_rapo.wire.slices import CHECKSUM_BYTES, message_bytes, unpack
 
 SHAPES = {"embed": (5, 4), "bias": (3,), "scale": (2,)}
 

@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 
 from megatron_rapo.checksum import tensor_checksum
 from megatron_rapo.config import Model, Weights
+from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
+from megatron_rapo.engines.servers import LocalServers
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import Architecture, read_architecture
 from megatron_rapo.model.build import build_chunks
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.publish.opening import open_transport
-from megatron_rapo.rollout.launchers import EmbeddedLauncher
 from megatron_rapo.rollout.pool import EnginePool
-from megatron_rapo.rollout.servers import LocalServers
 from megatron_rapo.weights import export
 from megatron_rapo.weights.export import hf_tensors, write_hf_model
 from megatron_rapo.weights.hf_files import HFTensors

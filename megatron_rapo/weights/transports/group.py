@@ -14,11 +14,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
 
 from megatron_rapo.errors import EngineLost
 from megatron_rapo.parallel.device import device
 from megatron_rapo.weights.engines import Engines
+from megatron_rapo.wire.group import new_group
 
 TIMEOUT_S = 120.0  # for everyone to join, and for each message
 REFUSAL_WAIT_S = 0.5  # an engine that refuses to join says so at once; one that joins answers when all have
@@ -108,9 +108,7 @@ class Invitation:
 
 
 def join(meeting: Meeting, rank: int) -> dist.ProcessGroup:
-    """Joins as the trainer's rank `rank`, the way that SGLang does (`init_custom_process_group`).
-
-    torch makes groups only within the job's own; SGLang goes round that, and both sides must agree.
+    """Joins as the trainer's rank `rank`.
 
     Raises:
         EngineLost: not everyone came in time.
@@ -118,19 +116,9 @@ def join(meeting: Meeting, rank: int) -> dist.ProcessGroup:
     timeout = timedelta(seconds=TIMEOUT_S)
     try:
         store = dist.TCPStore(meeting.address, meeting.port, is_master=False, timeout=timeout)
-        group, _ = c10d._new_process_group_helper(
-            meeting.size,
-            rank,
-            [],
-            c10d.Backend(meeting.backend),
-            c10d.PrefixStore(meeting.name, store),
-            group_name=c10d.GroupName(meeting.name),
-            timeout=timeout,
-        )
+        return new_group(store, rank, meeting.size, meeting.name, meeting.backend, timeout)
     except RuntimeError as error:  # torch's errors of store and backend are of this kind
         raise EngineLost(f"no process group with the engines: {error}") from error
-    c10d._world.pg_group_ranks[group] = {number: number for number in range(meeting.size)}
-    return group
 
 
 def collect_lost_groups() -> None:

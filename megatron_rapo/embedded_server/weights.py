@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from megatron_rapo.checksum import tensor_checksum
+from megatron_rapo.embedded_server.checkpoint import read_checkpoint
 from megatron_rapo.errors import RapoError
-from megatron_rapo.rollout.embedded.checkpoint import read_checkpoint
 
 NamedTensors = Sequence[tuple[str, torch.Tensor]]
 Slice = tuple[str, int | None, int, int]

@@ -19,7 +19,7 @@ import torch
 from torch.multiprocessing import reductions
 
 from megatron_rapo.errors import RapoError
-from megatron_rapo.rollout.embedded.bucket import TensorMetadata, views
+from megatron_rapo.wire.bucket import TensorMetadata, views
 
 
 def _load_storage(data: bytes) -> Any:

@@ -12,11 +12,11 @@ from typing import Any
 
 import httpx
 
-from megatron_rapo.config.address import server_of
+from megatron_rapo.background import all_of
+from megatron_rapo.engines.address import server_of
+from megatron_rapo.engines.exchange import Exchange, NoSuchRoute
 from megatron_rapo.errors import EngineLost, RapoError
-from megatron_rapo.rollout.api_key import api_key_from_environment
-from megatron_rapo.rollout.exchange import Exchange, NoSuchRoute
-from megatron_rapo.rollout.loop import all_of
+from megatron_rapo.wire.access import api_key_from_environment
 
 CONTROL_TIMEOUT_S = 60.0  # for requests that are answered at once
 POLL_S = 0.1  # between two looks at whether the router has done what it accepted

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from megatron_rapo.embedded_server.decode import Completion, Sample
+from megatron_rapo.embedded_server.engine import Engine
 from megatron_rapo.errors import RapoError
-from megatron_rapo.rollout.embedded.decode import Completion, Sample
-from megatron_rapo.rollout.embedded.engine import Engine
 
 
 class StrictRequest(BaseModel):

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from fastapi import Depends, HTTPException, Request, Response
 
-from megatron_rapo.rollout.embedded.engine import Engine
-from megatron_rapo.rollout.embedded.service import Service
+from megatron_rapo.embedded_server.engine import Engine
+from megatron_rapo.embedded_server.service import Service
 
 
 def _service(request: Request) -> Service:

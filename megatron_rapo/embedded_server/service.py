@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
 
+from megatron_rapo.embedded_server.broadcast import UpdateGroups
+from megatron_rapo.embedded_server.decode import Completion, Sample
+from megatron_rapo.embedded_server.engine import Engine
+from megatron_rapo.embedded_server.sender_memory import SenderMemory
 from megatron_rapo.errors import RapoError
-from megatron_rapo.rollout.embedded.broadcast import UpdateGroups
-from megatron_rapo.rollout.embedded.decode import Completion, Sample
-from megatron_rapo.rollout.embedded.engine import Engine
-from megatron_rapo.rollout.embedded.sender_memory import SenderMemory
 
 T = TypeVar("T")
 

@@ -12,8 +12,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 
-from megatron_rapo.rollout.embedded.cache import growing_cache
-from megatron_rapo.rollout.embedded.sampling import Truncation, draw, uniforms
+from megatron_rapo.embedded_server.cache import growing_cache
+from megatron_rapo.embedded_server.sampling import Truncation, draw, uniforms
 
 COMPACT_BELOW = 0.85  # dropping finished rows copies the cache: done once they are this much of the batch
 _NO_LIMIT = torch.iinfo(torch.int64).max

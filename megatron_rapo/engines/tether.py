@@ -1,4 +1,4 @@
-"""`python -m megatron_rapo.rollout.tether PID COMMAND…`: runs a command that must not outlive process PID.
+"""`python -m megatron_rapo.engines.tether PID COMMAND…`: runs a command that must not outlive process PID.
 
 SGLang is a family of processes, none of which watches who started it. The tether does, and ends them all: on
 SIGTERM, with PID, and when the command itself ends and leaves some of them. It removes the files in shared

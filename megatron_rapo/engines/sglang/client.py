@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import httpx
 
+from megatron_rapo.engines.exchange import Diagnose, Exchange, NoSuchRoute
 from megatron_rapo.errors import EngineLost, RapoError
-from megatron_rapo.rollout.exchange import Diagnose, Exchange, NoSuchRoute
 
 HEALTH_TIMEOUT_S = 5.0
 POLL_S = 0.1  # between two questions whether the server is ready

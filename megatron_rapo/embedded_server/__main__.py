@@ -1,4 +1,4 @@
-"""`python -m megatron_rapo.rollout.embedded`: serves a Hugging Face model over SGLang's HTTP contract."""
+"""`python -m megatron_rapo.embedded_server`: serves a Hugging Face model over SGLang's HTTP contract."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import time
 from pathlib import Path
 
 from megatron_rapo.errors import RapoError
-from megatron_rapo.rollout.api_key import API_KEY_VARIABLE, api_key_from_environment
-from megatron_rapo.rollout.exchange import is_loopback
+from megatron_rapo.wire.access import API_KEY_VARIABLE, api_key_from_environment, is_loopback
 
-logger = logging.getLogger("megatron_rapo.rollout.embedded")
+logger = logging.getLogger("megatron_rapo.embedded_server")
 
 
 def main() -> int:
@@ -38,7 +37,7 @@ def main() -> int:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m megatron_rapo.rollout.embedded", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m megatron_rapo.embedded_server", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="HF folder: config, safetensors, tokenizer")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=0, help="0: a free one, told on stdout")
@@ -82,9 +81,9 @@ def _serve(arguments: argparse.Namespace, listening: socket.socket) -> None:
     import torch  # here, since the number of threads had to be set first
     import uvicorn
 
-    from megatron_rapo.rollout.embedded.app import create_app
-    from megatron_rapo.rollout.embedded.engine import Engine
-    from megatron_rapo.rollout.embedded.service import Service
+    from megatron_rapo.embedded_server.app import create_app
+    from megatron_rapo.embedded_server.engine import Engine
+    from megatron_rapo.embedded_server.service import Service
 
     torch.set_num_threads(arguments.threads)
     service = Service()

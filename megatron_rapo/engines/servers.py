@@ -20,10 +20,10 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from megatron_rapo.engines.exchange import http_client
+from megatron_rapo.engines.launching import Launcher
+from megatron_rapo.engines.sglang.client import EngineClient
 from megatron_rapo.errors import RapoError
-from megatron_rapo.rollout.client import EngineClient
-from megatron_rapo.rollout.exchange import http_client
-from megatron_rapo.rollout.launchers import Launcher
 
 EXIT_WAIT_S = 1.0  # a lost connection is seen sooner than the exit that caused it
 TERMINATE_WAIT_S = 5.0  # from the request to end to the kill

@@ -8,12 +8,9 @@ from pathlib import Path
 
 from fastapi import APIRouter, Depends, HTTPException, Request, Response
 
-from megatron_rapo.errors import RapoError
-from megatron_rapo.rollout.embedded.answers import EngineOf, ServiceOf, json_answer
-from megatron_rapo.rollout.embedded.bucket import lay_out
-from megatron_rapo.rollout.embedded.slices import message_bytes, unpack
-from megatron_rapo.rollout.embedded.unpickle import load_named_tensors
-from megatron_rapo.rollout.embedded.weight_requests import (
+from megatron_rapo.embedded_server.answers import EngineOf, ServiceOf, json_answer
+from megatron_rapo.embedded_server.unpickle import load_named_tensors
+from megatron_rapo.embedded_server.weight_requests import (
     DTYPES,
     BeginUpdateRequest,
     DestroyGroupRequest,
@@ -26,7 +23,10 @@ from megatron_rapo.rollout.embedded.weight_requests import (
     UpdateFromShardsRequest,
     UpdateFromTensorRequest,
 )
-from megatron_rapo.rollout.exchange import is_loopback
+from megatron_rapo.errors import RapoError
+from megatron_rapo.wire.access import is_loopback
+from megatron_rapo.wire.bucket import lay_out
+from megatron_rapo.wire.slices import message_bytes, unpack
 
 weight_routes = APIRouter()
 

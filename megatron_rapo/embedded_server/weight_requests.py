@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from megatron_rapo.rollout.embedded.engine import MemoryTag
-from megatron_rapo.rollout.embedded.protocol import StrictRequest
-from megatron_rapo.rollout.embedded.weights import Slice
+from megatron_rapo.embedded_server.engine import MemoryTag
+from megatron_rapo.embedded_server.protocol import StrictRequest
+from megatron_rapo.embedded_server.weights import Slice
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype

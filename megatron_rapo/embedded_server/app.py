@@ -12,10 +12,9 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from megatron_rapo import __version__
-from megatron_rapo.errors import RapoError
-from megatron_rapo.rollout.embedded.answers import EngineOf, ServiceOf, json_answer
-from megatron_rapo.rollout.embedded.engine import CannotGenerate
-from megatron_rapo.rollout.embedded.protocol import (
+from megatron_rapo.embedded_server.answers import EngineOf, ServiceOf, json_answer
+from megatron_rapo.embedded_server.engine import CannotGenerate
+from megatron_rapo.embedded_server.protocol import (
     AbortRequest,
     ContinueRequest,
     GenerateRequest,
@@ -24,8 +23,9 @@ from megatron_rapo.rollout.embedded.protocol import (
     to_answer,
     to_samples,
 )
-from megatron_rapo.rollout.embedded.service import Service
-from megatron_rapo.rollout.embedded.weight_routes import weight_routes
+from megatron_rapo.embedded_server.service import Service
+from megatron_rapo.embedded_server.weight_routes import weight_routes
+from megatron_rapo.errors import RapoError
 
 
 def create_app(service: Service, api_key: str | None) -> FastAPI:
@@ -85,7 +85,7 @@ async def model_info(engine: EngineOf) -> dict[str, Any]:
 @_routes.get("/server_info")
 async def server_info(engine: EngineOf) -> dict[str, Any]:
     return {
-        "server": "megatron_rapo.rollout.embedded",
+        "server": "megatron_rapo.embedded_server",
         "version": __version__,
         "tp_size": 1,
         "takes_slices": True,

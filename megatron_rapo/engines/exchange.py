@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from megatron_rapo.errors import EngineLost, RapoError
-from megatron_rapo.rollout.api_key import API_KEY_VARIABLE, api_key_from_environment
+from megatron_rapo.wire.access import API_KEY_VARIABLE, api_key_from_environment, is_loopback
 
 Diagnose = Callable[[str], str | None]
 """Says what is known of the server at a URL once a request to it has failed: None if nothing."""
@@ -37,14 +36,6 @@ def http_client() -> httpx.AsyncClient:
         # None is kept: one that the server closes between two steps would look like a crash.
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
     )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches this host name or address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class Exchange:

@@ -7,10 +7,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
 
 from megatron_rapo.errors import RapoError
-from megatron_rapo.rollout.embedded.bucket import TensorMetadata, views
+from megatron_rapo.wire.bucket import TensorMetadata, views
+from megatron_rapo.wire.group import new_group
 
 TIMEOUT_S = 120.0  # for everyone to join, and for each broadcast
 
@@ -32,7 +32,10 @@ class UpdateGroups:
             raise RapoError(f"the group {name!r} exists already; destroy it first, or choose another name")
         host = f"[{address}]" if ":" in address else address
         try:
-            self._groups[name] = _new_group(f"tcp://{host}:{port}", rank, size, name, backend)
+            timeout = timedelta(seconds=TIMEOUT_S)
+            store, rank, size = next(dist.rendezvous(f"tcp://{host}:{port}", rank, size, timeout=timeout))
+            store.set_timeout(timeout)
+            self._groups[name] = new_group(store, rank, size, name, backend, timeout)
         except (RuntimeError, ValueError) as error:
             raise RapoError(
                 f"cannot join {name!r} at {host}:{port} as rank {rank} of {size}, {backend}: {error}"
@@ -107,24 +110,3 @@ class UpdateGroups:
 
 def _empty(tensor: TensorMetadata, device: torch.device) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-
-
-def _new_group(address: str, rank: int, size: int, name: str, backend: str) -> dist.ProcessGroup:
-    """A group outside of any default one, as `init_custom_process_group` makes it in SGLang.
-
-    torch has no public way to one; trainer and engines find each other only if all take the same.
-    """
-    timeout = timedelta(seconds=TIMEOUT_S)
-    store, rank, size = next(dist.rendezvous(address, rank, size, timeout=timeout))
-    store.set_timeout(timeout)
-    group, _ = c10d._new_process_group_helper(
-        size,
-        rank,
-        [],
-        c10d.Backend(backend),
-        c10d.PrefixStore(name, store),
-        group_name=c10d.GroupName(name),
-        timeout=timeout,
-    )
-    c10d._world.pg_group_ranks[group] = {member: member for member in range(size)}
-    return group

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from megatron_rapo.embedded_server.attention import DECODING_ATTENTION
+from megatron_rapo.embedded_server.decode import Completion, Sample, decode
+from megatron_rapo.embedded_server.weights import NamedTensors, Weights
 from megatron_rapo.errors import RapoError
-from megatron_rapo.rollout.embedded.attention import DECODING_ATTENTION
-from megatron_rapo.rollout.embedded.decode import Completion, Sample, decode
-from megatron_rapo.rollout.embedded.weights import NamedTensors, Weights
 
 MemoryTag = Literal["weights", "kv_cache"]
 MAX_ROWS = 1024  # rows of one decoding batch: larger requests are decoded in pieces, to bound memory

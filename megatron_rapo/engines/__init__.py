@@ -1,0 +1,1 @@
+"""Kinds of engines, a folder each: how one is started, asked, and given weights."""

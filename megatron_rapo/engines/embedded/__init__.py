@@ -1,0 +1,1 @@
+"""The embedded server, for tests and small models (`megatron_rapo.embedded_server`)."""

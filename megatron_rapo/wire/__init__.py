@@ -1,0 +1,1 @@
+"""What both ends of a wire share: trainer and engines agree on it, whichever program an engine is."""
