@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -23,6 +23,7 @@ def start_interpreter(
     code: Sequence[Path] = (),
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
+    output: Path | None = None,
 ) -> subprocess.Popen[bytes]:
     """Runs `python -m module descriptor arguments…`.
 
@@ -38,20 +39,25 @@ def start_interpreter(
         environment: variables; None: those of this process. `PYTHONPATH` and the hash seed are set: the same
             modules as here, and the order of sets is the same in every process and run.
         folder: the working directory, in a session of its own; None: both are those of this process.
+        output: a file for what it prints; None: where this process prints.
     """
     path = [str(Path(entry).absolute()) for entry in sys.path if entry and Path(entry) not in code]
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", module, str(descriptor), *arguments],
-        stdin=subprocess.DEVNULL,
-        pass_fds=[descriptor],
-        cwd=folder,
-        start_new_session=folder is not None,
-        env={
-            **(os.environ if environment is None else environment),
-            "PYTHONPATH": os.pathsep.join(path),
-            "PYTHONHASHSEED": "0",
-        },
-    )
+    with ExitStack() as stack:
+        printed = None if output is None else stack.enter_context(output.open("ab"))
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", module, str(descriptor), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=printed,
+            stderr=printed,
+            pass_fds=[descriptor],
+            cwd=folder,
+            start_new_session=folder is not None,
+            env={
+                **(os.environ if environment is None else environment),
+                "PYTHONPATH": os.pathsep.join(path),
+                "PYTHONHASHSEED": "0",
+            },
+        )
 
 
 def end_process(process: subprocess.Popen[bytes]) -> int:

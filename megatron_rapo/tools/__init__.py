@@ -1,0 +1,1 @@
+"""Functions that the policy calls: described to it, and run in processes that can be killed."""

@@ -1,0 +1,173 @@
+"""The tools of an environment: their processes, and what becomes of the policy's calls."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rapo.tools.described import BadArguments, Tool
+from megatron_rapo.tools.outcome import CallOutcome, Reply
+from megatron_rapo.tools.plan import Limits, Plan
+from megatron_rapo.tools.process import ToolProcess
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the policy is told of one call."""
+
+    outcome: CallOutcome
+    text: str
+
+
+class Workers:
+    """Processes for functions without state: at most so many, started when they are needed."""
+
+    def __init__(self, plan: Plan, most: int) -> None:
+        self._plan = plan
+        self._most = most
+        self._idle: list[ToolProcess] = []
+        self._free: asyncio.Semaphore | None = None
+
+    async def call(self, function: str, arguments: Mapping[str, Any]) -> Reply:
+        """What a process makes of the call, once one is free.
+
+        Raises:
+            RapoError: a process cannot start.
+        """
+        self._free = self._free or asyncio.Semaphore(self._most)
+        async with self._free:
+            process = self._idle.pop() if self._idle else await _started(self._plan)
+            try:
+                return await process.call(function, arguments)
+            finally:
+                if process.alive:
+                    self._idle.append(process)
+
+    def close(self) -> None:
+        """Ends all. It must be called where they served: in the event loop."""
+        while self._idle:
+            self._idle.pop().close()
+        self._free = None
+
+
+class Toolbox:
+    """Tools of one environment object, for many episodes at a time."""
+
+    def __init__(self, tools: Sequence[Tool], limits: Limits, *, code: Sequence[Path], workers: int) -> None:
+        """
+        Args:
+            tools: that may be called.
+            limits: of each call and process.
+            code: folders with the user's own modules.
+            workers: processes for tools without state.
+        """
+        self._tools = {tool.name: tool for tool in tools}
+        self._limits = limits
+        self._code = code
+        shared = {tool.name: tool.address for tool in tools if not tool.keeps_state}
+        self._workers = Workers(Plan(shared, limits, code), workers)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tools."""
+        return list(self._tools)
+
+    @asynccontextmanager
+    async def episode(self) -> AsyncIterator[EpisodeTools]:
+        """The tools of one episode, whose own processes end with it."""
+        tools = EpisodeTools(self._tools, self._limits, self._code, self._workers)
+        try:
+            yield tools
+        finally:
+            tools.close()
+
+    async def aclose(self) -> None:
+        """Ends the processes of tools without state; a later call starts new ones, in whatever event loop."""
+        self._workers.close()
+
+
+class EpisodeTools:
+    """Answers the calls of one episode."""
+
+    def __init__(
+        self, tools: Mapping[str, Tool], limits: Limits, code: Sequence[Path], workers: Workers
+    ) -> None:
+        self._tools = tools
+        self._limits = limits
+        self._code = code
+        self._workers = workers
+        self._own: dict[str, ToolProcess] = {}
+        self._turn = asyncio.Lock()  # a process that keeps state has one call at a time
+
+    async def call(self, name: str, arguments: object) -> Answer:
+        """What a call comes to.
+
+        Raises:
+            RapoError: a process cannot start.
+        """
+        tool = self._tools.get(name)
+        if tool is None:
+            there = ", ".join(self._tools)
+            return refusal(CallOutcome.UNKNOWN_TOOL, f"there is no tool {name!r:.80}; there are: {there}")
+        try:
+            checked = tool.checked(arguments)
+        except BadArguments as error:
+            return refusal(CallOutcome.BAD_ARGUMENTS, str(error))
+        return self._answer(await self._reply(tool, checked), tool)
+
+    def close(self) -> None:
+        """Ends the episode's own processes."""
+        while self._own:
+            self._own.popitem()[1].close()
+
+    async def _reply(self, tool: Tool, arguments: dict[str, Any]) -> Reply:
+        if not tool.keeps_state:
+            return await self._workers.call(tool.name, arguments)
+        async with self._turn:
+            process = self._own.get(tool.name)
+            if process is None or not process.alive:
+                plan = Plan(
+                    {tool.name: tool.address},
+                    self._limits,
+                    code=() if tool.runs_code else self._code,
+                    keeps_state=True,
+                    runs_code=tool.runs_code,
+                )
+                process = self._own[tool.name] = await _started(plan)
+            return await process.call(tool.name, arguments)
+
+    def _answer(self, reply: Reply, tool: Tool) -> Answer:
+        if reply.outcome is not CallOutcome.RESULT:
+            lost = "; its variables are lost" if tool.keeps_state and tool.name not in self._alive() else ""
+            return refusal(reply.outcome, f"{tool.name}: {reply.why}{lost}")
+        if reply.value is None:
+            return refusal(CallOutcome.BAD_RESULT, f"{tool.name}: it returned None, which is no text")
+        value = reply.value
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        longest = self._limits.output_characters
+        if reply.cut or len(text) > longest:
+            text = f"{text[:longest]}… (cut to {longest} characters)"
+        return Answer(CallOutcome.RESULT, text)
+
+    def _alive(self) -> set[str]:
+        return {name for name, process in self._own.items() if process.alive}
+
+
+def refusal(outcome: CallOutcome, why: str) -> Answer:
+    """What the policy is told where there is no result."""
+    return Answer(outcome, f"error: {why}")
+
+
+async def _started(plan: Plan) -> ToolProcess:
+    process = ToolProcess(plan)
+    try:
+        await process.ready()
+    except BaseException:
+        process.close()
+        raise
+    return process
