@@ -20,7 +20,11 @@ def step_of(checkpoint: Path) -> int:
 
 def complete(checkpoints: Path) -> list[Path]:
     """The complete checkpoints in the folder, oldest first."""
-    return sorted((path.parent for path in checkpoints.glob(f"step_*/{RECORD}")), key=step_of)
+    found = [path.parent for path in checkpoints.glob(f"step_*/{RECORD}")]
+    named = [
+        path for path in found if path.name.removeprefix("step_").isdecimal()
+    ]  # a copy may have any name
+    return sorted(named, key=step_of)
 
 
 def newest(run_directory: Path) -> Path | None:

@@ -14,10 +14,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Frontier, crossover, tests, ledger and hard subset of two stored evaluations.",
     )
     compare.add_argument(
-        "base", type=Path, metavar="BASE", help="the base's evaluation, or a run: its newest"
+        "base", type=Path, metavar="BASE", help="the base's evaluation, or a run: its newest finished one"
     )
     compare.add_argument(
-        "model", type=Path, metavar="MODEL", help="a trained model's evaluation, or a run: its newest"
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="a trained model's evaluation, or a run: its newest finished one",
     )
     compare.add_argument(
         "--control",

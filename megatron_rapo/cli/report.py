@@ -20,7 +20,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="a run's directory, with all evaluations in it, or an evaluation's",
+        help="a run's directory, with all finished evaluations in it, or an evaluation's",
     )
     report.add_argument(
         "--out", type=Path, metavar="DIRECTORY", help="where to write; default: report/ in the first RUN"
@@ -39,6 +39,8 @@ def _report(options: argparse.Namespace) -> int:
     from megatron_rapo.report.sources import open_sources
 
     sources = open_sources(options.runs, options.control)  # before what takes seconds to import
+    for path in sources.left_out:
+        print(f"{path} is not finished, and left out")
     from megatron_rapo.report.build import build_report
     from megatron_rapo.report.write import write_report
 

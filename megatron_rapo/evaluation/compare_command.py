@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluation import comparison_files
 from megatron_rapo.evaluation.compare import Comparison, compare
 from megatron_rapo.evaluation.frontier import powers_of_two
-from megatron_rapo.evaluation.manifest import FILE, Manifest
+from megatron_rapo.evaluation.manifest import FILE
+from megatron_rapo.evaluation.of_run import evaluations_of
 from megatron_rapo.evaluation.store import Evaluation
 from megatron_rapo.folder import own_folder
 
@@ -24,9 +26,11 @@ def run_compare(
     """Compares stored evaluations, writes the files, prints what they say; 0.
 
     Raises:
-        RapoError: one is no evaluation, they cannot be compared, or their models are gone.
+        RapoError: one is no evaluation, they are one and the same, they cannot be compared, or their models
+            are gone.
     """
     first, second = _open(base), _open(model)
+    _refuse_same(base, first, second)
     comparisons = compare(
         first,
         second,
@@ -39,13 +43,32 @@ def run_compare(
 
 
 def _open(directory: Path) -> Evaluation:
-    """The evaluation in a directory, or a run's newest one: then a line says which."""
-    found = [file.parent for file in directory.glob(f"evaluations/*/{FILE}")]
-    if (directory / FILE).exists() or not found:
+    """The evaluation in a directory, or a run's newest finished one: then a line says which."""
+    if (directory / FILE).exists():
+        evaluation = Evaluation.open(directory)
+        if evaluation.manifest.finished is None:
+            print(f"{directory} is not finished; the samples that it has so far are compared")
+        return evaluation
+    found = evaluations_of(directory)
+    if not found.finished and not found.unfinished:
         return Evaluation.open(directory)
-    newest = max(found, key=lambda path: (Manifest.read(path).model.step or 0, path.name))
-    print(f"{directory} is a run; its newest evaluation is {newest}")
-    return Evaluation.open(newest)
+    if not found.finished:
+        raise RapoError(
+            f"{directory} is a run, and none of its evaluations is finished ({found.unfinished[-1]}): let it "
+            "go on, or name that evaluation to compare the samples that it has"
+        )
+    for path in found.unfinished:
+        print(f"{path} is not finished, and left out")
+    print(f"{directory} is a run; its newest finished evaluation is {found.finished[-1]}")
+    return Evaluation.open(found.finished[-1])
+
+
+def _refuse_same(given: Path, first: Evaluation, second: Evaluation) -> None:
+    if first.directory.resolve() != second.directory.resolve():
+        return
+    others = [path for path in evaluations_of(given).finished if path != first.directory]
+    example = f", such as `megatron-rapo compare {others[0]} {second.directory}`" if others else ""
+    raise RapoError(f"{first.directory} would be compared with itself; name two evaluations{example}")
 
 
 def _write(

@@ -12,11 +12,10 @@ from megatron_rapo.evaluation.interval import Estimate
 from megatron_rapo.evaluation.statistics import COLUMNS, Statistics, summarise, summarise_adaptive
 from megatron_rapo.evaluation.store import Evaluation
 from megatron_rapo.report.contents import Against, Benchmark, Scores
-from megatron_rapo.report.drawing import Line, Plot
+from megatron_rapo.report.drawing import Line, Mark, Plot
 from megatron_rapo.report.figures import figure
 from megatron_rapo.report.sources import EvaluatedModel, benchmark_name, file_name
 from megatron_rapo.report.theme import series_colour
-from megatron_rapo.report.words import crossover_mark
 
 SEED = 0  # of tests and subsets: the same evaluations give the same page
 COLUMNS_OF_K = 6  # what a table has room for
@@ -112,7 +111,7 @@ def _statistics(evaluation: Evaluation, data: str, setting: str) -> Statistics:
 
 
 def frontier(name: str, scores: Sequence[Scores], against: Sequence[Against]) -> Plot:
-    """pass@k over k of all models, the base dashed; a mark where the last one falls behind the base."""
+    """pass@k over k of all models, the base dashed; marks where models fall behind the base."""
     lines = [
         _line(
             score.model,
@@ -132,8 +131,19 @@ def frontier(name: str, scores: Sequence[Scores], against: Sequence[Against]) ->
         tuple(lines),
         scale="log2",
         share=True,
-        marks=crossover_mark(against[-1].comparison.crossover) if against else (),
+        marks=_crossovers(scores, against),
     )
+
+
+def _crossovers(scores: Sequence[Scores], against: Sequence[Against]) -> tuple[Mark, ...]:
+    """A mark in each model's colour; with its name where there are several models."""
+    colours = {score.model: series_colour(place) for place, score in enumerate(scores[1:])}
+    marks = []
+    for each in against:
+        if (k := each.comparison.crossover.k) is not None:
+            name = f"{each.model}: " if len(against) > 1 else ""
+            marks.append(Mark(float(k), f"{name}crossover at k = {k:,}", colours[each.model]))
+    return tuple(marks)
 
 
 def _line(label: str, colour: str, ks: Sequence[int], estimates: Sequence[Estimate], *, dashed: bool) -> Line:

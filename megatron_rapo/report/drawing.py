@@ -20,6 +20,7 @@ from megatron_rapo.report.theme import LIGHT, as_variables
 
 _PIXELS = 72.0  # of the SVG's user units, an inch: matplotlib writes points
 _PNG_DPI = 200
+_MARK_POINTS = 12  # from one mark's text to the next
 # No more points are told apart on a page; drawings keep all.
 _TOLD_POINTS = 400
 
@@ -48,6 +49,20 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A vertical line at x.
+
+    Attributes:
+        text: what is there.
+        colour: a name of the theme.
+    """
+
+    x: float
+    text: str
+    colour: str = "muted"
+
+
+@dataclass(frozen=True)
 class Plot:
     """What a figure shows.
 
@@ -59,7 +74,7 @@ class Plot:
         lines: in the order of the legend.
         scale: of x; `log2` shows powers of two.
         share: whether y runs from 0 to 1.
-        marks: x, and what is there, for vertical marks.
+        marks: vertical ones.
     """
 
     name: str
@@ -70,7 +85,7 @@ class Plot:
     lines: tuple[Line, ...]
     scale: Literal["linear", "log2"] = "linear"
     share: bool = False
-    marks: tuple[tuple[float, str], ...] = ()
+    marks: tuple[Mark, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,18 +131,9 @@ def _composed(plot: Plot, width: float, height: float, legend: bool) -> Figure:
     axes = figure.add_subplot()
     for line in plot.lines:
         _add_line(axes, line)
-    for x, text in plot.marks:
-        axes.axvline(x, color=LIGHT["muted"], linewidth=1, linestyle=(0, (2, 3)))
-        axes.annotate(
-            text,
-            (x, 0.02),
-            xycoords=("data", "axes fraction"),
-            xytext=(4, 0),
-            textcoords="offset points",
-            fontsize=9,
-            color=LIGHT["muted"],
-        )
     _style(axes, plot)
+    for place, mark in enumerate(plot.marks):
+        _add_mark(axes, mark, place)
     if legend:
         axes.set_title(plot.title, loc="left", fontsize=11, color=LIGHT["ink"])
         if sum(not line.faint for line in plot.lines) > 1:
@@ -153,6 +159,23 @@ def _add_line(axes: Axes, line: Line) -> None:
         markersize=4,
         label="_" if line.faint else line.label,
         solid_capstyle="round",
+    )
+
+
+def _add_mark(axes: Axes, mark: Mark, place: int) -> None:
+    """The text stands above those of earlier marks, on the side with more room."""
+    axes.axvline(mark.x, color=LIGHT[mark.colour], linewidth=1, linestyle=(0, (2, 3)))
+    limits = axes.transAxes.inverted().transform(axes.transData.transform((mark.x, 0)))
+    left = bool(limits[0] < 0.5)
+    axes.annotate(
+        mark.text,
+        (mark.x, 0.02),
+        xycoords=("data", "axes fraction"),
+        xytext=(4 if left else -4, _MARK_POINTS * place),
+        textcoords="offset points",
+        horizontalalignment="left" if left else "right",
+        fontsize=9,
+        color=LIGHT[mark.colour],
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluation.manifest import FILE
+from megatron_rapo.evaluation.of_run import evaluations_of
 from megatron_rapo.evaluation.store import Evaluation
 
 BASE = "base"
@@ -31,22 +32,26 @@ class Sources:
         runs: directories of training runs.
         models: evaluated models, the base first.
         control: the base, evaluated anew with another seed, for the hard subset.
+        left_out: evaluations of the runs that are not finished.
     """
 
     runs: tuple[Path, ...]
     models: tuple[EvaluatedModel, ...]
     control: Evaluation | None = None
+    left_out: tuple[Path, ...] = ()
 
 
 def open_sources(directories: Sequence[Path], control: Path | None = None) -> Sources:
-    """Opens runs (with all evaluations in them), evaluations, and the control.
+    """Opens runs (with all finished evaluations in them), evaluations, and the control.
 
     The base is the evaluation of a run's step 0, or else the first that is given.
 
     Raises:
         RapoError: a directory is neither, or one is there twice.
     """
-    runs, found = [], []
+    runs: list[Path] = []
+    found: list[Evaluation] = []
+    unfinished: list[Path] = []
     for directory in directories:
         if not directory.is_dir():
             raise RapoError(f"{directory} is no directory; give a run's, or an evaluation's")
@@ -54,7 +59,9 @@ def open_sources(directories: Sequence[Path], control: Path | None = None) -> So
             found.append(Evaluation.open(directory))
         elif (directory / "metrics.jsonl").exists():
             runs.append(directory)
-            found += [Evaluation.open(file.parent) for file in directory.glob(f"evaluations/*/{FILE}")]
+            of_run = evaluations_of(directory)
+            found += map(Evaluation.open, of_run.finished)
+            unfinished += of_run.unfinished
         else:
             raise RapoError(
                 f"{directory} is neither a run (it has no metrics.jsonl) nor an evaluation (it has no "
@@ -68,7 +75,7 @@ def open_sources(directories: Sequence[Path], control: Path | None = None) -> So
     if repeated:
         raise RapoError(f"{repeated[0]} is given twice; a model is not compared with itself")
     anew = None if control is None else Evaluation.open(control)
-    return Sources(tuple(runs), _named(found), anew)
+    return Sources(tuple(runs), _named(found), anew, tuple(unfinished))
 
 
 def benchmark_name(evaluation: Evaluation, data: str, setting: str) -> str:

@@ -60,11 +60,6 @@ def crossover_sentence(model: str, comparison: Comparison) -> str:
     return f"{sentence}."
 
 
-def crossover_mark(found: Crossover) -> tuple[tuple[float, str], ...]:
-    """The mark of a crossover in the frontier, if there is one."""
-    return () if found.k is None else ((float(found.k), f"crossover at k = {found.k:,}"),)
-
-
 def crossover_value(comparison: Comparison) -> tuple[str, str, str]:
     """Value, explanation and verdict for the summary."""
     found, last = comparison.crossover, comparison.ks[-1]

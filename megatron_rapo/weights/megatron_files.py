@@ -169,8 +169,14 @@ def find_checkpoint(path: Path) -> Path:
 def _candidates(path: Path) -> list[Path]:
     """Where the checkpoint may be, the newest first."""
     runs = [path, path / "checkpoints"]
-    steps = [step for folder in runs for step in sorted(folder.glob("step_*"), reverse=True)]
+    steps = [step for folder in runs for step in sorted(folder.glob("step_*"), key=_step, reverse=True)]
     return [path, *_tracked(path), *steps]
+
+
+def _step(folder: Path) -> int:
+    """The step in a checkpoint's name; −1, older than any, where it names none."""
+    number = folder.name.removeprefix("step_")
+    return int(number) if number.isdecimal() else -1
 
 
 def _tracked(path: Path) -> list[Path]:

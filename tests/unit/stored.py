@@ -38,6 +38,7 @@ def store(
         "prompts": {"sums": "p"},
         "versions": {},
         "started": "2026-01-01T00:00:00+00:00",
+        "finished": "2026-01-01T00:01:00+00:00",
         **changes,
     }
     evaluation = begin(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_rapo.checkpoint import files
 from megatron_rapo.observe.closing import closing_summary
 
 
@@ -77,3 +78,19 @@ def test_each_data_set_and_setting_has_a_table(tmp_path: Path) -> None:
         ["math,", "t0.6", "pass@1"],
         ["base", "0.700", "[0.700,", "0.700]"],
     ]
+
+
+def test_a_copy_of_a_checkpoint_is_none_of_the_runs(tmp_path: Path) -> None:
+    """Checkpoints are in the order of their steps."""
+    for name in (
+        "step_999999",
+        "step_1000000",
+        "step_000002 (copy)",
+        "step_000003.bak",
+        ".partial_step_000004",
+    ):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "run.json").write_text("{}")
+    found = files.complete(tmp_path / "checkpoints")
+    assert [path.name for path in found] == ["step_999999", "step_1000000"]
+    assert files.newest(tmp_path) == found[-1]

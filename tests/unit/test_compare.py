@@ -261,7 +261,7 @@ def test_of_a_run_the_newest_evaluation_is_compared_and_told(
         store(directory, np.full((3, 4), right), model=model)
     assert run_compare(base, run, None, [1], None, None) == 0
     newest = run / "evaluations/step_1000000"
-    assert f"{run} is a run; its newest evaluation is {newest}\n" in capsys.readouterr().out
+    assert f"{run} is a run; its newest finished evaluation is {newest}\n" in capsys.readouterr().out
     assert (newest / "comparison/comparison.json").exists()
     with pytest.raises(RapoError, match="is no evaluation"):
         run_compare(base, tmp_path, None, [1], None, None)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluation import comparison_files, diagnosis
 from megatron_rapo.evaluation.compare import Comparison, compare
 from megatron_rapo.evaluation.compare_command import run_compare
@@ -18,6 +19,7 @@ from megatron_rapo.evaluation.frontier import Crossover, Paired
 from megatron_rapo.evaluation.hard_subset import HardSubset
 from megatron_rapo.evaluation.interval import Estimate
 from megatron_rapo.evaluation.ledger import Change, Entry
+from megatron_rapo.evaluation.manifest import ModelRecord
 from tests.unit.stored import store
 
 
@@ -166,3 +168,57 @@ def test_the_command_writes_beside_the_model_and_tells_all(
     assert run_compare(*directories, [2], None, tmp_path / "elsewhere") == 0
     [found] = json.loads((tmp_path / "elsewhere/comparison.json").read_text())
     assert [test["k"] for test in found["tests"]] == [2]
+
+
+def a_run(directory: Path, *, unfinished: tuple[int, ...] = ()) -> dict[int, Path]:
+    """Evaluations of a run's steps."""
+    evaluations = {step: directory / f"evaluations/step_{step:06d}" for step in (0, 9, 10)}
+    right = np.random.default_rng(0).random((3, 8)) < 0.5
+    for step, path in evaluations.items():
+        store(
+            path,
+            right,
+            seed=step,
+            model=ModelRecord(path="m", fingerprint="w", step=step, run=str(directory)),
+            **({"finished": None} if step in unfinished else {}),
+        )
+    return evaluations
+
+
+@pytest.mark.parametrize(("unfinished", "newest"), [((), 10), ((10,), 9)])
+def test_of_a_run_the_newest_finished_evaluation_is_meant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], unfinished: tuple[int, ...], newest: int
+) -> None:
+    evaluations = a_run(tmp_path / "run", unfinished=unfinished)
+    assert run_compare(evaluations[0], tmp_path / "run", None, None, None, tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert f"its newest finished evaluation is {evaluations[newest]}\n" in said
+    assert [f"{path} is not finished" in said for path in evaluations.values()] == [
+        step in unfinished for step in evaluations
+    ]
+
+
+def test_a_run_without_a_finished_evaluation_is_refused(tmp_path: Path) -> None:
+    evaluations = a_run(tmp_path / "run", unfinished=(0, 9, 10))
+    with pytest.raises(RapoError, match=rf"none of its evaluations is finished \({evaluations[10]}\)"):
+        run_compare(evaluations[0], tmp_path / "run", None, None, None, None)
+
+
+def test_an_evaluation_by_its_name_may_be_unfinished_which_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluations = a_run(tmp_path / "run", unfinished=(10,))
+    assert run_compare(evaluations[0], evaluations[10], None, None, None, None) == 0
+    assert f"{evaluations[10]} is not finished; the samples that it has" in capsys.readouterr().out
+
+
+def test_nothing_is_compared_with_itself(tmp_path: Path) -> None:
+    evaluations = a_run(tmp_path / "run")
+    again = tmp_path / "again"
+    again.symlink_to(tmp_path / "run")
+    example = f"such as `megatron-rapo compare {evaluations[0]} {evaluations[10]}`"
+    with pytest.raises(RapoError, match=f"would be compared with itself; name two evaluations, {example}"):
+        run_compare(tmp_path / "run", tmp_path / "run", None, None, None, None)
+    for one, other in ((evaluations[10], again), (evaluations[9], evaluations[9])):
+        with pytest.raises(RapoError, match="would be compared with itself; name two evaluations"):
+            run_compare(one, other, None, None, None, None)

@@ -43,6 +43,9 @@ def folder(path: Path, *names: str) -> Path:
     [
         (["."], "."),
         (["step_000002", "step_000010", "step_000009"], "step_000010"),
+        (["step_2", "step_10", "step_9", "step_final"], "step_10"),
+        (["step_999999", "step_1000000"], "step_1000000"),
+        (["step_final"], "step_final"),
         (["checkpoints/step_000002", "checkpoints/step_000010"], "checkpoints/step_000010"),
     ],
 )

@@ -17,8 +17,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_rapo.data.token_texts import TokenTexts
 from megatron_rapo.errors import RapoError
+from megatron_rapo.evaluation.manifest import Manifest
 from megatron_rapo.report.build import build_report
-from megatron_rapo.report.drawing import Line, Plot, draw_svg
+from megatron_rapo.report.drawing import Line, Mark, Plot, draw_svg
 from megatron_rapo.report.page import render
 from megatron_rapo.report.responses import EvaluatedSamples, Sampled, browse
 from megatron_rapo.report.sources import open_sources
@@ -59,6 +60,19 @@ class TestSources:
             store_evaluation(directory, [1, 2], model="/models/same")
         labels = [model.label for model in open_sources(directories).models]
         assert labels == ["same (base)", "same (second)", "same (third)"]
+
+    def test_a_runs_unfinished_evaluation_is_left_out(self, tmp_path: Path) -> None:
+        run = write_run(tmp_path / "run")
+        for step in (0, 5):
+            store_evaluation(run / f"evaluations/step_{step:06d}", [1, 2], step=step, run=str(run))
+        unfinished = run / "evaluations/step_000005"
+        manifest = Manifest.read(unfinished)
+        manifest.model_copy(update={"finished": None}).write(unfinished)
+        sources = open_sources([run])
+        assert [model.label for model in sources.models] == ["base"]
+        assert sources.left_out == (unfinished,)
+        with pytest.raises(RapoError, match=f"{unfinished} is not finished"):
+            build_report(open_sources([run, unfinished]))
 
     def test_neither_run_nor_evaluation(self, tmp_path: Path) -> None:
         with pytest.raises(RapoError, match=r"neither a run .* nor an evaluation"):
@@ -149,8 +163,33 @@ class TestDrawing:
         assert told["lines"][0]["y"] == [0.1, None, 0.5]
 
     def test_a_name_is_no_formula(self) -> None:
-        plot = Plot("n", "t", "d", "x", "y", (Line("a", "base", [1], [1]),), marks=((1.0, "$run_1$"),))
+        plot = Plot("n", "t", "d", "x", "y", (Line("a", "base", [1], [1]),), marks=(Mark(1.0, "$run_1$"),))
         assert "$run_1$" in draw_svg(plot, 320, 200).svg
+
+
+def test_the_frontier_marks_each_models_crossover_in_its_colour(tmp_path: Path) -> None:
+    """The best solves all problems at any k, two others half of them, the base 7/8 of its k/8."""
+    always = np.zeros((8, 8), dtype=bool)
+    always[:4] = True
+    seldom = np.zeros_like(always)
+    seldom[:7, 0] = True
+    for name, right in {"base": seldom, "one": always, "best": np.ones_like(always), "two": always}.items():
+        store(tmp_path / name, right, seed=len(name))
+    names = ["base", "one", "best", "two"]
+    report = build_report(open_sources([tmp_path / name for name in names]))
+    [benchmark] = report.benchmarks
+    [drawn] = benchmark.figures
+    # 4/8 at any k against 7/8 · k/8.
+    assert drawn.plot.marks == (
+        Mark(5.0, "one: crossover at k = 5", "series-1"),
+        Mark(5.0, "two: crossover at k = 5", "series-3"),
+    )
+    lines = {line.label: line.colour for line in drawn.plot.lines}
+    assert (lines["one"], lines["two"]) == ("series-1", "series-3")
+    for drawing in drawn.drawings:
+        found = re.findall(r'<text[^>]* y="([\d.]+)"[^>]*>(?:one|two): crossover', drawing.svg)
+        places = [float(y) for y in found]
+        assert len(places) == 2 and abs(places[0] - places[1]) > 8
 
 
 class TestTokens:
@@ -254,10 +293,9 @@ def test_an_adaptive_budget_says_what_it_saved(tmp_path: Path) -> None:
     correct[0], correct[2, 5] = True, True
     there = np.ones_like(correct)
     there[0, 2:] = False
-    finished = "2026-01-01T00:01:00+00:00"
     for seed, name in enumerate(("base", "model")):
-        store(tmp_path / name, correct, there=there, adaptive=2, seed=seed, finished=finished)
-    store(tmp_path / "fixed", correct, seed=5, finished=finished)
+        store(tmp_path / name, correct, there=there, adaptive=2, seed=seed)
+    store(tmp_path / "fixed", correct, seed=5)
     report = build_report(open_sources([tmp_path / name for name in ("base", "model", "fixed")]))
     [benchmark] = report.benchmarks
     assert [score.statistics.drawn for score in benchmark.scores] == [18, 18, 24]
