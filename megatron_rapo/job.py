@@ -38,7 +38,8 @@ from megatron_rapo.loss.objective import Objective
 from megatron_rapo.methods.method import Method
 from megatron_rapo.methods.state import restore_state, saved_state
 from megatron_rapo.methods.told import told_by
-from megatron_rapo.model.architecture import Architecture, read_architecture
+from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.observe.heartbeat import where_is
 from megatron_rapo.observe.observer import Observer
 from megatron_rapo.observe.versions import software_versions

@@ -28,8 +28,10 @@ from megatron_rapo.launch.environment import RankEnvironment
 from megatron_rapo.launch.slurm import describe
 from megatron_rapo.loss.trial import reported_names
 from megatron_rapo.methods.state import restore_state, saved_state
-from megatron_rapo.model.architecture import Architecture, read_architecture
+from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.build import DTYPES
+from megatron_rapo.model.hf_config import read_architecture
+from megatron_rapo.model.parameters import count_parameters
 from megatron_rapo.observe.loggers import import_wandb
 from megatron_rapo.record.replaying import check_recorded
 from megatron_rapo.reward.golds import gold_judge
@@ -107,7 +109,8 @@ def describe_plan(config: RunConfig) -> str:
         f" × CP {layout.context_parallel} × DP {layout.data_parallel}"
         + (f", VPP {layout.virtual_pipeline_parallel}" if layout.virtual_pipeline_parallel else "")
         + (", sequence parallel" if layout.sequence_parallel else ""),
-        f"{architecture.family} of {architecture.parameters:,} parameters in {architecture.layers} layers",
+        f"{architecture.family} of {count_parameters(architecture):,} parameters in "
+        f"{architecture.layers} layers",
         f"{responses} responses a step in {config.updates_per_step} updates; {updates} updates in all",
         "",
         *(["# Data", *(f"{one.table}: {one.report}" for one in data), ""] if data else []),

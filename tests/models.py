@@ -8,22 +8,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 PAD, EOS = 0, 1
-FAMILIES: dict[str, tuple[Any, Any]] = {
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "llama": (LlamaConfig, LlamaForCausalLM),
-}
 # 61 tokens is odd on purpose: no tensor-parallel size divides it, so vocabulary padding is exercised.
 SHAPE: dict[str, Any] = {
     "vocab_size": 61,
@@ -39,6 +26,7 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": EOS,
     "pad_token_id": PAD,
 }
+OF_FAMILY: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": None}}
 
 
 def make_hf_model(
@@ -53,17 +41,17 @@ def make_hf_model(
     """Writes a random model (config.json, model.safetensors, tokenizer) into the folder `path`.
 
     Args:
-        family: a key of `FAMILIES`.
+        family: its `model_type`.
         tied: whether embedding and head share their matrix.
         seed: of every parameter.
         dtype: of the saved parameters.
-        overrides: options of the family's HF configuration, beyond `SHAPE`.
+        overrides: options of the family's HF configuration, beyond `SHAPE` and `OF_FAMILY`.
     """
-    config_class, model_class = FAMILIES[family]
-    config = config_class(**{**SHAPE, **overrides}, tie_word_embeddings=tied)
+    options = {**SHAPE, **OF_FAMILY.get(family, {}), **overrides}
+    config = AutoConfig.for_model(family, **options, tie_word_embeddings=tied)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(config)
+        model = AutoModelForCausalLM.from_config(config)
         _randomise_biases_and_norms(model)
     model.to(dtype).save_pretrained(path)
     make_tokenizer(config.vocab_size).save_pretrained(path)

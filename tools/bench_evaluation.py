@@ -32,7 +32,7 @@ from megatron_rapo.evaluation.plan import plan
 from megatron_rapo.evaluation.sampler import Sampler
 from megatron_rapo.evaluation.store import SampleStore
 from megatron_rapo.experience.engines import open_own_engines
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.reward.verifier import Verifier
 
 DEMO = Path(__file__).parents[1] / "examples/models/tiny-countdown"

@@ -38,8 +38,9 @@ from megatron_rapo.config import Model, Parallel, Weights
 from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
 from megatron_rapo.engines.servers import LocalServers
 from megatron_rapo.launch.local import run_local
-from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.model.build import build_chunks
+from megatron_rapo.model.hf_config import read_architecture
+from megatron_rapo.model.parameters import count_parameters
 from megatron_rapo.parallel.placement import process_groups
 from megatron_rapo.publish.opening import open_transport
 from megatron_rapo.rollout.pool import EnginePool
@@ -133,7 +134,7 @@ def measure(
             )
         for number in range(ROUNDS + 1):
             for name, way in ways.items():
-                floor = partial(FLOORS[name], 2 * architecture.parameters, report.parent)
+                floor = partial(FLOORS[name], 2 * count_parameters(architecture), report.parent)
                 engines = TimedPool(pool) if pool is not None else None
                 found = {
                     "send": seconds(partial(way.send, engines, number)),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.weights.hf_directory import save_tensors, write_companions
 from megatron_rapo.weights.parameter_map import stored_parameters
 
@@ -43,7 +43,9 @@ def make_random_model(directory: Path, options: argparse.Namespace) -> int:
     weight_map: dict[str, str] = {}
     for parameter in stored_parameters(architecture):
         file = f"{parameter.key}-{parameter.layer}.safetensors"
-        tensors = {name: torch.randn(shape, dtype=torch.bfloat16) for name, shape in parameter.hf.items()}
+        tensors = {
+            name: torch.randn(shape, dtype=torch.bfloat16) for name, shape in parameter.rule.hf.items()
+        }
         save_tensors(tensors, directory / file)
         weight_map.update(dict.fromkeys(tensors, file))
     write_companions(directory, directory.parent, weight_map)

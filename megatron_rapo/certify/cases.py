@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -70,22 +70,19 @@ CASES = (
 
 def small(architecture: Architecture) -> Architecture:
     """A model of the same family that any of the layouts divides."""
-    return Architecture(
-        family=architecture.family,
-        layers=4,
+    layers = 4
+    return replace(
+        architecture,
+        layers=layers,
         hidden=64,
         heads=8,
         kv_heads=4,
         head_dim=16,
         feed_forward=96,
         vocabulary=ROWS,
-        norm_epsilon=architecture.norm_epsilon,
-        rope_theta=architecture.rope_theta,
         rope_factor=None,
         max_positions=64,
-        attention_bias=architecture.attention_bias,
-        query_key_norm=architecture.query_key_norm,
-        tied=architecture.tied,
+        layers_without_rope=tuple(index for index in architecture.layers_without_rope if index < layers),
     )
 
 

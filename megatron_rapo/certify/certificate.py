@@ -14,11 +14,11 @@ from transformers import AutoConfig
 
 from megatron_rapo.certify.cases import MAX_RESPONSE_TOKENS, RANKS, TEMPERATURE, small
 from megatron_rapo.certify.measure import BARS, Result, measure
-from megatron_rapo.certify.plain_model import parameter_shapes
 from megatron_rapo.config import RunConfig, validate
 from megatron_rapo.launch.local import run_local
 from megatron_rapo.methods.options import Options
 from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.model.parameters import model_rules
 
 DEFAULT = Architecture(
     family="qwen2",
@@ -130,11 +130,13 @@ def _write_model(directory: Path, architecture: Architecture, seed: int) -> None
         rope_parameters={"rope_type": "default", "rope_theta": a.rope_theta},
         max_position_embeddings=a.max_positions,
         tie_word_embeddings=a.tied,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
     ).save_pretrained(directory)
     random = torch.Generator().manual_seed(seed)
     weights = {}
-    for name, shape in parameter_shapes(architecture).items():
-        values = torch.randn(shape, generator=random, dtype=torch.float64) * 0.1
-        # fp32 values, so that both types certify the same model.
-        weights[name] = (values + ("norm" in name)).float().double()
+    for _, rule in model_rules(architecture):
+        for name, shape in rule.hf.items():
+            values = torch.randn(shape, generator=random, dtype=torch.float64) * 0.1
+            # fp32 values, so that both types certify the same model.
+            weights[name] = (values + ("norm" in name)).float().double()
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})

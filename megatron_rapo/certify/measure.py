@@ -23,8 +23,8 @@ from megatron_rapo.certify.cases import (
 from megatron_rapo.certify.plain_loss import plain_loss
 from megatron_rapo.config import Optimizer, Parallel, RunConfig
 from megatron_rapo.loss.objective import Objective
-from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.model.build import DTYPES, build_chunks
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.parallel.placement import Placement, arrange, process_groups
 from megatron_rapo.policy.batch import build_minibatches, make_samples
 from megatron_rapo.policy.gradients import accumulate_gradients, main_gradient, wrap

@@ -6,17 +6,19 @@ is asked by tests of each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_rapo.certify.plain_model import Weights, logits
 from megatron_rapo.data.batching import Sample
 from megatron_rapo.methods.method import Method
 from megatron_rapo.methods.terms.term import AtToken, Need
 from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.model.families.named import family_of
+
+Weights = Mapping[str, Tensor]
 
 
 def plain_loss(
@@ -34,6 +36,7 @@ def plain_loss(
     The policy that they were drawn from is taken to have had the engine's log-probs, so importance weights
     are 1. Token weights and advantages are inputs in fp32, whatever the model's type.
     """
+    logits = family_of(architecture).plain
     losses = []
     for sample in samples:
         token_ids = torch.from_numpy(sample.sequence.token_ids).long()

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_rapo.convert.destination import new_directory
 from megatron_rapo.convert.progress import Progress
 from megatron_rapo.errors import RapoError
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.weights.hf_directory import save_tensors, write_companions
 from megatron_rapo.weights.megatron_files import MegatronTensors, find_checkpoint
 from megatron_rapo.weights.parameter_map import StoredParameter
@@ -44,7 +44,7 @@ def convert_to_hf(source: Path, destination: Path, model: Path | None = None) ->
             layer: dict[str, Tensor] = {
                 name: tensors.read(name, None, 0, 0).contiguous()
                 for parameter in parameters
-                for name in parameter.hf
+                for name in parameter.rule.hf
             }
             save_tensors(layer, directory / file)
             weight_map.update(dict.fromkeys(layer, file))

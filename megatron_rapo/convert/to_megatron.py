@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from megatron_rapo.convert.destination import new_directory
 from megatron_rapo.convert.progress import Progress
 from megatron_rapo.errors import RapoError
-from megatron_rapo.model.architecture import Architecture, read_architecture
+from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.weights.hf_check import check_tensors
 from megatron_rapo.weights.hf_directory import write_companions
 from megatron_rapo.weights.hf_files import HFTensors
@@ -106,8 +107,8 @@ class _Planner(DefaultSavePlanner):
         stacked = (write_item.index.fqn, offsets[0]) in self._parameters
         parameter = self._parameters[write_item.index.fqn, offsets[0] if stacked else None]
         self._tensors.close_files()
-        parts = [self._tensors.read(name, None, 0, 0) for name in parameter.hf]
-        fused = parameter.fusion.fuse(parts, self._architecture)
+        parts = [self._tensors.read(name, None, 0, 0) for name in parameter.rule.hf]
+        fused = parameter.rule.fusion.fuse(parts, self._architecture)
         self.progress.add(fused.nbytes)
         return fused[None] if stacked else fused
 
@@ -142,7 +143,7 @@ def _empty_item(name: str) -> WriteItem:
 
 def _dtype(parameter: StoredParameter, tensors: HFTensors) -> torch.dtype:
     """The one type of the tensors that a parameter is fused of."""
-    dtypes = {name: tensors.read(name, 0, 0, 0).dtype for name in parameter.hf}
+    dtypes = {name: tensors.read(name, 0, 0, 0).dtype for name in parameter.rule.hf}
     if len(set(dtypes.values())) > 1:
         raise RapoError(f"tensors of {tensors.directory} differ in type: {dtypes}; save them in one type")
     return next(iter(dtypes.values()))

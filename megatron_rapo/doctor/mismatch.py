@@ -23,7 +23,7 @@ from megatron_rapo.doctor.finding import Finding
 from megatron_rapo.doctor.trainer import Trainer
 from megatron_rapo.doctor.verdicts import judge
 from megatron_rapo.experience.engines import open_engines
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.parallel.placement import Placement, process_groups
 from megatron_rapo.policy.policy import Policy
 from megatron_rapo.publish.opening import open_publisher

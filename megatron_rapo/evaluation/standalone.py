@@ -22,7 +22,7 @@ from megatron_rapo.evaluation.sampler import Sampler
 from megatron_rapo.evaluation.sequential import Stopping
 from megatron_rapo.evaluation.store import Evaluation, StoredSample, begin
 from megatron_rapo.experience.engines import open_own_engines
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.observe.versions import software_versions
 from megatron_rapo.reward.golds import gold_judge
 from megatron_rapo.reward.trial import try_rewards

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import (
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from megatron_rapo.config import Model, Parallel
 from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.model.families.named import family_of
 from megatron_rapo.model.layer_spec import block_spec
 from megatron_rapo.parallel.device import device
 
@@ -31,19 +31,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration of the transformer and of its pipeline communication."""
     return TransformerConfig(
-        num_layers=architecture.layers,
-        hidden_size=architecture.hidden,
-        ffn_hidden_size=architecture.feed_forward,
-        num_attention_heads=architecture.heads,
-        num_query_groups=architecture.kv_heads,
-        kv_channels=architecture.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=architecture.norm_epsilon,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=architecture.attention_bias,
-        qk_layernorm=architecture.query_key_norm,
+        **family_of(architecture).transformer(architecture),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         masked_softmax_fusion=False,

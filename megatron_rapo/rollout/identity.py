@@ -9,7 +9,8 @@ from pathlib import Path
 
 from megatron_rapo.engines.address import server_of
 from megatron_rapo.errors import RapoError
-from megatron_rapo.model.architecture import Architecture, read_architecture
+from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.model.hf_config import read_architecture
 
 
 def check_distinct(urls: Sequence[str]) -> None:

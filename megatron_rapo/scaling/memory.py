@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 from megatron_rapo.config import RunConfig
 from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.model.parameters import count_layer_parameters
 
 GIB = 1 << 30
 
@@ -58,7 +59,7 @@ def estimate_memory(config: RunConfig, architecture: Architecture) -> MemoryEsti
     vocabulary_rows = architecture.padded_vocabulary(config.model.vocabulary_multiple, tensor) // tensor
     table = vocabulary_rows * architecture.hidden
     tables = 1 if architecture.tied or stages > 1 else 2
-    parameters = layers * architecture.layer_parameters // tensor + tables * table
+    parameters = layers * count_layer_parameters(architecture) // tensor + tables * table
 
     shards = layout.data_parallel * layout.context_parallel if config.optimizer.distributed else 1
     main_weights = 4 if element == 2 else 0

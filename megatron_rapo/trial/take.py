@@ -25,7 +25,7 @@ from megatron_rapo.episode.outcome import Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.engines import open_own_engines
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.reward.verifier import Verifier
 from megatron_rapo.rollout.requests import Sampling
 

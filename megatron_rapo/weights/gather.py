@@ -35,8 +35,8 @@ class StageWeights:
         self._held = {
             name: (mapped, index)
             for mapped in mapped_parameters(chunks, architecture)
-            if mapped.exported
-            for index, name in enumerate(mapped.hf)
+            if not mapped.rule.copy
+            for index, name in enumerate(mapped.rule.hf)
         }
         # A fused parameter is split once for its tensors, which the table has one after the other.
         self._split: tuple[MappedParameter | None, Sequence[Tensor]] = (None, [])
@@ -50,7 +50,8 @@ class StageWeights:
         """This rank's slice of a tensor, vocabulary padding included."""
         mapped, index = self._held[name]
         if self._split[0] is not mapped:
-            self._split = (mapped, mapped.fusion.split(self._value(mapped.parameter), self._architecture))
+            value = self._value(mapped.parameter)
+            self._split = (mapped, mapped.rule.fusion.split(value, self._architecture))
         return self._split[1][index]
 
     def local_part(self, transfer: Transfer) -> Tensor:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.model.parameters import model_rules
+from megatron_rapo.model.rules import EMBEDDING, HEAD
 from megatron_rapo.weights.hf_files import HFTensors
-from megatron_rapo.weights.parameter_map import stored_parameters
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TYPES = ("F64", "F32", "F16", "BF16")
 BLOCK_ROWS = 4096  # of two tensors that are compared
 # Older files hold the frequencies of rotary positions, which are computed from rope_theta.
@@ -32,9 +32,7 @@ def check_tensors(tensors: HFTensors, architecture: Architecture) -> None:
             twice, or not what the configuration says that it equals.
     """
     tensors.check_index()
-    expected = {
-        name: shape for parameter in stored_parameters(architecture) for name, shape in parameter.hf.items()
-    }
+    expected = {name: shape for _, rule in model_rules(architecture) for name, shape in rule.hf.items()}
     for name, shape in expected.items():
         _check_form(tensors, name, shape, architecture)
     for name in sorted(tensors.names() - expected.keys()):

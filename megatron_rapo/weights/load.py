@@ -63,27 +63,27 @@ def load_weights(
         for mapped in mapped_parameters(chunks, architecture):
             parts = [
                 _local_part(tensors, mapped, architecture, index, tensor_rank)
-                for index in range(len(mapped.hf))
+                for index in range(len(mapped.rule.hf))
             ]
-            mapped.parameter.copy_(mapped.fusion.fuse(parts, architecture))
+            mapped.parameter.copy_(mapped.rule.fusion.fuse(parts, architecture))
 
 
 def _local_part(
     tensors: WholeTensors, mapped: MappedParameter, architecture: Architecture, index: int, tensor_rank: int
 ) -> Tensor:
-    name, local = mapped.hf[index], mapped.fusion.split(mapped.parameter, architecture)[index]
+    rule = mapped.rule
+    name, local = list(rule.hf)[index], rule.fusion.split(mapped.parameter, architecture)[index]
     whole = tensors.shape(name)
-    cut = mapped.cut
+    cut = rule.cut
     size = local.size(cut or 0)
     start = size * tensor_rank  # of a tensor that is cut; others are read whole
     total = whole[cut or 0]
     part = tensors.read(name, cut, min(start, total), min(start + size, total))
     missing = size - part.size(cut or 0)
-    is_vocabulary = name in ("model.embed_tokens.weight", "lm_head.weight")
     expected = list(local.shape)
-    if missing and is_vocabulary:
+    if missing and rule.vocabulary:
         part = torch.cat((part, part.new_zeros(missing, *part.shape[1:])))
-    if list(part.shape) != expected or (is_vocabulary and total != architecture.vocabulary):
+    if list(part.shape) != expected or (rule.vocabulary and total != architecture.vocabulary):
         raise RapoError(
             f"tensor {name} in {tensors.directory} has shape {whole}, which does not fit config.json; "
             "is config.json that of its weights?"

@@ -25,7 +25,6 @@ from megatron_rapo.weights.parameter_map import StoredParameter, stored_paramete
 
 FORM = "metadata.json"  # Megatron's word on the form of a checkpoint
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's word on the newest one of a folder
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 MODEL = ("embedding.", "decoder.", "output_layer.")  # what the keys of a model's parameters begin with
 
 
@@ -45,7 +44,9 @@ class MegatronTensors:
         self.directory = find_checkpoint(path)
         self._reader = _SafeReader(self.directory)
         self.parameters = list(stored_parameters(architecture))
-        self._place = {name: (each, part) for each in self.parameters for part, name in enumerate(each.hf)}
+        self._place = {
+            name: (each, part) for each in self.parameters for part, name in enumerate(each.rule.hf)
+        }
         try:
             self._index = self._reader.read_metadata()
             self._reader.set_up_storage_reader(self._index, is_coordinator=True)
@@ -62,7 +63,7 @@ class MegatronTensors:
     def shape(self, name: str) -> list[int]:
         """Shape of the whole HF tensor."""
         parameter, _ = self._place[name]
-        return list(parameter.hf[name])
+        return list(parameter.rule.hf[name])
 
     def read(self, name: str, dimension: int | None, start: int, stop: int) -> Tensor:
         """The HF tensor `name`, or its part `start:stop` of `dimension`.
@@ -94,7 +95,7 @@ class MegatronTensors:
                 f"checkpoint {self.directory}: {parameter.key} cannot be read ({error}); copy it again"
             ) from error
         whole = target if parameter.layer is None else target[0]
-        return list(parameter.fusion.split(whole, self._architecture))
+        return list(parameter.rule.fusion.split(whole, self._architecture))
 
     def _stored(self, key: str) -> TensorStorageMetadata:
         stored = self._index.state_dict_metadata.get(key)
@@ -110,7 +111,7 @@ class MegatronTensors:
             expected = list(parameter.shape)
             if parameter.layer is not None:
                 expected = [architecture.layers, *expected]
-            if parameter.key in VOCABULARY:
+            if parameter.rule.vocabulary:
                 # Padded to a multiple of the layout's; an embedding of another model seldom differs by less.
                 fits = found[1:] == expected[1:] and found[0] >= expected[0]
             else:

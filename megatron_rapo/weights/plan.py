@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from megatron_rapo.config import Parallel
 from megatron_rapo.model.architecture import Architecture
-from megatron_rapo.weights.tensor_table import VOCABULARY, HFTensor, tensor_table
+from megatron_rapo.weights.tensor_table import HFTensor, tensor_table
 
 ENGINE_VOCABULARY_MULTIPLE = 64  # SGLang pads the rows of embedding and head to this before it cuts them
 
@@ -78,7 +78,7 @@ class TrainerSide:
         if tensor.cut is None:
             return [Slice(0, 1)] * ranks
         size = tensor.shape[tensor.cut]
-        if tensor.name in VOCABULARY:
+        if tensor.vocabulary:
             padded = self.architecture.padded_vocabulary(self.vocabulary_multiple, ranks)
             return _equal_slices(size, padded // ranks, ranks)
         return _equal_slices(size, size // ranks, ranks)
@@ -106,7 +106,7 @@ class EngineSide:
         if tensor.cut is None:
             return [Slice(0, 1)] * ranks
         size = tensor.shape[tensor.cut]
-        if tensor.name in VOCABULARY:
+        if tensor.vocabulary:
             padded = -(-size // ENGINE_VOCABULARY_MULTIPLE) * ENGINE_VOCABULARY_MULTIPLE
             return _equal_slices(size, -(-padded // ranks), ranks)
         if ".k_proj." in tensor.name or ".v_proj." in tensor.name:

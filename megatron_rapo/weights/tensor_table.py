@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_rapo.config import Parallel
 from megatron_rapo.model.architecture import Architecture
-from megatron_rapo.weights.parameter_map import ENDS, LAYER, Rule, hf_shapes
-
-Shape = tuple[int, ...]
-
-VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")  # whose rows are padded before they are cut
+from megatron_rapo.model.parameters import model_rules
 
 
 @dataclass(frozen=True)
@@ -23,12 +19,14 @@ class HFTensor:
         shape: as HF has it, without padding.
         cut: the dimension that tensor parallelism cuts; None if every rank holds it whole.
         stage: the pipeline stage that it is sent from.
+        vocabulary: whether its rows are the vocabulary's, which is padded before it is cut.
     """
 
     name: str
-    shape: Shape
+    shape: tuple[int, ...]
     cut: int | None
     stage: int
+    vocabulary: bool = False
 
     @property
     def elements(self) -> int:
@@ -44,18 +42,10 @@ def tensor_table(architecture: Architecture, layout: Parallel) -> list[HFTensor]
 def _in_order(architecture: Architecture, layout: Parallel) -> Iterator[HFTensor]:
     stages = layout.pipeline_parallel
     layers_per_chunk = architecture.layers // (stages * (layout.virtual_pipeline_parallel or 1))
-    shapes = hf_shapes(architecture)
-    embedding, *ends = _present(ENDS, shapes)
-    layer = _present(LAYER, shapes)
-    yield HFTensor(*embedding, stage=0)
-    for index in range(architecture.layers):
-        stage = index // layers_per_chunk % stages  # chunks are dealt to the stages in turn
-        for name, shape, cut in layer:
-            yield HFTensor(f"model.layers.{index}.{name}", shape, cut, stage)
-    for end in ends:
-        yield HFTensor(*end, stage=stages - 1)
-
-
-def _present(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> list[tuple[str, Shape, int | None]]:
-    """Name, shape and cut of the tensors that an architecture has, in the table's order."""
-    return [(name, shapes[name], rule.cut) for rule in rules for name in rule.hf if name in shapes]
+    for number, (layer, rule) in enumerate(model_rules(architecture)):
+        if layer is None:
+            stage = stages - 1 if number else 0
+        else:
+            stage = layer // layers_per_chunk % stages  # chunks are dealt to the stages in turn
+        for name, shape in rule.hf.items():
+            yield HFTensor(name, shape, rule.cut, stage, rule.vocabulary)

@@ -24,7 +24,7 @@ from megatron_rapo.config.load import validate
 from megatron_rapo.convert.to_hf import convert_to_hf
 from megatron_rapo.errors import RapoError
 from megatron_rapo.loss.objective import Objective
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.parallel.placement import Placement, arrange, process_groups
 from megatron_rapo.policy.policy import Policy
 from megatron_rapo.weights.export import hf_tensors

@@ -18,8 +18,9 @@ from megatron_rapo.config import Model, Parallel
 from megatron_rapo.convert.to_megatron import convert_to_megatron
 from megatron_rapo.data.batching import Microbatch, Sample, pack
 from megatron_rapo.episode.sequence import Sequence
-from megatron_rapo.model.architecture import Architecture, read_architecture
+from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.build import Body, build_chunks
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.parallel.context import gather_tokens, rank_major_order
 from megatron_rapo.parallel.placement import Placement, arrange, process_groups
 from megatron_rapo.policy.hidden_states import whole_tokens
@@ -30,6 +31,7 @@ from megatron_rapo.weights.gather import StageWeights
 from megatron_rapo.weights.load import load_weights
 from megatron_rapo.weights.stream import Wait, WeightStream
 from megatron_rapo.weights.tensor_table import tensor_table
+from tests import own_family  # noqa: F401
 from tests.distributed.jobs import layout, run_job
 from tests.models import make_hf_model
 
@@ -47,6 +49,10 @@ CASES = [
     ("llama-tied", "pp4"),
     ("llama3-rope", "tp2-pp2"),
     ("qwen2-mha", "tp4"),
+    ("mistral", "tp2-pp2"),
+    ("smollm3", "pp2-vpp2"),
+    ("smollm3-tied", "tp2-cp2-sp"),
+    ("seed_oss", "tp2-pp2"),  # from outside of the package
 ]
 OVERRIDES: dict[str, dict[str, Any]] = {
     "llama3-rope": {

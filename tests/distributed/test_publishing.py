@@ -24,8 +24,8 @@ from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
 from megatron_rapo.engines.servers import LocalServers
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.engines import SharedEngines
-from megatron_rapo.model.architecture import read_architecture
 from megatron_rapo.model.build import build_chunks
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.parallel.placement import Placement, arrange, process_groups
 from megatron_rapo.policy.policy import Policy
 from megatron_rapo.publish.opening import open_transport

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_rapo.config import Model, Optimizer, Parallel
 from megatron_rapo.data.batching import Sample, pack, padded_length, plan_microbatches
 from megatron_rapo.loss.objective import Objective
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.parallel.placement import arrange, process_groups
 from megatron_rapo.policy.gradients import accumulate_gradients
 from megatron_rapo.policy.policy import Policy

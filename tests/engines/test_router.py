@@ -18,7 +18,7 @@ from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
 from megatron_rapo.engines.servers import LocalServers
 from megatron_rapo.errors import RapoError
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.rollout import pool as pools
 from megatron_rapo.rollout.revival import Reviver
 from tests.engines.servers import ROOT, SGLANG_PYTHON

@@ -30,8 +30,8 @@ def test_packed_logits_equal_those_of_transformers(tmp_path):
 def measure(path: Path, report: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from megatron_rapo.model.architecture import read_architecture
     from megatron_rapo.model.build import build_chunks
+    from megatron_rapo.model.hf_config import read_architecture
     from megatron_rapo.parallel.device import device
     from megatron_rapo.parallel.placement import process_groups
     from megatron_rapo.policy.pipeline import run_forward

@@ -27,7 +27,7 @@ def test_updates_are_the_same_with_and_without_waiting_in_host_memory(tmp_path):
 
 def measure(path: Path, report: Path) -> None:
     from megatron_rapo.loss.objective import Objective
-    from megatron_rapo.model.architecture import read_architecture
+    from megatron_rapo.model.hf_config import read_architecture
     from megatron_rapo.parallel.placement import process_groups
     from megatron_rapo.policy.policy import Policy
 

@@ -22,12 +22,15 @@ import torch
 from torch import Tensor
 
 from megatron_rapo.config import Parallel
-from megatron_rapo.model.architecture import Architecture, read_architecture
+from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.model.families.named import family_of
+from megatron_rapo.model.hf_config import read_architecture
+from megatron_rapo.model.rules import Rule
 from megatron_rapo.parallel import placement as placements
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.weights import export, gather, stream
 from megatron_rapo.weights.load import load_weights
-from megatron_rapo.weights.parameter_map import ENDS, LAYER, Rule, _local_name, hf_shapes
+from megatron_rapo.weights.parameter_map import local_name
 from megatron_rapo.weights.transports import shard
 
 T = TypeVar("T")
@@ -183,20 +186,20 @@ class Ranks:
 
 def empty_chunks(architecture: Architecture, place: Placement) -> list[Any]:
     """As much of a rank's model chunks as holds their parameters, all NaN."""
-    layout, shapes = place.layout, hf_shapes(architecture)
+    layout, family = place.layout, family_of(architecture)
     ranks, stages, turns = (
         layout.tensor_parallel,
         layout.pipeline_parallel,
         layout.virtual_pipeline_parallel or 1,
     )
-    embedding, *ends = ENDS
+    embedding, *ends = family.ends(architecture)
     if architecture.tied and stages == 1:
         ends.pop()  # the head is the embedding
 
     def parameter(rule: Rule) -> torch.nn.Parameter:
-        shape = [sum(shapes.get(name, shapes["model.embed_tokens.weight"])[0] for name in rule.hf)]
-        shape += shapes.get(rule.hf[0], shapes["model.embed_tokens.weight"])[1:]
-        if rule in (embedding, ENDS[-1]):
+        shapes = list(rule.hf.values())
+        shape = [sum(rows for rows, *_ in shapes), *shapes[0][1:]]
+        if rule.vocabulary:
             shape[0] = architecture.padded_vocabulary(1, ranks)
         if rule.cut is not None:
             shape[rule.cut] //= ranks
@@ -207,10 +210,9 @@ def empty_chunks(architecture: Architecture, place: Placement) -> list[Any]:
     for turn in range(turns):
         first = (turn * stages + place.pipeline_rank) * per_chunk
         named = {
-            f"decoder.layers.{index}.{_local_name(rule)}": parameter(rule)
+            f"decoder.layers.{index}.{local_name(rule)}": parameter(rule)
             for index in range(per_chunk)
-            for rule in LAYER
-            if rule.hf[0] in shapes
+            for rule in family.layer(architecture)
         }
         if first == 0:
             named[embedding.megatron] = parameter(embedding)

@@ -7,18 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rapo.config import Parallel
 from megatron_rapo.errors import RapoError
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.families.named import FAMILIES
+from megatron_rapo.model.hf_config import read_architecture
+from megatron_rapo.model.parameters import count_layer_parameters, count_parameters
+from tests.models import OF_FAMILY
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 61,
@@ -30,16 +26,12 @@ SHAPE: dict[str, Any] = {
     "head_dim": 16,
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-5,
-}
-FAMILIES = {
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "llama": (LlamaConfig, LlamaForCausalLM),
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
 }
 
 
 def write(folder: Path, family: str = "qwen2", **options: Any) -> Path:
-    FAMILIES[family][0](**{**SHAPE, **options}).save_pretrained(folder)
+    AutoConfig.for_model(family, **{**SHAPE, **OF_FAMILY.get(family, {}), **options}).save_pretrained(folder)
     return folder
 
 
@@ -53,15 +45,15 @@ def change(folder: Path, **options: Any) -> Path:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_parameters_are_those_of_the_hf_model(tmp_path: Path, family: str, tied: bool) -> None:
-    if family == "qwen2":  # whose heads always are hidden / heads wide
+    if family in ("qwen2", "smollm3"):  # whose heads always are hidden / heads wide
         write(tmp_path, family, tie_word_embeddings=tied, head_dim=12)
     else:
         write(tmp_path, family, tie_word_embeddings=tied)
     architecture = read_architecture(tmp_path)
-    model = FAMILIES[family][1](FAMILIES[family][0].from_pretrained(tmp_path))
-    assert architecture.parameters == sum(p.numel() for p in model.parameters())
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert count_parameters(architecture) == sum(p.numel() for p in model.parameters())
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
-    assert architecture.layer_parameters == layer
+    assert count_layer_parameters(architecture) == layer
     assert (architecture.family, architecture.tied, architecture.layers) == (family, tied, 6)
     assert (architecture.heads, architecture.kv_heads, architecture.norm_epsilon) == (4, 2, 1e-5)
 
@@ -81,6 +73,11 @@ def test_vocabulary_is_padded_to_shards(tmp_path: Path, multiple: int, tensor: i
     [
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window = true"),
         ("llama", {"attention_bias": True}, "attention_bias = true"),
+        (
+            "mistral",
+            {"sliding_window": 127},
+            "sliding_window = 127, less than max_position_embeddings = 128",
+        ),
         ("llama", {"mlp_bias": True}, "mlp_bias = true"),
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         (
@@ -112,13 +109,20 @@ def test_what_has_no_counterpart_is_refused(
         read_architecture(tmp_path)
 
 
-def test_another_family_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(RapoError, match="architecture 'gpt2'; supported are qwen2, qwen3, llama"):
+def test_a_window_as_long_as_the_model_has_positions_is_none(tmp_path: Path) -> None:
+    write(tmp_path, "mistral", sliding_window=128)
+    assert read_architecture(tmp_path).max_positions == 128
+
+
+@pytest.mark.parametrize("family", ["gpt2", "no-such-model"])
+def test_another_family_is_refused(tmp_path: Path, family: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    message = f"of the family '{family}' .*; there are llama, mistral, qwen2, qwen3, smollm3. .*families.md"
+    with pytest.raises(RapoError, match=message):
         read_architecture(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_type": "no-such-model"}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
 def test_a_malformed_config_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(RapoError, match=r"config\.json cannot be read"):

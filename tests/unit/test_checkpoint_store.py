@@ -22,7 +22,7 @@ from megatron_rapo.config import RunConfig
 from megatron_rapo.config.load import validate
 from megatron_rapo.errors import RapoError
 from megatron_rapo.loss.objective import Objective
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.policy import Policy
 from megatron_rapo.weights.export import hf_tensors

@@ -14,7 +14,7 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import SharedEngines
 from megatron_rapo.methods.sampling import Sampling
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.revival import Reviver
 from tests.models import make_hf_model

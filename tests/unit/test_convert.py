@@ -21,11 +21,12 @@ from megatron_rapo.cli import main
 from megatron_rapo.convert.to_hf import convert_to_hf
 from megatron_rapo.convert.to_megatron import convert_to_megatron
 from megatron_rapo.errors import RapoError
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.families.named import FAMILIES
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.weights.hf_files import HFTensors
 from megatron_rapo.weights.megatron_files import MegatronTensors
 from megatron_rapo.weights.parameter_map import stored_parameters
-from tests.models import FAMILIES, make_hf_model
+from tests.models import make_hf_model
 
 ROOT = Path(__file__).parents[2]
 MODELS = [(family, tied) for family in FAMILIES for tied in (False, True)]
@@ -73,7 +74,7 @@ def test_the_table_knows_every_tensor_and_its_shape(tmp_path: Path, family: str,
     model = make_hf_model(tmp_path / "model", family=family, tied=tied, num_hidden_layers=2)
     expected = {name: tuple(tensor.shape) for name, tensor in load_file(model / "model.safetensors").items()}
     parameters = list(stored_parameters(read_architecture(model)))
-    assert {name: shape for parameter in parameters for name, shape in parameter.hf.items()} == expected
+    assert {name: shape for parameter in parameters for name, shape in parameter.rule.hf.items()} == expected
 
 
 def test_the_output_is_sharded_a_file_a_layer(checkpoint: Path, tmp_path: Path) -> None:
@@ -137,7 +138,7 @@ BROKEN_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another family": (
         lambda d: _configure(d, model_type="gpt2"),
-        "architecture 'gpt2'; supported",
+        "family 'gpt2'",
     ),
 }
 BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -28,7 +28,7 @@ from megatron_rapo.evaluation.sampler import Sampler
 from megatron_rapo.evaluation.store import Evaluation
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import SharedEngines
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.rollout.dispatch import TooFewEngines
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.requests import Sampling

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from megatron_rapo.convert.to_megatron import convert_to_megatron
 from megatron_rapo.errors import RapoError
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.weights.load import open_tensors
 from megatron_rapo.weights.megatron_files import MegatronTensors, find_checkpoint, is_checkpoint
 from tests.models import make_hf_model

@@ -13,7 +13,7 @@ from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience import engines as opening
 from megatron_rapo.experience.engines import open_engines, open_own_engines
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.publish import opening as publishing
 from tests.models import make_hf_model
 from tests.stand_in import stand_ins

@@ -13,7 +13,7 @@ import torch
 
 from megatron_rapo.config import RunConfig
 from megatron_rapo.config.load import validate
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.publish.opening import open_publisher
 from megatron_rapo.publish.publisher import Publisher

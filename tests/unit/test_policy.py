@@ -22,7 +22,7 @@ from megatron_rapo.methods.annotated import Annotated
 from megatron_rapo.methods.dapo import DAPO
 from megatron_rapo.methods.method import Method
 from megatron_rapo.methods.sampling import Sampling
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.finite import check_finite, named_parameters
 from megatron_rapo.policy.learning_rate import LearningRate

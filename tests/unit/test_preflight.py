@@ -16,6 +16,7 @@ from megatron_rapo import preflight
 from megatron_rapo.config import RunConfig, load_config
 from megatron_rapo.config.load import validate
 from megatron_rapo.errors import RapoError
+from megatron_rapo.model.parameters import count_parameters
 from megatron_rapo.reward.trial import RESPONSE
 from tests.models import make_hf_model
 
@@ -178,7 +179,7 @@ def test_the_plan_can_be_made_before_the_model_is_here(tmp_path: Path, model: Pa
         parallel={"tensor_parallel": 2, "pipeline_parallel": 2, "data_parallel": 2},
     )
     plan = preflight.describe_plan(planned)
-    parameters = preflight.planned_architecture(planned).parameters
+    parameters = count_parameters(preflight.planned_architecture(planned))
     assert "8 trainer ranks: TP 2 × PP 2 × CP 1 × DP 2" in plan
     assert f"qwen2 of {parameters:,} parameters in 4 layers" in plan
     assert "64 responses a step in 2 updates; 6 updates in all" in plan

@@ -21,7 +21,7 @@ from megatron_rapo.data.batching import Microbatch
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import RapoError
 from megatron_rapo.loss.chunked import Head
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.policy import Policy
 from megatron_rapo.publish import proof

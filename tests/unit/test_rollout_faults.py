@@ -10,7 +10,7 @@ import pytest
 
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import EngineLost, RapoError
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.revival import Reviver
 from tests.models import make_hf_model

@@ -20,7 +20,7 @@ from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
 from megatron_rapo.engines.launching import Launch
 from megatron_rapo.engines.servers import LocalServers
 from megatron_rapo.errors import RapoError
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.revival import Reviver
 from tests.leftovers import nothing_left

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_rapo.checksum import tensor_checksum
 from megatron_rapo.errors import EngineLost
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.weights.gather import StageWeights
 from megatron_rapo.weights.stream import SLOTS

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_rapo.errors import RapoError
-from megatron_rapo.model.architecture import read_architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.weights import hf_check
 from megatron_rapo.weights.hf_check import check_tensors
 from megatron_rapo.weights.hf_directory import write_companions

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megatron_rapo.checksum import tensor_checksum
 from megatron_rapo.errors import EngineLost, RapoError
-from megatron_rapo.model.architecture import Architecture, read_architecture
+from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.weights import export, stream
 from megatron_rapo.weights.buckets import Bucket

@@ -19,8 +19,9 @@ from megatron_rapo.config import Model, Weights
 from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
 from megatron_rapo.engines.servers import LocalServers
 from megatron_rapo.errors import RapoError
-from megatron_rapo.model.architecture import Architecture, read_architecture
+from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.build import build_chunks
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.publish.opening import open_transport
 from megatron_rapo.rollout.pool import EnginePool
@@ -152,8 +153,8 @@ def test_a_tied_head_is_loaded_like_the_embedding_and_never_exported(architectur
         named_parameters=lambda: [("output_layer.weight", torch.nn.Parameter(torch.ones(1)))]
     )
     [head] = mapped_parameters(cast(Any, [last]), architecture)
-    assert head.exported is not architecture.tied
-    assert head.hf == ("model.embed_tokens.weight" if architecture.tied else "lm_head.weight",)
+    assert head.rule.copy is architecture.tied
+    assert list(head.rule.hf) == ["model.embed_tokens.weight" if architecture.tied else "lm_head.weight"]
 
 
 def test_handles_are_of_shared_memory_and_too_little_of_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

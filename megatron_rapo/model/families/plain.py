@@ -1,7 +1,8 @@
 """A dense transformer in plain PyTorch, one sequence at a time, in any float type.
 
-It shares no code with the models it certifies. (HF's own models will not do: their norms compute in fp32
-whatever the weights' type.) Only the rotary angles are fp32, as HF and Megatron both have them.
+Certificates compare with it. It shares no code with the models that are certified. (HF's own models will
+not do: their norms compute in fp32 whatever the weights' type.) Only the rotary angles are fp32, as HF and
+Megatron both have them.
 """
 
 from __future__ import annotations
@@ -17,33 +18,6 @@ from megatron_rapo.model.architecture import Architecture
 Weights = Mapping[str, Tensor]
 
 
-def parameter_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor, by HF name."""
-    a = architecture
-    query, key = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (a.vocabulary, a.hidden)}
-    for layer in range(a.layers):
-        prefix = f"model.layers.{layer}."
-        projections = {"q_proj": query, "k_proj": key, "v_proj": key}
-        for name, rows in projections.items():
-            shapes[f"{prefix}self_attn.{name}.weight"] = (rows, a.hidden)
-            if a.attention_bias:
-                shapes[f"{prefix}self_attn.{name}.bias"] = (rows,)
-        if a.query_key_norm:
-            shapes[f"{prefix}self_attn.q_norm.weight"] = (a.head_dim,)
-            shapes[f"{prefix}self_attn.k_norm.weight"] = (a.head_dim,)
-        shapes[f"{prefix}self_attn.o_proj.weight"] = (a.hidden, query)
-        shapes[f"{prefix}mlp.gate_proj.weight"] = (a.feed_forward, a.hidden)
-        shapes[f"{prefix}mlp.up_proj.weight"] = (a.feed_forward, a.hidden)
-        shapes[f"{prefix}mlp.down_proj.weight"] = (a.hidden, a.feed_forward)
-        shapes[f"{prefix}input_layernorm.weight"] = (a.hidden,)
-        shapes[f"{prefix}post_attention_layernorm.weight"] = (a.hidden,)
-    shapes["model.norm.weight"] = (a.hidden,)
-    if not a.tied:
-        shapes["lm_head.weight"] = (a.vocabulary, a.hidden)
-    return shapes
-
-
 def logits(weights: Weights, architecture: Architecture, token_ids: Tensor) -> Tensor:
     """`[tokens, vocabulary]` of one sequence `[tokens]`."""
     a = architecture
@@ -54,7 +28,8 @@ def logits(weights: Weights, architecture: Architecture, token_ids: Tensor) -> T
             for name, tensor in weights.items()
             if name.startswith(f"model.layers.{layer}.")
         }
-        x = x + _attention(own, a, _norm(x, own["input_layernorm.weight"], a))
+        rotary = layer not in a.layers_without_rope
+        x = x + _attention(own, a, _norm(x, own["input_layernorm.weight"], a), rotary)
         y = _norm(x, own["post_attention_layernorm.weight"], a)
         gated = F.silu(y @ own["mlp.gate_proj.weight"].T) * (y @ own["mlp.up_proj.weight"].T)
         x = x + gated @ own["mlp.down_proj.weight"].T
@@ -62,7 +37,7 @@ def logits(weights: Weights, architecture: Architecture, token_ids: Tensor) -> T
     return _norm(x, weights["model.norm.weight"], a) @ head.T
 
 
-def _attention(own: Weights, a: Architecture, x: Tensor) -> Tensor:
+def _attention(own: Weights, a: Architecture, x: Tensor, rotary: bool) -> Tensor:
     tokens = len(x)
 
     def project(name: str, heads: int) -> Tensor:
@@ -76,8 +51,9 @@ def _attention(own: Weights, a: Architecture, x: Tensor) -> Tensor:
     if a.query_key_norm:
         query = _norm(query, own["self_attn.q_norm.weight"], a)
         key = _norm(key, own["self_attn.k_norm.weight"], a)
-    cosine, sine = _rotary(a, tokens)
-    query, key = (_rotate(y, cosine.to(x.dtype), sine.to(x.dtype)) for y in (query, key))
+    if rotary:
+        cosine, sine = _rotary(a, tokens)
+        query, key = (_rotate(y, cosine.to(x.dtype), sine.to(x.dtype)) for y in (query, key))
     shared = a.heads // a.kv_heads
     key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
     scores = torch.einsum("qhd,khd->hqk", query, key) / a.head_dim**0.5

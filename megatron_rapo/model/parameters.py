@@ -1,0 +1,34 @@
+"""All parameters of a model, by its family's table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.model.families.named import family_of
+from megatron_rapo.model.rules import Rule
+
+
+def model_rules(architecture: Architecture) -> Iterator[tuple[int | None, Rule]]:
+    """Every parameter once, in the order of the model: its layer (None at the ends) and its rule."""
+    family = family_of(architecture)
+    first, *last = [(None, rule) for rule in family.ends(architecture) if not rule.copy]
+    yield first
+    for layer in range(architecture.layers):
+        yield from ((layer, rule.of_layer(layer)) for rule in family.layer(architecture))
+    yield from last
+
+
+def count_parameters(architecture: Architecture) -> int:
+    """Numbers in the HF model."""
+    return _count(rule for _, rule in model_rules(architecture))
+
+
+def count_layer_parameters(architecture: Architecture) -> int:
+    """Numbers in one layer."""
+    return _count(family_of(architecture).layer(architecture))
+
+
+def _count(rules: Iterable[Rule]) -> int:
+    return sum(math.prod(shape) for rule in rules for shape in rule.hf.values())
