@@ -11,7 +11,7 @@ setup(
     packages=find_packages(include=["megatron_rapo", "megatron_rapo.*"]),
     package_data={
         # init/tiny-countdown is a link to examples/models/tiny-countdown: a wheel has its files.
-        "megatron_rapo": ["py.typed", "launch/slurm.sh", "report/assets/*", "init/*/*"],
+        "megatron_rapo": ["py.typed", "launch/slurm.sh", "observe/*.toml", "report/assets/*", "init/*/*"],
     },
     install_requires=[
         "fastapi",

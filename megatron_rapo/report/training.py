@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rapo.errors import RapoError
+from megatron_rapo.observe.catalogue import recorded
 from megatron_rapo.observe.step_lines import read_step_lines
 from megatron_rapo.report.drawing import Line, Plot
 from megatron_rapo.report.sources import file_name
@@ -36,38 +37,27 @@ class Curve:
 
     metric: str
     title: str
-    description: str
     share: bool = False
+
+    @property
+    def description(self) -> str:
+        """What the metric means."""
+        return recorded(self.metric)[0].meaning
 
 
 CURVES = (
-    Curve("reward/mean", "mean reward", "Mean reward of the step's responses.", share=True),
-    Curve(
-        "reward/groups_without_variance",
-        "groups without variance",
-        "Share of prompts whose responses all earn the same, so that their advantages are zero.",
-        share=True,
-    ),
-    Curve("rollout/response_tokens_mean", "response length, tokens", "Mean tokens of a response."),
-    Curve(
-        "rollout/truncated", "truncated responses", "Share of responses cut at the length limit.", share=True
-    ),
-    Curve("loss/entropy", "entropy, nats per token", "Entropy of the policy, mean over all response tokens."),
-    Curve(
-        "loss/divergence",
-        "divergence, nats per token",
-        "The objective's divergence from the reference at response tokens, before its coefficient.",
-    ),
-    Curve("loss/total", "loss", "The objective that is minimised, mean of the step's updates."),
-    Curve("loss/clipped", "clipped ratio", "Share of response tokens whose ratio is clipped."),
-    Curve("optimizer/gradient_norm", "gradient norm", "Norm of the whole gradient before clipping."),
-    Curve(
-        "mismatch/log_prob_mean",
-        "engine mismatch, nats",
-        "Mean difference between the trainer's and the engine's log-prob of a sampled token.",
-    ),
-    Curve("throughput/tokens_per_s", "throughput, tokens per s", "Tokens of a step over its duration."),
-    Curve("time/step_s", "time of a step, s", "Duration of a step, all phases."),
+    Curve("reward/mean", "mean reward", share=True),
+    Curve("reward/groups_without_variance", "groups without variance", share=True),
+    Curve("rollout/response_tokens_mean", "response length, tokens"),
+    Curve("rollout/truncated", "truncated responses", share=True),
+    Curve("loss/entropy", "entropy, nats per token"),
+    Curve("loss/divergence", "divergence, nats per token"),
+    Curve("loss/total", "loss"),
+    Curve("loss/clipped", "clipped ratio"),
+    Curve("optimizer/gradient_norm", "gradient norm"),
+    Curve("mismatch/log_prob_mean", "engine mismatch, nats"),
+    Curve("throughput/tokens_per_s", "throughput, tokens per s"),
+    Curve("time/step_s", "time of a step, s"),
 )
 
 

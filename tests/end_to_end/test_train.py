@@ -16,10 +16,13 @@ from megatron_rapo.config import load_config
 from megatron_rapo.embedded_server.decode import Sample
 from megatron_rapo.embedded_server.engine import Engine
 from megatron_rapo.evaluation.store import Evaluation
+from megatron_rapo.observe import catalogue
+from megatron_rapo.observe.catalogue import recorded
 from megatron_rapo.observe.versions import read_versions
 from megatron_rapo.samples.store import read_step, steps_of
 from tests.end_to_end.command import MODEL, Command, checkpoints, heartbeats, metrics, run, write_config
 from tests.end_to_end.conftest import EVALUATE, LAYOUT
+from tests.written_metrics import of_evaluations, of_rollouts, of_updates, of_users_own
 
 Finished = tuple[Path, Command]
 
@@ -51,6 +54,16 @@ def test_every_step_has_one_line_of_finite_metrics(finished: Finished) -> None:
         outcomes = sum(line[f"reward/{outcome}"] for outcome in ("correct", "wrong", "timeout", "crash"))
         assert outcomes == 1
     assert len({line["loss/total"] for line in lines[1:]}) == 4
+
+
+def test_what_is_written_is_recorded_and_what_is_recorded_is_written(
+    finished: Finished, tmp_path: Path
+) -> None:
+    """This run tells nothing of a user's own, so each of its metrics has an entry of its own."""
+    written = {name for line in metrics(finished[0]) for name in line} - {"step", "time_s"}
+    assert [name for name in written if all(entry.own for entry in recorded(name))] == []
+    written |= of_rollouts() | of_users_own() | of_updates() | set(of_evaluations(tmp_path))
+    assert set(catalogue.metrics()) == {recorded(name)[0] for name in written}
 
 
 def test_rewards_differ_within_groups(finished: Finished) -> None:

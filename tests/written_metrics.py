@@ -1,0 +1,83 @@
+"""The metrics that can be written without a run, from what makes them in one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.outcome import Outcome, Verification
+from megatron_rapo.evaluation.evaluator import _as_metrics
+from megatron_rapo.evaluation.statistics import COLUMNS
+from megatron_rapo.evaluation.statistics import summarise as summarise_samples
+from megatron_rapo.experience.batch import Batch
+from megatron_rapo.experience.summary import summarise
+from megatron_rapo.loss.mismatch import STRETCHES, Mismatch
+from megatron_rapo.loss.objective import Objective
+from megatron_rapo.methods.named import METHODS
+from megatron_rapo.methods.terms.divergences import DIVERGENCES
+from megatron_rapo.methods.terms.term import AtToken, Term
+from megatron_rapo.methods.told import told_by
+from tests.episodes import group_of, scored_response
+from tests.methods import a_method
+from tests.unit.stored import store
+
+NO_GROUP: Any = None  # of ranks: nothing is computed
+
+
+def of_rollouts() -> set[str]:
+    """Of a mixture with dynamic sampling, whose rewards and environment tell nothing of their own."""
+    return set(summarise(Batch([_group()], [_group()], rounds=1), 61, ["sums", "words"]))
+
+
+def of_users_own() -> set[str]:
+    """What a reward, an environment, a term and a method of a user's own tell, each `own`."""
+    told = _group(facts={"own": 1.0})
+    method = a_method()
+    with patch.multiple(method, terms=lambda: [(1.0, _Own())], metrics=lambda: {"own": 1.0}):
+        objective = Objective(method, temperature=1.0, vocabulary=61, group=NO_GROUP)
+        of_update = objective.metrics(torch.zeros(len(objective.parts)))
+        found = {*summarise(Batch([told], [told], 0), 61), *of_update, *told_by(method)}
+    return {name for name in found if name.endswith("/own")}
+
+
+def of_updates() -> set[str]:
+    """Of each method that has a name, and of RAPO with each divergence and the audit of estimators."""
+    methods = [a_method(name) for name in METHODS]
+    kinds = [kind for kind in DIVERGENCES if kind.startswith("forward")]
+    methods += [a_method(divergence=kind, audit_estimators=True) for kind in kinds]
+    found: set[str] = set()
+    for method in methods:
+        objective = Objective(method, temperature=1.0, vocabulary=61, group=NO_GROUP)
+        found |= set(objective.metrics(torch.zeros(len(objective.parts))))
+    mismatch = Mismatch()
+    mismatch.add(torch.zeros(len(STRETCHES)), torch.zeros(len(STRETCHES)), torch.tensor(STRETCHES))
+    return found | set(mismatch.metrics())
+
+
+def of_evaluations(folder: Path) -> Iterator[str]:
+    """Of one data set at one setting, and of several. Samples are left in the folder."""
+    samples = store(folder, np.ones((2, 4), dtype=bool)).samples("sums", "t1")
+    ids = [problem.id for problem in samples.problems]
+    for name in _as_metrics(summarise_samples(samples.read(COLUMNS), ids, [1, 4], seed=0)):
+        yield f"evaluate/{name}"
+        yield f"evaluate/MATH-500/t0.6-p0.95/{name}"
+
+
+class _Own(Term):
+    def __call__(self, token: AtToken) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return token.entropy, {"own": token.entropy}
+
+
+def _group(**facts: Any) -> Group:
+    one = scored_response(Outcome.CORRECT, [1, 2])
+    one = replace(one, verification=Verification(Outcome.CORRECT, **facts))
+    one = replace(one, episode=replace(one.episode, **facts))
+    group = group_of(one, scored_response(Outcome.WRONG, [3]))
+    return replace(group, problem=replace(group.problem, source="sums"))
