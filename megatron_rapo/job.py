@@ -24,13 +24,13 @@ from megatron_rapo.data.tokenizer import load_tokenizer, vocabulary_size
 from megatron_rapo.environments.opening import open_environment
 from megatron_rapo.environments.runner import Runner
 from megatron_rapo.environments.running import EpisodeRunner
-from megatron_rapo.episode.group import Group
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluation.evaluator import Evaluator
 from megatron_rapo.evaluation.held_out import load_held_out
 from megatron_rapo.experience.batch import Batch, collect
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import open_engines
+from megatron_rapo.experience.sharing import Shared
 from megatron_rapo.experience.summary import count_tokens
 from megatron_rapo.experience.unknown import UnknownRewards
 from megatron_rapo.launch.stop import requests
@@ -127,20 +127,21 @@ class Job:
             raise RapoError(f'sampling of method "{self.config.algorithm.method}" returned {wrong}; mend it')
         self.objective.temperature = sampling.temperature
 
-        def score(prompts: Sequence[Prompt]) -> list[Group]:
+        def score(prompts: Sequence[Prompt]) -> Shared:
             return self.collector.collect(
                 prompts,
                 chosen=sampling,
                 weight_version=step - 1,
                 seed=self.sampling_seed(step),
                 phase=self.observer.phase,
+                whole=self.method.reads_responses,
             )
 
         rollout = self.config.rollout
         batch = collect(
             self.prompts, rollout.prompts_per_step, score, rollout.dynamic_sampling, self.method.teaches
         )
-        self.unknown_rewards.check(step, batch.drawn)
+        self.unknown_rewards.check(step, batch.sampled)
         self.collector.engines.rest()
         self.policy.take_room()
         return batch
@@ -260,7 +261,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             vocabulary=vocabulary,
             prompts=order_of(prompts, config.run.seed),
             collector=collector,
-            unknown_rewards=UnknownRewards(config.reward.unknown_limit, tells=placement.is_main),
+            unknown_rewards=UnknownRewards(config.reward.unknown_limit, placement),
             recorder=stack.enter_context(SampleRecorder(config, placement)),
             evaluator=_open_evaluator(config, tokenizer, collector, verifiers),
             policy=policy,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from megatron_rapo.config import RunConfig
+from megatron_rapo.experience.delivery import with_tokens
 from megatron_rapo.experience.summary import summarise
 from megatron_rapo.job import open_job
 from megatron_rapo.launch.stop import requests
-from megatron_rapo.policy.batch import build_minibatches, make_samples
+from megatron_rapo.policy.batch import build_minibatches, make_samples, plan_minibatches
 from megatron_rapo.policy.weighing import weigh
 
 
@@ -29,7 +30,10 @@ def train(config: RunConfig) -> None:
                 with phase("annotate"):
                     samples = make_samples(batch.groups, job.method, job.vocabulary, config.minibatch_prompts)
                     job.record(step, batch, samples)
-                    minibatches = build_minibatches(samples, config, job.placement)
+                    plans = plan_minibatches(samples, config)
+                    minibatches = build_minibatches(
+                        with_tokens(samples, plans, batch, job.placement), plans, config, job.placement
+                    )
                     job.policy.annotate(minibatches, job.objective)
                     if job.reference is not None:
                         job.reference.annotate(minibatches, job.objective)

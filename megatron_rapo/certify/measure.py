@@ -12,21 +12,19 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_rapo.certify.cases import (
-    CASES,
-    RANKS,
-    TEMPERATURE,
-    VOCABULARY,
-    Case,
-    batch,
-)
+from megatron_rapo.certify.cases import CASES, RANKS, TEMPERATURE, VOCABULARY, Case, batch
 from megatron_rapo.certify.plain_loss import plain_loss
 from megatron_rapo.config import Optimizer, Parallel, RunConfig
+from megatron_rapo.episode.group import Group
+from megatron_rapo.experience.batch import Batch
+from megatron_rapo.experience.delivery import with_tokens
+from megatron_rapo.experience.sharing import share
 from megatron_rapo.loss.objective import Objective
+from megatron_rapo.methods.method import Method
 from megatron_rapo.model.build import DTYPES, build_chunks
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.parallel.placement import Placement, arrange, process_groups
-from megatron_rapo.policy.batch import build_minibatches, make_samples
+from megatron_rapo.policy.batch import build_minibatches, make_samples, plan_minibatches
 from megatron_rapo.policy.gradients import accumulate_gradients, main_gradient, wrap
 from megatron_rapo.policy.reference import Reference
 from megatron_rapo.weights.export import hf_tensors
@@ -116,8 +114,10 @@ def _computed(config: RunConfig, case: Case, dtype: str) -> tuple[float, dict[st
         context_group=placement.context_group,
     )
     groups = batch()[::-1] if case.permuted else batch()
-    samples = make_samples(groups, method, VOCABULARY, config.minibatch_prompts)
-    minibatches = build_minibatches(samples, config, placement)
+    shared = _shared(groups, method, placement)
+    samples = make_samples(shared.groups, method, VOCABULARY, config.minibatch_prompts)
+    plans = plan_minibatches(samples, config)
+    minibatches = build_minibatches(with_tokens(samples, plans, shared, placement), plans, config, placement)
     for microbatch in minibatches[0]:
         microbatch.old_log_probs = microbatch.engine_log_probs
     reference = Reference(model, architecture, placement) if method.wants_reference else None
@@ -126,6 +126,14 @@ def _computed(config: RunConfig, case: Case, dtype: str) -> tuple[float, dict[st
     sums, _ = accumulate_gradients(wrapped, minibatches[0], objective, reference, placement)
     gradient = dict(hf_tensors(chunks, architecture, placement, value=main_gradient))
     return objective.metrics(sums)["loss/total"], _collected(gradient, placement)
+
+
+def _shared(groups: Sequence[Group], method: Method, placement: Placement) -> Batch:
+    """The groups as a step has them whose heads sampled a share each."""
+    mine = groups[placement.data_rank :: placement.layout.data_parallel] if placement.is_head else []
+    problems = [group.problem for group in groups]
+    sampled = share(problems, mine, placement, whole=method.reads_responses)
+    return Batch(sampled.groups, sampled, rounds=0)
 
 
 def _longest(config: RunConfig, layout: Parallel) -> int:

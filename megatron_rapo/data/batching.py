@@ -11,8 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_rapo.episode.brief import BriefSequence
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.parallel.context import rank_major_order
+
+Plan = list[list[list[int]]]
+"""Which of a minibatch's sequences go where: `[replica][microbatch]`, numbers of sequences."""
 
 
 @dataclass(frozen=True)
@@ -20,14 +24,14 @@ class Sample:
     """One sequence with what the loss needs of it.
 
     Attributes:
-        sequence: tokens, of which those that were sampled are trained on.
+        sequence: tokens, of which those that were sampled are trained on; brief where it is planned with.
         phi: the power that flattens the reference.
         advantage: of all its sampled tokens, or one of each, `[sampled tokens]`.
         token_weight: weight of a sampled token in the minibatch's loss, or one of each; 0: it is masked out.
         has_probability: whether all its tokens exist; where not, it is not even measured.
     """
 
-    sequence: TokenSequence
+    sequence: TokenSequence | BriefSequence
     phi: float
     advantage: float | npt.NDArray[np.floating]
     token_weight: float | npt.NDArray[np.floating]
@@ -85,7 +89,7 @@ def padded_length(tokens: int, multiple: int) -> int:
 
 def plan_microbatches(
     lengths: Sequence[int], *, replicas: int, token_budget: int, count_multiple: int = 1
-) -> list[list[list[int]]]:
+) -> Plan:
     """Which sequences go into which microbatch of which replica.
 
     Sequences are spread so that replicas hold about the same number of tokens, and so do a replica's
@@ -106,6 +110,12 @@ def plan_microbatches(
     needed = max(len(_first_fit(share, lengths, token_budget)) for share in shares)
     count = padded_length(max(1, needed), count_multiple)
     return [_fill(share, lengths, token_budget, count) for share in shares]
+
+
+def replicas_of(plan: Plan) -> list[int]:
+    """The replica that trains on each sequence."""
+    trains = {n: replica for replica, parts in enumerate(plan) for part in parts for n in part}
+    return [trains[number] for number in range(len(trains))]
 
 
 def _balance(items: Iterable[int], lengths: Sequence[int], bins: int) -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from megatron_rapo.episode.brief import BriefEpisode
 from megatron_rapo.episode.outcome import Verification
 from megatron_rapo.episode.score import Score
 from megatron_rapo.episode.sequence import Sequence
@@ -42,15 +43,25 @@ class Episode:
         """Whether a sampled token is no token of a tokenizer of that size."""
         return any(sequence.leaves(vocabulary) for sequence in self.sequences)
 
+    def brief(self) -> BriefEpisode:
+        """What planning needs of it, without tokens and text."""
+        sequences = tuple(sequence.brief() for sequence in self.sequences)
+        return BriefEpisode(sequences, self.score, self.truncated, self.facts)
+
 
 @dataclass(frozen=True)
 class ScoredEpisode:
-    """An episode with what judging it came to."""
+    """An episode with what judging it came to; brief where all ranks have it (`episode.brief`)."""
 
-    episode: Episode
+    episode: Episode | BriefEpisode
     verification: Verification
 
     @property
     def reward(self) -> float | None:
         """None where it is unknown."""
         return self.verification.reward
+
+    def brief(self) -> ScoredEpisode:
+        """It without tokens and text."""
+        brief = self.episode.brief() if isinstance(self.episode, Episode) else self.episode
+        return ScoredEpisode(brief, self.verification)

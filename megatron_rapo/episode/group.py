@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,10 @@ class Group:
     def rewards(self) -> list[float | None]:
         """Of each episode; None where it is unknown."""
         return [episode.reward for episode in self.episodes]
+
+    def brief(self) -> Group:
+        """It without tokens and texts."""
+        return replace(self, episodes=tuple(episode.brief() for episode in self.episodes))
 
 
 def known_rewards(groups: Sequence[Group]) -> Any:

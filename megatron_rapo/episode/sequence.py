@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megatron_rapo.episode.brief import BriefSequence
+
 
 @dataclass(frozen=True)
 class Sequence:
@@ -69,9 +71,19 @@ class Sequence:
         """How many tokens were sampled."""
         return int(self.sampled.sum())
 
+    @property
+    def oldest_version(self) -> int | None:
+        """The lowest version of the weights that sampled a token; None where none was sampled."""
+        return int(self.versions[self.sampled].min()) if self.sampled.any() else None
+
     def leaves(self, vocabulary: int) -> bool:
         """Whether a sampled token is no token of a tokenizer of that size.
 
         Models' heads have spare rows, of tokens that do not exist; engines sample them, if hardly ever.
         """
         return bool((self.token_ids[self.sampled] >= vocabulary).any())
+
+    def brief(self) -> BriefSequence:
+        """What planning needs of it, without the tokens."""
+        highest = int(self.token_ids[self.sampled].max(initial=-1))
+        return BriefSequence(len(self), self.sampled_tokens, highest, self.oldest_version)

@@ -12,9 +12,10 @@ import numpy as np
 from megatron_rapo.config.sampling import DynamicSampling
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.episode.group import Group, known_rewards
+from megatron_rapo.experience.sharing import Shared
 
-Score = Callable[[Sequence[Prompt]], list[Group]]
-"""Samples and verifies prompts: their groups, in order, the same on all ranks."""
+Score = Callable[[Sequence[Prompt]], Shared]
+"""Samples and verifies prompts; all ranks call it."""
 
 
 class Prompts(Protocol):
@@ -34,15 +35,20 @@ class Batch:
 
     Attributes:
         groups: exactly as many as were wanted, in the order drawn.
-        drawn: all groups that were sampled; `groups` are of them.
+        sampled: all groups that were sampled; `groups` are of them.
         rounds: of dynamic sampling; 0 without it.
-        teaching: how many of `drawn`, and of `groups`, teach; told of dynamic sampling alone.
+        teaching: how many of `sampled`, and of `groups`, teach; told of dynamic sampling alone.
     """
 
     groups: list[Group]
-    drawn: list[Group]
+    sampled: Shared
     rounds: int
     teaching: tuple[int, int] = (0, 0)
+
+    @property
+    def drawn(self) -> list[Group]:
+        """All groups that were sampled."""
+        return self.sampled.groups
 
     def metrics(self) -> Mapping[str, float]:
         """What dynamic sampling cost and did: `reward/mean` is of the chosen groups alone."""
@@ -77,21 +83,22 @@ def collect(
         teaches: whether a group teaches (`Method.teaches`); asked once of each.
     """
     if dynamic is None:
-        groups = score(prompts.draw(wanted))
-        return Batch(groups, groups, rounds=0)
+        sampled = score(prompts.draw(wanted))
+        return Batch(sampled.groups, sampled, rounds=0)
     # A batch may be larger than the set; then it meets prompts again as it would without dynamic sampling.
     most = max(wanted, prompts.size)
-    drawn: list[Group] = []
+    sampled, drawn = Shared(), 0
     teaching: list[bool] = []
     rounds = 0
-    while (missing := wanted - sum(teaching)) > 0 and rounds < dynamic.max_rounds and len(drawn) < most:
-        count = min(math.ceil(missing * dynamic.over_sampling), most - len(drawn))
-        groups = score(prompts.draw(count))
-        drawn += groups
-        teaching += map(teaches, groups)
+    while (missing := wanted - sum(teaching)) > 0 and rounds < dynamic.max_rounds and drawn < most:
+        count = min(math.ceil(missing * dynamic.over_sampling), most - drawn)
+        found = score(prompts.draw(count))
+        sampled.extend(found)
+        teaching += map(teaches, found.groups)
+        drawn += count
         rounds += 1
     # The first that are wanted, those that teach before the others; in the order drawn.
-    ranked = sorted(range(len(drawn)), key=lambda place: not teaching[place])  # stable
+    ranked = sorted(range(drawn), key=lambda place: not teaching[place])  # stable
     chosen = sorted(ranked[:wanted])
     counts = sum(teaching), sum(teaching[place] for place in chosen)
-    return Batch([drawn[place] for place in chosen], drawn, rounds, counts)
+    return Batch([sampled.groups[place] for place in chosen], sampled, rounds, counts)

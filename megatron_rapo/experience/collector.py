@@ -1,27 +1,26 @@
-"""Groups for prompts: every data-parallel head runs the episodes of its share, all ranks get all."""
+"""Groups for prompts: every data-parallel head runs the episodes of its share; all ranks hear of all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
 
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.environments.runner import Runner
 from megatron_rapo.environments.running import Judge
 from megatron_rapo.episode.group import Group
 from megatron_rapo.experience.engines import SharedEngines
+from megatron_rapo.experience.sharing import Shared, share
 from megatron_rapo.methods.sampling import Sampling as Chosen
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.rollout.requests import Sampling
 
-T = TypeVar("T")
 Phase = Callable[[str], AbstractContextManager[None]]
 """Times what happens within it (`Observer.phase`)."""
 
 
 class Collector:
-    """Runs episodes on heads; the other ranks of a replica receive what their head got.
+    """Runs episodes on heads, and tells all ranks what came of them.
 
     Attributes:
         runner: this head's own; None on other ranks.
@@ -44,9 +43,16 @@ class Collector:
         self.recover: Callable[[int], object] | None = None
 
     def collect(
-        self, prompts: Sequence[Prompt], *, chosen: Chosen, weight_version: int, seed: int, phase: Phase
-    ) -> list[Group]:
-        """The prompts' groups, in order, on all ranks, which all call it.
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        chosen: Chosen,
+        weight_version: int,
+        seed: int,
+        phase: Phase,
+        whole: bool = False,
+    ) -> Shared:
+        """The prompts' groups, in order; all ranks call it.
 
         What engines that failed leave open is sampled from those that are left, or that came back.
 
@@ -56,6 +62,7 @@ class Collector:
             weight_version: that must have sampled every token.
             seed: of this batch of samples.
             phase: times sampling (`rollout`), and what verifying takes after it (`reward`).
+            whole: whether all ranks get tokens and texts (`Method.reads_responses`).
 
         Raises:
             RapoError: engines refused, or too few are left; or environment or reward are at fault.
@@ -86,7 +93,8 @@ class Collector:
 
         self.until_complete(ask, weight_version, phase)
         with phase("reward"):
-            return self.share([groups[place] for place in sorted(groups)])
+            problems = [prompt.problem for prompt in prompts]
+            return share(problems, [groups[place] for place in sorted(groups)], self.placement, whole=whole)
 
     def until_complete(
         self, ask: Callable[[], int], weight_version: int, phase: Phase = lambda name: nullcontext()
@@ -109,11 +117,3 @@ class Collector:
             if self.recover is None:
                 raise self.engines.too_few()
             self.recover(weight_version)
-
-    def share(self, mine: Sequence[T]) -> list[T]:
-        """What all heads made of their shares of the prompts, in the prompts' order, on all ranks."""
-        shares = self.placement.share_from_heads(list(mine))
-        merged = [None] * sum(len(share) for share in shares)
-        for head, share in enumerate(shares):
-            merged[head :: len(shares)] = share  # type: ignore[assignment]
-        return merged  # type: ignore[return-value]

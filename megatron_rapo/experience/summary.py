@@ -32,7 +32,7 @@ def summarise(batch: Batch, vocabulary: int, sources: Sequence[str] = ()) -> Map
     episodes = [one.episode for one in scored]
     outcomes = Counter(one.verification.outcome for one in scored)
     lengths = np.array([episode.sampled_tokens for episode in episodes])
-    versions = [s.versions[s.sampled].min() for episode in episodes for s in episode.sequences]
+    versions = [sequence.oldest_version for episode in episodes for sequence in episode.sequences]
     return {
         "reward/mean": _mean(rewards),
         **(_by_source(groups, sources) if len(sources) > 1 else {}),
@@ -45,7 +45,7 @@ def summarise(batch: Batch, vocabulary: int, sources: Sequence[str] = ()) -> Map
         "rollout/response_tokens_mean": float(lengths.mean()),
         "rollout/response_tokens_max": float(lengths.max()),
         "rollout/truncated": sum(episode.truncated for episode in episodes) / len(episodes),
-        "rollout/weight_version": float(min(versions, default=math.nan)),
+        "rollout/weight_version": float(min((v for v in versions if v is not None), default=math.nan)),
         "rollout/outside_vocabulary": sum(episode.leaves(vocabulary) for episode in episodes) / len(episodes),
         **batch.metrics(),
     }

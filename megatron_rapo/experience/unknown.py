@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from textwrap import indent
 
-from megatron_rapo.episode.episode import ScoredEpisode
-from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.outcome import Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
+from megatron_rapo.experience.sharing import Shared
+from megatron_rapo.parallel.placement import Placement
 
 _EXCERPT = 500  # characters of a problem, and of a response
 
@@ -17,48 +17,56 @@ _EXCERPT = 500  # characters of a problem, and of a response
 class UnknownRewards:
     """Watches a run's steps. Such responses are not trained on; many of them mean a broken reward."""
 
-    def __init__(self, limit: float, *, tells: bool) -> None:
+    def __init__(self, limit: float, placement: Placement) -> None:
         """
         Args:
             limit: the share of a step's responses beyond which the run ends (`reward.unknown_limit`).
-            tells: whether this rank prints; all ranks see the same groups.
+            placement: this rank's; the main rank prints.
         """
         self._limit = limit
-        self._tells = tells
+        self._placement = placement
+        self._told = False
 
-    def check(self, step: int, groups: Sequence[Group]) -> None:
-        """Looks at all groups that a step sampled.
+    def check(self, step: int, sampled: Shared) -> None:
+        """Looks at all groups that a step sampled; all ranks call it.
 
         Raises:
             RapoError: on all ranks, where the share is beyond the limit.
         """
-        scored = [(group.problem, one) for group in groups for one in group.episodes]
-        unknown = [(problem, one) for problem, one in scored if one.reward is None]
-        if not unknown:
+        groups = sampled.groups
+        unknown = [
+            (place, number)
+            for place, group in enumerate(groups)
+            for number, reward in enumerate(group.rewards)
+            if reward is None
+        ]
+        responses = sum(len(group.episodes) for group in groups)
+        beyond = len(unknown) / max(responses, 1) > self._limit
+        if not unknown or (self._told and not beyond):
             return
-        problem, first = unknown[0]
-        verification = first.verification
+        place, number = unknown[0]
+        verification = groups[place].episodes[number].verification
+        response = sampled.answer(place, number, self._placement)
+        told = _described(groups[place].problem, response, verification)
         message = (
-            f"step {step}: {len(unknown)} of {len(scored)} rewards are unknown, the first by "
+            f"step {step}: {len(unknown)} of {responses} rewards are unknown, the first by "
             f"{verification.outcome}: {verification.why}"
         )
-        if len(unknown) / len(scored) > self._limit:
+        if beyond:
             raise RapoError(
                 f"{message}; that is more than reward.unknown_limit = {self._limit:g}: mend the reward, or "
-                f"raise reward.time_limit_s (or reward.unknown_limit)\n{_told(problem, first)}"
+                f"raise reward.time_limit_s (or reward.unknown_limit)\n{told}"
             )
-        if self._tells:
-            self._tells = False
+        self._told = True
+        if self._placement.is_main:
             print(
-                f"warning: {message}; such responses are not trained on\n{_told(problem, first)}",
-                file=sys.stderr,
-                flush=True,
+                f"warning: {message}; such responses are not trained on\n{told}", file=sys.stderr, flush=True
             )
 
 
-def _told(problem: Problem, scored: ScoredEpisode) -> str:
+def _described(problem: Problem, response: str, verification: Verification) -> str:
     """What it takes to see the fault again: problem, response and traceback."""
-    question, response, trace = problem.question, scored.episode.answer, scored.verification.trace
+    question, trace = problem.question, verification.trace
     lines = [
         f"problem {problem.id}: {question[:_EXCERPT]!r}{'…' if len(question) > _EXCERPT else ''}",
         f"response: {'…' if len(response) > _EXCERPT else ''}{response[-_EXCERPT:]!r}",

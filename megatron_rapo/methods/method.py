@@ -43,11 +43,15 @@ class Method:
         configured: how the configuration has responses sampled.
         reward_range: the smallest and largest reward that it takes; another one ends the run.
         aggregation: how `aggregate` weighs tokens.
+        reads_responses: whether hooks read tokens or texts of responses. Where not, groups have all else of
+            them: rewards, facts, outcomes, lengths, and each problem with all its columns. Tokens and texts
+            of a step are many, and all ranks hold those of all responses if it is set.
     """
 
     Options = common.Options
     reward_range: tuple[float, float] = (-np.inf, np.inf)
     aggregation: Aggregation = "token_mean"
+    reads_responses: bool = False
 
     def __init__(self, options: common.Options, configured: Sampling) -> None:
         """

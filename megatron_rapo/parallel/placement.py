@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,6 +32,7 @@ class Placement:
         context_group: ranks that share each sequence.
         gradient_group: DP × CP, the ranks whose gradients are summed.
         host_group: all ranks, over gloo, for objects in host memory.
+        replica_group: TP × CP × PP, this replica's ranks, over gloo, its head first.
     """
 
     layout: Parallel
@@ -45,6 +46,7 @@ class Placement:
     context_group: dist.ProcessGroup
     gradient_group: dist.ProcessGroup
     host_group: dist.ProcessGroup
+    replica_group: dist.ProcessGroup
 
     @property
     def is_main(self) -> bool:
@@ -64,8 +66,7 @@ class Placement:
     @property
     def heads(self) -> list[int]:
         """Global rank of each replica's head, by data-parallel rank."""
-        stride = self.layout.tensor_parallel * self.layout.context_parallel
-        return [stride * replica for replica in range(self.layout.data_parallel)]
+        return [replica_ranks(self.layout, replica)[0] for replica in range(self.layout.data_parallel)]
 
     def share_from_heads(self, mine: T | None) -> list[T]:
         """Every head's object, by data-parallel rank, on all ranks. `mine` is read on heads only.
@@ -156,12 +157,29 @@ def arrange(layout: Parallel, seed: int) -> Placement:
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         context_group=parallel_state.get_context_parallel_group(),
         gradient_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        host_group=parallel_state.create_group(
-            list(range(dist.get_world_size())),
-            backend="gloo",
-            timeout=timedelta(seconds=layout.timeout_s),
-            group_desc="HOST_GROUP",
-        ),
+        host_group=_host_group(range(dist.get_world_size()), layout, "HOST_GROUP"),
+        replica_group=_replica_group(layout),
+    )
+
+
+def replica_ranks(layout: Parallel, replica: int) -> list[int]:
+    """Global ranks of a data-parallel replica, its head first."""
+    block = layout.tensor_parallel * layout.context_parallel
+    stage = block * layout.data_parallel
+    starts = [stage * s + block * replica for s in range(layout.pipeline_parallel)]
+    return [rank for start in starts for rank in range(start, start + block)]
+
+
+def _replica_group(layout: Parallel) -> dist.ProcessGroup:
+    """This rank's; all ranks make all of them together."""
+    replicas = [replica_ranks(layout, replica) for replica in range(layout.data_parallel)]
+    groups = [_host_group(ranks, layout, "REPLICA_GROUP") for ranks in replicas]
+    return next(group for group, ranks in zip(groups, replicas, strict=True) if dist.get_rank() in ranks)
+
+
+def _host_group(ranks: Iterable[int], layout: Parallel, name: str) -> dist.ProcessGroup:
+    return parallel_state.create_group(
+        list(ranks), backend="gloo", timeout=timedelta(seconds=layout.timeout_s), group_desc=name
     )
 
 

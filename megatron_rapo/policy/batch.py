@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_rapo.config import RunConfig
-from megatron_rapo.data.batching import Microbatch, Sample, pack, padded_length, plan_microbatches
+from megatron_rapo.data.batching import Microbatch, Plan, Sample, pack, padded_length, plan_microbatches
 from megatron_rapo.episode.episode import ScoredEpisode
 from megatron_rapo.episode.group import Group
 from megatron_rapo.errors import RapoError
@@ -56,25 +56,33 @@ class _Judged:
     phi: Any
 
 
-def build_minibatches(
-    minibatches: Sequence[Sequence[Sample]], config: RunConfig, placement: Placement
-) -> list[list[Microbatch]]:
-    """Minibatches of samples (`make_samples`), each as this rank's packed microbatches.
+def plan_minibatches(minibatches: Sequence[Sequence[Sample]], config: RunConfig) -> list[Plan]:
+    """Which replica trains on which samples of each minibatch, and in which microbatch.
 
-    Every rank holds all samples and plans alike, so the number of microbatches agrees without communication.
-    Only this replica's microbatches, and of them only this context-parallel rank's tokens, become tensors.
+    Lengths are all it needs: every rank plans alike, so microbatches agree without communication.
     """
     layout = config.parallel
-    plans = [
+    return [
         plan_microbatches(
             [padded_length(len(sample.sequence), config.sequence_multiple) for sample in samples],
             replicas=layout.data_parallel,
             token_budget=config.algorithm.max_tokens_per_microbatch,
             count_multiple=layout.pipeline_parallel if layout.virtual_pipeline_parallel else 1,
-        )[placement.data_rank]
+        )
         for samples in minibatches
     ]
-    total_tokens = _common_length(minibatches, plans, config)
+
+
+def build_minibatches(
+    minibatches: Sequence[Sequence[Sample]], plans: Sequence[Plan], config: RunConfig, placement: Placement
+) -> list[list[Microbatch]]:
+    """Minibatches of samples (`make_samples`), each as this rank's packed microbatches.
+
+    Of this replica's samples, which must have their tokens, this context-parallel rank's tokens become
+    tensors.
+    """
+    mine = [plan[placement.data_rank] for plan in plans]
+    total_tokens = _common_length(minibatches, mine, config)
     return [
         [
             pack(
@@ -82,12 +90,12 @@ def build_minibatches(
                 sequence_multiple=config.sequence_multiple,
                 total_tokens=total_tokens,
                 context_rank=placement.context_rank,
-                context_ranks=layout.context_parallel,
+                context_ranks=config.parallel.context_parallel,
                 device=device(),
             )
-            for chosen in plan
+            for chosen in microbatches
         ]
-        for samples, plan in zip(minibatches, plans, strict=True)
+        for samples, microbatches in zip(minibatches, mine, strict=True)
     ]
 
 
@@ -178,13 +186,13 @@ def _named(method: Method) -> str:
 
 
 def _common_length(
-    minibatches: Sequence[Sequence[Sample]], plans: Sequence[Sequence[Sequence[int]]], config: RunConfig
+    minibatches: Sequence[Sequence[Sample]], mine: Sequence[Sequence[Sequence[int]]], config: RunConfig
 ) -> int | None:
     """What the replica's microbatches are padded to, if pipeline stages exchange their tensors."""
     if config.parallel.pipeline_parallel == 1:
         return None
     return max(
         sum(padded_length(len(samples[index].sequence), config.sequence_multiple) for index in chosen)
-        for samples, plan in zip(minibatches, plans, strict=True)
-        for chosen in plan
+        for samples, microbatches in zip(minibatches, mine, strict=True)
+        for chosen in microbatches
     )

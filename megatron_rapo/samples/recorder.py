@@ -18,7 +18,7 @@ from megatron_rapo.samples.store import Recorded, keep_newest, write_part
 
 
 class SampleRecorder:
-    """Writes a head's share of each step in a thread of its own; a context manager. Other ranks write none.
+    """Writes what a head samples, in a thread of its own; a context manager. Other ranks write nothing.
 
     An error of the disk is raised by the next call, or at the end.
     """
@@ -55,10 +55,7 @@ class SampleRecorder:
         self.finish()
         if not self._every or step % self._every or not self._placement.is_head:
             return
-        first = prompts_drawn - len(batch.drawn)
-        head, heads = self._placement.data_rank, self._placement.layout.data_parallel
-        every = _rows(batch, first, temperature, minibatches)
-        rows = [row for row in every if (row.draw - first) % heads == head]
+        rows = list(_rows(batch, prompts_drawn - len(batch.drawn), temperature, minibatches))
         self._writing = self._thread.submit(self._write, step, rows)
 
     def finish(self) -> None:
@@ -90,10 +87,11 @@ class SampleRecorder:
 def _rows(
     batch: Batch, first: int, temperature: float, minibatches: Sequence[Sequence[Sample]]
 ) -> Iterator[Recorded]:
+    """Of this head; `first` is the draw of the step's first prompt."""
     in_loss = _in_loss(batch.groups, minibatches)
     trained = {id(group): flags for group, flags in zip(batch.groups, in_loss, strict=True)}
-    for place, group in enumerate(batch.drawn):
-        flags = trained.get(id(group), [False] * len(group.episodes))
+    for place, group in sorted(batch.sampled.whole.items()):
+        flags = trained.get(id(batch.drawn[place]), [False] * len(group.episodes))
         for number, (scored, flag) in enumerate(zip(group.episodes, flags, strict=True)):
             yield Recorded(first + place, number, temperature, group.problem, scored, flag)
 

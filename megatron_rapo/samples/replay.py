@@ -16,6 +16,7 @@ from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.collector import Phase
 from megatron_rapo.experience.engines import SharedEngines
+from megatron_rapo.experience.sharing import Shared, share
 from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.policy import Policy
@@ -23,7 +24,7 @@ from megatron_rapo.samples.store import read_step, steps_of
 
 
 class Replay:
-    """In place of a `Collector`: what a run has recorded, with its rewards. Every rank reads it.
+    """In place of a `Collector`: what a run has recorded, with its rewards. Each head reads its share.
 
     Attributes:
         engines: none.
@@ -31,47 +32,56 @@ class Replay:
 
     def __init__(self, run: Path, placement: Placement) -> None:
         self.engines = SharedEngines(placement, None, None)
+        self._placement = placement
         self._run = run
         self._files = steps_of(run)
-        self._step = 0
-        self._rows: dict[int, list[dict[str, Any]]] = {}
 
     def collect(
-        self, prompts: Sequence[Prompt], *, chosen: Sampling, weight_version: int, seed: int, phase: Phase
-    ) -> list[Group]:
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        chosen: Sampling,
+        weight_version: int,
+        seed: int,
+        phase: Phase,
+        whole: bool = False,
+    ) -> Shared:
         """The prompts' groups as the run recorded them; see `Collector.collect`.
 
         Raises:
             RapoError: the run has not recorded these prompts at this step.
         """
         del seed  # they are drawn already
+        placement = self._placement
+        mine = prompts[placement.data_rank :: placement.layout.data_parallel] if placement.is_head else []
         with phase("rollout"):
-            self._read(weight_version + 1)
-            groups = [self._group(prompt, chosen) for prompt in prompts]
+            groups = self._groups(weight_version + 1, mine, chosen)
         with phase("reward"):  # known already
-            return groups
+            return share([prompt.problem for prompt in prompts], groups, placement, whole=whole)
 
-    def _read(self, step: int) -> None:
-        if self._step == step:
-            return
+    def _groups(self, step: int, prompts: Sequence[Prompt], chosen: Sampling) -> list[Group]:
         if step not in self._files:
             raise RapoError(f"rollout.replay = {self._run} has no samples of step {step}; lower run.steps")
-        self._step, self._rows = step, {}
-        for row in read_step(self._files[step]):
-            self._rows.setdefault(row["draw"], []).append(row)
+        draws = {prompt.draw for prompt in prompts}
+        brief = read_step(self._files[step], ["draw", "number"])
+        keys = {(row["draw"], row["number"]) for row in brief if row["draw"] in draws}
+        rows: dict[int, list[dict[str, Any]]] = {}
+        for row in read_step(self._files[step], only=keys):
+            rows.setdefault(row["draw"], []).append(row)
+        return [self._group(step, prompt, rows.get(prompt.draw, []), chosen) for prompt in prompts]
 
-    def _group(self, prompt: Prompt, chosen: Sampling) -> Group:
-        rows, responses = self._rows.get(prompt.draw, []), chosen.responses_per_prompt
+    def _group(self, step: int, prompt: Prompt, rows: Sequence[dict[str, Any]], chosen: Sampling) -> Group:
+        responses = chosen.responses_per_prompt
         if len(rows) != responses or any(row["problem"] != prompt.id for row in rows):
             found = f"{len(rows)} responses to problem {rows[0]['problem']}" if rows else "nothing"
             raise RapoError(
-                f"rollout.replay = {self._run} has {found} as draw {prompt.draw} of step {self._step}, where "
+                f"rollout.replay = {self._run} has {found} as draw {prompt.draw} of step {step}, where "
                 f"this run needs {responses} to problem {prompt.id}; give the options that it was recorded "
                 "with"
             )
         if (temperature := rows[0]["temperature"]) != chosen.temperature:
             raise RapoError(
-                f"rollout.replay = {self._run} has samples of step {self._step} at temperature "
+                f"rollout.replay = {self._run} has samples of step {step} at temperature "
                 f"{temperature:g}, where this run needs {chosen.temperature:g}: their log-probs would be of "
                 "another distribution; let rollout.temperature, and the method's own, be the same"
             )

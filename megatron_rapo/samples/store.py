@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from megatron_rapo.episode.brief import BriefSequence
 from megatron_rapo.episode.episode import ScoredEpisode
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
@@ -193,7 +194,7 @@ def _table(step: int, rows: Sequence[Recorded]) -> pyarrow.Table:
     return pyarrow.table(columns, schema=SAMPLES)
 
 
-def _sequences(episodes: Sequence[Sequence[TokenSequence]]) -> pyarrow.ListArray:
+def _sequences(episodes: Sequence[Sequence[TokenSequence | BriefSequence]]) -> pyarrow.ListArray:
     """Of arrays as they are: there may be millions of tokens."""
     sequences = [sequence for episode in episodes for sequence in episode]
     offsets = _offsets([len(sequence) for sequence in sequences])

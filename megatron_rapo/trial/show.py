@@ -8,6 +8,7 @@ from itertools import groupby
 import numpy as np
 
 from megatron_rapo.data.token_texts import TokenTexts
+from megatron_rapo.episode.brief import BriefSequence
 from megatron_rapo.episode.episode import ScoredEpisode
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.trial.take import Taken
@@ -37,7 +38,8 @@ def show(taken: Taken) -> Iterator[str]:
 
 def _response(scored: ScoredEpisode, prompt: Sequence[int], texts: TokenTexts) -> Iterator[str]:
     episode, verification = scored.episode, scored.verification
-    for place, sequence in enumerate(episode.sequences):
+    sequences: Sequence[TokenSequence | BriefSequence] = episode.sequences
+    for place, sequence in enumerate(sequences):
         if len(episode.sequences) > 1:
             yield f"  sequence {place + 1} of {len(episode.sequences)}"
         yield from _sequence(sequence, prompt, texts)
@@ -61,7 +63,9 @@ def _response(scored: ScoredEpisode, prompt: Sequence[int], texts: TokenTexts) -
         yield from _lines("", verification.trace.rstrip())
 
 
-def _sequence(sequence: TokenSequence, prompt: Sequence[int], texts: TokenTexts) -> Iterator[str]:
+def _sequence(
+    sequence: TokenSequence | BriefSequence, prompt: Sequence[int], texts: TokenTexts
+) -> Iterator[str]:
     """Its spans: what was given, and what was sampled."""
     pieces = texts(sequence.token_ids.tolist())
     for sampled, places in groupby(range(len(sequence)), key=lambda place: bool(sequence.sampled[place])):

@@ -1,4 +1,4 @@
-"""Several ranks as threads of this process: what `weights` asks of torch.distributed, without a launch.
+"""Several ranks as threads of this process: what they ask of torch.distributed, without a launch.
 
 A message is taken from the sender's own memory when it is received, so that who uses that memory again too
 early is found out.
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_rapo.config import Parallel
+from megatron_rapo.experience import delivery
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.families.named import family_of
 from megatron_rapo.model.hf_config import read_architecture
@@ -93,7 +94,7 @@ class Ranks:
         self.world = Group(range(layout.world_size), self.get_rank)
         self.mail: dict[tuple[int, int], Queue[Sent]] = defaultdict(Queue)
         self._groups: dict[tuple[int, ...], Group] = {}
-        for module in (export, gather, placements, shard, stream):
+        for module in (delivery, export, gather, placements, shard, stream):
             patch.setattr(module, "dist", self)
 
     def run(self, work: Callable[[Placement], T]) -> list[T]:
@@ -124,6 +125,8 @@ class Ranks:
         data, stage = rest % sizes[2], rest // sizes[2]
         mates = tuple(range(rank - tensor, rank - tensor + sizes[0]))
         group = self._groups.setdefault(mates, Group(mates, self.get_rank))
+        block = sizes[0] * sizes[1]
+        replica = tuple(r for r in range(layout.world_size) if r // block % sizes[2] == data)
         nowhere = cast(Any, None)
         return Placement(
             layout=layout,
@@ -137,6 +140,7 @@ class Ranks:
             context_group=nowhere,
             gradient_group=nowhere,
             host_group=cast(Any, self.world),
+            replica_group=cast(Any, self._groups.setdefault(replica, Group(replica, self.get_rank))),
         )
 
     # As torch.distributed has them.
@@ -158,12 +162,18 @@ class Ranks:
         assert len(out) == len(found)
         out[:] = found
 
-    def isend(self, values: Tensor, dst: int) -> Sent:
+    def broadcast(self, values: Tensor, src: int, group: Group) -> None:
+        assert values.is_contiguous(), "as backends demand"
+        values.copy_(group.everyone(values)[group.ranks.index(src)])
+
+    def isend(self, values: Tensor, dst: int, group: Group | None = None) -> Sent:
+        assert group in (None, self.world)
         sent = Sent(values)
         self.mail[self.get_rank(), dst].put(sent)
         return sent
 
-    def irecv(self, values: Tensor, src: int) -> Any:
+    def irecv(self, values: Tensor, src: int, group: Group | None = None) -> Any:
+        assert group in (None, self.world)
         assert values.is_contiguous(), "as backends demand"
         return SimpleNamespace(wait=lambda: self.recv(values, src))
 

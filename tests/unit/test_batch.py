@@ -17,7 +17,7 @@ from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
 from megatron_rapo.methods.named import METHODS
-from megatron_rapo.policy.batch import build_minibatches, make_samples
+from megatron_rapo.policy.batch import build_minibatches, make_samples, plan_minibatches
 from tests.episodes import group_of, scored_response
 
 VOCABULARY = 1000
@@ -76,7 +76,7 @@ def config(parallel: dict[str, Any] | None = None, **algorithm: Any) -> RunConfi
 def minibatches(run: RunConfig, data_rank: int = 0, context_rank: int = 0) -> list[list[Microbatch]]:
     placement: Any = SimpleNamespace(data_rank=data_rank, context_rank=context_rank)
     samples = make_samples(GROUPS, run.new_method(), VOCABULARY, run.minibatch_prompts)
-    return build_minibatches(samples, run, placement)
+    return build_minibatches(samples, plan_minibatches(samples, run), run, placement)
 
 
 def values(microbatches: list[Microbatch], name: str) -> dict[int, list[float]]:
@@ -219,7 +219,7 @@ def test_a_response_with_a_token_that_does_not_exist_is_masked() -> None:
     placement: Any = SimpleNamespace(data_rank=0, context_rank=0)
     run = config()
     samples = make_samples(GROUPS, run.new_method(), 311, run.minibatch_prompts)
-    batches = build_minibatches(samples, run, placement)
+    batches = build_minibatches(samples, plan_minibatches(samples, run), run, placement)
     predicted = {token for microbatches in batches for token in values(microbatches, "weights")}
     assert predicted == {1, 11, 101, 111, 201, 211, 301}
     last = sum(float(m.weights.sum()) for m in batches[1])

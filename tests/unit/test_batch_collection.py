@@ -9,6 +9,7 @@ from megatron_rapo.data.order import PromptOrder
 from megatron_rapo.data.prompts import LoadReport, Prompt, PromptSet
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.experience.batch import collect
+from megatron_rapo.experience.sharing import Shared
 from tests.episodes import group_of, scored_response
 from tests.methods import a_method
 
@@ -28,10 +29,12 @@ class Scores:
     def __call__(self, prompts):
         self.rounds.append([prompt.index for prompt in prompts])
         self.draws += [prompt.draw for prompt in prompts]
-        return [
+        groups = [
             group_of(*(scored_response(o, [0]) for o in self.outcomes[prompt.index]), number=prompt.index)
             for prompt in prompts
         ]
+        whole = {place: groups[place] for place in range(1, len(groups), 2)}
+        return Shared([group.brief() for group in groups], [place % 2 for place in range(len(groups))], whole)
 
 
 def order_of(size):
@@ -46,6 +49,10 @@ def collected(outcomes, wanted, dynamic):
     batch = collect(prompts, wanted, score, dynamic, a_method().teaches)
     chosen = [int(group.problem.id) for group in batch.groups]
     metrics = {name.removeprefix("sampling/"): value for name, value in batch.metrics().items()}
+    for place, group in batch.sampled.whole.items():
+        assert group.brief() == batch.drawn[place], "what was sampled here is at another place"
+        assert batch.sampled.heads[place] == 1
+    assert len(batch.sampled.heads) == len(batch.drawn)
     return chosen, score.rounds, prompts.position, metrics
 
 

@@ -34,6 +34,7 @@ def make_collector(pool, runner, reviver=None):
     """Of the one rank of a run."""
     placement = SimpleNamespace(
         is_main=True,
+        is_head=True,
         data_rank=0,
         layout=SimpleNamespace(data_parallel=1),
         share_from_heads=lambda mine: [mine],
@@ -52,12 +53,12 @@ def make_pool(urls, reviver=None):
 
 
 def sample(collector):
-    groups = collector.collect(
+    sampled = collector.collect(
         PROMPTS, chosen=Sampling(1.0, 2, 8), weight_version=3, seed=5, phase=lambda name: nullcontext()
     )
     return [
         (group.problem, [one.episode.sequences[0].token_ids.tolist() for one in group.episodes])
-        for group in groups
+        for _, group in sorted(sampled.whole.items())
     ]
 
 

@@ -19,6 +19,7 @@ from megatron_rapo.config.load import load_config
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
+from megatron_rapo.experience.sharing import Shared
 from megatron_rapo.job import Job
 from megatron_rapo.loss.objective import HeadStates, Objective
 from megatron_rapo.methods.sampling import Sampling
@@ -307,9 +308,10 @@ class Step:
     def sampling_seed(self, step: int) -> int:
         return step
 
-    def sample(self, prompts: Any, *, chosen: Any, **_: Any) -> list[Group]:
+    def sample(self, prompts: Any, *, chosen: Any, whole: bool, **_: Any) -> Shared:
+        self.whole = whole
         self.asked.append((len(prompts), chosen))
-        return [GROUPS[0]] * len(prompts)
+        return Shared([GROUPS[0]] * len(prompts))
 
 
 def of_step(body: str) -> tuple[str, str]:
@@ -324,6 +326,25 @@ def test_it_may_say_how_a_step_is_sampled(tmp_path: Path) -> None:
         assert step.asked.pop() == (4, Sampling(temperature, 6, 7))
         assert step.objective.temperature == temperature, "the loss is of another temperature"
         step.method.baseline = 0.25
+
+
+READS = "lengths = [[len(one.episode.answer) for one in group.episodes] for group in groups]"
+
+
+def test_it_may_read_responses_if_it_says_so(tmp_path: Path) -> None:
+    step: Any = Step(configured(tmp_path, ("rewards, before", f"{READS}\n        rewards, before")))
+    Job.collect(step, 1)
+    assert not step.whole
+    brief = [group.brief() for group in GROUPS]
+    with pytest.raises(RapoError, match=r"my_method\.py, line \d+, reads `answer` .*reads_responses = True"):
+        make_samples(brief, step.method, VOCABULARY, 2)
+    make_samples(GROUPS, step.method, VOCABULARY, 2)
+
+
+def test_all_ranks_have_the_responses_that_it_reads(tmp_path: Path) -> None:
+    step: Any = Step(configured(tmp_path, of_step("reads_responses = True")))
+    Job.collect(step, 1)
+    assert step.whole
 
 
 def test_a_run_is_sampled_as_configured_by_default(tmp_path: Path) -> None:

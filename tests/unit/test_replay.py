@@ -42,6 +42,13 @@ def recorded(tmp_path: Path) -> Path:
     return directory
 
 
+def alone() -> Any:
+    """The placement of a run's only rank."""
+    place = placement()
+    place.share_from_heads = lambda mine: [mine]
+    return place
+
+
 def replaying(recorded: Path, steps: int = 2, **changes: dict[str, Any]) -> RunConfig:
     rollout = {"replay": str(recorded), **changes.pop("rollout", {})}
     run = {"directory": str(recorded.parent / "again"), "steps": steps, **changes.pop("run", {})}
@@ -49,14 +56,16 @@ def replaying(recorded: Path, steps: int = 2, **changes: dict[str, Any]) -> RunC
 
 
 def collect(recorded: Path, prompts: list[Prompt], responses: int = 3, step: int = 1) -> list[Group]:
-    replay = Replay(recorded, placement())
-    return replay.collect(
+    replay = Replay(recorded, alone())
+    sampled = replay.collect(
         prompts,
         chosen=Sampling(1.0, responses, 32),
         weight_version=step - 1,
         seed=0,
         phase=lambda name: nullcontext(),
     )
+    assert sampled.groups == [group.brief() for _, group in sorted(sampled.whole.items())]
+    return [group for _, group in sorted(sampled.whole.items())]
 
 
 def test_groups_come_back_as_they_were(recorded: Path) -> None:
@@ -72,11 +81,12 @@ def test_groups_come_back_as_they_were(recorded: Path) -> None:
 
 
 def test_prompts_may_be_asked_for_in_several_rounds(recorded: Path) -> None:
-    replay = Replay(recorded, placement())
+    replay = Replay(recorded, alone())
     for prompt in DRAWN[::-1]:
-        [found] = replay.collect(
+        sampled = replay.collect(
             [prompt], chosen=Sampling(1.0, 3, 32), weight_version=1, seed=0, phase=lambda name: nullcontext()
         )
+        [found] = sampled.groups
         assert found.problem == prompt.problem
 
 
@@ -96,7 +106,7 @@ def test_other_prompts_are_refused(recorded: Path, prompts: list[Prompt], respon
 def test_another_temperature_of_the_method_is_refused(recorded: Path) -> None:
     said = "samples of step 1 at temperature 1, where this run needs 0.5"
     with pytest.raises(RapoError, match=said):
-        Replay(recorded, placement()).collect(
+        Replay(recorded, alone()).collect(
             DRAWN, chosen=Sampling(0.5, 3, 32), weight_version=0, seed=0, phase=lambda name: nullcontext()
         )
 

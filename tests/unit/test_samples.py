@@ -25,6 +25,7 @@ from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.batch import Batch
+from megatron_rapo.experience.sharing import Shared
 from megatron_rapo.folder import writing_to
 from megatron_rapo.policy.batch import make_samples
 from megatron_rapo.record.start import begin
@@ -59,11 +60,20 @@ def samples_of(run: RunConfig, groups: list[Group]) -> list[list[Sample]]:
     return make_samples(groups, run.new_method(), 59, 2)
 
 
+def batch_of(groups: list[Group], drawn: list[Group], rank: int = 0, heads: int = 1) -> Batch:
+    """What the head of replica `rank` has: of all groups the brief ones, and whole those that it sampled."""
+    brief = {id(group): group.brief() for group in drawn}
+    places = range(rank, len(drawn), heads)
+    whole = {place: drawn[place] for place in places}
+    sampled = Shared([brief[id(group)] for group in drawn], [p % heads for p in range(len(drawn))], whole)
+    return Batch([brief[id(group)] for group in groups], sampled, 0)
+
+
 def record(run: RunConfig, step: int, groups: list[Group], drawn: list[Group] | None = None) -> None:
-    batch = Batch(groups, drawn or groups, 0)
+    batch = batch_of(groups, drawn or groups)
     with SampleRecorder(run, placement()) as recorder:
-        drawn = 100 + len(batch.drawn)
-        recorder.record(step, batch, samples_of(run, groups), prompts_drawn=drawn, temperature=0.7)
+        last = 100 + len(batch.drawn)
+        recorder.record(step, batch, samples_of(run, batch.groups), prompts_drawn=last, temperature=0.7)
 
 
 def rows(run: Path, step: int) -> list[dict[str, Any]]:
@@ -155,8 +165,8 @@ def test_heads_write_their_shares_and_other_ranks_nothing(tmp_path: Path) -> Non
     run, groups = config(tmp_path), [of(C, W, name=name) for name in "abc"]
     for rank, is_head in ((0, True), (1, True), (1, False)):
         with SampleRecorder(run, placement(rank, 2, is_head=is_head)) as recorder:
-            batch = Batch(groups, groups, 0)
-            recorder.record(1, batch, samples_of(run, groups), prompts_drawn=3, temperature=1.0)
+            batch = batch_of(groups, groups, rank, 2)
+            recorder.record(1, batch, samples_of(run, batch.groups), prompts_drawn=3, temperature=1.0)
     files = steps_of(tmp_path)[1]
     assert [[row["problem"] for row in read_step([file])] for file in files] == [list("aacc"), list("bb")]
     assert [(row["draw"], row["number"]) for row in rows(tmp_path, 1)] == [

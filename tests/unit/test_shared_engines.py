@@ -12,11 +12,14 @@ import pytest
 
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import SharedEngines
+from megatron_rapo.experience.sharing import share
 from megatron_rapo.methods.sampling import Sampling as Chosen
 from megatron_rapo.rollout.requests import Sampling
+from tests.episodes import scored_response
 from tests.ranks import on_ranks
 
 WORLD, STRIDE, HEADS = 6, 2, 3
@@ -161,8 +164,8 @@ def collector_of(rank: Any, pool: Any, runner: Any = None) -> Collector:
 
 
 def collect(collector: Collector) -> list[str]:
-    groups = collector.collect(PROMPTS, chosen=CHOSEN, weight_version=4, seed=99, phase=phase)
-    return [group.problem.id for group in groups]
+    sampled = collector.collect(PROMPTS, chosen=CHOSEN, weight_version=4, seed=99, phase=phase)
+    return [group.problem.id for group in sampled.groups]
 
 
 @pytest.mark.parametrize("fails", [(0, 0, 0), (0, 2, 0), (3, 0, 1)])
@@ -201,11 +204,24 @@ def test_without_a_way_back_every_rank_fails_alike() -> None:
     assert len(set(on_ranks(WORLD, sample, stride=STRIDE))) == 1
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("count", [8, 7, 2, 0])
-def test_what_heads_made_is_shared_in_the_prompts_order(count: int) -> None:
-    def share(rank: Any) -> Any:
-        mine = [f"made of {n}" for n in range(count)][rank.data_rank :: HEADS] if rank.is_head else ["no"]
-        return collector_of(rank, None).share(mine)
+def test_what_heads_sampled_is_shared_in_the_prompts_order(count: int, whole: bool) -> None:
+    problems = [prompt.problem for prompt in PROMPTS[:count]]
+    groups = [Group(p, (scored_response(Outcome.CORRECT, [n] * (n + 1)),)) for n, p in enumerate(problems)]
 
-    found = on_ranks(WORLD, share, stride=STRIDE)
-    assert found == [[f"made of {n}" for n in range(count)]] * WORLD
+    def of_rank(rank: Any) -> Any:
+        return share(problems, groups[rank.data_rank :: HEADS] if rank.is_head else [], rank, whole=whole)
+
+    for rank, found in enumerate(on_ranks(WORLD, of_rank, stride=STRIDE)):
+        assert found.heads == [place % HEADS for place in range(count)]
+        head = rank // STRIDE
+        assert found.whole == ({} if rank % STRIDE else {n: groups[n] for n in range(head, count, HEADS)})
+        assert [group.brief() for group in found.groups] == [group.brief() for group in groups]
+        for n, group in enumerate(found.groups):
+            [sequence] = group.episodes[0].episode.sequences
+            if whole:
+                assert sequence.token_ids.tolist() == [7, 8, *[n] * (n + 1)]
+            else:
+                with pytest.raises(RapoError, match="token_ids"):
+                    print(sequence.token_ids)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,7 @@ from megatron_rapo.episode.group import Group, known_rewards
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
+from megatron_rapo.experience.sharing import Shared
 from megatron_rapo.experience.unknown import UnknownRewards
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.requests import Sampling, sample_seed
@@ -30,11 +33,19 @@ def group(outcomes: str, why: str | None = None) -> Group:
     return group_of(*(replace(one, verification=replace(one.verification, why=why)) for one in episodes))
 
 
+def sampled(*groups: Group) -> Shared:
+    return Shared([one.brief() for one in groups], [0] * len(groups), dict(enumerate(groups)))
+
+
+def placement(*, is_main: bool = True) -> Any:
+    return SimpleNamespace(is_main=is_main, share_from_heads=lambda mine: [mine])
+
+
 def test_the_first_is_told_with_its_reason_and_no_other(capsys: pytest.CaptureFixture[str]) -> None:
-    watch = UnknownRewards(0.5, tells=True)
-    watch.check(1, [group("cw"), group("wc")])
-    watch.check(2, [group("cw"), group("tc", "not done within 5 s")])
-    watch.check(3, [group("xw", "ValueError"), group("wc")])
+    watch = UnknownRewards(0.5, placement())
+    watch.check(1, sampled(group("cw"), group("wc")))
+    watch.check(2, sampled(group("cw"), group("tc", "not done within 5 s")))
+    watch.check(3, sampled(group("xw", "ValueError"), group("wc")))
     assert capsys.readouterr().err.splitlines() == [
         "warning: step 2: 1 of 4 rewards are unknown, the first by timeout: not done within 5 s; such "
         "responses are not trained on",
@@ -48,7 +59,7 @@ def test_the_first_is_told_so_that_it_can_be_seen_again(capsys: pytest.CaptureFi
     episode = replace(scored_response(C, [1]).episode, answer="x" * 400 + "the end of it" + "y" * 400)
     known = scored_response(C, [1])
     groups = [Group(Problem("p7", "What is it?"), (known, ScoredEpisode(episode, verification)))]
-    UnknownRewards(0.5, tells=True).check(3, groups)
+    UnknownRewards(0.5, placement()).check(3, sampled(*groups))
     warning, problem, response, *trace = capsys.readouterr().err.splitlines()
     assert warning.startswith(
         "warning: step 3: 1 of 2 rewards are unknown, the first by crash: KeyError: 'a'"
@@ -59,23 +70,23 @@ def test_the_first_is_told_so_that_it_can_be_seen_again(capsys: pytest.CaptureFi
     with pytest.raises(
         RapoError, match=r"(?s)unknown_limit = 0.2: .*problem p7.*the end of it.*my_rewards.py"
     ):
-        UnknownRewards(0.2, tells=True).check(3, groups)
+        UnknownRewards(0.2, placement()).check(3, sampled(*groups))
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    UnknownRewards(0.5, tells=False).check(1, [group("xc", "ValueError")])
+    UnknownRewards(0.5, placement(is_main=False)).check(1, sampled(group("xc", "ValueError")))
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("tells", [True, False])
-def test_beyond_the_limit_the_run_ends_on_every_rank(tells: bool) -> None:
-    watch = UnknownRewards(Reward(unknown_limit=0.25).unknown_limit, tells=tells)
-    watch.check(1, [group("ccwx", "KeyError: 'a'")])
+@pytest.mark.parametrize("is_main", [True, False])
+def test_beyond_the_limit_the_run_ends_on_every_rank(is_main: bool) -> None:
+    watch = UnknownRewards(Reward(unknown_limit=0.25).unknown_limit, placement(is_main=is_main))
+    watch.check(1, sampled(group("ccwx", "KeyError: 'a'")))
     expected = (
         r"step 2: 2 of 4 rewards are unknown, the first by crash: KeyError: 'a'; .*unknown_limit = 0\.25"
     )
     with pytest.raises(RapoError, match=expected):
-        watch.check(2, [group("cwxt", "KeyError: 'a'")])
+        watch.check(2, sampled(group("cwxt", "KeyError: 'a'")))
 
 
 def test_scored_groups_tell_what_happened_to_the_first() -> None:

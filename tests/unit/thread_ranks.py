@@ -52,4 +52,5 @@ def placement_of(group: dist.ProcessGroup) -> Placement:
         context_group=alone,
         gradient_group=group,
         host_group=group,
+        replica_group=alone,
     )

@@ -1,0 +1,133 @@
+"""Tokens from the ranks that sampled them to the ranks that train on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate, chain, pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from megatron_rapo.data.batching import Plan, Sample, replicas_of
+from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.sequence import Sequence as TokenSequence
+from megatron_rapo.experience.batch import Batch
+from megatron_rapo.parallel.placement import Placement
+
+_OF_TOKENS = {
+    "token_ids": np.int32,
+    "sampled": np.bool_,
+    "log_probs": np.float32,
+    "versions": np.int32,
+}
+
+
+def with_tokens(
+    minibatches: Sequence[Sequence[Sample]],
+    plans: Sequence[Plan],
+    batch: Batch,
+    placement: Placement,
+) -> list[list[Sample]]:
+    """Samples of which those that this replica trains on have their tokens; all ranks call it.
+
+    Tokens go from the head that sampled them to those whose replicas train on them, and on to all ranks of
+    these.
+
+    Args:
+        minibatches: of samples, together one of each sequence of the batch's groups, in order.
+        plans: which replica trains on which, of each minibatch.
+        batch: has the tokens where they were sampled.
+        placement: this rank's.
+    """
+    sampled = batch.sampled
+    places = {id(group): place for place, group in enumerate(sampled.groups)}
+    sources: list[int] = []
+    own: dict[int, TokenSequence] = {}
+    for place in [places[id(group)] for group in batch.groups]:
+        if place in sampled.whole:
+            own.update(enumerate(_sequences(sampled.whole[place]), len(sources)))
+        sources += [sampled.heads[place]] * len(_sequences(sampled.groups[place]))
+    takers = [replica for plan in plans for replica in replicas_of(plan)]
+    lengths = [len(sample.sequence) for minibatch in minibatches for sample in minibatch]
+    found = _delivered(own, lengths, sources, takers, placement)
+    numbers = iter(range(len(lengths)))
+    return [
+        [replace(sample, sequence=found.get(next(numbers), sample.sequence)) for sample in minibatch]
+        for minibatch in minibatches
+    ]
+
+
+def _sequences(group: Group) -> list[Any]:
+    return list(chain.from_iterable(one.episode.sequences for one in group.episodes))
+
+
+def _delivered(
+    own: Mapping[int, TokenSequence],
+    lengths: Sequence[int],
+    sources: Sequence[int],
+    takers: Sequence[int],
+    placement: Placement,
+) -> dict[int, TokenSequence]:
+    """The sequences that this replica takes, by number.
+
+    Args:
+        own: those that this head has, by number.
+        lengths, sources, takers: tokens of each; the replica whose head has it, and the one that takes it.
+        placement: this rank's.
+    """
+    routes: dict[tuple[int, int], list[int]] = {}
+    for number, route in enumerate(zip(sources, takers, strict=True)):
+        routes.setdefault(route, []).append(number)
+    # In order of their sources, so that what comes from one of them is in one piece.
+    taken = [n for s in range(len(placement.heads)) for n in routes.get((s, placement.data_rank), [])]
+    starts = [0, *accumulate(lengths[number] for number in taken)]
+    fields: dict[str, npt.NDArray[Any]] = {
+        name: np.empty(starts[-1], kind) for name, kind in _OF_TOKENS.items()
+    }
+    for name, values in fields.items():
+        if placement.is_head:
+            parts = {n: getattr(sequence, name) for n, sequence in own.items()}
+            _exchange(values, parts, routes, lengths, placement)
+        head = placement.heads[placement.data_rank]
+        dist.broadcast(_bytes(values), src=head, group=placement.replica_group)
+    pieces = zip(taken, pairwise(starts), strict=True)
+    return {
+        number: TokenSequence(**{name: values[start:end] for name, values in fields.items()})
+        for number, (start, end) in pieces
+    }
+
+
+def _exchange(
+    values: npt.NDArray[Any],
+    parts: Mapping[int, npt.NDArray[Any]],
+    routes: Mapping[tuple[int, int], Sequence[int]],
+    lengths: Sequence[int],
+    placement: Placement,
+) -> None:
+    """Fills `values` with what this head takes, by source; sends others what they take. All heads call it."""
+    mine, group = placement.data_rank, placement.host_group
+    waiting: list[Any] = []
+    start = 0
+    for source, rank in enumerate(placement.heads):
+        numbers = routes.get((source, mine), [])
+        piece = values[start : start + sum(lengths[number] for number in numbers)]
+        start += len(piece)
+        if source == mine and numbers:
+            np.concatenate([parts[number] for number in numbers], out=piece)
+        elif numbers:
+            waiting.append(dist.irecv(_bytes(piece), rank, group=group))
+    for taker, rank in enumerate(placement.heads):
+        if taker != mine and (mine, taker) in routes:
+            sent = np.concatenate([parts[number] for number in routes[mine, taker]])
+            waiting.append(dist.isend(_bytes(sent), rank, group=group))
+    for work in waiting:
+        work.wait()
+
+
+def _bytes(values: npt.NDArray[Any]) -> torch.Tensor:
+    """The array's memory: gloo takes no bools."""
+    return torch.from_numpy(values.view(np.uint8))

@@ -1,0 +1,58 @@
+"""Groups that heads sampled, on all ranks: without tokens and texts, of which there are many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.problem import Problem
+from megatron_rapo.parallel.placement import Placement
+
+
+@dataclass
+class Shared:
+    """Groups of a step as one rank has them.
+
+    Attributes:
+        groups: the same on all ranks; brief, unless the method reads responses.
+        heads: the replica whose head sampled each.
+        whole: those that this rank sampled, with tokens and texts, by place in `groups`.
+    """
+
+    groups: list[Group] = field(default_factory=list)
+    heads: list[int] = field(default_factory=list)
+    whole: dict[int, Group] = field(default_factory=dict)
+
+    def extend(self, other: Shared) -> None:
+        """Appends the groups of a further round."""
+        self.whole |= {len(self.groups) + place: group for place, group in other.whole.items()}
+        self.groups += other.groups
+        self.heads += other.heads
+
+    def answer(self, place: int, number: int, placement: Placement) -> str:
+        """The text of an episode, on all ranks, which all call it."""
+        here = self.whole.get(place)
+        mine = "" if here is None else here.episodes[number].episode.answer
+        return placement.share_from_heads(mine)[self.heads[place]]
+
+
+def share(problems: Sequence[Problem], mine: Sequence[Group], placement: Placement, *, whole: bool) -> Shared:
+    """What all heads sampled, in the problems' order; all ranks call it.
+
+    Args:
+        problems: the same on all ranks.
+        mine: what this head sampled: groups of each DP-th problem, from that of its replica's number on; none
+            on other ranks.
+        placement: this rank's.
+        whole: whether all ranks get tokens and texts (`Method.reads_responses`).
+    """
+    heads = placement.layout.data_parallel
+    # Every rank has the problems, whose columns may be large.
+    shares = placement.share_from_heads([(one if whole else one.brief()).episodes for one in mine])
+    places = range(len(problems))
+    return Shared(
+        groups=[Group(problems[place], shares[place % heads][place // heads]) for place in places],
+        heads=[place % heads for place in places],
+        whole=dict(zip(places[placement.data_rank :: heads], mine, strict=False)),
+    )

@@ -1,0 +1,174 @@
+"""Tokens of a step: on the ranks that train on them, and on no other; and what all ranks have instead."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_rapo.config import Parallel
+from megatron_rapo.data.batching import Plan, Sample, replicas_of
+from megatron_rapo.episode.episode import Episode, ScoredEpisode
+from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.outcome import Outcome, Verification
+from megatron_rapo.episode.problem import Problem
+from megatron_rapo.episode.sequence import Sequence
+from megatron_rapo.errors import RapoError
+from megatron_rapo.experience.batch import Batch
+from megatron_rapo.experience.delivery import with_tokens
+from megatron_rapo.experience.sharing import Shared, share
+from megatron_rapo.parallel.placement import Placement, replica_ranks
+from tests.unit.ranks import Ranks
+
+FIELDS = ("token_ids", "sampled", "log_probs", "versions")
+GROUPS = 7
+
+
+def sequence(number: int, *, sampled: bool = True) -> Sequence:
+    """Of `number + 2` tokens, with two sampled spans where it is long enough; its first token tells it."""
+    tokens = number + 2
+    mask = np.array([place > 0 and place != 3 and sampled for place in range(tokens)])
+    return Sequence(
+        token_ids=(100 * number + np.arange(tokens)).astype(np.int32),
+        sampled=mask,
+        log_probs=np.where(mask, -0.5 - number, np.nan).astype(np.float32),
+        versions=np.where(mask, number, -1).astype(np.int32),
+    )
+
+
+def groups() -> list[Group]:
+    """Of two episodes: of no sequence, or of several."""
+    numbers = iter(range(100))
+    verification = Verification(Outcome.CORRECT)
+    return [
+        Group(
+            Problem(str(g), "?"),
+            tuple(
+                ScoredEpisode(
+                    Episode(tuple(sequence(next(numbers)) for _ in range((g + e) % 3)), f"{g} {e}"),
+                    verification,
+                )
+                for e in range(2)
+            ),
+        )
+        for g in range(GROUPS)
+    ]
+
+
+def sequences(found: list[Group]) -> list[Any]:
+    return [one for group in found for scored in group.episodes for one in scored.episode.sequences]
+
+
+def equal(one: Any, other: Any) -> bool:
+    pairs = [(getattr(one, name), getattr(other, name)) for name in FIELDS]
+    return all(a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in pairs)
+
+
+def plans(count: int, replicas: int, seed: int) -> tuple[list[int], list[Plan]]:
+    """How many samples each of three minibatches has, and a plan of each: one of them has none."""
+    random = np.random.default_rng(seed)
+    first = int(random.integers(1, count))
+    sizes = [first, 0, count - first]
+    found = []
+    for size in sizes:
+        plan: Plan = [[[], []] for _ in range(replicas)]
+        for number in random.permutation(size).tolist():
+            plan[random.integers(replicas)][random.integers(2)].append(number)
+        found.append(plan)
+    return sizes, found
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"data_parallel": 1},
+        {"data_parallel": 4},
+        {"data_parallel": 3, "tensor_parallel": 2},
+        {"data_parallel": 2, "pipeline_parallel": 2, "context_parallel": 2},
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_each_replica_has_the_tokens_that_it_trains_on(
+    layout: dict[str, int], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, ranks = groups(), Ranks(Parallel(**layout), monkeypatch)
+    # What dynamic sampling chose: not all, so that what is left out shifts the others.
+    chosen = [place for place in range(GROUPS) if place not in (1, 5)]
+    expected = sequences([whole[place] for place in chosen])
+    replicas = layout["data_parallel"]
+    sizes, plan = plans(len(expected), replicas, seed)
+    trains = [replica for one in plan for replica in replicas_of(one)]
+
+    def step(placement: Placement) -> list[Any]:
+        sampled = Shared()
+        for round_ in (range(4), range(4, GROUPS)):
+            mine = round_[placement.data_rank :: replicas] if placement.is_head else []
+            problems = [whole[place].problem for place in round_]
+            sampled.extend(share(problems, [whole[place] for place in mine], placement, whole=False))
+        batch = Batch([sampled.groups[place] for place in chosen], sampled, 0)
+        samples = iter([Sample(one, 1.0, 0.0, 1.0) for one in sequences(batch.groups)])
+        minibatches = [[next(samples) for _ in range(size)] for size in sizes]
+        found = with_tokens(minibatches, plan, batch, placement)
+        assert list(map(len, found)) == sizes
+        return [sample.sequence for minibatch in found for sample in minibatch]
+
+    for rank, found in enumerate(ranks.run(step)):
+        mine = next(replica for replica in range(replicas) if rank in replica_ranks(ranks.layout, replica))
+        for one, other, replica in zip(found, expected, trains, strict=True):
+            if replica == mine:
+                assert equal(one, other)
+            else:
+                assert one == other.brief()
+
+
+def test_ranks_of_a_replica_begin_with_its_head() -> None:
+    layout = Parallel(tensor_parallel=2, context_parallel=2, data_parallel=2, pipeline_parallel=2)
+    assert replica_ranks(layout, 0) == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert replica_ranks(layout, 1) == [4, 5, 6, 7, 12, 13, 14, 15]
+
+
+# What planning has
+
+
+def test_a_brief_sequence_has_lengths_and_says_where_its_tokens_are() -> None:
+    brief = pickle.loads(pickle.dumps(sequence(4).brief()))
+    assert (len(brief), brief.sampled_tokens, brief.oldest_version) == (6, 4, 4)
+    assert [brief.leaves(vocabulary) for vocabulary in (405, 406)] == [True, False]
+
+    def read(name: str) -> Any:
+        return getattr(brief, name)
+
+    line = read.__code__.co_firstlineno + 1
+    for name in FIELDS:
+        with pytest.raises(
+            RapoError, match=rf"{__file__}, line {line}, reads `{name}` .*reads_responses = T"
+        ):
+            read(name)
+    with pytest.raises(AttributeError):
+        print(brief.no_such_thing)
+
+
+def test_what_was_not_sampled_leaves_no_vocabulary_and_has_no_version() -> None:
+    brief = sequence(4, sampled=False).brief()
+    assert (len(brief), brief.sampled_tokens, brief.oldest_version, brief.leaves(0)) == (6, 0, None, False)
+
+
+def test_the_highest_of_all_sampled_tokens_and_the_oldest_of_all_versions_count() -> None:
+    versions = np.array([-1, 7, 3, -1, 5], np.int32)
+    mask = versions >= 0
+    log_probs = np.where(mask, -1.0, np.nan).astype(np.float32)
+    brief = Sequence(np.array([90, 8, 9, 91, 2], np.int32), mask, log_probs, versions).brief()
+    assert (brief.oldest_version, brief.leaves(9), brief.leaves(10)) == (3, True, False)
+
+
+def test_a_brief_episode_has_all_but_tokens_and_text() -> None:
+    episode = Episode((sequence(1), sequence(4)), "text", truncated=True, facts={"calls": 2.0})
+    brief = pickle.loads(pickle.dumps(ScoredEpisode(episode, Verification(Outcome.WRONG)).brief()))
+    assert (brief.reward, brief.episode.truncated, brief.episode.facts) == (0.0, True, {"calls": 2.0})
+    assert (brief.episode.tokens, brief.episode.sampled_tokens) == (9, 6)
+    assert [brief.episode.leaves(vocabulary) for vocabulary in (405, 406)] == [True, False]
+    assert brief.brief() == brief
+    with pytest.raises(RapoError, match="reads `answer` of a response"):
+        print(brief.episode.answer)
