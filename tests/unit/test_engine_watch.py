@@ -48,3 +48,32 @@ def test_an_engine_is_lost_after_three_silences_in_a_row(answers: str, lost_at: 
     assert [at for at, _ in lost] == ([] if lost_at is None else [lost_at])
     assert all(reason == "it was silent 3 times in a row: no answer" for _, reason in lost)
     assert set(asked) == {1e-3}
+
+
+def test_a_silence_does_not_count_once_an_update_has_begun() -> None:
+    asked, lost = [], []
+    watched: list[Any] = []
+
+    async def silence(patience: float) -> str | None:
+        asked.append(patience)
+        watched.clear()  # while it is asked, the members are taken out of the watch
+        return "no answer"
+
+    class Engine:
+        client = SimpleNamespace(silence=silence)
+        lose = staticmethod(lost.append)
+
+    member: Any = Engine()
+
+    async def run() -> None:
+        task = asyncio.ensure_future(watch(lambda: list(watched), 1e-3))
+        for _ in range(2 * MISSES):
+            watched.append(member)
+            while watched:
+                assert not task.done()
+                await asyncio.sleep(1e-4)
+        task.cancel()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+    assert len(asked) == 2 * MISSES
+    assert not lost
