@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = [
     *("loss", "policy", "experience", "evaluation", "weights", "checkpoint"),
     *("config", "methods", "environments", "reward", "data", "rollout", "publish"),
+    *("engines", "embedded_server", "wire", "tools", "model"),
 ]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron_rapo" / "mutation"
 TRACE_S = 900.0

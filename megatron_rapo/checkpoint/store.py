@@ -235,8 +235,8 @@ def _make_empty(directory: Path) -> None:
 
 
 def _file_sizes(directory: Path) -> dict[str, int]:
-    """Bytes of each file that Megatron wrote."""
-    return {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name != "run.json"}
+    """Bytes of each file in it."""
+    return {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
 
 
 def _reason(error: BaseException) -> str:

@@ -21,8 +21,6 @@ def main() -> int:
     """Serves until a signal ends it. Returns 1 where it cannot begin."""
     arguments = _parse()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    # Before torch is imported: OpenMP reads it once.
-    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     if arguments.parent_pid is not None:
         threading.Thread(target=_end_with_parent, args=(arguments.parent_pid,), daemon=True).start()
     try:
@@ -78,7 +76,7 @@ def _listen(arguments: argparse.Namespace) -> socket.socket:
 
 
 def _serve(arguments: argparse.Namespace, listening: socket.socket) -> None:
-    import torch  # here, since the number of threads had to be set first
+    import torch  # here, since what is refused is refused at once
     import uvicorn
 
     from megatron_rapo.embedded_server.app import create_app

@@ -159,7 +159,6 @@ def _prefill(
         attention_mask=real,
         position_ids=(real.cumsum(dim=1) - 1).clamp(min=0),
         past_key_values=cache,
-        use_cache=True,
         logits_to_keep=1,
     )
     prompt_of_row = torch.tensor([distinct[prompt] for prompt in prompts], device=model.device)
@@ -174,7 +173,6 @@ def _forward(model: Any, tokens: torch.Tensor, rows: _Rows, cache: Cache, step: 
         attention_mask=rows.mask[..., : cache.get_seq_length() + 1],
         position_ids=(rows.prompt_length + step)[:, None],
         past_key_values=cache,
-        use_cache=True,
     )
     return output.logits[:, -1]
 

@@ -241,6 +241,35 @@ def _as_manifest(other: object, changes: dict[str, object]) -> dict[str, object]
     return {"data": tuple(record.model_copy(update=changes) for record in data)}
 
 
+@pytest.mark.parametrize(
+    ("days", "told"),
+    [
+        (("2026-01-01", "2026-01-02"), r" \(--set run.date=2026-01-01, for the day\)$"),
+        (("2026-01-01", "2026-01-01"), "evaluate both alike$"),
+        ((None, "2026-01-01"), "evaluate both alike$"),
+    ],
+)
+def test_prompts_of_another_day_are_refused_with_the_day(
+    tmp_path: Path, days: tuple[str | None, str], told: str
+) -> None:
+    base, other = store(tmp_path / "base", NONE), store(tmp_path / "other", NONE)
+    changes: list[dict[str, object]] = [{"date": days[0]}, {"date": days[1], "prompts": {"sums": "q"}}]
+    one, two = (
+        type(found)(found.directory, found.manifest.model_copy(update=change))
+        for found, change in zip((base, other), changes, strict=True)
+    )
+    with pytest.raises(RapoError, match=told):
+        compare(one, two, [1])
+
+
+def test_one_sample_a_problem_is_enough_to_compare(tmp_path: Path) -> None:
+    right = np.array([[True], [False], [True]])
+    base, model = store(tmp_path / "base", ~right), store(tmp_path / "model", right, seed=2)
+    [found] = compare(base, model, [1])
+    assert found.ks == (1,)
+    assert found.tests[0].difference.mean == pytest.approx(1 / 3)
+
+
 def test_what_is_no_control_is_refused(tmp_path: Path) -> None:
     base, model = store(tmp_path / "base", NONE), store(tmp_path / "model", NONE, seed=2)
     with pytest.raises(RapoError, match=r"has the seed of .* and no control"):

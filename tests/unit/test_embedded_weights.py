@@ -189,6 +189,8 @@ def test_released_weights_are_gone_and_must_come_anew(service, checkpoints, new)
     for refused in (
         lambda: ask(service, lambda client: client.update_weights_from_disk(checkpoints[1], "1")),
         lambda: (post(service, "/begin_weight_update"), send(service, new)),
+        # Before what was sent is unpickled: handles of shared memory would be kept.
+        lambda: post(service, "/update_weights_from_tensor", {"serialized_named_tensors": ["no pickle"]}),
         lambda: ask(service, lambda client: client.weights_checksum()),
     ):
         with pytest.raises(RapoError, match="memory of the weights is released"):

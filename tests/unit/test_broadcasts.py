@@ -1,0 +1,36 @@
+"""What the embedded server takes from a broadcast: one message of bytes, or one for each tensor."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_rapo.embedded_server import broadcast
+from megatron_rapo.embedded_server.broadcast import UpdateGroups
+from megatron_rapo.wire.bucket import lay_out
+
+SENT = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4).to(torch.bfloat16)}
+
+
+@pytest.mark.parametrize("flattened", [True, False])
+def test_tensors_arrive_by_name_in_shape_and_type(monkeypatch: pytest.MonkeyPatch, flattened: bool) -> None:
+    parts = [values.contiguous().flatten().view(torch.uint8) for values in SENT.values()]
+    messages = iter([torch.cat(parts)] if flattened else list(SENT.values()))
+
+    def receive(buffer: torch.Tensor, **_: Any) -> Any:
+        message = next(messages)
+        assert (buffer.shape, buffer.dtype) == (message.shape, message.dtype)
+        buffer.copy_(message)
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(broadcast.dist, "broadcast", receive)
+    groups = UpdateGroups()
+    groups._groups["g"] = object()  # type: ignore[assignment]
+    layout = lay_out(list(SENT), [v.dtype for v in SENT.values()], [list(v.shape) for v in SENT.values()])
+    found = groups.receive("g", layout, flattened=flattened, device=torch.device("cpu"))
+    assert [name for name, _ in found] == list(SENT)
+    assert all(torch.equal(values, SENT[name]) for name, values in found)
+    assert next(messages, None) is None
