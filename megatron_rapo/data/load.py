@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +19,7 @@ from megatron_rapo.data.tasks.problem import Split
 from megatron_rapo.data.templates import encode_plain, encode_template
 from megatron_rapo.errors import RapoError
 from megatron_rapo.fingerprint import in_json
+from megatron_rapo.tools.described import load_tools
 
 Judge = Callable[[Data, Sequence[str]], Sequence[str | None]]
 """Of a source's gold answers: why no response can match each, or None where one can."""
@@ -35,6 +37,7 @@ def load_prompts(
     judge: Judge | None = None,
     needs_answers: bool = True,
     code: Sequence[Path] = (),
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> PromptSet:
     """Loads prompts, drops the unusable ones, and reports them.
 
@@ -51,6 +54,7 @@ def load_prompts(
             golds are not looked at.
         needs_answers: whether the reward reads gold answers; if so, rows without one are dropped.
         code: folders with the user's own modules (`run.code`).
+        tools: as in `encode_template`.
 
     Raises:
         RapoError: the source cannot be read, holds fewer usable prompts than `count` or none at all, or
@@ -62,7 +66,7 @@ def load_prompts(
         encoded = encode_plain([row.question for row in usable], tokenizer)
     else:
         usable, unmatched = _judged(data, rows, judge, needs_answers)
-        encoded = encode_template(usable, tokenizer, data, option, date)
+        encoded = encode_template(usable, tokenizer, data, option, date, tools)
     if [] in encoded:
         raise RapoError(
             f"the tokenizer {tokenizer.name_or_path} has no token for any character of "
@@ -129,6 +133,7 @@ def load_training_prompts(
     sources = config.training_sources
     weights = [source.weight or 1.0 for source in sources]
     shares = tuple(weight / sum(weights) for weight in weights)
+    tools = tool_schemas(config)
     sets = tuple(
         load_prompts(
             source,
@@ -141,12 +146,22 @@ def load_training_prompts(
             judge=judge,
             needs_answers=config.needs_answers(source),
             code=config.run.code,
+            tools=tools,
         )
         for source, table in zip(sources, config.training_tables, strict=True)
     )
     for prompts, share in zip(sets, shares, strict=True):
         _require_enough(config, prompts, share)
     return TrainingPrompts(sets, shares, tuple(getattr(source, "shuffle", True) for source in sources))
+
+
+def tool_schemas(config: RunConfig) -> list[Mapping[str, Any]]:
+    """JSON schemas of the tools that the policy may call; none where it calls none.
+
+    Raises:
+        RapoError: one does not exist, or cannot be described.
+    """
+    return [tool.schema for tool in load_tools(config.environment.tools, config.run.code)]
 
 
 def _require_enough(config: RunConfig, prompts: PromptSet, share: float) -> None:

@@ -38,6 +38,7 @@ def encode_template(
     data: Templated,
     option: str = "data",
     date: str | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[list[int]]:
     """The rows' prompts, by the template that the configuration names.
 
@@ -48,17 +49,19 @@ def encode_template(
         option: the table that the user set, as errors call it.
         date: the day that a chat template is told where it asks for the time, at midnight: a run that goes on
             later has the same prompts. None: today (UTC).
+        tools: JSON schemas that a chat template is to describe; a plain text has none.
 
     Raises:
         RapoError: the tokenizer has no chat template, or none by default; the template fails, refuses a
-            conversation or does not mention an option; rows' messages and options contradict each other.
+            conversation, or does not mention an option or the tools; rows' messages and options contradict
+            each other.
     """
     shots = _shots(data, option)
     _refuse_contradictions(rows, data, option, has_shots=bool(shots))
     if data.template == "plain":
         before = "".join(f"{_text(data, shot.question)}{shot.answer}\n\n" for shot in shots)
         return encode_plain([before + _text(data, row.question) for row in rows], tokenizer)
-    chat = _chat_template(data, tokenizer, option)
+    chat = _chat_template(data, tokenizer, option, tools)
     system = [] if data.system_prompt is None else [{"role": "system", "content": data.system_prompt}]
     worked = [turn for shot in shots for turn in _turns(data, shot)]
     texts = [chat.render(_conversation(data, row, system, worked), row.columns, date) for row in rows]
@@ -76,6 +79,7 @@ class ChatTemplate:
         options: switches.
         called: the template, as errors call it.
         remedy: for a conversation that it refuses.
+        tools: JSON schemas that it describes.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -83,6 +87,7 @@ class ChatTemplate:
     options: Mapping[str, Any] = field(default_factory=dict)
     called: str = "the chat template"
     remedy: str = "correct it"
+    tools: Sequence[Mapping[str, Any]] = ()
 
     def render(self, messages: Sequence[Message], problem: Mapping[str, Any], date: str | None) -> str:
         """The conversation up to where the assistant's turn begins.
@@ -99,6 +104,7 @@ class ChatTemplate:
                 add_generation_prompt=True,
                 strftime_now=datetime.combine(day, time(), UTC).strftime,
                 **({} if self.own is None else {"problem": _Columns(problem)}),
+                **({"tools": list(self.tools)} if self.tools else {}),
                 **self.options,
             )
         except Exception as error:  # a template is a program, which may fail in every way
@@ -113,7 +119,28 @@ class _Columns(dict[str, Any]):
         raise TemplateError(f"the problem has no column {name!r}; its columns: {', '.join(self)}")
 
 
-def _chat_template(data: Templated, tokenizer: PreTrainedTokenizerBase, option: str) -> ChatTemplate:
+def encode_chat(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    data: Templated,
+    option: str = "data",
+    date: str | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> list[int]:
+    """The tokens of a conversation by the configured chat template, up to where the assistant's turn begins.
+
+    Raises:
+        RapoError: as `encode_template`.
+    """
+    return _encode([_chat_template(data, tokenizer, option, tools).render(messages, {}, date)], tokenizer)[0]
+
+
+def _chat_template(
+    data: Templated,
+    tokenizer: PreTrainedTokenizerBase,
+    option: str,
+    tools: Sequence[Mapping[str, Any]],
+) -> ChatTemplate:
     own = _own_template(data, option)
     if own is None:
         text, called = (
@@ -129,7 +156,12 @@ def _chat_template(data: Templated, tokenizer: PreTrainedTokenizerBase, option: 
     elif data.template_options:
         remedy = f"correct {option}.template_options, or the template"
     _refuse_unknown_switches(data, text, option, called)
-    return ChatTemplate(tokenizer, own, data.template_options or {}, called, remedy)
+    if tools and not re.search(r"\btools\b", text):
+        raise RapoError(
+            f"{called} does not mention tools, so that the policy was never told of environment.tools; set "
+            f"{option}.template to one that does"
+        )
+    return ChatTemplate(tokenizer, own, data.template_options or {}, called, remedy, tools)
 
 
 def _own_template(data: Templated, option: str) -> str | None:

@@ -85,7 +85,7 @@ class Generating:
     ) -> Turn:
         self._check(turn)
         given = list(map(int, token_ids))
-        left = self._max_tokens - (len(given) - self._prompt_tokens)
+        left = self.tokens_left(given)
         count = left if max_tokens is None else min(left, max_tokens)
         if count < 1:
             return _nothing()
@@ -106,6 +106,10 @@ class Generating:
         )
         self.turns.append((given, sampled))
         return sampled
+
+    def tokens_left(self, token_ids: Sequence[int]) -> int:
+        """See `Generate`."""
+        return self._max_tokens - (len(token_ids) - self._prompt_tokens)
 
     def encode(self, text: str) -> list[int]:
         """See `Generate`."""

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from typing import Any
 
 from pydantic import ValidationError
 
 from megatron_rapo.config import RunConfig
-from megatron_rapo.environments.single_turn import SingleTurn
 from megatron_rapo.episode.environment import Environment
 from megatron_rapo.errors import RapoError
 from megatron_rapo.section import Section
 from megatron_rapo.user_code import ADDRESS, load
 
-ENVIRONMENTS: dict[str, type[Any]] = {"single_turn": SingleTurn}
+ENVIRONMENTS: dict[str, str] = {
+    "single_turn": "megatron_rapo.environments.single_turn:SingleTurn",
+    "tool_use": "megatron_rapo.environments.tool_use:ToolUse",
+    "conversation": "megatron_rapo.environments.conversation:Conversation",
+}
+"""Ours by name; imported where they are used, as some need libraries that the others do not."""
+
+
+def needs_tokenizer(config: RunConfig) -> bool:
+    """Whether to open the environment takes the model's tokenizer: ours of several turns do."""
+    return config.environment.use in ENVIRONMENTS and config.environment.use != "single_turn"
 
 
 def open_environment(config: RunConfig) -> Environment:
@@ -31,13 +41,13 @@ def open_environment(config: RunConfig) -> Environment:
             f'environment.use = "{options.use}" is no class with `async def run(self, problem, generate, '
             f"seed)`; {_place(kind)}"
         )
-    return _made(kind, options.use, options.options)
+    return _made(kind, config)
 
 
 def _kind(config: RunConfig) -> Any:
     use = config.environment.use
     if use in ENVIRONMENTS:
-        return ENVIRONMENTS[use]
+        return _ours(use)
     if ADDRESS.fullmatch(use):
         return load(use, config.run.code, "environment.use")
     raise RapoError(
@@ -46,12 +56,26 @@ def _kind(config: RunConfig) -> Any:
     )
 
 
-def _made(kind: type[Any], use: str, options: dict[str, Any]) -> Environment:
+def _ours(use: str) -> Any:
+    module, _, name = ENVIRONMENTS[use].partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name != "renderers":
+            raise
+        raise RapoError(
+            f'environment.use = "{use}" needs the package renderers; pip install "megatron_rapo[tools]"'
+        ) from error
+
+
+def _made(kind: type[Any], config: RunConfig) -> Environment:
     """An object of the class, which gets its options as `Options`, where it has that, or by name."""
+    use, options = config.environment.use, config.environment.options
     declared = getattr(kind, "Options", None)
     try:
         if isinstance(declared, type) and issubclass(declared, Section):
-            return kind(declared.model_validate(options))
+            checked = declared.model_validate(options)
+            return kind(checked) if use not in ENVIRONMENTS else kind.configured(config, checked)
         inspect.signature(kind).bind(**options)
         return kind(**options)
     except ValidationError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
 import traceback
@@ -16,6 +17,7 @@ from megatron_rapo.background import BackgroundLoop, all_of
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.environments.bundle import Bundle
 from megatron_rapo.environments.running import Attempt, EpisodeRunner, Judge
+from megatron_rapo.episode.environment import close
 from megatron_rapo.episode.group import Group
 from megatron_rapo.errors import RapoError
 from megatron_rapo.rollout.dispatch import TooFewEngines
@@ -71,7 +73,12 @@ class Runner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._blocked:  # else its thread, which ends with the process, would be waited for
+        if self._blocked:  # its thread, which ends with the process, would be waited for
+            return
+        limit = self._episodes.options.time_limit_s
+        try:
+            self._loop.run(asyncio.wait_for(close(self._episodes.environment), limit))
+        finally:
             self._loop.close()
 
     @cached_property

@@ -73,9 +73,11 @@ class EpisodeRunner:
             on_waiting=own_time.wait,
         )
         seed = sampling.seed_of(attempt.prompt, attempt.number, _OWN_DRAWS)
-        found: Episode | Verification
+        found: Episode | Verification | None = None
         try:
             found = await own_time.run(self.environment.run(problem, generate, seed))
+        except RapoError as error:  # of the engines, or of an environment of ours: the run cannot go on
+            generate.failure = generate.failure or error
         except Exception as error:  # the user's own code raises what it likes
             found = self._unknown(error, late=own_time.is_up)
         finally:

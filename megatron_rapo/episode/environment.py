@@ -60,6 +60,10 @@ class Generate(Protocol):
         """
         ...
 
+    def tokens_left(self, token_ids: Sequence[int]) -> int:
+        """How many more tokens may follow these, sampled or given; none where it is 0 or less."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """A text's tokens, without special tokens around it."""
         ...
@@ -70,7 +74,10 @@ class Generate(Protocol):
 
 
 class Environment(Protocol):
-    """Turns a problem into an episode. One object serves all episodes of a process, several at a time."""
+    """Turns a problem into an episode. One object serves all episodes of a process, several at a time.
+
+    Where it has `async def aclose(self)`, that is awaited once it has no more episodes.
+    """
 
     async def run(self, problem: Problem, generate: Generate, seed: int) -> Episode:
         """One try at the problem.
@@ -81,6 +88,12 @@ class Environment(Protocol):
             seed: of this episode, for what the environment itself draws: the same in a repeated run.
         """
         ...
+
+
+async def close(environment: Environment) -> None:
+    """Has the environment close what it opened, where it has `aclose`."""
+    if (aclose := getattr(environment, "aclose", None)) is not None:
+        await aclose()
 
 
 class Transcript:

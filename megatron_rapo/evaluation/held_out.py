@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_rapo.config import FileData, FunctionData, RunConfig
 from megatron_rapo.config.data import Data
 from megatron_rapo.config.verifiers import RewardPlan
-from megatron_rapo.data.load import Judge, load_prompts
+from megatron_rapo.data.load import Judge, load_prompts, tool_schemas
 from megatron_rapo.data.prompts import LoadReport, Prompt
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluation.manifest import DataRecord, SettingRecord
@@ -109,6 +109,7 @@ def _load(
         judge=judge,
         needs_answers=config.needs_answers(data),
         code=config.run.code,
+        tools=tool_schemas(config),
     )
     _refuse_duplicates(loaded.prompts, loaded.report.source, table)
     return HeldOut(data.name, loaded.prompts, config.verifier_of(data), loaded.report)

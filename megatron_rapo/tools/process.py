@@ -155,6 +155,21 @@ class ToolProcess:
             return ""
 
 
+async def started(plan: Plan) -> ToolProcess:
+    """A process that may be called.
+
+    Raises:
+        RapoError: it cannot start.
+    """
+    process = ToolProcess(plan)
+    try:
+        await process.ready()
+    except BaseException:
+        process.close()
+        raise
+    return process
+
+
 def _remove(folder: Path) -> None:
     """Unlike `shutil.rmtree` it removes folders of any depth."""
     subprocess.run(["rm", "-rf", "--", folder], timeout=_REMOVE_LIMIT_S, check=False)

@@ -13,7 +13,8 @@ from typing import Any
 from megatron_rapo.tools.described import BadArguments, Tool
 from megatron_rapo.tools.outcome import CallOutcome, Reply
 from megatron_rapo.tools.plan import Limits, Plan
-from megatron_rapo.tools.process import ToolProcess
+from megatron_rapo.tools.process import ToolProcess, started
+from megatron_rapo.tools.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -22,37 +23,6 @@ class Answer:
 
     outcome: CallOutcome
     text: str
-
-
-class Workers:
-    """Processes for functions without state: at most so many, started when they are needed."""
-
-    def __init__(self, plan: Plan, most: int) -> None:
-        self._plan = plan
-        self._most = most
-        self._idle: list[ToolProcess] = []
-        self._free: asyncio.Semaphore | None = None
-
-    async def call(self, function: str, arguments: Mapping[str, Any]) -> Reply:
-        """What a process makes of the call, once one is free.
-
-        Raises:
-            RapoError: a process cannot start.
-        """
-        self._free = self._free or asyncio.Semaphore(self._most)
-        async with self._free:
-            process = self._idle.pop() if self._idle else await _started(self._plan)
-            try:
-                return await process.call(function, arguments)
-            finally:
-                if process.alive:
-                    self._idle.append(process)
-
-    def close(self) -> None:
-        """Ends all. It must be called where they served: in the event loop."""
-        while self._idle:
-            self._idle.pop().close()
-        self._free = None
 
 
 class Toolbox:
@@ -138,7 +108,7 @@ class EpisodeTools:
                     keeps_state=True,
                     runs_code=tool.runs_code,
                 )
-                process = self._own[tool.name] = await _started(plan)
+                process = self._own[tool.name] = await started(plan)
             return await process.call(tool.name, arguments)
 
     def _answer(self, reply: Reply, tool: Tool) -> Answer:
@@ -161,13 +131,3 @@ class EpisodeTools:
 def refusal(outcome: CallOutcome, why: str) -> Answer:
     """What the policy is told where there is no result."""
     return Answer(outcome, f"error: {why}")
-
-
-async def _started(plan: Plan) -> ToolProcess:
-    process = ToolProcess(plan)
-    try:
-        await process.ready()
-    except BaseException:
-        process.close()
-        raise
-    return process

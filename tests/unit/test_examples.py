@@ -128,6 +128,7 @@ def test_constraints_pin_every_requirement() -> None:
         *arguments["install_requires"],
         *arguments["extras_require"]["dev"],
         *arguments["extras_require"]["reasoning_gym"],
+        *arguments["extras_require"]["tools"],
     ]:
         requirement = Requirement(text)
         if requirement.name == "triton":  # torch's build with CUDA pins its own
