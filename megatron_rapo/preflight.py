@@ -282,10 +282,10 @@ def _weight_routes(config: RunConfig, architecture: Architecture) -> list[str]:
         return plan.describe(dtype.itemsize).splitlines()
     held: Counter[int] = Counter()
     for tensor in tensor_table(architecture, config.parallel):
-        held[tensor.stage] += tensor.elements * dtype.itemsize
+        held[tensor.holders.collector] += tensor.elements * dtype.itemsize
     return [
-        f"stage {stage}: {nbytes / 2**20:,.1f} MiB, by {config.weights.transport}"
-        for stage, nbytes in sorted(held.items())
+        f"trainer rank {rank}: {nbytes / 2**20:,.1f} MiB, by {config.weights.transport}"
+        for rank, nbytes in sorted(held.items())
     ]
 
 

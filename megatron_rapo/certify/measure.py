@@ -144,10 +144,9 @@ def _longest(config: RunConfig, layout: Parallel) -> int:
 
 
 def _collected(gradient: dict[str, Tensor], placement: Placement) -> dict[str, Tensor]:
-    """All stages' gradients, of the first replica."""
-    mine = gradient if placement.data_rank == placement.context_rank == 0 else {}
+    """The gradients that all ranks collected."""
     shares: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(shares, mine, group=placement.host_group)
+    dist.all_gather_object(shares, gradient, group=placement.host_group)
     return {name: tensor for share in shares for name, tensor in share.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -67,6 +67,13 @@ class Placement:
     def heads(self) -> list[int]:
         """Global rank of each replica's head, by data-parallel rank."""
         return [replica_ranks(self.layout, replica)[0] for replica in range(self.layout.data_parallel)]
+
+    def group_of(self, ranks: Sequence[int]) -> dist.ProcessGroup:
+        """The group of these ranks, in this order; this rank is one of them."""
+        for group in (self.tensor_group,):
+            if dist.get_process_group_ranks(group) == list(ranks):
+                return group
+        raise ValueError(f"rank {self.rank} has no group with ranks {list(ranks)}")
 
     def share_from_heads(self, mine: T | None) -> list[T]:
         """Every head's object, by data-parallel rank, on all ranks. `mine` is read on heads only.

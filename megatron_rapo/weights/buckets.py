@@ -8,20 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_rapo.weights.holders import Holders
 from megatron_rapo.weights.tensor_table import HFTensor
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Whole tensors of one pipeline stage, without gaps: the layout of SGLang's flattened buckets."""
+    """Whole tensors that the same ranks hold, without gaps: the layout of SGLang's flattened buckets."""
 
     tensors: tuple[HFTensor, ...]
     dtype: torch.dtype
 
     @property
-    def stage(self) -> int:
-        """The pipeline stage that its tensors come from."""
-        return self.tensors[0].stage
+    def holders(self) -> Holders:
+        """The ranks that hold its tensors."""
+        return self.tensors[0].holders
 
     @property
     def nbytes(self) -> int:
@@ -37,13 +38,13 @@ class Bucket:
 
 
 def make_buckets(tensors: Sequence[HFTensor], dtype: torch.dtype, limit: int) -> list[Bucket]:
-    """Consecutive tensors of a stage in buckets of at most `limit` bytes; a larger tensor goes alone."""
+    """Consecutive tensors of the same holders in buckets of at most `limit` bytes; larger ones go alone."""
     buckets: list[Bucket] = []
     pending: list[HFTensor] = []
     size = 0
     for tensor in tensors:
         nbytes = tensor.elements * dtype.itemsize
-        if pending and (size + nbytes > limit or tensor.stage != pending[0].stage):
+        if pending and (size + nbytes > limit or tensor.holders != pending[0].holders):
             buckets.append(Bucket(tuple(pending), dtype))
             pending, size = [], 0
         pending.append(tensor)

@@ -1,4 +1,4 @@
-"""This replica's shards as whole HF tensors, and as a HF model directory."""
+"""The ranks' shards as whole HF tensors, and as a HF model directory."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def hf_tensors(
     placement: Placement,
     value: Callable[[torch.nn.Parameter], Tensor] = torch.Tensor.detach,
 ) -> Iterator[tuple[str, Tensor]]:
-    """This stage's HF tensors, whole, one at a time, in host memory; on TP rank 0, others yield nothing.
+    """The HF tensors that this rank collects, whole, one at a time, in host memory.
 
-    All TP ranks of the stage must exhaust it together. `value` says what of a parameter is exported: itself,
-    or a tensor of its shape (its gradient, say).
+    Over all ranks that is each tensor once. All must exhaust it together. `value` says what of a parameter is
+    exported: itself, or a tensor of its shape (its gradient, say).
     """
     weights = StageWeights(chunks, architecture, placement, value)
     for tensor in tensor_table(architecture, placement.layout):
-        if tensor.stage != placement.pipeline_rank:
+        if placement.rank not in tensor.holders.senders:
             continue
         whole = None
-        if placement.tensor_rank == 0:
+        if placement.rank == tensor.holders.collector:
             local = weights.local(tensor.name)
             whole = torch.empty(tensor.shape, dtype=local.dtype, device=local.device)
         weights.gather(tensor, whole)
@@ -54,7 +54,7 @@ def write_hf_model(
     directory: Path,
     companions_of: Path,
 ) -> dict[str, int]:
-    """Writes a HF model directory that transformers and SGLang load; replica 0's stages write in parallel.
+    """Writes a HF model directory that transformers and SGLang load; who collects tensors writes them.
 
     Args:
         directory: where to; it appears whole or not at all.
@@ -75,14 +75,13 @@ def write_hf_model(
     if placement.is_main:
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier(group=placement.host_group)
-    if placement.data_rank == 0 and placement.context_rank == 0:
-        tensors = _summed(hf_tensors(chunks, architecture, placement), checksums)
-        try:
-            files = _write_files(tensors, partial, stage=placement.pipeline_rank)
-        except OSError as error:
-            failure = f"{error.strerror or error}"
-            for _ in tensors:  # the other TP ranks of the stage are still gathering
-                pass
+    tensors = _summed(hf_tensors(chunks, architecture, placement), checksums)
+    try:
+        files = _write_files(tensors, partial, placement.rank)
+    except OSError as error:
+        failure = f"{error.strerror or error}"
+        for _ in tensors:  # other ranks are still sending their slices
+            pass
     written: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(written, (files, checksums, failure), group=placement.host_group)
     failure = next((text for _, _, text in written if text), None)
@@ -106,7 +105,7 @@ def _summed(tensors: Iterator[tuple[str, Tensor]], checksums: dict[str, int]) ->
         yield name, tensor
 
 
-def _write_files(tensors: Iterator[tuple[str, Tensor]], directory: Path, stage: int) -> dict[str, str]:
+def _write_files(tensors: Iterator[tuple[str, Tensor]], directory: Path, rank: int) -> dict[str, str]:
     """Saves tensors in files of at most FILE_BYTES; returns which tensor went into which file."""
     files: dict[str, str] = {}
     pending: dict[str, Tensor] = {}
@@ -115,7 +114,7 @@ def _write_files(tensors: Iterator[tuple[str, Tensor]], directory: Path, stage: 
         if not pending:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        file = f"model-stage{stage:02d}-{len(set(files.values())):05d}.safetensors"
+        file = f"model-rank{rank:05d}-{len(set(files.values())):05d}.safetensors"
         save_tensors(pending, directory / file)
         files.update(dict.fromkeys(pending, file))
         pending.clear()

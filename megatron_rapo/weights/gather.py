@@ -1,4 +1,4 @@
-"""The slices of a stage's tensor-parallel ranks, gathered into whole HF tensors."""
+"""The slices that several ranks hold, gathered into whole HF tensors."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ class StageWeights:
         """`value` says what of a parameter is meant: itself, or a tensor of its shape (its gradient, say)."""
         self._architecture = architecture
         self._value = value
-        self._group = placement.tensor_group
-        self._tensor_rank = placement.tensor_rank
+        self._placement = placement
         self._held = {
             name: (mapped, index)
             for mapped in mapped_parameters(chunks, architecture)
@@ -43,7 +42,7 @@ class StageWeights:
 
     @property
     def names(self) -> set[str]:
-        """The HF tensors that this stage sends."""
+        """The HF tensors that this rank has slices of, or copies."""
         return set(self._held)
 
     def local(self, name: str) -> Tensor:
@@ -60,7 +59,7 @@ class StageWeights:
         local = self.local(tensor.name)
         if tensor.cut is None:
             return local
-        start = part.start - local.size(tensor.cut) * self._tensor_rank
+        start = part.start - local.size(tensor.cut) * tensor.holders.slice_of(self._placement.rank)
         return local.narrow(tensor.cut, start, len(part))
 
     def forget(self) -> None:
@@ -68,34 +67,37 @@ class StageWeights:
         self._split = (None, [])
 
     def gather(self, tensor: HFTensor, out: Tensor | None) -> None:
-        """Puts the whole tensor into `out`, which only the stage's TP rank 0 has. All its TP ranks call it.
+        """Puts the whole tensor into `out`, which only its collector has. All its senders call it.
 
         Slices of rows arrive in place; others pass through one tensor's memory.
         """
-        part, ranks = self.local(tensor.name), self._group.size()
-        if tensor.cut is None or ranks == 1:
+        part, ranks = self.local(tensor.name), tensor.holders.senders
+        if tensor.cut is None or len(ranks) == 1:
             if out is not None:
                 out.copy_(part if tensor.cut is None else part[: len(out)])
-        elif out is None:
-            _exchange([dist.P2POp(dist.isend, part.contiguous(), group=self._group, group_peer=0)])
+            return
+        group = self._placement.group_of(ranks)
+        if out is None:
+            _exchange([dist.P2POp(dist.isend, part.contiguous(), group=group, group_peer=0)])
         else:
-            self._receive(part, tensor.cut, out)
+            _receive(part, tensor.cut, out, group)
 
-    def _receive(self, part: Tensor, cut: int, out: Tensor) -> None:
-        """Lays slices side by side; rows beyond the tensor (vocabulary padding) are left out."""
-        places = _places(out, cut, part.size(cut), self._group.size())
-        arriving = [
-            place if place.is_contiguous() and place.shape == part.shape else torch.empty_like(part)
-            for place in places[1:]
-        ]
-        receiving = [
-            dist.P2POp(dist.irecv, values, group=self._group, group_peer=rank)
-            for rank, values in enumerate(arriving, 1)
-        ]
-        _exchange(receiving)
-        for place, values in zip(places, [part, *arriving], strict=True):
-            if place is not values:
-                place.copy_(values.narrow(cut, 0, place.size(cut)))
+
+def _receive(part: Tensor, cut: int, out: Tensor, group: dist.ProcessGroup) -> None:
+    """Lays slices side by side; rows beyond the tensor (vocabulary padding) are left out."""
+    places = _places(out, cut, part.size(cut), group.size())
+    arriving = [
+        place if place.is_contiguous() and place.shape == part.shape else torch.empty_like(part)
+        for place in places[1:]
+    ]
+    receiving = [
+        dist.P2POp(dist.irecv, values, group=group, group_peer=rank)
+        for rank, values in enumerate(arriving, 1)
+    ]
+    _exchange(receiving)
+    for place, values in zip(places, [part, *arriving], strict=True):
+        if place is not values:
+            place.copy_(values.narrow(cut, 0, place.size(cut)))
 
 
 def _places(out: Tensor, cut: int, size: int, ranks: int) -> list[Tensor]:

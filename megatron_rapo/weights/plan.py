@@ -3,9 +3,6 @@
 A HF tensor is cut, on either side, into contiguous slices of one and the same dimension (`parameter_map`). So
 a plan is the intersection of two cuts of an interval, for each tensor: arithmetic on the architecture and the
 layouts, made once, without a model or a process.
-
-Expert parallelism would add to `HFTensor` the ranks that hold an expert: everything below asks only for the
-slices of a tensor and their holders.
 """
 
 from __future__ import annotations
@@ -62,35 +59,6 @@ class Transfer:
             if cut is None
             else self.tensor.elements // self.tensor.shape[cut] * len(self.part)
         )
-
-
-@dataclass(frozen=True)
-class TrainerSide:
-    """Where the trainer holds slices. Ranks are numbered TP fastest, then CP, DP, PP (`Placement`)."""
-
-    architecture: Architecture
-    layout: Parallel
-    vocabulary_multiple: int
-
-    def slices(self, tensor: HFTensor) -> list[Slice]:
-        """What each tensor-parallel rank holds of a tensor, padding left out."""
-        ranks = self.layout.tensor_parallel
-        if tensor.cut is None:
-            return [Slice(0, 1)] * ranks
-        size = tensor.shape[tensor.cut]
-        if tensor.vocabulary:
-            padded = self.architecture.padded_vocabulary(self.vocabulary_multiple, ranks)
-            return _equal_slices(size, padded // ranks, ranks)
-        return _equal_slices(size, size // ranks, ranks)
-
-    def rank(self, stage: int, replica: int, tensor_rank: int) -> int:
-        """Global rank. `replica` numbers the copies of the model's stages: CP fastest, then DP."""
-        return tensor_rank + self.layout.tensor_parallel * (replica + self.replicas * stage)
-
-    @property
-    def replicas(self) -> int:
-        """Copies of each shard: DP × CP."""
-        return self.layout.data_parallel * self.layout.context_parallel
 
 
 @dataclass(frozen=True)
@@ -158,35 +126,41 @@ def make_plan(
 ) -> Plan:
     """The plan from a trainer's layout to engines of the given tensor-parallel sizes.
 
-    Each engine is served by one replica of the shards, engines by different replicas in turn; a tensor that
-    all tensor-parallel ranks hold whole goes to an engine's ranks from different ones.
+    Each engine is served by one copy of a tensor, engines by different copies in turn; a tensor that all
+    holders have whole goes to an engine's ranks from different ones.
     """
-    trainer = TrainerSide(architecture, layout, vocabulary_multiple)
+    rows = architecture.padded_vocabulary(vocabulary_multiple, layout.tensor_parallel)
     tensors = tensor_table(architecture, layout)
     return Plan(
         tuple(
             transfer
             for engine, size in enumerate(engines)
             for tensor in tensors
-            for transfer in _transfers(tensor, trainer, EngineSide(architecture, size), engine)
+            for transfer in _transfers(tensor, rows, EngineSide(architecture, size), engine)
         )
     )
 
 
-def _transfers(
-    tensor: HFTensor, trainer: TrainerSide, engine_side: EngineSide, engine: int
-) -> Iterator[Transfer]:
-    held = trainer.slices(tensor)
-    replica = engine % trainer.replicas
+def _transfers(tensor: HFTensor, rows: int, engine_side: EngineSide, engine: int) -> Iterator[Transfer]:
+    """Of one tensor to one engine; `rows` are the trainer's, padded, of embedding and head."""
+    copies = tensor.holders.copies
+    ranks = copies[engine % len(copies)]
+    held = _trainer_slices(tensor, rows, len(ranks))
     for engine_rank, needed in enumerate(engine_side.slices(tensor)):
         if tensor.cut is None:
-            source = trainer.rank(tensor.stage, replica, engine_rank % len(held))
-            yield Transfer(tensor, needed, source, engine, engine_rank)
+            yield Transfer(tensor, needed, ranks[engine_rank % len(ranks)], engine, engine_rank)
             continue
-        for tensor_rank, holding in enumerate(held):
+        for source, holding in zip(ranks, held, strict=True):
             if part := holding.common(needed):
-                source = trainer.rank(tensor.stage, replica, tensor_rank)
                 yield Transfer(tensor, part, source, engine, engine_rank)
+
+
+def _trainer_slices(tensor: HFTensor, rows: int, ranks: int) -> list[Slice]:
+    """What each rank of a copy holds of a tensor, padding left out."""
+    if tensor.cut is None:
+        return [Slice(0, 1)] * ranks
+    size = tensor.shape[tensor.cut]
+    return _equal_slices(size, (rows if tensor.vocabulary else size) // ranks, ranks)
 
 
 def _equal_slices(size: int, step: int, ranks: int) -> list[Slice]:

@@ -1,4 +1,4 @@
-"""All tensors of the model, stage by stage, in buckets to the main rank, while it passes earlier ones on."""
+"""All tensors of the model, in buckets to the main rank, while it passes earlier ones on."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def device_memory(nbytes: int) -> Tensor:
 
 
 class WeightStream:
-    """Brings the weights of the first replica to the main rank.
+    """Brings all tensors from their senders (`Holders`) to the main rank.
 
-    A rank needs `bucket_bytes` beside its parameters, and one tensor. The main rank relays what the other
-    stages hold, so that one rank alone deals with the engines, and with their faults.
+    A rank needs `bucket_bytes` beside its parameters, and one tensor. The main rank relays what others
+    collect, so that one rank alone deals with the engines, and with their faults.
 
     Args:
         tensors: the model's (`tensor_table`), the same on all ranks.
@@ -67,18 +67,17 @@ class WeightStream:
         """Streams all buckets once. All ranks call it; `open_engines` is the main rank's.
 
         Raises:
-            RapoError: on the main rank, the first error of the engines. What the other stages still send is
+            RapoError: on the main rank, the first error of the engines. What the other ranks still send is
                 taken and dropped, so that no rank is left waiting.
         """
         place = self._placement
-        if place.data_rank or place.context_rank:
-            return
         busy: list[Wait | None] = [None] * SLOTS
         deliver, failure = attempt(open_engines)
         for slot, bucket in self._numbered():
             failure = failure or attempt(busy[slot])[1]
             busy[slot] = None
-            flat = self._memory_of(slot, bucket) if place.tensor_rank == 0 else None
+            collects = place.is_main or place.rank == bucket.holders.collector
+            flat = self._memory_of(slot, bucket) if collects else None
             self._fill(bucket, flat)
             if flat is None:
                 continue
@@ -95,7 +94,7 @@ class WeightStream:
     def _numbered(self) -> list[tuple[int, Bucket]]:
         """The buckets that pass through this rank, each with its slot; those beyond the limit share one."""
         place = self._placement
-        mine = [b for b in self.buckets if place.is_main or b.stage == place.pipeline_rank]
+        mine = [b for b in self.buckets if place.is_main or place.rank in b.holders.senders]
         return [(0 if b.nbytes > self._slot_bytes else i % SLOTS, b) for i, b in enumerate(mine)]
 
     def _memory_of(self, slot: int, bucket: Bucket) -> Tensor:
@@ -107,18 +106,18 @@ class WeightStream:
         return self._slots[slot][: bucket.nbytes]
 
     def _fill(self, bucket: Bucket, flat: Tensor | None) -> None:
-        """Gathers a bucket of this stage; the main rank receives those of others."""
-        if bucket.stage != self._placement.pipeline_rank:
+        """Gathers a bucket that this rank holds slices of; the main rank receives what another collected."""
+        rank, held_by = self._placement.rank, bucket.holders
+        if rank == held_by.collector:
             assert flat is not None
-            dist.recv(
-                flat, src=bucket.stage * dist.get_world_size() // self._placement.layout.pipeline_parallel
-            )
-        elif flat is None:
-            for tensor in bucket.tensors:
-                self._weights.gather(tensor, None)
-        else:
             for tensor, view in bucket.views(flat):
                 self._weights.gather(tensor, view)
+            return
+        if rank in held_by.senders:
+            for tensor in bucket.tensors:
+                self._weights.gather(tensor, None)
+        if flat is not None:
+            dist.recv(flat, src=held_by.collector)
 
 
 def _send(flat: Tensor) -> Wait:

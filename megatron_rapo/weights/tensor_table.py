@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from megatron_rapo.config import Parallel
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.parameters import model_rules
+from megatron_rapo.weights.holders import Holders, holders, stage_of_layer
 
 
 @dataclass(frozen=True)
@@ -17,15 +18,15 @@ class HFTensor:
 
     Attributes:
         shape: as HF has it, without padding.
-        cut: the dimension that tensor parallelism cuts; None if every rank holds it whole.
-        stage: the pipeline stage that it is sent from.
+        cut: the dimension that tensor parallelism cuts; None if every holder has it whole.
+        holders: the ranks that have it.
         vocabulary: whether its rows are the vocabulary's, which is padded before it is cut.
     """
 
     name: str
     shape: tuple[int, ...]
     cut: int | None
-    stage: int
+    holders: Holders
     vocabulary: bool = False
 
     @property
@@ -35,17 +36,16 @@ class HFTensor:
 
 
 def tensor_table(architecture: Architecture, layout: Parallel) -> list[HFTensor]:
-    """Every tensor of the HF model, by stage, in the order of the layers."""
-    return sorted(_in_order(architecture, layout), key=lambda tensor: tensor.stage)
+    """Every tensor of the HF model, by who collects it, in the order of the layers."""
+    return sorted(_in_order(architecture, layout), key=lambda tensor: tensor.holders.collector)
 
 
 def _in_order(architecture: Architecture, layout: Parallel) -> Iterator[HFTensor]:
-    stages = layout.pipeline_parallel
-    layers_per_chunk = architecture.layers // (stages * (layout.virtual_pipeline_parallel or 1))
+    stages = [holders(layout, stage) for stage in range(layout.pipeline_parallel)]
     for number, (layer, rule) in enumerate(model_rules(architecture)):
         if layer is None:
-            stage = stages - 1 if number else 0
+            stage = -1 if number else 0
         else:
-            stage = layer // layers_per_chunk % stages  # chunks are dealt to the stages in turn
+            stage = stage_of_layer(layout, architecture.layers, layer)
         for name, shape in rule.hf.items():
-            yield HFTensor(name, shape, rule.cut, stage, rule.vocabulary)
+            yield HFTensor(name, shape, rule.cut, stages[stage], rule.vocabulary)

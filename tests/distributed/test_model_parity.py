@@ -174,7 +174,7 @@ def _stream(path: Path, architecture: Architecture, chunks: list[Body], placemen
     """On the main rank: whether what arrives is the HF file, bit by bit, and in how many buckets."""
     weights = StageWeights(chunks, architecture, placement)
     table = tensor_table(architecture, placement.layout)
-    here = {t.name for t in table if t.stage == placement.pipeline_rank}
+    here = {t.name for t in table if any(placement.rank in copy for copy in t.holders.copies)}
     assert here == weights.names, "the table says otherwise than the model where tensors are"
     stream = WeightStream(table, weights, placement, torch.float32, BUCKET_BYTES)
     if not placement.is_main:

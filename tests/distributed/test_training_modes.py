@@ -193,9 +193,7 @@ def _exported(policy: Policy, architecture: Any, placement: Placement) -> float:
     mine = sum(
         float(t.double().square().sum()) for _, t in hf_tensors(policy.chunks, architecture, placement)
     )
-    total = torch.tensor(
-        mine if placement.data_rank == placement.context_rank == 0 else 0.0, dtype=torch.float64
-    )
+    total = torch.tensor(mine, dtype=torch.float64)
     dist.all_reduce(total)
     return float(total)
 

@@ -212,8 +212,6 @@ def _loss_and_gradient(
     value = objective.metrics(sums)["loss/total"]
 
     mine = dict(hf_tensors(policy.chunks, architecture, placement, value=lambda p: p.main_grad))
-    if placement.data_rank or placement.context_rank:
-        mine = {}
     shares: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, mine)
     gradient = {name: tensor for share in shares for name, tensor in share.items()}

@@ -145,6 +145,9 @@ class Ranks:
 
     # As torch.distributed has them.
 
+    def get_process_group_ranks(self, group: Group) -> list[int]:
+        return group.ranks
+
     def get_rank(self) -> int:
         return int(self._thread.rank)
 

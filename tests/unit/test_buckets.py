@@ -14,17 +14,19 @@ from torch import Tensor
 from megatron_rapo.checksum import tensor_checksum
 from megatron_rapo.errors import EngineLost
 from megatron_rapo.weights.buckets import Bucket, make_buckets
+from megatron_rapo.weights.holders import Holders
 from megatron_rapo.weights.tensor_table import HFTensor
 from megatron_rapo.weights.transports import distributed, tensor
 from megatron_rapo.weights.transports.bucketed import TIMEOUT_S
 from megatron_rapo.weights.transports.distributed import DistributedTransport
 from megatron_rapo.weights.transports.tensor import TensorTransport
 
+HERE, ELSEWHERE = Holders(((0, 1), (2, 3))), Holders(((4, 5), (6, 7)))
 TABLE = [
-    HFTensor("a", (2, 3), 0, 0),  # 24 bytes
-    HFTensor("b", (4,), None, 0),  # 16
-    HFTensor("c", (5, 2), 1, 0),  # 40
-    HFTensor("d", (1,), None, 1),  # 4
+    HFTensor("a", (2, 3), 0, HERE),  # 24 bytes
+    HFTensor("b", (4,), None, HERE),  # 16
+    HFTensor("c", (5, 2), 1, HERE),  # 40
+    HFTensor("d", (1,), None, ELSEWHERE),  # 4
 ]
 
 
@@ -43,14 +45,14 @@ def names(limit: int) -> list[list[str]]:
         (1, [["a"], ["b"], ["c"], ["d"]]),
     ],
 )
-def test_buckets_are_of_one_stage_and_within_the_limit(limit: int, expected: list[list[str]]) -> None:
+def test_buckets_are_of_the_same_holders_and_within_the_limit(limit: int, expected: list[list[str]]) -> None:
     assert names(limit) == expected
     assert make_buckets([], torch.float32, limit) == []
 
 
 def test_a_buckets_tensors_lie_one_behind_the_other() -> None:
     [bucket, last] = make_buckets(TABLE, torch.float32, 1000)
-    assert (bucket.stage, bucket.nbytes, last.stage, last.nbytes) == (0, 80, 1, 4)
+    assert (bucket.holders, bucket.nbytes, last.holders, last.nbytes) == (HERE, 80, ELSEWHERE, 4)
     flat = torch.arange(30.0).view(torch.uint8)  # longer than the bucket
     found = dict(bucket.views(flat))
     assert {each.name: values.tolist() for each, values in found.items()} == {

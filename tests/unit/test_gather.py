@@ -10,11 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rapo.certify.certificate import DEFAULT
 from megatron_rapo.weights import gather
 from megatron_rapo.weights.gather import StageWeights
+from megatron_rapo.weights.holders import Holders
 from megatron_rapo.weights.tensor_table import HFTensor
 
 RANKS = 3
+HOLDERS = Holders(((4, 5, 6), (7, 8, 9)))
 
 
 def slices_of(held: Tensor, rank: int) -> StageWeights:
@@ -24,8 +27,9 @@ def slices_of(held: Tensor, rank: int) -> StageWeights:
         def local(self, name: str) -> Tensor:
             return held
 
-    placement = SimpleNamespace(tensor_group=SimpleNamespace(size=lambda: RANKS), tensor_rank=rank)
-    return Slices([], cast(Any, SimpleNamespace(tied=False)), cast(Any, placement))
+    group = SimpleNamespace(size=lambda: RANKS)
+    placement = SimpleNamespace(group_of={HOLDERS.senders: group}.__getitem__, rank=HOLDERS.senders[rank])
+    return Slices([], DEFAULT, cast(Any, placement))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +61,7 @@ def test_slices_make_the_whole_tensor(shape: tuple[int, ...], cut: int | None, m
     monkeypatch.setattr(gather.dist, "batch_isend_irecv", exchange)
     out = torch.zeros(shape)
     for rank in reversed(range(RANKS)):
-        slices_of(slices[rank], rank).gather(HFTensor("", shape, cut, 0), None if rank else out)
+        slices_of(slices[rank], rank).gather(HFTensor("", shape, cut, HOLDERS), None if rank else out)
     torch.testing.assert_close(out, whole, rtol=0, atol=0)
     assert not box, "all that was sent has been received"
 
@@ -69,6 +73,6 @@ def test_the_part_of_a_transfer_is_cut_from_this_ranks_slice(cut: int | None, pa
     """Parts count from the whole tensor's start; this is rank 1."""
     whole = torch.arange(54.0).reshape(9, 6)
     weights = slices_of(whole if cut is None else whole.chunk(RANKS, cut)[1], rank=1)
-    transfer = cast(Any, SimpleNamespace(tensor=HFTensor("", (9, 6), cut, 0), part=part))
+    transfer = cast(Any, SimpleNamespace(tensor=HFTensor("", (9, 6), cut, HOLDERS), part=part))
     expected = whole if cut is None else whole.index_select(cut, torch.tensor(part))
     torch.testing.assert_close(weights.local_part(transfer), expected)

@@ -14,14 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_rapo.checksum import tensor_checksum
+from megatron_rapo.config import Parallel
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.weights import export, stream
+from megatron_rapo.weights import tensor_table as tensor_tables
 from megatron_rapo.weights.buckets import Bucket
 from megatron_rapo.weights.export import hf_tensors, write_hf_model
 from megatron_rapo.weights.gather import StageWeights
+from megatron_rapo.weights.holders import Holders, holders
 from megatron_rapo.weights.stream import SLOTS, WeightStream
 from megatron_rapo.weights.tensor_table import tensor_table
 from tests.distributed.jobs import layout
@@ -95,13 +98,14 @@ def test_each_stage_exports_its_own_tensors_on_its_first_rank(
     table = tensor_table(architecture, ranks.layout)
     for rank, found in enumerate(ranks.run(names)):
         place = ranks.placement(rank)
-        mine = {tensor.name for tensor in table if tensor.stage == place.pipeline_rank}
-        assert found == (mine if place.tensor_rank == 0 else set())
+        mine = {tensor.name for tensor in table if tensor.holders.collector == rank}
+        first = place.tensor_rank == place.context_rank == place.data_rank == 0
+        assert found == mine and bool(mine) == first
 
 
 @pytest.mark.parametrize("model", [False], indirect=True)
 @pytest.mark.parametrize("ranks", ["tp2-pp2"], indirect=True)
-@pytest.mark.parametrize("failing", ["model-stage00", "model-stage01", "companions"])
+@pytest.mark.parametrize("failing", ["model-rank00000", "model-rank00002", "companions"])
 def test_what_one_stage_cannot_write_fails_on_all_ranks(
     failing: str,
     ranks: Ranks,
@@ -130,6 +134,46 @@ def test_what_one_stage_cannot_write_fails_on_all_ranks(
 
     ranks.run(write)
     assert len(refusals) == 4
+
+
+# Whoever holds them
+
+
+@pytest.mark.parametrize("model", [False], indirect=True)
+@pytest.mark.parametrize("ranks", ["tp2", "pp2", "tp2-cp2", "dp4"], indirect=True)
+def test_other_ranks_than_the_first_may_be_the_ones_that_send(
+    ranks: Ranks,
+    model: Path,
+    architecture: Architecture,
+    truth: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the last stage the last copy sends, as experts of other ranks would."""
+
+    def backwards(layout: Parallel, stage: int) -> Holders:
+        found = holders(layout, stage)
+        return Holders(found.copies[::-1]) if stage == layout.pipeline_parallel - 1 else found
+
+    monkeypatch.setattr(tensor_tables, "holders", backwards)
+
+    def export(place: Placement) -> dict[str, Tensor]:
+        return dict(hf_tensors(loaded_chunks(model, place), architecture, place))
+
+    exported = ranks.run(export)
+    collector = {tensor.name: tensor.holders.collector for tensor in tensor_table(architecture, ranks.layout)}
+    assert max(collector.values()) >= 2, "none of the first copy's ranks"
+    for name, values in truth.items():
+        assert [rank for rank, found in enumerate(exported) if name in found] == [collector[name]]
+        assert torch.equal(exported[collector[name]][name], values)
+
+    def run(sending: WeightStream, place: Placement) -> dict[str, Tensor]:
+        late = LateReader()
+        sending.run((lambda: late) if place.is_main else None)
+        return late.arrived
+
+    arrived = streamed(ranks, model, run)[0]
+    assert arrived.keys() == truth.keys()
+    assert all(torch.equal(arrived[name], values) for name, values in truth.items())
 
 
 # As a stream to the main rank
