@@ -24,7 +24,7 @@ Addresses, not functions: only verifier processes import them, each the one that
 
 REWARDS = {
     "format": "megatron_rapo.reward.format:score",
-    "reasoning_gym": "megatron_rapo.data.tasks.gym:score",
+    "reasoning_gym": "megatron_rapo.reward.gym:score",
 }
 """Name (`use` of `reward.functions`) to a function(response, problem, **options) → number, as users write."""
 

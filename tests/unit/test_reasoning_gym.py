@@ -18,6 +18,8 @@ from tests.models import make_tokenizer
 
 pytest.importorskip("reasoning_gym", reason="the extra reasoning_gym is not installed")
 
+from megatron_rapo.reward import gym as scoring
+
 TOKENIZER = make_tokenizer(vocab_size=200)
 
 
@@ -73,11 +75,11 @@ def test_prompts_carry_what_their_score_needs():
         assert prompt.source == "chain_sum"
         value = eval(prompt.problem["metadata"]["expression"])
         assert int(prompt.answer) == value
-        assert gym.score(rf"It is \boxed{{{value}}}.", prompt.problem) == 1.0
-        assert gym.score(f"<answer>{value}</answer>", prompt.problem) == 1.0
-        assert gym.score(f"so it is\n{value}\n", prompt.problem) == 1.0
-        assert gym.score(rf"\boxed{{{value + 1}}}", prompt.problem) < 0.1
-        assert gym.score("", prompt.problem) == 0.0
+        assert scoring.score(rf"It is \boxed{{{value}}}.", prompt.problem) == 1.0
+        assert scoring.score(f"<answer>{value}</answer>", prompt.problem) == 1.0
+        assert scoring.score(f"so it is\n{value}\n", prompt.problem) == 1.0
+        assert scoring.score(rf"\boxed{{{value + 1}}}", prompt.problem) < 0.1
+        assert scoring.score("", prompt.problem) == 0.0
 
 
 def test_datasets_that_have_no_single_answer_are_scored_by_what_is_right():
@@ -85,23 +87,23 @@ def test_datasets_that_have_no_single_answer_are_scored_by_what_is_right():
     assert problem.answer == ""  # any good colouring is right
     right = problem.columns["metadata"]["possible_answer"]
     written = "{" + ", ".join(f'"{vertex}": {colour}' for vertex, colour in right.items()) + "}"
-    assert gym.score(f"<answer>{written}</answer>", problem.columns) == 1.0
+    assert scoring.score(f"<answer>{written}</answer>", problem.columns) == 1.0
     wrong = "{" + ", ".join(f'"{vertex}": 1' for vertex in right) + "}"
-    assert gym.score(f"<answer>{wrong}</answer>", problem.columns) < 0.5
+    assert scoring.score(f"<answer>{wrong}</answer>", problem.columns) < 0.5
 
 
 def test_an_answer_that_a_dataset_cannot_read_scores_nothing(monkeypatch):
     (problem,) = drawn(gym_data("prime_factorization"), count=1)
-    assert gym.score(rf"\boxed{{{problem.answer}}}", problem.columns) == 1.0
-    assert gym.score(r"\boxed{no numbers}", problem.columns) == 0.0  # its score_answer raises
+    assert scoring.score(rf"\boxed{{{problem.answer}}}", problem.columns) == 1.0
+    assert scoring.score(r"\boxed{no numbers}", problem.columns) == 0.0  # its score_answer raises
 
     class Broken:
         def score_answer(self, answer, entry):
             raise KeyError("metadata")
 
-    monkeypatch.setattr(gym, "_dataset", lambda name, options: Broken())
+    monkeypatch.setattr(scoring, "_dataset", lambda name, options: Broken())
     with pytest.raises(KeyError):  # so does that of the gold answer: no fault of the response
-        gym.score(r"\boxed{2}", problem.columns)
+        scoring.score(r"\boxed{2}", problem.columns)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,7 @@ def test_an_answer_that_a_dataset_cannot_read_scores_nothing(monkeypatch):
     ],
 )
 def test_the_final_answer(response, expected):
-    assert gym.final_answer(response) == expected
+    assert scoring.final_answer(response) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,31 +1,25 @@
-r"""Problems of reasoning_gym (https://github.com/open-thought/reasoning-gym), and its own scores."""
+"""Problems of reasoning_gym (https://github.com/open-thought/reasoning-gym)."""
 
 from __future__ import annotations
 
 import json
 import os
 import pickle
-import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any
 
 from megatron_rapo.config.data import ReasoningGymData
 from megatron_rapo.data.columns import plain
-from megatron_rapo.data.tasks.gym_draws import Request, make_dataset
+from megatron_rapo.data.tasks.gym_draws import Request
 from megatron_rapo.data.tasks.problem import Problem, Split
 from megatron_rapo.errors import RapoError
 
-_START_S, _A_PROBLEM_S = (
-    300,
-    60,
-)  # generous: the slowest dataset takes 2 s a problem, of which 1 in 16 is kept
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_BOX = "\\boxed{"
+# Generous: the slowest dataset takes 2 s a problem, of which 1 in 16 is kept.
+_START_S, _A_PROBLEM_S = 300, 60
 
 
 def generate(config: ReasoningGymData, seed: int, split: Split, count: int, option: str) -> Sequence[Problem]:
@@ -52,38 +46,6 @@ def generate(config: ReasoningGymData, seed: int, split: Split, count: int, opti
     if isinstance(found, str):
         raise RapoError(f"{option}.{found}" if found.startswith(("dataset", "options")) else found)
     return found
-
-
-def score(response: str, problem: Mapping[str, Any]) -> float:
-    """What the dataset's own `score_answer` gives the response's final answer, from 0 to 1.
-
-    An answer that it cannot read (it raises, where the gold answer does not make it) scores 0.
-
-    Args:
-        response: of the policy.
-        problem: with the columns of a problem that `generate` drew.
-    """
-    dataset = _dataset(problem["dataset"], json.dumps(problem["options"]))
-    answer = final_answer(response)
-    entry = dict(problem)
-    try:
-        return float(dataset.score_answer(answer, entry))
-    except Exception:
-        dataset.score_answer(entry["answer"], entry)  # if this fails, too, it is no fault of the response
-        return 0.0
-
-
-def final_answer(response: str) -> str | None:
-    r"""What the last closed `\boxed{…}` holds; or else the last `<answer>…</answer>`; or else the last line.
-
-    None where nothing is there.
-    """
-    boxed = _last_box(response)
-    if boxed is None and (tagged := _TAGGED.findall(response)):
-        boxed = tagged[-1]
-    if boxed is None:
-        boxed = response.rstrip().rpartition("\n")[2]
-    return boxed.strip() or None
 
 
 @lru_cache(maxsize=8)
@@ -113,20 +75,3 @@ def _drawn(request: str, count: int) -> list[Problem] | str:
     if isinstance(found, str):
         return found
     return [Problem(one.question, one.answer, plain(one.parts)) for one in found]
-
-
-@lru_cache(maxsize=64)
-def _dataset(name: str, options: str) -> Any:
-    return make_dataset(name, json.loads(options))
-
-
-def _last_box(response: str) -> str | None:
-    r"""What the last `\boxed{…}` with balanced braces holds."""
-    start = len(response)
-    while (start := response.rfind(_BOX, 0, start)) >= 0:
-        depth = 1
-        for place in range(start + len(_BOX), len(response)):
-            depth += {"{": 1, "}": -1}.get(response[place], 0)
-            if depth == 0:
-                return response[start + len(_BOX) : place]
-    return None
