@@ -63,9 +63,10 @@ def of_updates() -> set[str]:
 
 def of_evaluations(folder: Path) -> Iterator[str]:
     """Of one data set at one setting, and of several. Samples are left in the folder."""
-    samples = store(folder, np.ones((2, 4), dtype=bool)).samples("sums", "t1")
+    samples = store(folder, np.ones((2, 4), bool), rewards=np.ones((2, 4))).samples("sums", "t1")
     ids = [problem.id for problem in samples.problems]
-    for name in _as_metrics(summarise_samples(samples.read(COLUMNS), ids, [1, 4], seed=0)):
+    found = summarise_samples(samples.read(COLUMNS), ids, [1, 4], seed=0)
+    for name in _as_metrics(found, graded=True):
         yield f"evaluate/{name}"
         yield f"evaluate/MATH-500/t0.6-p0.95/{name}"
 

@@ -70,9 +70,10 @@ class Evaluate(Section):
     )
     best: str | None = Field(
         None,
-        description="Metric of the best checkpoint, such as `pass@1` or `maj@16` (with several data sets or "
-        "settings `DATA/SETTING/pass@1`). A step with a new highest value is saved, and its checkpoint kept "
-        "beside the newest; `checkpoints/best.json` names it.",
+        description="Metric of the best checkpoint, such as `pass@1` or `maj@16`; or `reward`, where that is "
+        "not right or wrong alone (with several data sets or settings `DATA/SETTING/pass@1`). A step with a "
+        "new highest value is saved, and its checkpoint kept beside the newest; `checkpoints/best.json` "
+        "names it.",
     )
     batch: PositiveInt = Field(
         1024,

@@ -134,6 +134,10 @@ class RunConfig(Section):
         sources = [*self.training_sources, *self.evaluation_data]
         return any(isinstance(source, Templated) and source.template != "plain" for source in sources)
 
+    def is_graded(self, data: Data) -> bool:
+        """Whether responses to a data set can earn else than 1 and 0: by functions, or in an environment."""
+        return not self.verifier_of(data).is_verifier or self.environment.use != "single_turn"
+
     def needs_answers(self, data: Data) -> bool:
         """Whether what rewards responses to a data set reads gold answers."""
         return self.verifier_of(data).needs_answers
@@ -324,10 +328,13 @@ class RunConfig(Section):
 
     def _evaluation_metrics(self) -> list[str]:
         assert self.evaluate is not None
-        pairs = [(d.name, s.name) for d in self.evaluation_data for s in self.evaluation_settings]
-        prefixes = [""] if len(pairs) == 1 else [f"{data}/{setting}/" for data, setting in pairs]
+        pairs = [(d, s.name) for d in self.evaluation_data for s in self.evaluation_settings]
         kinds = [f"{kind}@{k}" for kind in ("pass", "maj") for k in self.evaluate.k]
-        return [prefix + kind for prefix in prefixes for kind in kinds]
+        return [
+            kind if len(pairs) == 1 else f"{data.name}/{setting}/{kind}"
+            for data, setting in pairs
+            for kind in (["reward", *kinds] if self.is_graded(data) else kinds)
+        ]
 
     def _check_slurm(self) -> None:
         slurm, layout = self.slurm, self.parallel

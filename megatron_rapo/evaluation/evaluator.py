@@ -58,9 +58,9 @@ class Evaluator:
         not have been the same to the last bit.
 
         Returns:
-            `pass@k` and `maj@k` for each k, each with its 95% interval (`…_low`, `…_high`), mean length, and
-            the shares of responses that were truncated and that could not be verified; of several data sets
-            or settings behind `DATA/SETTING/`.
+            `pass@k` and `maj@k` for each k, and `reward` where it is not right or wrong alone, each with its
+            95% interval (`…_low`, `…_high`); mean length, and the shares of responses that were truncated and
+            that could not be verified; of several data sets or settings behind `DATA/SETTING/`.
         """
         placement = self.collector.placement
         directory = self.config.run.directory / "evaluations" / f"step_{step:06d}"
@@ -81,8 +81,9 @@ class Evaluator:
                     seed=self.config.run.seed,
                 )
                 several = len(self.data_sets) * len(self.settings) > 1
+                found = _as_metrics(statistics, graded=held_out.graded)
                 prefix = f"{held_out.name}/{setting.name}/" if several else ""
-                metrics |= {f"{prefix}{name}": value for name, value in _as_metrics(statistics).items()}
+                metrics |= {f"{prefix}{name}": value for name, value in found.items()}
         if placement.is_main:
             manifest.model_copy(update={"finished": now()}).write(directory)
         return metrics
@@ -136,17 +137,19 @@ class Evaluator:
         )
 
 
-def _as_metrics(statistics: Statistics) -> Mapping[str, float]:
-    metrics: dict[str, float] = {}
-    for name, by_k in (("pass", statistics.pass_at_k), ("maj", statistics.majority_at_k)):
-        for k, estimate in by_k.items():
-            metrics |= {
-                f"{name}@{k}": estimate.mean,
-                f"{name}@{k}_low": estimate.low,
-                f"{name}@{k}_high": estimate.high,
-            }
+def _as_metrics(statistics: Statistics, *, graded: bool) -> Mapping[str, float]:
+    estimates = {
+        **{f"pass@{k}": estimate for k, estimate in statistics.pass_at_k.items()},
+        **{f"maj@{k}": estimate for k, estimate in statistics.majority_at_k.items()},
+    }
+    if graded and statistics.reward is not None:
+        estimates = {"reward": statistics.reward, **estimates}
     return {
-        **metrics,
+        **{
+            f"{name}{end}": value
+            for name, estimate in estimates.items()
+            for end, value in (("", estimate.mean), ("_low", estimate.low), ("_high", estimate.high))
+        },
         "response_tokens_mean": statistics.lengths.mean,
         "truncated": statistics.truncated,
         "unknown": statistics.unknown,

@@ -27,12 +27,14 @@ class HeldOut:
     Attributes:
         name: of its folder.
         plan: what judges responses to its problems.
+        graded: whether they can earn anything but 1 and 0.
     """
 
     name: str
     prompts: tuple[Prompt, ...]
     plan: RewardPlan
     report: LoadReport
+    graded: bool = False
 
     @property
     def verifier(self) -> str:
@@ -112,7 +114,7 @@ def _load(
         tools=tool_schemas(config),
     )
     _refuse_duplicates(loaded.prompts, loaded.report.source, table)
-    return HeldOut(data.name, loaded.prompts, config.verifier_of(data), loaded.report)
+    return HeldOut(data.name, loaded.prompts, config.verifier_of(data), loaded.report, config.is_graded(data))
 
 
 def _refuse_duplicates(prompts: tuple[Prompt, ...], source: str, table: str) -> None:

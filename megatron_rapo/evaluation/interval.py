@@ -38,6 +38,11 @@ def estimate(values: Floats) -> Estimate:
     return estimates(values[:, None])[0]
 
 
+def estimate_between(values: Floats, ends: tuple[float, float]) -> Estimate:
+    """The mean of values from the one end to the other, `[problems]`, such as rewards."""
+    return _estimates(values[:, None], ends, np.ones(1))[0]
+
+
 def estimates(values: Floats) -> list[Estimate]:
     """The mean of each column of values from 0 to 1, `[problems, columns]`.
 

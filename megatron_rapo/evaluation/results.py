@@ -125,6 +125,8 @@ def examples_of_failed_extraction(evaluation: Evaluation) -> str:
 
 
 def _metrics(statistics: Statistics) -> Iterator[tuple[str, Estimate | float]]:
+    if statistics.graded and statistics.reward is not None:
+        yield "reward", statistics.reward
     yield f"mean@{statistics.samples[1]}", statistics.mean
     for k, estimate in statistics.pass_at_k.items():
         yield f"pass@{k}", estimate

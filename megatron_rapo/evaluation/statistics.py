@@ -16,11 +16,12 @@ from megatron_rapo.evaluation.counts import COUNTED, Counts, codes, count
 from megatron_rapo.evaluation.draws import tries
 from megatron_rapo.evaluation.interval import Estimate, estimate
 from megatron_rapo.evaluation.majority import majority_at_k
+from megatron_rapo.evaluation.mean_reward import are_graded, mean_reward, without_last
 from megatron_rapo.evaluation.pass_at_k import pass_at_k
 
 Values = npt.NDArray[np.float64]
 
-COLUMNS = COUNTED
+COLUMNS = (*COUNTED, "reward")
 """The columns of the store that statistics are made of."""
 
 
@@ -44,6 +45,8 @@ class Statistics:
         mean: mean@N, the mean share of correct samples.
         pass_at_k: unbiased, by k.
         majority_at_k: by k.
+        reward: of the samples whose reward is known; None where none is.
+        graded: whether rewards say more than the outcomes, 1 of a correct sample and 0 of another.
         outcomes: share of each outcome.
         unextracted: share of samples in which no final answer was found.
         truncated: share of samples that were cut at the length limit.
@@ -55,6 +58,8 @@ class Statistics:
     mean: Estimate
     pass_at_k: Mapping[int, Estimate]
     majority_at_k: Mapping[int, Estimate]
+    reward: Estimate | None
+    graded: bool
     outcomes: Mapping[Outcome, float]
     unextracted: float
     truncated: float
@@ -95,6 +100,7 @@ def summarise(
         mean=counts.correct / counts.samples,
         passes={k: pass_at_k(counts.correct, counts.samples, k) for k in ks},
         majorities=_majorities(samples, problems, majority_ks, seed),
+        reward=mean_reward(samples, problems),
     )
 
 
@@ -103,8 +109,8 @@ def summarise_adaptive(
 ) -> Statistics:
     """The statistics of samples that stopped at the `correct`-th correct one of each problem.
 
-    Mean and pass@k are unbiased (`sequential`). There is no maj@k; outcomes, lengths and truncation are those
-    of the samples that were drawn, of which hard problems have more.
+    Mean, pass@k and mean reward are unbiased (`sequential`). There is no maj@k; outcomes, lengths and
+    truncation are those of the samples that were drawn, of which hard problems have more.
 
     Args:
         samples: the `COLUMNS` of a store, and `sample`.
@@ -124,6 +130,7 @@ def summarise_adaptive(
         mean=draws.pass_at_k(1),
         passes={k: draws.pass_at_k(k) for k in ks},
         majorities={},
+        reward=mean_reward(without_last(samples, problems, draws), problems),
     )
 
 
@@ -134,6 +141,7 @@ def _statistics(
     mean: Values,
     passes: Mapping[int, Values],
     majorities: Mapping[int, Values],
+    reward: Estimate | None,
 ) -> Statistics:
     total = int(counts.samples.sum())
     lengths = samples["length"].to_numpy()
@@ -145,6 +153,8 @@ def _statistics(
         mean=estimate(mean),
         pass_at_k={k: estimate(values) for k, values in passes.items()},
         majority_at_k={k: estimate(values) for k, values in majorities.items()},
+        reward=reward,
+        graded=are_graded(samples),
         outcomes={outcome: int(getattr(counts, outcome.value).sum()) / total for outcome in Outcome},
         unextracted=int(counts.unextracted.sum()) / total,
         truncated=int(counts.truncated.sum()) / total,

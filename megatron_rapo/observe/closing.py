@@ -19,8 +19,8 @@ def closing_summary(run_directory: Path) -> str:
 
 
 def metrics_summary(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines for people: mean reward at both ends, and pass@k in a row for each evaluation; what there is."""
-    return _rewards(metrics) + _pass_at_k(metrics)
+    """Lines for people: mean reward at both ends, and a row for each evaluation; what there is."""
+    return _rewards(metrics) + _evaluations(metrics)
 
 
 def _rewards(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -47,11 +47,14 @@ def reward_ends(metrics: Sequence[Mapping[str, Any]]) -> tuple[int, float, float
     return window, first, last
 
 
-def _pass_at_k(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table for each data set and setting: a row for each evaluated step (the base is step 0)."""
+def _evaluations(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table for each data set and setting: a row for each evaluated step (the base is step 0).
+
+    Columns are pass@k, and the mean reward where it is measured.
+    """
     keys: dict[str, dict[str, None]] = {}  # in the order in which they were logged
     for name in (name for line in metrics for name in line):
-        if found := re.fullmatch(r"evaluate/(.*/)?pass@\d+", name):
+        if found := re.fullmatch(r"evaluate/(.*/)?(reward|pass@\d+)", name):
             keys.setdefault(found[1] or "", {})[name] = None
     return [row for of, names in keys.items() for row in _table(metrics, of, list(names))]
 

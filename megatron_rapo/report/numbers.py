@@ -78,6 +78,8 @@ def _scores(benchmark: Benchmark) -> list[Row]:
             "drawn": statistics.drawn,
             **_estimate("mean_at_n", statistics.mean),
         }
+        if statistics.graded and statistics.reward is not None:
+            row |= _estimate("reward", statistics.reward)
         for k, estimate in statistics.majority_at_k.items():
             row |= {"majority_k": k, **_estimate("majority_at_k", estimate)}
         row |= {outcome.value: share for outcome, share in statistics.outcomes.items()}

@@ -18,6 +18,7 @@ def store(
     *,
     fingerprint: str = "f",
     there: npt.NDArray[np.bool_] | None = None,
+    rewards: npt.NDArray[np.float64] | None = None,
     **changes: object,
 ) -> Evaluation:
     """An evaluation whose sample n of problem p is correct where `correct` `[problems, samples]` is.
@@ -25,6 +26,7 @@ def store(
     Args:
         fingerprint: of its data set `sums`.
         there: `[problems, samples]`, which samples were drawn; None: all.
+        rewards: `[problems, samples]`, NaN where unknown; None: all are.
         changes: to the manifest.
     """
     problems, samples = correct.shape
@@ -58,6 +60,7 @@ def store(
                 text="",
                 token_ids=np.array([1], dtype=np.int32),
                 log_probs=np.array([-0.5], dtype=np.float32),
+                reward=None if rewards is None or np.isnan(rewards[i, n]) else float(rewards[i, n]),
             )
             for i in range(problems)
             for n in range(samples)

@@ -56,6 +56,14 @@ def test_pass_at_k_stands_in_a_row_for_each_evaluation(tmp_path: Path) -> None:
     assert lines[1].index("pass@16") == lines[3].rindex("0.600"), "columns stand below each other"
 
 
+def test_a_mean_reward_that_is_measured_is_a_column(tmp_path: Path) -> None:
+    values = {"reward": 0.7, "pass@1": 0.2}
+    line = {f"evaluate/{name}{end}": value for name, value in values.items() for end in ("", "_low", "_high")}
+    found = summary(tmp_path, {"step": 0, **line})
+    assert found[0].split() == ["held-out", "problems", "reward", "pass@1"]
+    assert found[1].split() == ["base", "0.700", "[0.700,", "0.700]", "0.200", "[0.200,", "0.200]"]
+
+
 def test_it_names_what_the_run_left(tmp_path: Path) -> None:
     text = "\n".join(summary(tmp_path, {"step": 0}))
     assert "mean reward" not in text

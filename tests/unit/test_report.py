@@ -20,6 +20,7 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluation.manifest import Manifest
 from megatron_rapo.report.build import build_report
 from megatron_rapo.report.drawing import Line, Mark, Plot, draw_svg
+from megatron_rapo.report.numbers import tables
 from megatron_rapo.report.page import render
 from megatron_rapo.report.responses import EvaluatedSamples, Sampled, browse
 from megatron_rapo.report.sources import open_sources
@@ -306,6 +307,19 @@ def test_an_adaptive_budget_says_what_it_saved(tmp_path: Path) -> None:
     assert page.count("18 of 24 samples were drawn (25% saved)") == 2
     assert "fixed had an adaptive budget" not in page
     assert "exact distribution of the likelihood ratio" in page
+
+
+@pytest.mark.parametrize(("partial", "shown"), [(0.5, True), (0.0, False)])
+def test_a_mean_reward_is_a_column_where_it_says_more_than_pass_at_1(
+    tmp_path: Path, partial: float, shown: bool
+) -> None:
+    correct = np.array([[True, False], [False, False]])
+    for seed, name in enumerate(("base", "model")):
+        store(tmp_path / name, correct, rewards=np.where(correct, 1.0, partial), seed=seed)
+    report = build_report(open_sources([tmp_path / "base", tmp_path / "model"]))
+    assert (">reward</th>" in render(report)) == shown
+    assert render(report).count("0.625 <span") == (2 if shown else 0)
+    assert [row.get("reward") for row in tables(report)["scores"]] == [0.625 if shown else None] * 2
 
 
 def test_what_others_wrote_is_escaped(tmp_path: Path) -> None:
