@@ -17,6 +17,7 @@ from megatron_rapo.evaluation.evaluator import _as_metrics
 from megatron_rapo.evaluation.statistics import COLUMNS
 from megatron_rapo.evaluation.statistics import summarise as summarise_samples
 from megatron_rapo.experience.batch import Batch
+from megatron_rapo.experience.sharing import Shared
 from megatron_rapo.experience.summary import summarise
 from megatron_rapo.loss.mismatch import STRETCHES, Mismatch
 from megatron_rapo.loss.objective import Objective
@@ -33,7 +34,7 @@ NO_GROUP: Any = None  # of ranks: nothing is computed
 
 def of_rollouts() -> set[str]:
     """Of a mixture with dynamic sampling, whose rewards and environment tell nothing of their own."""
-    return set(summarise(Batch([_group()], [_group()], rounds=1), 61, ["sums", "words"]))
+    return set(summarise(Batch([_group()], Shared([_group()]), rounds=1), 61, ["sums", "words"]))
 
 
 def of_users_own() -> set[str]:
@@ -43,7 +44,7 @@ def of_users_own() -> set[str]:
     with patch.multiple(method, terms=lambda: [(1.0, _Own())], metrics=lambda: {"own": 1.0}):
         objective = Objective(method, temperature=1.0, vocabulary=61, group=NO_GROUP)
         of_update = objective.metrics(torch.zeros(len(objective.parts)))
-        found = {*summarise(Batch([told], [told], 0), 61), *of_update, *told_by(method)}
+        found = {*summarise(Batch([told], Shared([told]), 0), 61), *of_update, *told_by(method)}
     return {name for name in found if name.endswith("/own")}
 
 

@@ -70,7 +70,7 @@ def test_sources_of_a_mixture_have_their_own_means() -> None:
         replace(group, problem=replace(group.problem, source=source))
         for group, source in zip(GROUPS, ("sums", "words", "words", "sums"), strict=True)
     ]
-    batch = Batch(of_sources, of_sources, 0)
+    batch = Batch(of_sources, Shared(of_sources), 0)
     found = summarise(batch, VOCABULARY, ["sums", "words", "rare"])
     assert {name: value for name, value in found.items() if name.count("/") == 2} == {
         "reward/sums/responses": 4,
