@@ -38,8 +38,9 @@ def mapped_parameters(chunks: Sequence[GPTModel], architecture: Architecture) ->
             if name.startswith("decoder.layers."):
                 _, _, index, inner = name.split(".", 3)
                 rule = layer_rules.get(inner)
-                # layer_number counts from 1 over the whole model; the index only within this chunk.
-                rule = rule and rule.of_layer(chunk.decoder.layers[int(index)].layer_number - 1)
+                if rule is not None:
+                    # layer_number counts from 1 over the whole model; the index only within this chunk.
+                    rule = rule.of_layer(chunk.decoder.layers[int(index)].layer_number - 1)
             else:
                 rule = end_rules.get(name)
             if rule is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from megatron_rapo.certify.measure import measure
 from megatron_rapo.config import RunConfig
 from megatron_rapo.methods.named import METHODS
 from megatron_rapo.methods.rapo import RAPO
+from megatron_rapo.model.architecture import Architecture
 
 FEW = tuple(
     case for case in CASES if case.name in ("TP 2, sequence parallel", "CP 4", "TP 2, PP 2", "PP 2, VPP 2")
 )
+QWEN3 = replace(DEFAULT, family="qwen3", attention_bias=False, query_key_norm=True, tied=True)
+SMOLLM3 = replace(DEFAULT, family="smollm3", attention_bias=False, layers_without_rope=(3,))
 TENSOR = tuple(case for case in CASES if case.name in ("DP 4", "TP 2"))
 
 
@@ -31,19 +35,20 @@ def test_rapo_is_certified_at_every_layout() -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "architecture"),
     [
-        {"method": "gspo", "clip_low": 0.2, "clip_high": 0.2},
-        {"method": "grpo", "divergence": "reverse_exact", "clip_dual": 1.5},
-        {"method": "rapo", "divergence": "forward_sampled", "audit_estimators": True},
-        {"method": "grpo", "divergence": "k2", "loss_aggregation": "constant"},
+        ({"method": "gspo", "clip_low": 0.2, "clip_high": 0.2}, QWEN3),
+        ({"method": "grpo", "divergence": "reverse_exact", "clip_dual": 1.5}, QWEN3),
+        ({"method": "rapo", "divergence": "forward_sampled", "audit_estimators": True}, SMOLLM3),
+        ({"method": "grpo", "divergence": "k2", "loss_aggregation": "constant"}, SMOLLM3),
     ],
-    ids=lambda options: "-".join(map(str, options.values())),
+    ids=lambda given: given.family if isinstance(given, Architecture) else "-".join(map(str, given.values())),
 )
-def test_other_objectives_are_certified(options: dict[str, Any]) -> None:
-    tied = DEFAULT.__class__(**{**vars(DEFAULT), "family": "qwen3", "attention_bias": False})
-    tied = tied.__class__(**{**vars(tied), "query_key_norm": True, "tied": True})
-    results = certify(METHODS[options["method"]].Options(**options), tied, partial(measure, cases=FEW))
+def test_other_objectives_and_families_are_certified(
+    options: dict[str, Any], architecture: Architecture
+) -> None:
+    method = METHODS[options["method"]].Options(**options)
+    results = certify(method, architecture, partial(measure, cases=FEW))
     assert all(result.passed for result in results), table(results)
 
 
