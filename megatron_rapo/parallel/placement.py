@@ -69,11 +69,10 @@ class Placement:
         return [replica_ranks(self.layout, replica)[0] for replica in range(self.layout.data_parallel)]
 
     def group_of(self, ranks: Sequence[int]) -> dist.ProcessGroup:
-        """The group of these ranks, in this order; this rank is one of them."""
-        for group in (self.tensor_group,):
-            if dist.get_process_group_ranks(group) == list(ranks):
-                return group
-        raise ValueError(f"rank {self.rank} has no group with ranks {list(ranks)}")
+        """The group of these ranks, which hold a tensor between them (`weights.holders`), in their order."""
+        if dist.get_process_group_ranks(self.tensor_group) != list(ranks):
+            raise ValueError(f"rank {self.rank} has no group with ranks {list(ranks)}")
+        return self.tensor_group
 
     def share_from_heads(self, mine: T | None) -> list[T]:
         """Every head's object, by data-parallel rank, on all ranks. `mine` is read on heads only.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ def test_the_pages_family_is_none_of_ours() -> None:
     assert "megatron_rapo" not in own_family.LINE
     named = Path(family_of.__code__.co_filename).read_text(encoding="utf-8")
     assert "seed_oss" not in named
+
+
+def test_the_page_names_every_family() -> None:
+    named = re.findall(r"^\| `(\w+)` \|", own_family.PAGE, re.M)
+    assert {*named, "seed_oss"} == {"model_type", *FAMILIES}
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -176,6 +176,14 @@ def test_other_ranks_than_the_first_may_be_the_ones_that_send(
     assert all(torch.equal(arrived[name], values) for name, values in truth.items())
 
 
+def test_a_group_is_of_the_ranks_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Ranks(layout("tp2"), monkeypatch).placement(3)
+    assert place.group_of((2, 3)) is place.tensor_group
+    for others in ((0, 1), (3, 2), (2,)):
+        with pytest.raises(ValueError, match="rank 3 has no group with ranks"):
+            place.group_of(others)
+
+
 # As a stream to the main rank
 
 
