@@ -55,6 +55,7 @@ class Rule:
         cut: the dimension of each that tensor parallelism cuts.
         transformer_engine: its name where Transformer Engine fuses the norm into the linear.
         vocabulary: whether rows are the vocabulary's, which is padded before it is cut.
+        heads: whether rows are those of attention heads, none of which is cut.
         copy: whether it repeats what another parameter holds: it is loaded as well, never exported or stored.
     """
 
@@ -64,6 +65,7 @@ class Rule:
     fusion: Fusion = ONE
     transformer_engine: str | None = None
     vocabulary: bool = False
+    heads: bool = False
     copy: bool = False
 
     def of_layer(self, index: int) -> Rule:

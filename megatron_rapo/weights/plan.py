@@ -62,35 +62,6 @@ class Transfer:
 
 
 @dataclass(frozen=True)
-class EngineSide:
-    """Where an engine holds slices: SGLang's cuts, under its own tensor parallelism."""
-
-    architecture: Architecture
-    tensor_parallel: int
-
-    def slices(self, tensor: HFTensor) -> list[Slice]:
-        """What each rank of the engine needs of a tensor."""
-        ranks = self.tensor_parallel
-        if tensor.cut is None:
-            return [Slice(0, 1)] * ranks
-        size = tensor.shape[tensor.cut]
-        if tensor.vocabulary:
-            padded = -(-size // ENGINE_VOCABULARY_MULTIPLE) * ENGINE_VOCABULARY_MULTIPLE
-            return _equal_slices(size, -(-padded // ranks), ranks)
-        if ".k_proj." in tensor.name or ".v_proj." in tensor.name:
-            return self._key_value_slices()
-        return _equal_slices(size, size // ranks, ranks)
-
-    def _key_value_slices(self) -> list[Slice]:
-        """Whole heads; where there are more ranks than heads, several ranks hold the same one."""
-        heads, dim, ranks = self.architecture.kv_heads, self.architecture.head_dim, self.tensor_parallel
-        if ranks <= heads:
-            return _equal_slices(heads * dim, heads * dim // ranks, ranks)
-        holds = [rank * heads // ranks for rank in range(ranks)]
-        return [Slice(head * dim, (head + 1) * dim) for head in holds]
-
-
-@dataclass(frozen=True)
 class Plan:
     """All transfers of one publication, by tensor in the order of `tensor_table`."""
 
@@ -136,17 +107,17 @@ def make_plan(
             transfer
             for engine, size in enumerate(engines)
             for tensor in tensors
-            for transfer in _transfers(tensor, rows, EngineSide(architecture, size), engine)
+            for transfer in _transfers(tensor, rows, size, engine)
         )
     )
 
 
-def _transfers(tensor: HFTensor, rows: int, engine_side: EngineSide, engine: int) -> Iterator[Transfer]:
+def _transfers(tensor: HFTensor, rows: int, engine_ranks: int, engine: int) -> Iterator[Transfer]:
     """Of one tensor to one engine; `rows` are the trainer's, padded, of embedding and head."""
     copies = tensor.holders.copies
     ranks = copies[engine % len(copies)]
     held = _trainer_slices(tensor, rows, len(ranks))
-    for engine_rank, needed in enumerate(engine_side.slices(tensor)):
+    for engine_rank, needed in enumerate(_engine_slices(tensor, engine_ranks)):
         if tensor.cut is None:
             yield Transfer(tensor, needed, ranks[engine_rank % len(ranks)], engine, engine_rank)
             continue
@@ -161,6 +132,21 @@ def _trainer_slices(tensor: HFTensor, rows: int, ranks: int) -> list[Slice]:
         return [Slice(0, 1)] * ranks
     size = tensor.shape[tensor.cut]
     return _equal_slices(size, (rows if tensor.vocabulary else size) // ranks, ranks)
+
+
+def _engine_slices(tensor: HFTensor, ranks: int) -> list[Slice]:
+    """What each rank of an engine needs of a tensor: SGLang's cuts, under its own tensor parallelism."""
+    if tensor.cut is None:
+        return [Slice(0, 1)] * ranks
+    size, unit = tensor.shape[tensor.cut], tensor.unit
+    if tensor.vocabulary:
+        padded = -(-size // ENGINE_VOCABULARY_MULTIPLE) * ENGINE_VOCABULARY_MULTIPLE
+        return _equal_slices(size, -(-padded // ranks), ranks)
+    if ranks <= size // unit:
+        return _equal_slices(size, size // ranks, ranks)
+    # More ranks than heads of keys and values: several hold the same one.
+    heads = [rank * (size // unit) // ranks for rank in range(ranks)]
+    return [Slice(head * unit, (head + 1) * unit) for head in heads]
 
 
 def _equal_slices(size: int, step: int, ranks: int) -> list[Slice]:

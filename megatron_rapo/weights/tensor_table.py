@@ -21,6 +21,7 @@ class HFTensor:
         cut: the dimension that tensor parallelism cuts; None if every holder has it whole.
         holders: the ranks that have it.
         vocabulary: whether its rows are the vocabulary's, which is padded before it is cut.
+        unit: how many rows are left together by whoever cuts it: those of a head.
     """
 
     name: str
@@ -28,6 +29,7 @@ class HFTensor:
     cut: int | None
     holders: Holders
     vocabulary: bool = False
+    unit: int = 1
 
     @property
     def elements(self) -> int:
@@ -47,5 +49,6 @@ def _in_order(architecture: Architecture, layout: Parallel) -> Iterator[HFTensor
             stage = -1 if number else 0
         else:
             stage = stage_of_layer(layout, architecture.layers, layer)
+        unit = architecture.head_dim if rule.heads else 1
         for name, shape in rule.hf.items():
-            yield HFTensor(name, shape, rule.cut, stages[stage], rule.vocabulary)
+            yield HFTensor(name, shape, rule.cut, stages[stage], rule.vocabulary, unit)

@@ -78,10 +78,10 @@ def layer(a: Architecture) -> Iterator[Rule]:
         transformer_engine="self_attention.linear_qkv.layer_norm_weight",
     )
     weights = {f"{name}.weight": (rows, a.hidden) for name, rows in projections.items()}
-    yield Rule("self_attention.linear_qkv.weight", weights, ROWS, QKV)
+    yield Rule("self_attention.linear_qkv.weight", weights, ROWS, QKV, heads=True)
     if a.attention_bias:
         biases = {f"{name}.bias": (rows,) for name, rows in projections.items()}
-        yield Rule("self_attention.linear_qkv.bias", biases, ROWS, QKV)
+        yield Rule("self_attention.linear_qkv.bias", biases, ROWS, QKV, heads=True)
     if a.query_key_norm:
         for name in ("q", "k"):
             norm = {f"self_attn.{name}_norm.weight": (a.head_dim,)}
