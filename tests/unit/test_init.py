@@ -63,5 +63,7 @@ def test_the_pages_build_the_same_files() -> None:
     block = re.search(r"```python\n(# my_method\.py\n.*?)```", page, re.DOTALL)
     assert block is not None
     assert (templates / "method/my_method.py").read_text(encoding="utf-8") == block[1]
-    example = ROOT / "examples/own_reward/my_rewards.py"
-    assert (templates / "reward/my_rewards.py").read_bytes() == example.read_bytes()
+    for kind, file in (("reward", "my_rewards.py"), ("method", "my_method.py")):
+        for name in (file, f"test_{file}"):
+            example = ROOT / f"examples/own_{kind}" / name
+            assert (templates / kind / name).read_bytes() == example.read_bytes(), name

@@ -19,9 +19,10 @@ from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.methods.terms.divergences import LOG_RATIO_BOUNDS
 from megatron_rapo.methods.terms.policy_gradient import PolicyGradient
 from megatron_rapo.methods.terms.term import AtToken, Term
+from megatron_rapo.testing.ranks import on_ranks
 from tests.methods import a_method
 from tests.unit.one_rank import one_rank
-from tests.unit.thread_ranks import on_ranks, placement_of
+from tests.unit.thread_ranks import placement_of
 
 ROWS, VOCABULARY, HIDDEN, TEMPERATURE = 13, 11, 7, 0.9
 

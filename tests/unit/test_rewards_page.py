@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ PAGE = (ROOT / "docs/rewards.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 TOML = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
 PROBLEM = Problem("0", "3 4=7:", '{"numbers":[3,4],"target":7}', "countdown", columns={"target": 7})
-FIRST, USERS_TEST, WITH_FACTS, WEIGHED = range(4)
+FIRST, USERS_TEST, CHECKED, WITH_FACTS, WEIGHED = range(5)
 
 
 def namespace(block: int) -> dict[str, Any]:
@@ -43,14 +42,13 @@ def configured(block: int, folder: Path) -> RunConfig:
 
 
 def test_every_block_of_the_page_is_tested_here() -> None:
-    assert (len(PYTHON), len(TOML)) == (4, 3)
+    assert (len(PYTHON), len(TOML)) == (5, 3)
 
 
-def test_the_first_function_and_its_users_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("my_rewards")
-    exec(PYTHON[FIRST], module.__dict__)
-    monkeypatch.setitem(sys.modules, "my_rewards", module)
-    exec(PYTHON[USERS_TEST], {})
+def test_the_first_function_and_its_users_tests(tmp_path: Path) -> None:
+    (tmp_path / "my_rewards.py").write_text(PYTHON[FIRST])
+    (tmp_path / "test_it.py").write_text(PYTHON[USERS_TEST] + PYTHON[CHECKED])
+    subprocess.run([sys.executable, str(tmp_path / "test_it.py")], check=True, timeout=60)
 
 
 def test_the_option_finds_it(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from megatron_rapo.methods.annotated import Annotated
 from megatron_rapo.methods.dapo import DAPO
 from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.policy.weighing import weigh
+from megatron_rapo.testing.ranks import on_ranks
 from tests.episodes import random_sequence
 from tests.unit.one_rank import one_rank
-from tests.unit.thread_ranks import on_ranks, placement_of
+from tests.unit.thread_ranks import placement_of
 
 TOKENS = 3 + 8 + 5 + 1
 

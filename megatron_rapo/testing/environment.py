@@ -1,32 +1,18 @@
-"""For tests of a user's own file: problems, and engines that say what the test wants.
-
-```python
-episode = run_environment(TryAgain(), a_problem("3 4 5=17:", target=17), turns=["3+4", "3*4+5"])
-assert episode.score.value == 0.5
-```
-A token here is a character, so that tests need no model: `chr(token_id)` is its text.
-"""
+"""Environments in tests: engines that say what the test wants."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from megatron_rapo.episode.environment import Environment, Turn, close
 from megatron_rapo.episode.episode import Episode
 from megatron_rapo.episode.problem import Problem
+from megatron_rapo.testing.made_up import LOG_PROB, VERSION
 
-LOG_PROB, VERSION = -1.0, 0  # of each token that is sampled
 TOKENS = 2**15  # of an episode, at most
-
-
-def a_problem(question: str, answer: str = "", **columns: Any) -> Problem:
-    """A problem whose prompt is the question, with these columns of its row."""
-    token_ids = tuple(map(ord, question))
-    return Problem("0", question, answer, source="test", token_ids=token_ids, columns=columns)
 
 
 class ScriptedGenerate:
