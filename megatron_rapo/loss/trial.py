@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from megatron_rapo.episode.facts import NAME
 from megatron_rapo.errors import RapoError
 from megatron_rapo.methods.method import Method
 from megatron_rapo.methods.terms.term import AtToken, Term
+from megatron_rapo.observe.catalogue import groups
 
 # Sums over response tokens that every update reports besides what terms do; only "total" is weighted.
 OF_EVERY_UPDATE = (
@@ -22,6 +26,9 @@ OF_EVERY_UPDATE = (
     "tokens",
     "tokens_in_loss",
 )
+_ALWAYS = ("loss/total", "loss/tokens", "loss/entropy", "loss/not_finite")
+_OF_TERMS = {"loss", "audit"}  # groups of metrics in which terms report; others are the trainer's
+_GROUP = re.compile(r"[a-z0-9_]+")
 _TOKENS = 3
 
 
@@ -29,7 +36,8 @@ def reported_names(method: Method) -> list[tuple[str, ...]]:
     """The names of what each of the method's terms reports.
 
     Raises:
-        RapoError: there is no term, a term fails or returns what is no value a token, or a name is taken.
+        RapoError: there is no term, a term fails or returns what is no value a token, or a name is taken or
+            cannot be logged.
     """
     what = f"method {method.options.method}"
     terms = method.terms()
@@ -39,7 +47,26 @@ def reported_names(method: Method) -> list[tuple[str, ...]]:
     every = Counter([*OF_EVERY_UPDATE, *(name for own in names for name in own)])
     if twice := [name for name, count in every.items() if count > 1]:
         raise RapoError(f"a term of {what} reports {twice[0]!r}, which is taken; give it another name")
+    _check_metrics([term for _, term in terms], names, what)
     return names
+
+
+def _check_metrics(terms: Sequence[Term], reported: Sequence[Sequence[str]], what: str) -> None:
+    """That what terms report can be logged, and hides no other metric."""
+    logged: set[str] = set()
+    for term, names in zip(terms, reported, strict=True):
+        for metric in term.metrics(dict.fromkeys(names, 0.5)):
+            group, *parts = metric.split("/")
+            if not (_GROUP.fullmatch(group) and parts and all(map(NAME.fullmatch, parts))):
+                raise RapoError(
+                    f"a term of {what} reports {metric!r}, which cannot be logged; give it a name of "
+                    "letters, digits, dots, hyphens and underscores"
+                )
+            if metric in logged or metric in _ALWAYS or group in groups().keys() - _OF_TERMS:
+                raise RapoError(
+                    f"a term of {what} reports {metric!r}, which is another metric; give it another name"
+                )
+            logged.add(metric)
 
 
 def _reported(term: Term, what: str) -> list[str]:

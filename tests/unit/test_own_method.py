@@ -136,6 +136,16 @@ STATE = '{"baseline": self.baseline}'
         ("over.square(), {", "over.sum(), {", r"Overconfidence of .* its value as \(\) for 3 tokens; return"),
         ("over > 0}", "0.5}", r"returned overconfident as float for 3 tokens"),
         ('"overconfident":', '"entropy":', r"reports 'entropy', which is taken"),
+        (
+            '"overconfident":',
+            '"too sure":',
+            r"reports 'loss/too sure', which cannot be logged; give",
+        ),
+        ('"overconfident":', '"Mine/sure":', r"reports 'Mine/sure', which cannot be logged"),
+        ('"overconfident":', '"mine/":', r"reports 'mine/', which cannot be logged"),
+        ('"overconfident":', '"reward/mean":', r"reports 'reward/mean', which is another metric; give it"),
+        ('"overconfident":', '"loss/total":', r"reports 'loss/total', which is another metric"),
+        ('"overconfident":', '"loss/policy":', r"reports 'loss/policy', which is another metric"),
         ("token.log_prob", "token.reference_log_prob", r"fails on 3 tokens: TypeError.*needs nothing"),
         (STATE, "{1: 0.5}", r"would not come back .* as it was: \{1: 0\.5\} as \{'1': 0\.5\}"),
         (STATE, "self.configured", r"cannot be saved with a checkpoint: .*Sampling is not"),
@@ -156,8 +166,9 @@ def test_terms_and_state_that_do_not_work_are_told_before_anything_starts(
         check_method(config)
 
 
-def test_what_works_passes(tmp_path: Path) -> None:
-    check_method(configured(tmp_path))
+@pytest.mark.parametrize("name", ["overconfident", "mine/Over-confident", "loss/over/0.9"])
+def test_what_works_passes(tmp_path: Path, name: str) -> None:
+    check_method(configured(tmp_path, ('"overconfident":', f'"{name}":')))
 
 
 @pytest.mark.parametrize(
