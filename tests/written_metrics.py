@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 
+from megatron_rapo.environments.tool_use import ToolUse
+from megatron_rapo.episode.environment import Turn
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.outcome import Outcome, Verification
+from megatron_rapo.episode.problem import Problem
 from megatron_rapo.evaluation.evaluator import _as_metrics
 from megatron_rapo.evaluation.statistics import COLUMNS
 from megatron_rapo.evaluation.statistics import summarise as summarise_samples
@@ -70,6 +76,20 @@ def of_evaluations(folder: Path) -> Iterator[str]:
     for name in _as_metrics(found, graded=True):
         yield f"evaluate/{name}"
         yield f"evaluate/MATH-500/t0.6-p0.95/{name}"
+
+
+def of_environments() -> set[str]:
+    """Of an episode of `tool_use`, which calls nothing."""
+
+    async def generate(token_ids: list[int], **options: Any) -> Turn:
+        return Turn(np.ones(1, np.int32), np.zeros(1, np.float32), np.zeros(1, np.int32), "stop", "5")
+
+    rendering: Any = SimpleNamespace(stop=(), parse=lambda *turn: SimpleNamespace(content="5", tool_calls=[]))
+    toolbox: Any = SimpleNamespace(episode=nullcontext)
+    environment = ToolUse(toolbox, rendering, ToolUse.Options(), max_turns=2)
+    asked: Any = generate
+    episode = asyncio.run(environment.run(Problem("0", "2+3", token_ids=(1,)), asked, 0))
+    return {f"environment/{name}" for name in episode.facts}
 
 
 class _Own(Term):

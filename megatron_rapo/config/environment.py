@@ -34,6 +34,11 @@ class EnvironmentOptions(Section):
         "its reward is unknown (outcome `timeout`).",
     )
 
+    @property
+    def may_score(self) -> bool:
+        """Whether episodes can have the environment's own score, in place of the configured reward."""
+        return self.use not in ("single_turn", "tool_use")
+
     def without_effect(self) -> dict[str, str]:
         inert = {} if self.use == "tool_use" else {"tools": 'use is not "tool_use"'}
         if self.use == "single_turn":

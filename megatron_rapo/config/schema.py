@@ -136,7 +136,7 @@ class RunConfig(Section):
 
     def is_graded(self, data: Data) -> bool:
         """Whether responses to a data set can earn else than 1 and 0: by functions, or in an environment."""
-        return not self.verifier_of(data).is_verifier or self.environment.use != "single_turn"
+        return not self.verifier_of(data).is_verifier or self.environment.may_score
 
     def needs_answers(self, data: Data) -> bool:
         """Whether what rewards responses to a data set reads gold answers."""

@@ -22,7 +22,7 @@ from megatron_rapo.observe.versions import read_versions
 from megatron_rapo.samples.store import read_step, steps_of
 from tests.end_to_end.command import MODEL, Command, checkpoints, heartbeats, metrics, run, write_config
 from tests.end_to_end.conftest import EVALUATE, LAYOUT
-from tests.written_metrics import of_evaluations, of_rollouts, of_updates, of_users_own
+from tests.written_metrics import of_environments, of_evaluations, of_rollouts, of_updates, of_users_own
 
 Finished = tuple[Path, Command]
 
@@ -62,7 +62,8 @@ def test_what_is_written_is_recorded_and_what_is_recorded_is_written(
     """This run tells nothing of a user's own, so each of its metrics has an entry of its own."""
     written = {name for line in metrics(finished[0]) for name in line} - {"step", "time_s"}
     assert [name for name in written if all(entry.own for entry in recorded(name))] == []
-    written |= of_rollouts() | of_users_own() | of_updates() | set(of_evaluations(tmp_path))
+    written |= of_rollouts() | of_environments() | of_users_own() | of_updates()
+    written |= set(of_evaluations(tmp_path))
     assert set(catalogue.metrics()) == {recorded(name)[0] for name in written}
 
 

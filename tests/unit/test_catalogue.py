@@ -11,7 +11,7 @@ import pytest
 from megatron_rapo.config.reward import TAKEN
 from megatron_rapo.observe import document
 from megatron_rapo.observe.catalogue import Metric, groups, metrics, recorded
-from tests.written_metrics import of_evaluations, of_rollouts, of_updates, of_users_own
+from tests.written_metrics import of_environments, of_evaluations, of_rollouts, of_updates, of_users_own
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -33,7 +33,7 @@ def test_the_page_is_printed_by_its_module_alone(capsys: pytest.CaptureFixture[s
 
 
 def test_what_is_written_has_one_entry(tmp_path: Path) -> None:
-    written = of_rollouts() | of_updates() | set(of_evaluations(tmp_path))
+    written = of_rollouts() | of_updates() | of_environments() | set(of_evaluations(tmp_path))
     assert len(written) > 80
     assert {name: built_in(name) for name in written if len(built_in(name)) != 1} == {}
 

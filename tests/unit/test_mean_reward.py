@@ -99,6 +99,7 @@ def test_the_best_checkpoint_may_be_that_of_the_highest_reward(changes: dict[str
     evaluated("reward", **changes)
 
 
-def test_of_rewards_that_are_right_or_wrong_it_is_that_of_pass_at_1() -> None:
+@pytest.mark.parametrize("changes", [{}, {"environment": {"use": "tool_use", "tools": ["calculator"]}}])
+def test_of_rewards_that_are_right_or_wrong_it_is_that_of_pass_at_1(changes: dict[str, Any]) -> None:
     with pytest.raises(RapoError, match="'reward' is not measured; choose one of pass@1, maj@1"):
-        evaluated("reward")
+        evaluated("reward", **changes)
