@@ -29,7 +29,7 @@ from megatron_rapo.evaluation.evaluator import Evaluator
 from megatron_rapo.evaluation.held_out import load_held_out
 from megatron_rapo.experience.batch import Batch, collect
 from megatron_rapo.experience.collector import Collector
-from megatron_rapo.experience.engines import open_engines
+from megatron_rapo.experience.engines import SharedEngines, open_engines
 from megatron_rapo.experience.sharing import Shared
 from megatron_rapo.experience.summary import count_tokens
 from megatron_rapo.experience.unknown import UnknownRewards
@@ -72,6 +72,7 @@ class Job:
     architecture: Architecture
     vocabulary: int
     prompts: PromptOrder | MixedOrder
+    engines: SharedEngines
     collector: Collector | Replay
     unknown_rewards: UnknownRewards
     recorder: SampleRecorder
@@ -88,15 +89,16 @@ class Job:
         """Takes up the newest checkpoint, or starts; the engines then serve these weights."""
         checkpoint = self.checkpoints.newest()
         state = TrainState()
-        if checkpoint is not None:
-            with self.observer.phase("resume"):
-                state = self.checkpoints.load(checkpoint, self.policy)
+        with self.policy.onloaded():
+            if checkpoint is not None:
+                with self.observer.phase("resume"):
+                    state = self.checkpoints.load(checkpoint, self.policy)
         self.prompts.position = state.prompts_drawn
         if state.method_state is not None and state.method == self.config.algorithm.method:
             restore_state(self.method, state.method_state)
         resume_step = None if checkpoint is None else state.step
         if self.placement.is_main:
-            versions = {**software_versions(), "engines": self.collector.engines.software()}
+            versions = {**software_versions(), "engines": self.engines.software()}
             for line in begin(self.config, self.identity, versions, resume_step):
                 print(line, flush=True)
         self.observer.open_logs(resume_step)
@@ -142,8 +144,6 @@ class Job:
             self.prompts, rollout.prompts_per_step, score, rollout.dynamic_sampling, self.method.teaches
         )
         self.unknown_rewards.check(step, batch.sampled)
-        self.collector.engines.rest()
-        self.policy.take_room()
         return batch
 
     def record(self, step: int, batch: Batch, samples: Sequence[Sequence[Sample]]) -> None:
@@ -157,7 +157,7 @@ class Job:
             **metrics,
             **told_by(self.method),
             **self._evaluate_if_due(state.step),
-            **self.collector.engines.metrics(),
+            **self.engines.metrics(),
             "memory/peak_gib": self.placement.largest(peak_memory()) / 2**30,
         }
         self.stop_signal = int(self.placement.largest(requests.number))
@@ -244,15 +244,17 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             check_recorded_identity(config, identity)
         with observer.phase("start engines"):
             verifiers = _open_verifiers(stack, config, placement)
-            collector = _open_collector(stack, config, placement, tokenizer, architecture, verifiers)
+            engines = _open_engines(stack, config, placement, architecture)
+            runner = _open_runner(stack, config, engines, tokenizer, architecture)
         with observer.phase("build models"):
             total_updates = config.decay_steps * config.updates_per_step
             policy = Policy(config.model, config.optimizer, architecture, placement, total_updates)
             method = config.new_method()
             reference = Reference(config.model, architecture, placement) if method.wants_reference else None
+        collector, publisher = _open_collector(config, engines, runner, verifiers, policy, prompts)
         if placement.is_main:
             print(prompts.report)
-        job = Job(
+        yield Job(
             config=config,
             observer=observer,
             placement=placement,
@@ -260,6 +262,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             architecture=architecture,
             vocabulary=vocabulary,
             prompts=order_of(prompts, config.run.seed),
+            engines=engines,
             collector=collector,
             unknown_rewards=UnknownRewards(config.reward.unknown_limit, placement),
             recorder=stack.enter_context(SampleRecorder(config, placement)),
@@ -274,14 +277,9 @@ def open_job(config: RunConfig) -> Iterator[Job]:
                 group=placement.tensor_group,
                 context_group=placement.context_group,
             ),
-            publisher=Unpublished(policy)
-            if config.rollout.replay
-            else open_publisher(config, policy, placement, collector.engines, prompts),
+            publisher=publisher,
             checkpoints=CheckpointStore(config, identity.fingerprints()),
         )
-        if isinstance(collector, Collector):
-            collector.recover = job.publisher.publish
-        yield job
 
 
 def _tell_loss(directory: Path, reason: str) -> None:
@@ -333,24 +331,50 @@ def _open_evaluator(
     return Evaluator(config, tokenizer, collector, verifiers)
 
 
-def _open_collector(
+def _open_engines(
+    stack: ExitStack, config: RunConfig, placement: Placement, architecture: Architecture
+) -> SharedEngines:
+    """None of them in a replay."""
+    if config.rollout.replay is not None:
+        return SharedEngines(placement, None, None)
+    return stack.enter_context(open_engines(config, placement, architecture))
+
+
+def _open_runner(
     stack: ExitStack,
     config: RunConfig,
-    placement: Placement,
+    engines: SharedEngines,
     tokenizer: PreTrainedTokenizerBase,
     architecture: Architecture,
-    verifiers: Mapping[str, Verifier],
-) -> Collector | Replay:
-    """Opens the engines, and what runs a head's episodes on them; or a run's recorded episodes."""
-    if config.rollout.replay is not None:
-        return Replay(config.rollout.replay, placement)
-    environment = open_environment(config)
-    engines = stack.enter_context(open_engines(config, placement, architecture))
+) -> Runner | None:
+    """What runs a head's episodes; None on other ranks, and in a replay."""
     if engines.pool is None:
-        return Collector(placement, engines, None, None)
+        return None
     episodes = EpisodeRunner(
-        environment, config.environment, tokenizer, config.reward.correct_at, architecture.vocabulary
+        open_environment(config),
+        config.environment,
+        tokenizer,
+        config.reward.correct_at,
+        architecture.vocabulary,
     )
-    runner = stack.enter_context(Runner(episodes, engines.pool))
-    by_source = {data.name: verifiers[str(config.verifier_of(data))] for data in config.training_sources}
-    return Collector(placement, engines, runner, judge_by_source(by_source))
+    return stack.enter_context(Runner(episodes, engines.pool))
+
+
+def _open_collector(
+    config: RunConfig,
+    engines: SharedEngines,
+    runner: Runner | None,
+    verifiers: Mapping[str, Verifier],
+    policy: Policy,
+    prompts: TrainingPrompts,
+) -> tuple[Collector | Replay, Publisher | Unpublished]:
+    """Where groups come from, and where weights go to."""
+    placement = policy.placement
+    if config.rollout.replay is not None:
+        return Replay(config.rollout.replay, placement), Unpublished(policy)
+    publisher = open_publisher(config, policy, placement, engines, prompts)
+    judge = None
+    if runner is not None:
+        by_source = {data.name: verifiers[str(config.verifier_of(data))] for data in config.training_sources}
+        judge = judge_by_source(by_source)
+    return Collector(placement, engines, runner, judge, recover=publisher.publish), publisher

@@ -27,19 +27,22 @@ def train(config: RunConfig) -> None:
                 step = state.step + 1
                 job.observer.begin_step(step)
                 batch = job.collect(step)
-                with phase("annotate"):
-                    samples = make_samples(batch.groups, job.method, job.vocabulary, config.minibatch_prompts)
-                    job.record(step, batch, samples)
-                    plans = plan_minibatches(samples, config)
-                    minibatches = build_minibatches(
-                        with_tokens(samples, plans, batch, job.placement), plans, config, job.placement
-                    )
-                    job.policy.annotate(minibatches, job.objective)
-                    if job.reference is not None:
-                        job.reference.annotate(minibatches, job.objective)
-                    weigh(minibatches, job.method, job.placement)
-                with phase("update"):
-                    updated = job.policy.update(minibatches, job.objective, job.reference)
+                with job.engines.offloaded(), job.policy.onloaded():
+                    with phase("annotate"):
+                        samples = make_samples(
+                            batch.groups, job.method, job.vocabulary, config.minibatch_prompts
+                        )
+                        job.record(step, batch, samples)
+                        plans = plan_minibatches(samples, config)
+                        minibatches = build_minibatches(
+                            with_tokens(samples, plans, batch, job.placement), plans, config, job.placement
+                        )
+                        job.policy.annotate(minibatches, job.objective)
+                        if job.reference is not None:
+                            job.reference.annotate(minibatches, job.objective)
+                        weigh(minibatches, job.method, job.placement)
+                    with phase("update"):
+                        updated = job.policy.update(minibatches, job.objective, job.reference)
                 with phase("publish"):
                     published = job.publisher.publish(step)
                 state = job.state_after(step)

@@ -70,6 +70,7 @@ def examine_at(config: RunConfig, placement: Placement) -> list[Finding]:
         checkpoints = CheckpointStore(config)
         newest = checkpoints.newest()
         version = 0 if newest is None else checkpoints.load(newest, policy).step
+        policy.offload()  # there are no updates
         publisher = open_publisher(aside, policy, placement, engines, prompts, trusting=True)
         probe = None
         if placement.is_main and engines.pool is not None:

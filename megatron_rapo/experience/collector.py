@@ -24,8 +24,6 @@ class Collector:
 
     Attributes:
         runner: this head's own; None on other ranks.
-        recover: makes engines serve a version of the weights again, on all ranks, where a rollout has lost
-            too many; without it such a rollout is an error.
     """
 
     def __init__(
@@ -34,13 +32,22 @@ class Collector:
         engines: SharedEngines,
         runner: Runner | None,
         judge: Judge | None,
+        recover: Callable[[int], object] | None = None,
     ) -> None:
-        """`runner` and `judge`, the reward of the training data, are this head's own; None on other ranks."""
+        """
+        Args:
+            placement: this rank's.
+            engines: that are asked.
+            runner: this head's own; None on other ranks.
+            judge: the reward of the training data, this head's own; None on other ranks.
+            recover: makes engines serve a version of the weights again, on all ranks, where a rollout has
+                lost too many; without it such a rollout is an error.
+        """
         self.placement = placement
         self.engines = engines
         self.runner = runner
         self._judge = judge
-        self.recover: Callable[[int], object] | None = None
+        self._recover = recover
 
     def collect(
         self,
@@ -114,6 +121,6 @@ class Collector:
             with phase("rollout"):
                 if not self.engines.any_missing(missing):
                     return
-            if self.recover is None:
+            if self._recover is None:
                 raise self.engines.too_few()
-            self.recover(weight_version)
+            self._recover(weight_version)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 from megatron_rapo.config import RunConfig
 from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
 from megatron_rapo.engines.launching import Launcher
 from megatron_rapo.engines.servers import LocalServers
 from megatron_rapo.engines.sglang.launcher import SGLangLauncher
-from megatron_rapo.errors import RapoError
+from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.rollout.identity import check_distinct
@@ -38,7 +38,7 @@ class SharedEngines:
             placement: this rank's.
             pool: this head's own; None on other ranks.
             reviver: the main rank's, which brings engines back for all; None on other ranks.
-            colocated: whether engines rest while the trainer works.
+            colocated: whether engines are offloaded while the trainer works.
         """
         self.pool = pool
         self._placement = placement
@@ -49,13 +49,24 @@ class SharedEngines:
         """Names and versions of the engines' software, as this head's pool has them."""
         return self.pool.software() if self.pool is not None else ""
 
-    def rest(self) -> None:
+    @contextmanager
+    def offloaded(self) -> Iterator[None]:
+        """For training: colocated engines are offloaded, and onloaded again.
+
+        One that is lost then is out until the publication that follows. An error leaves them as they are.
+        """
+        self.offload()
+        yield
+        with suppress(EngineLost):
+            self.onload()
+
+    def offload(self) -> None:
         """After rollouts: colocated engines give their memory to the trainer."""
         if self._colocated and self._placement.is_main and self.pool is not None:
             self.pool.release_memory()
 
-    def wake(self) -> None:
-        """Before weights are published: they take it again.
+    def onload(self) -> None:
+        """Before weights are published: those that gave their memory take it again.
 
         Raises:
             EngineLost: on the main rank, where one was lost.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,8 +61,8 @@ class Policy:
         Raises:
             RapoError: the weights do not load, or `optimizer.in_host_memory_during_rollouts` has no effect.
         """
-        self._gives_way, self._gave_way = optimizer.in_host_memory_during_rollouts, False
-        if self._gives_way and device().type == "cpu":
+        self._offloads, self._offloaded = optimizer.in_host_memory_during_rollouts, False
+        if self._offloads and device().type == "cpu":
             raise RapoError(
                 "optimizer.in_host_memory_during_rollouts = true has no effect where the trainer computes on "
                 "the CPU; remove it"
@@ -164,21 +165,28 @@ class Policy:
     def _check_parameters(self, what: str, remedy: str, bound: float = math.inf) -> float:
         return check_finite(what, dict(named_parameters(self.chunks)), self.placement, remedy, bound)
 
-    def make_room(self) -> None:
-        """Before rollouts: optimizer state to host memory, gradient buffers away, if the options say so."""
-        if self._gives_way and not self._gave_way:
+    def offload(self) -> None:
+        """Optimizer state to host memory, and gradient buffers away, if the options say so: for rollouts."""
+        if self._offloads and not self._offloaded:
             self.optimizer.offload_to_cpu()
             for chunk in self.wrapped:
                 chunk.offload_grad_buffers()
-            self._gave_way = True
+            self._offloaded = True
 
-    def take_room(self) -> None:
-        """After rollouts: everything is where it computes again."""
-        if self._gave_way:
+    def onload(self) -> None:
+        """Everything is where it computes again."""
+        if self._offloaded:
             self.optimizer.restore_from_cpu()
             for chunk in self.wrapped:
                 chunk.restore_grad_buffers()
-            self._gave_way = False
+            self._offloaded = False
+
+    @contextmanager
+    def onloaded(self) -> Iterator[None]:
+        """For updates: onload, and offload again. An error leaves it as it is, since it ends the run."""
+        self.onload()
+        yield
+        self.offload()
 
     def go_to_update(self, update: int) -> None:
         """Sets the learning rate to where it stands after `update` updates."""

@@ -85,7 +85,6 @@ class Publisher:
         """
         begun = time.perf_counter()
         self._policy.synchronise_parameters()
-        self._policy.make_room()
         check_policy(self._policy, self._placement, self._prompts, version, self._sequence_multiple)
         checksums, found = self._serve(version)
         self._engines.agree()
@@ -101,7 +100,7 @@ class Publisher:
             self._together(self._engines.revive)
             members = self._membership()
             try:
-                self._together(self._engines.wake)
+                self._together(self._engines.onload)  # those that came back, or failed to before
                 checksums = self._together(partial(self._send_once, version))
                 self._together(partial(self._compare, checksums))
                 return checksums, self._together(partial(self._probe, version))

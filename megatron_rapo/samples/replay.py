@@ -15,7 +15,6 @@ from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.collector import Phase
-from megatron_rapo.experience.engines import SharedEngines
 from megatron_rapo.experience.sharing import Shared, share
 from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.parallel.placement import Placement
@@ -24,14 +23,9 @@ from megatron_rapo.samples.store import read_step, steps_of
 
 
 class Replay:
-    """In place of a `Collector`: what a run has recorded, with its rewards. Each head reads its share.
-
-    Attributes:
-        engines: none.
-    """
+    """In place of a `Collector`: what a run has recorded, with its rewards. Each head reads its share."""
 
     def __init__(self, run: Path, placement: Placement) -> None:
-        self.engines = SharedEngines(placement, None, None)
         self._placement = placement
         self._run = run
         self._files = steps_of(run)

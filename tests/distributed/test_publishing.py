@@ -128,7 +128,7 @@ def measure(path: Path, urls: list[str], processes: list[int], report: Path) -> 
             run = Run(path, layout(name), transport, pool, report.parent)
             run.scale(1.0 + 0.05 * version)
             if name in RESTING:
-                run.engines.rest()
+                run.engines.offload()
                 assert pool is None or all(map(weights_are_released, pool.urls))
             metrics = run.publisher().publish(version)
             results[f"{transport} {name}"] = {"metrics": metrics, **run.compare()}

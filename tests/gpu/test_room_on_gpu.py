@@ -41,8 +41,8 @@ def measure(path: Path, report: Path) -> None:
             for seed in range(3):
                 policy.update(make_minibatches(placement, [seed]), objective, None)
                 before = torch.cuda.memory_allocated()
-                policy.make_room()
+                policy.offload()
                 freed = max(freed, before - torch.cuda.memory_allocated())
-                policy.take_room()
+                policy.onload()
             outcomes.append(torch.cat([p.detach().flatten().cpu() for p in policy.chunks[0].parameters()]))
         report.write_text(json.dumps({"same": torch.equal(*outcomes), "freed": freed}))

@@ -30,7 +30,7 @@ def reviver_of(tmp_path_factory):
     return lambda: Reviver(None, architecture, restarts=3, startup_timeout=20)
 
 
-def make_collector(pool, runner, reviver=None):
+def make_collector(pool, runner, reviver=None, recover=None):
     """Of the one rank of a run."""
     placement = SimpleNamespace(
         is_main=True,
@@ -41,7 +41,7 @@ def make_collector(pool, runner, reviver=None):
         share_from_main=lambda mine: mine,
     )
     engines = SharedEngines(cast(Any, placement), pool, reviver)
-    return Collector(cast(Any, placement), engines, runner, judge)
+    return Collector(cast(Any, placement), engines, runner, judge, recover)
 
 
 async def judge(answer, problem):
@@ -70,7 +70,7 @@ def test_what_is_missing_is_sampled_once_engines_are_back(reviver_of, tmp_path):
 
     reviver = reviver_of()
     with stand_ins(2) as (servers, urls), make_pool(urls, reviver) as pool, single_turns(pool) as runner:
-        collector, recovered = make_collector(pool, runner, reviver), []
+        recovered = []
 
         def fail_after(server, count):
             def change(answers):
@@ -87,7 +87,7 @@ def test_what_is_missing_is_sampled_once_engines_are_back(reviver_of, tmp_path):
             collector.engines.revive()
             pool.update_weights(tmp_path, version)
 
-        collector.recover = recover
+        collector = make_collector(pool, runner, reviver, recover)
         fail_after(servers[0], 1)
         fail_after(servers[1], 2)
         assert sample(collector) == undisturbed

@@ -71,7 +71,9 @@ def text_of(token_ids: Sequence[int]) -> str:
 
 
 @contextmanager
-def evaluator_of(directory, placement, pool, reviver=None, settings=(SETTING,)) -> Iterator[Evaluator]:
+def evaluator_of(
+    directory, placement, pool, reviver=None, settings=(SETTING,), recover=None
+) -> Iterator[Evaluator]:
     """One rank's; without a pool, of a rank that is no head."""
     rollout = Rollout(prompts_per_step=8, max_response_tokens=8)
     config = SimpleNamespace(
@@ -84,7 +86,7 @@ def evaluator_of(directory, placement, pool, reviver=None, settings=(SETTING,)) 
     engines = SharedEngines(cast(Any, placement), pool, reviver)
     verifiers = {} if pool is None else {"math": SimpleNamespace(score=judge)}
     with nullcontext() if pool is None else single_turns(pool, text_of) as runner:
-        collector = Collector(cast(Any, placement), engines, runner, None)
+        collector = Collector(cast(Any, placement), engines, runner, None, recover)
         yield Evaluator(cast(Any, config), cast(Any, None), collector, cast(Any, verifiers))
 
 
@@ -94,12 +96,12 @@ def held_out(monkeypatch) -> None:
 
 
 @contextmanager
-def evaluation(directory, reviver=None, settings=(SETTING,)):
+def evaluation(directory, reviver=None, settings=(SETTING,), recover=None):
     """Stand-ins, their pool, and the evaluator of the one rank of a run."""
     with (
         engines_of(2) as (servers, urls),
         pool_of(urls, reviver) as pool,
-        evaluator_of(directory, ALONE, pool, reviver, settings) as evaluator,
+        evaluator_of(directory, ALONE, pool, reviver, settings, recover) as evaluator,
     ):
         yield servers, pool, evaluator
 
@@ -140,17 +142,16 @@ def test_samples_are_the_same_when_all_engines_are_lost_on_the_way(tmp_path, rev
     with evaluation(tmp_path / "undisturbed") as (_, _, evaluator):
         undisturbed = evaluator.run(STEP)
     reviver, recovered = reviver_of(), []
-    with evaluation(tmp_path / "disturbed", reviver) as (servers, pool, evaluator):
+
+    def recover(version: int) -> None:
+        recovered.append(version)
+        for server in servers:
+            server.change = lambda answers: answers
+        pool.update_weights(tmp_path, version)
+
+    with evaluation(tmp_path / "disturbed", reviver, recover=recover) as (servers, pool, evaluator):
         for number, server in enumerate(servers):
             server.change = _fail_after(server, 2 + number)
-
-        def recover(version: int) -> None:
-            recovered.append(version)
-            for server in servers:
-                server.change = lambda answers: answers
-            pool.update_weights(tmp_path, version)
-
-        evaluator.collector.recover = recover
         assert evaluator.run(STEP) == undisturbed
     assert recovered == [STEP]
     assert stored(tmp_path / "disturbed") == stored(tmp_path / "undisturbed")

@@ -136,16 +136,16 @@ def test_a_server_named_twice_is_refused(model, architecture, tmp_path):
 
 
 @pytest.mark.parametrize("colocated", [False, True])
-def test_colocated_engines_rest_while_the_trainer_works(colocated, model, architecture, tmp_path):
+def test_colocated_engines_are_offloaded_while_the_trainer_works(colocated, model, architecture, tmp_path):
     with stand_ins(1) as ([server], urls):
         config = SimpleNamespace(
             rollout=SimpleNamespace(
                 **{**vars(configuration(model, tmp_path, urls=urls).rollout), "colocated": colocated}
             )
         )
-        with open_engines(cast(Any, config), place(is_main=True, is_head=True), architecture) as shared:
-            shared.rest()
-            shared.wake()
+        here = place(is_main=True, is_head=True)
+        with open_engines(cast(Any, config), here, architecture) as shared, shared.offloaded():
+            pass
         asked = [path for path, _ in server.asked if path.endswith("_memory_occupation")]
         expected = ["/release_memory_occupation", "/resume_memory_occupation"]
         assert asked == (expected if colocated else [])

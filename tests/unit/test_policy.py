@@ -366,25 +366,26 @@ class Recorded:
         return lambda **options: self.calls.append((name, options))
 
 
-def test_room_is_made_once_and_taken_back_once(models: Path, placement: Placement) -> None:
+def test_it_is_offloaded_once_and_onloaded_once(models: Path, placement: Placement) -> None:
     """Only where the option says so; whoever asks twice, as after an error, moves nothing twice."""
     policy = make_policy(models, placement)
     optimizer, chunks = Recorded(), [Recorded(), Recorded()]
     policy.optimizer, policy.wrapped = optimizer, chunks  # type: ignore[assignment]
-    for turn in (policy.make_room, policy.take_room):
+    for turn in (policy.offload, policy.onload):
         turn()
     assert optimizer.calls == chunks[0].calls == []
-    policy._gives_way = True
-    policy.take_room()
-    for turn in (policy.make_room, policy.make_room, policy.take_room, policy.take_room):
+    policy._offloads = True
+    policy.onload()
+    for turn in (policy.offload, policy.offload, policy.onload, policy.onload):
         turn()
-    policy.make_room()
-    assert optimizer.calls == [
-        (name, {}) for name in ("offload_to_cpu", "restore_from_cpu", "offload_to_cpu")
-    ]
+    policy.offload()
+    with policy.onloaded():
+        assert [name for name, _ in optimizer.calls][-2:] == ["offload_to_cpu", "restore_from_cpu"]
+    turns = ("offload", "restore", "offload", "restore", "offload")
+    names = {"offload": "offload_to_cpu", "restore": "restore_from_cpu"}
+    assert optimizer.calls == [(names[turn], {}) for turn in turns]
     for chunk in chunks:
-        names = ("offload_grad_buffers", "restore_grad_buffers", "offload_grad_buffers")
-        assert chunk.calls == [(name, {}) for name in names]
+        assert chunk.calls == [(f"{turn}_grad_buffers", {}) for turn in turns]
 
 
 def test_parameters_that_are_gathered_late_are_made_current(models: Path, placement: Placement) -> None:

@@ -95,7 +95,6 @@ def publication(
         placement = cast(Any, Alone())
         policy = SimpleNamespace(
             synchronise_parameters=lambda: None,
-            make_room=lambda: None,
             architecture=SimpleNamespace(vocabulary=VOCAB),
         )
         publisher = Publisher(

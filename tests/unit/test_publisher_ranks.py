@@ -84,7 +84,7 @@ class Case:
         patch.setattr(publishers, "mean_differences", self._mean_differences)
 
     def _check_policy(self, policy: Any, place: Placement, prompts: Any, version: int, multiple: int) -> None:
-        assert (prompts, multiple) == ([PROMPT], 16) and policy.log == ["synchronised", "made room"]
+        assert (prompts, multiple) == ([PROMPT], 16) and policy.log == ["synchronised"]
         self.checked.append((place.rank, version))
 
     def _probe(self, pool: Any, prompts: Any, version: int, vocabulary: int) -> list[Continuation]:
@@ -109,7 +109,6 @@ class Case:
             log: list[str] = []
             policy = SimpleNamespace(
                 synchronise_parameters=lambda: log.append("synchronised"),
-                make_room=lambda: log.append("made room"),
                 architecture=SimpleNamespace(vocabulary=77),
                 log=log,
             )

@@ -13,7 +13,7 @@ import pytest
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.outcome import Outcome
-from megatron_rapo.errors import RapoError
+from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import SharedEngines
 from megatron_rapo.experience.sharing import share
@@ -64,14 +64,39 @@ def on_each(work: Any, lost: tuple[dict[str, str], ...] = ({}, {}, {}), **option
 
 
 @pytest.mark.parametrize("options", [{}, {"colocated": False}, {"colocated": True}])
-def test_colocated_engines_rest_and_wake_by_the_main_rank_alone(options: dict[str, bool]) -> None:
+def test_colocated_engines_are_offloaded_by_the_main_rank_alone(options: dict[str, bool]) -> None:
     def work(engines: SharedEngines) -> None:
-        engines.rest()
-        engines.wake()
+        with engines.offloaded():
+            assert engines.pool is None or "resume" not in cast(Any, engines.pool).asked
 
     asked = [asked for _, asked in on_each(work, **options)]
     assert asked[0] == (["release", "resume"] if options.get("colocated") else [])
     assert asked[1:] == [None, [], None, [], None]
+
+
+def test_an_engine_that_is_lost_while_it_is_onloaded_is_left_to_the_publication() -> None:
+    pool: Any = Pool(0)
+
+    def lose() -> None:
+        pool.asked.append("resume")
+        raise EngineLost("gone")
+
+    pool.resume_memory = lose
+    place: Any = SimpleNamespace(is_main=True)
+    engines = SharedEngines(place, pool, None, colocated=True)
+    with engines.offloaded():
+        assert pool.asked == ["release"]
+    assert pool.asked == ["release", "resume"]
+    with pytest.raises(EngineLost):
+        engines.onload()
+
+
+def test_after_an_error_engines_are_left_as_they_are() -> None:
+    pool: Any = Pool(0)
+    place: Any = SimpleNamespace(is_main=True)
+    with pytest.raises(ZeroDivisionError), SharedEngines(place, pool, None, colocated=True).offloaded():
+        raise ZeroDivisionError
+    assert pool.asked == ["release"]
 
 
 def test_heads_name_their_engines_software() -> None:
@@ -157,10 +182,10 @@ def phase(name: str) -> Iterator[None]:
     TIMED.phases.remove(name)
 
 
-def collector_of(rank: Any, pool: Any, runner: Any = None) -> Collector:
+def collector_of(rank: Any, pool: Any, runner: Any = None, recover: Any = None) -> Collector:
     TIMED.phases = []
     judge: Any = f"judge {rank.data_rank}" if runner is not None else None
-    return Collector(rank, SharedEngines(rank, pool, None), runner, judge)
+    return Collector(rank, SharedEngines(rank, pool, None), runner, judge, recover)
 
 
 def collect(collector: Collector) -> list[str]:
@@ -172,9 +197,9 @@ def collect(collector: Collector) -> list[str]:
 def test_each_head_runs_its_share_and_asks_again_for_what_is_missing_alone(fails: tuple[int, ...]) -> None:
     def sample(rank: Any) -> Any:
         runner = Episodes(fails[rank.data_rank]) if rank.is_head else None
-        collector = collector_of(rank, Pool(rank.data_rank) if rank.is_head else None, runner)
         recovered: list[int] = []
-        collector.recover = recovered.append
+        pool = Pool(rank.data_rank) if rank.is_head else None
+        collector = collector_of(rank, pool, runner, recovered.append)
         return collect(collector), runner.asked if runner else [], runner and runner.did, recovered
 
     found = on_ranks(WORLD, sample, stride=STRIDE)
