@@ -18,8 +18,8 @@ setup(
         "httpx",
         "jinja2",
         "matplotlib",
-        # 0.16.x only: the CPU adapter and the optimizer-checkpoint repair name its internals.
-        "megatron-core>=0.16.1,<0.17",
+        # No other: megatron_repairs/ names its internals.
+        "megatron-core==0.16.1",
         "latex2sympy2_extended[antlr4_13_2]",
         "numpy",
         "psutil",  # also: without it megatron's dist_checkpointing.save waits for ever

@@ -64,7 +64,7 @@ _KNOWN_AND_HARMLESS = (
     r"(Transformer Engine and Apex are|Apex is) not installed",
     # A default of megatron-core 0.16's own configuration.
     r"full scope is deprecated",
-    # The CPU adapter hands Megatron's own accesses on (parallel/device.py).
+    # The CPU adapter hands Megatron's own accesses on (megatron_repairs/cpu.py).
     r"The \.grad attribute of a Tensor that is not a leaf",
     # megatron-core 0.16 with torch 2.13.
     r"`torch\.distributed\.\w+` is deprecated",

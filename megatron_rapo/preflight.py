@@ -27,6 +27,7 @@ from megatron_rapo.evaluation.held_out import load_held_out
 from megatron_rapo.launch.environment import RankEnvironment
 from megatron_rapo.launch.slurm import describe
 from megatron_rapo.loss.trial import reported_names
+from megatron_rapo.megatron_repairs.install import check_version
 from megatron_rapo.methods.state import restore_state, saved_state
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.build import DTYPES
@@ -52,6 +53,7 @@ def check(config: RunConfig) -> Architecture:
     Raises:
         RapoError: the run could not work.
     """
+    check_version()
     architecture = planned_architecture(config)
     for path in _model_paths(config):
         if not path.is_dir():

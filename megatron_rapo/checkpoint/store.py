@@ -20,10 +20,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rapo.checkpoint import files
-from megatron_rapo.checkpoint.adam_repair import repair_adam_checkpoints
 from megatron_rapo.checkpoint.best import BestCheckpoint
-from megatron_rapo.checkpoint.bucket_repair import repair_bucket_padding
-from megatron_rapo.checkpoint.queue_repair import repair_results_queue
 from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.config import RunConfig
 from megatron_rapo.errors import RapoError
@@ -52,9 +49,6 @@ class CheckpointStore:
         self._saved = time.monotonic()
         best = config.evaluate.best if config.evaluate else None
         self.best = None if best is None else BestCheckpoint(self.directory, best)
-        repair_adam_checkpoints()
-        repair_bucket_padding()
-        repair_results_queue()
 
     def newest(self) -> Path | None:
         """The last complete checkpoint."""

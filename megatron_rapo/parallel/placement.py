@@ -14,7 +14,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_rapo.config import Parallel
-from megatron_rapo.parallel.device import choose_device, communication_backend, install_cpu_adapter
+from megatron_rapo.megatron_repairs.install import install
+from megatron_rapo.parallel.device import choose_device, communication_backend
 
 T = TypeVar("T")
 
@@ -126,7 +127,7 @@ def process_groups(layout: Parallel, seed: int) -> Iterator[Placement]:
     Rank, world size and master address come from the environment that the launcher set. The world size must
     equal the layout's.
     """
-    install_cpu_adapter()
+    install()
     choose_device()
     timeout = timedelta(seconds=layout.timeout_s)
     dist.init_process_group(communication_backend(), timeout=timeout)

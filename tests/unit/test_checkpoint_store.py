@@ -15,13 +15,13 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rapo.checkpoint import files
-from megatron_rapo.checkpoint.bucket_repair import _with_padding
 from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.checkpoint.store import CheckpointStore
 from megatron_rapo.config import RunConfig
 from megatron_rapo.config.load import validate
 from megatron_rapo.errors import RapoError
 from megatron_rapo.loss.objective import Objective
+from megatron_rapo.megatron_repairs.buckets import _with_padding
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.policy import Policy

@@ -1,4 +1,4 @@
-"""What is mended in Megatron's optimizer, on a stand-in for it."""
+"""What is mended in Megatron: its optimizer, on a stand-in for it, once, and of a known version alone."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_rapo.checkpoint import adam_repair, bucket_repair
-from megatron_rapo.checkpoint.adam_repair import repair_adam_checkpoints
-from megatron_rapo.checkpoint.bucket_repair import repair_bucket_padding
+from megatron_rapo.errors import RapoError
+from megatron_rapo.megatron_repairs import adam, buckets
+from megatron_rapo.megatron_repairs import install as installing
+from megatron_rapo.megatron_repairs.install import check_version, install
 
 
 class Optimizer:
@@ -42,19 +43,19 @@ class Optimizer:
 @pytest.fixture
 def mended(monkeypatch: pytest.MonkeyPatch) -> type[Any]:
     optimizer = type("Mended", (Optimizer,), {})
-    monkeypatch.setattr(adam_repair, "DistributedOptimizer", optimizer)
-    monkeypatch.setattr(adam_repair, "HAVE_APEX_OR_TE", False)
-    monkeypatch.setattr(bucket_repair, "DistributedOptimizer", optimizer)
-    repair_adam_checkpoints.__wrapped__()
-    repair_bucket_padding.__wrapped__()
+    monkeypatch.setattr(adam, "DistributedOptimizer", optimizer)
+    monkeypatch.setattr(adam, "HAVE_APEX_OR_TE", False)
+    monkeypatch.setattr(buckets, "DistributedOptimizer", optimizer)
+    adam.repair()
+    buckets.repair()
     return optimizer
 
 
 def test_transformer_engines_adam_needs_no_repair(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = type("Left", (Optimizer,), {})
-    monkeypatch.setattr(adam_repair, "DistributedOptimizer", optimizer)
-    monkeypatch.setattr(adam_repair, "HAVE_APEX_OR_TE", True)
-    repair_adam_checkpoints.__wrapped__()
+    monkeypatch.setattr(adam, "DistributedOptimizer", optimizer)
+    monkeypatch.setattr(adam, "HAVE_APEX_OR_TE", True)
+    adam.repair()
     assert optimizer.state_dict is Optimizer.state_dict
 
 
@@ -114,9 +115,26 @@ def test_each_buffers_tensors_are_laid_out_with_its_padding(mended: type[Any]) -
 
 def test_repairs_are_made_once() -> None:
     """Each repair calls what it took the place of."""
-    repair_adam_checkpoints()
-    repair_bucket_padding()
+    install()
     found = DistributedOptimizer.state_dict, DistributedOptimizer.get_parameter_state_dp_zero
-    repair_adam_checkpoints()
-    repair_bucket_padding()
+    install()
     assert found == (DistributedOptimizer.state_dict, DistributedOptimizer.get_parameter_state_dp_zero)
+    assert found[0].__module__ == adam.__name__ and found[1].__module__ == buckets.__name__
+
+
+@pytest.mark.parametrize("found", ["0.16.0", "0.16.10", "0.17.0", "0.16.1rc1"])
+def test_another_version_is_refused_before_anything_is_mended(
+    found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installing, "version", {"megatron-core": found}.get)
+    monkeypatch.setattr(adam, "repair", lambda: pytest.fail("mended all the same"))
+    for refuse in (check_version, install.__wrapped__):
+        with pytest.raises(
+            RapoError, match=rf"megatron-core {found} is .*pip install megatron-core==0\.16\.1"
+        ):
+            refuse()
+
+
+def test_a_build_of_a_known_version_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installing, "version", {"megatron-core": "0.16.1+cpu"}.get)
+    check_version()

@@ -8,16 +8,14 @@ each of them advances it.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
 
-@cache
-def repair_adam_checkpoints() -> None:
-    """Installs the repair; does nothing where Transformer Engine or Apex is present. Idempotent."""
+def repair() -> None:
+    """Does nothing where Transformer Engine or Apex is present."""
     if HAVE_APEX_OR_TE:
         return
     load, state_dict = DistributedOptimizer.load_state_dict, DistributedOptimizer.state_dict

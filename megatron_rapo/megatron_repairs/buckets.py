@@ -9,7 +9,6 @@ pipeline, and with overlapped communication.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,9 +16,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 
-@cache
-def repair_bucket_padding() -> None:
-    """Installs the repair. Idempotent."""
+def repair() -> None:
+    """Adds the padding to what is gathered."""
     gather = DistributedOptimizer.get_parameter_state_dp_zero
 
     def gather_padded(self: Any, *args: Any, **options: Any) -> dict[Any, Any] | None:

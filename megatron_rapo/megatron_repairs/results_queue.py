@@ -11,6 +11,6 @@ import queue
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 
-def repair_results_queue() -> None:
+def repair() -> None:
     """Gives saves a plain queue. Those in the background, which this package does not use, need the other."""
     filesystem_async._results_queue = queue.Queue()
