@@ -14,6 +14,7 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.model.families.named import FAMILIES
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.model.parameters import count_layer_parameters, count_parameters
+from tests import own_family  # noqa: F401  (a family from outside of the package)
 from tests.models import OF_FAMILY
 
 SHAPE: dict[str, Any] = {
@@ -117,8 +118,8 @@ def test_a_window_as_long_as_the_model_has_positions_is_none(tmp_path: Path) -> 
 @pytest.mark.parametrize("family", ["gpt2", "no-such-model"])
 def test_another_family_is_refused(tmp_path: Path, family: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
-    message = f"of the family '{family}' .*; there are llama, mistral, qwen2, qwen3, smollm3. .*families.md"
-    with pytest.raises(RapoError, match=message):
+    there_are = "llama, mistral, qwen2, qwen3, smollm3, seed_oss; docs/families.md"
+    with pytest.raises(RapoError, match=f"of the family '{family}' .*; there are {there_are}"):
         read_architecture(tmp_path)
 
 
