@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from renderers.base import ParsedResponse, ParsedToolCall, RenderedTokens, ToolCallParseStatus
 from transformers import PreTrainedTokenizerBase
 
@@ -19,11 +19,21 @@ from megatron_rapo.section import Section
 
 
 class Markers(Section):
-    """What stands around a call, around its answer, and around what a user says."""
+    """What stands around a call, around its answer, and around what a user says.
+
+    The marker before a call may be empty: what the line has before the marker behind it is the call then.
+    """
 
     call: tuple[str, str] = Field(("<tool>", "</tool>"), strict=False)
     answer: tuple[str, str] = Field(("<answer>", "</answer>\n"), strict=False)
     user: tuple[str, str] = Field(("\n", "\n"), strict=False)
+
+    @field_validator("call")
+    @classmethod
+    def _ends_somewhere(cls, call: tuple[str, str]) -> tuple[str, str]:
+        if not call[1]:
+            raise ValueError("the marker behind a call is empty, so that no call would end; set it")
+        return call
 
 
 class PlainRenderer:
@@ -65,16 +75,10 @@ class PlainRenderer:
     ) -> ParsedResponse:
         """The calls in what was sampled, in order, and the text around them."""
         del prompt_ids
-        before, after = self._markers.call
         text = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
-        content, *calls = text.split(before)
-        found = []
-        for call in calls:
-            inside, closed, behind = call.partition(after)
-            found.append(
-                _parsed(inside, tools or ()) if closed else _bad(inside, ToolCallParseStatus.UNCLOSED_BLOCK)
-            )
-            content += behind
+        content, calls = _split(text, *self._markers.call)
+        unclosed = ToolCallParseStatus.UNCLOSED_BLOCK
+        found = [_parsed(call, tools or ()) if closed else _bad(call, unclosed) for call, closed in calls]
         return ParsedResponse(content=content, tool_calls=found)
 
     def bridge_to_next_turn(
@@ -95,6 +99,17 @@ class PlainRenderer:
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def _split(text: str, before: str, after: str) -> tuple[str, list[tuple[str, bool]]]:
+    """The text around calls, and each call with whether it was closed."""
+    if not before:  # a call is a line up to the marker behind it
+        *calls, rest = text.split(after)
+        return rest, [(call.strip().rpartition("\n")[2], True) for call in calls]
+    content, *parts = text.split(before)
+    found = [part.partition(after) for part in parts]
+    around = content + "".join(behind for *_, behind in found)
+    return around, [(call, bool(end)) for call, end, _ in found]
 
 
 def _parsed(inside: str, tools: Sequence[Mapping[str, Any]]) -> ParsedToolCall:

@@ -159,7 +159,7 @@ def test_what_is_trained_is_token_for_token_what_was_sampled(engine: Engine, gat
 
 
 def test_the_page_s_example_is_an_environment(engine: Engine) -> None:
-    source, _ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    source, *_ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     groups = engine.run(source, "GuessAgain", limit=20, options={"tries": 2}, max_turns=2)
     assert all(group is not None and len(group.episodes) == 2 for group in groups)
     [first, *_] = [one for group in groups if group for one in group.episodes]
@@ -363,3 +363,23 @@ def test_an_episode_has_as_many_turns_as_the_limit_says(engine: Engine, limit: i
         return
     with pytest.raises(RapoError, match=r"more than environment.max_turns = 2 turns"):
         engine.run(TURNS, "Turns", limit=10, max_turns=limit)
+
+
+def test_an_environment_that_cannot_go_on_ends_the_run_and_is_closed(engine: Engine, tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    source = f"""
+from pathlib import Path
+
+from megatron_rapo.errors import RapoError
+
+class Hopeless:
+    async def run(self, problem, generate, seed):
+        await generate(problem.token_ids)
+        raise RapoError("no tool can be started; mend them")
+
+    async def aclose(self):
+        Path({str(closed)!r}).touch()
+"""
+    with pytest.raises(RapoError, match="no tool can be started"):
+        engine.run(source, "Hopeless")
+    assert closed.exists()

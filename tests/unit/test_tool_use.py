@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import chain
@@ -22,12 +23,14 @@ from megatron_rapo.config import RunConfig
 from megatron_rapo.config.load import validate
 from megatron_rapo.data.load import load_training_prompts
 from megatron_rapo.environments.conversation import Conversation
+from megatron_rapo.environments.dialogue import Ending
 from megatron_rapo.environments.neutral import Neutral
 from megatron_rapo.environments.opening import open_environment
 from megatron_rapo.environments.plain_renderer import Markers, PlainRenderer
 from megatron_rapo.environments.rendering import Rendering
 from megatron_rapo.environments.tool_use import ToolUse
 from megatron_rapo.errors import RapoError
+from megatron_rapo.testing import a_problem
 from megatron_rapo.tools.described import load_tools
 from megatron_rapo.tools.outcome import CallOutcome, Reply
 from megatron_rapo.tools.toolbox import Answer
@@ -470,3 +473,32 @@ def test_the_calculator_is_called_in_its_process(folder: Path) -> None:
     episode = asyncio.run(one_episode(made, ["{2+3}", "5"]))
     assert tiny().decode(episode.sequences[0].token_ids) == "2+3={2+3}=5\n5<|endoftext|>"
     assert np.isfinite(episode.facts["tool_s"]) and episode.facts["tool_s"] > 0
+
+
+PAGE = Path(__file__).parents[2] / "docs/environments.md"
+
+
+def test_the_page_has_every_option_outcome_and_ending() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    for name, field in ToolUse.Options.model_fields.items():
+        default = json.dumps(field.default).strip('"')
+        assert f"| `{name}` | {default} |" in text, name
+    for name in [*CallOutcome, *Ending]:
+        assert re.search(rf"^\| .*`{name}`.* \|", text, re.M), name
+
+
+def test_the_page_s_tool_and_user_work(tmp_path: Path) -> None:
+    [tool, user] = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+        if "messages" in block or "search" in block
+    ]
+    (tmp_path / "page_tool.py").write_text(tool)
+    [described] = load_tools(["page_tool:search"], [tmp_path])
+    assert described.function("x", results=1) == ["x, article 0"]
+    assert described.schema["function"]["parameters"]["required"] == ["query"]
+    names: dict[str, Any] = {}
+    exec(user, names)
+    problem, said = a_problem("2+3?", "5"), [{"role": "user", "content": "2+3?"}]
+    assert names["reply"]([*said, {"role": "assistant", "content": "6"}], problem) == "Are you sure?"
+    assert names["reply"]([*said, {"role": "assistant", "content": "5"}], problem).value == 1.0

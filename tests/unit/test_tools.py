@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -473,3 +476,24 @@ def test_a_function_that_cannot_be_imported_in_its_process_is_told(code: Path) -
     box = Toolbox(load_tools(["tools_with_a_socket:search"], [code]), LIMITS, code=[code], workers=1)
     with pytest.raises(RapoError, match=r"fails when it is imported[\s\S]*PermissionError"):
         answers(box, ("search", {"query": "x"}))
+
+
+def test_tools_end_with_a_trainer_that_is_killed(code: Path) -> None:
+    script = (
+        "import asyncio, sys\nfrom pathlib import Path\n"
+        "from megatron_rapo.tools.process import started\nfrom megatron_rapo.tools.plan import Plan\n"
+        "async def main():\n"
+        "    process = await started(Plan({'sleeps': 'tools_of_test:sleeps'}, code=[Path(sys.argv[1])]))\n"
+        "    print(process._process.pid, process._folder, flush=True)\n"
+        "    await process.call('sleeps', {'x': 600})\n"
+        "asyncio.run(main())\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(code)], stdout=subprocess.PIPE, text=True
+    ) as trainer:
+        assert trainer.stdout is not None
+        pid, folder = trainer.stdout.readline().split()
+        worker = psutil.Process(int(pid))
+        trainer.kill()
+    shutil.rmtree(folder)
+    worker.wait(10)
