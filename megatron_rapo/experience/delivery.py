@@ -110,6 +110,11 @@ def _exchange(
 ) -> None:
     """Fills `values` with what this head takes, by source; sends others what they take. All heads call it."""
     mine, group = placement.data_rank, placement.host_group
+
+    def joined(route: tuple[int, int]) -> npt.NDArray[Any]:
+        """Of one type, whatever an environment of the user's own has given it."""
+        return np.concatenate([parts[number] for number in routes[route]], dtype=values.dtype)
+
     waiting: list[Any] = []
     start = 0
     for source, rank in enumerate(placement.heads):
@@ -117,13 +122,12 @@ def _exchange(
         piece = values[start : start + sum(lengths[number] for number in numbers)]
         start += len(piece)
         if source == mine and numbers:
-            np.concatenate([parts[number] for number in numbers], out=piece)
+            piece[:] = joined((mine, mine))
         elif numbers:
             waiting.append(dist.irecv(_bytes(piece), rank, group=group))
     for taker, rank in enumerate(placement.heads):
         if taker != mine and (mine, taker) in routes:
-            sent = np.concatenate([parts[number] for number in routes[mine, taker]])
-            waiting.append(dist.isend(_bytes(sent), rank, group=group))
+            waiting.append(dist.isend(_bytes(joined((mine, taker))), rank, group=group))
     for work in waiting:
         work.wait()
 

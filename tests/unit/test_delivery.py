@@ -22,19 +22,23 @@ from megatron_rapo.experience.sharing import Shared, share
 from megatron_rapo.parallel.placement import Placement, replica_ranks
 from tests.unit.ranks import Ranks
 
-FIELDS = ("token_ids", "sampled", "log_probs", "versions")
+TYPES = {"token_ids": np.int32, "sampled": np.bool_, "log_probs": np.float32, "versions": np.int32}
 GROUPS = 7
 
 
 def sequence(number: int, *, sampled: bool = True) -> Sequence:
-    """Of `number + 2` tokens, with two sampled spans where it is long enough; its first token tells it."""
+    """Of `number + 2` tokens, with two sampled spans where it is long enough; its first token tells it.
+
+    Some have other types, as an environment of the user's own may give them.
+    """
     tokens = number + 2
     mask = np.array([place > 0 and place != 3 and sampled for place in range(tokens)])
+    integers, floats = (np.int64, np.float64) if number % 3 == 1 else (np.int32, np.float32)
     return Sequence(
-        token_ids=(100 * number + np.arange(tokens)).astype(np.int32),
+        token_ids=(100 * number + np.arange(tokens)).astype(integers),
         sampled=mask,
-        log_probs=np.where(mask, -0.5 - number, np.nan).astype(np.float32),
-        versions=np.where(mask, number, -1).astype(np.int32),
+        log_probs=np.where(mask, -0.5 - number, np.nan).astype(floats),
+        versions=np.where(mask, number, -1).astype(integers),
     )
 
 
@@ -62,8 +66,11 @@ def sequences(found: list[Group]) -> list[Any]:
 
 
 def equal(one: Any, other: Any) -> bool:
-    pairs = [(getattr(one, name), getattr(other, name)) for name in FIELDS]
-    return all(a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in pairs)
+    pairs = [(getattr(one, name), getattr(other, name)) for name in TYPES]
+    types = [getattr(one, name).dtype for name in TYPES]
+    return types == list(TYPES.values()) and all(
+        np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in pairs
+    )
 
 
 def plans(count: int, replicas: int, seed: int) -> tuple[list[int], list[Plan]]:
@@ -141,7 +148,7 @@ def test_a_brief_sequence_has_lengths_and_says_where_its_tokens_are() -> None:
         return getattr(brief, name)
 
     line = read.__code__.co_firstlineno + 1
-    for name in FIELDS:
+    for name in TYPES:
         with pytest.raises(
             RapoError, match=rf"{__file__}, line {line}, reads `{name}` .*reads_responses = T"
         ):
