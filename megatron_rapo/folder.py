@@ -94,6 +94,21 @@ def writing_to(folder: Path, name: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def writing_file(file: Path) -> Iterator[None]:
+    """Names the file in what its disk fails with: a flush does not, and libraries have words of their own.
+
+    Raises:
+        OSError: as it was raised inside, with the file's name.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(file)) from error
+
+
 def _acquire(file: Path, what: str) -> int:
     """The locked file's descriptor. A holder on another machine may be gone: it is waited for."""
     deadline: float | None = None
@@ -159,6 +174,7 @@ def _concerns(error: OSError, folder: Path) -> bool:
 def _describe(error: OSError, folder: Path) -> str:
     told = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        place = folder.absolute() if error.filename is None else Path(os.fsdecode(error.filename)).absolute()
+        existing = next(path for path in (place, *place.parents) if path.exists())
         told += f", with {shutil.disk_usage(existing).free >> 20} MiB free"
     return told if error.filename is None else f"{told} ({os.fsdecode(error.filename)})"

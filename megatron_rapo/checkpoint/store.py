@@ -7,16 +7,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rapo.checkpoint import files
@@ -183,7 +186,8 @@ def _write_shards(policy: Policy, directory: Path) -> str | None:
     placement = policy.placement
     try:
         state = _sharded_state(policy, is_loading=False)
-        dist_checkpointing.save(state, str(directory), content_metadata=SHARDING)
+        with _without_log_lines():
+            dist_checkpointing.save(state, str(directory), content_metadata=SHARDING)
     except CheckpointException as error:
         # All ranks raise it together, but the reasons are told to rank 0 alone.
         told = (_refusal(directory) or _with_free_space(error, directory)) if placement.is_main else None
@@ -194,6 +198,21 @@ def _write_shards(policy: Policy, directory: Path) -> str | None:
             return refusal
         raise
     return None
+
+
+@contextmanager
+def _without_log_lines() -> Iterator[None]:
+    """Megatron's writer prints what it raises as well, in torch's words and once a rank."""
+    writer = logging.getLogger(filesystem_async.__name__)
+    writer.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        writer.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 def _refusal(directory: Path) -> str | None:

@@ -10,6 +10,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from megatron_rapo.folder import writing_file
+
 
 class Heartbeat:
     """Writes `<run>/heartbeat/rank_00000.json`."""
@@ -23,7 +25,8 @@ class Heartbeat:
         """This rank enters `phase` of `step` now. A reader sees this beat or the one before, never half."""
         partial = self._path.with_suffix(".partial")
         beat = {**self._who, "step": step, "phase": phase, "since": time.time()}
-        partial.write_text(json.dumps(beat), encoding="utf-8")
+        with writing_file(partial):
+            partial.write_text(json.dumps(beat), encoding="utf-8")
         partial.replace(self._path)
 
 

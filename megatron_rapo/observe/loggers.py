@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import os
 import secrets
+import socket
+import time
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Protocol
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from megatron_rapo.config import RunConfig
 from megatron_rapo.errors import RapoError
+from megatron_rapo.folder import writing_file
 
 
 class Logger(Protocol):
@@ -25,22 +31,38 @@ class Logger(Protocol):
 
 
 class TensorBoard:
-    """Event files in `<run>/tensorboard`."""
+    """An event file in `<run>/tensorboard`.
+
+    Written here and at once: the library's writer has a thread of its own, which prints what a full disk
+    raises there.
+    """
 
     def __init__(self, config: RunConfig, resume_step: int | None) -> None:
         """Steps after `resume_step` (None: all) that an earlier part of the run logged are hidden."""
+        folder = config.run.directory / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self._path = folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._records = RecordWriter(self._path.open("xb"))
         purge = 0 if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(str(config.run.directory / "tensorboard"), purge_step=purge)
+        start = SessionLog(status=SessionLog.SessionStatus.START)
+        self._add(Event(file_version="brain.Event:2"))
+        self._add(Event(step=purge, session_log=start))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs one step, at once."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._add(Event(step=step, summary=Summary(value=values)))
 
     def close(self, failed: bool) -> None:
         """Closes the event file."""
-        self._writer.close()
+        with writing_file(self._path):
+            self._records.close()
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        with writing_file(self._path):
+            self._records.write(event.SerializeToString())
+            self._records.flush()
 
 
 class WeightsAndBiases:

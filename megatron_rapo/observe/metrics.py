@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from numbers import Real
 from types import TracebackType
 from typing import Any, Self
@@ -59,9 +60,10 @@ class MetricsLog:
 
     def close(self, failed: bool = False) -> None:
         """Closes all logs; `failed` tells that an error ended the run."""
-        self._lines.close()
-        for logger in self._loggers:
-            logger.close(failed)
+        with ExitStack() as each:  # also those after one whose disk is full
+            for logger in self._loggers:
+                each.callback(logger.close, failed)
+            each.callback(self._lines.close)
 
     def __enter__(self) -> Self:
         return self

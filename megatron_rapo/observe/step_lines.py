@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rapo.errors import RapoError
+from megatron_rapo.folder import writing_file
 
 
 class StepLines:
@@ -28,6 +29,7 @@ class StepLines:
             partial = path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(line) + "\n" for line in self.history), encoding="utf-8")
             partial.replace(path)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
         self._step = self.history[-1]["step"] if self.history else -1
         self._began = time.monotonic() - (self.history[-1]["time_s"] if self.history else 0.0)
@@ -41,13 +43,15 @@ class StepLines:
         if step <= self._step:
             raise ValueError(f"step {step} was logged before (last: {self._step}); log each step once")
         line = {"step": step, "time_s": round(time.monotonic() - self._began, 3), **values}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        with writing_file(self._path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
         self._step = step
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with writing_file(self._path):
+            self._file.close()
 
 
 def read_step_lines(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:

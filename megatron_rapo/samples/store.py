@@ -22,6 +22,7 @@ from megatron_rapo.episode.episode import ScoredEpisode
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.errors import RapoError
+from megatron_rapo.folder import writing_file
 
 FOLDER = "samples"
 
@@ -95,9 +96,10 @@ def write_part(run: Path, step: int, head: int, rows: Sequence[Recorded]) -> Non
     final = folder / f"step_{step:06d}-{head:03d}.parquet"
     partial = final.with_suffix(".partial")
     try:
-        pyarrow.parquet.write_table(
-            _table(step, rows), partial, compression="zstd", row_group_size=ROWS_OF_A_GROUP
-        )
+        with writing_file(partial):
+            pyarrow.parquet.write_table(
+                _table(step, rows), partial, compression="zstd", row_group_size=ROWS_OF_A_GROUP
+            )
         partial.replace(final)
     except OSError:
         partial.unlink(missing_ok=True)

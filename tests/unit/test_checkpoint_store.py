@@ -30,6 +30,7 @@ from megatron_rapo.weights.load import open_tensors
 from megatron_rapo.weights.parameter_map import stored_parameters
 from tests.distributed.minibatches import VOCABULARY, make_minibatches
 from tests.models import make_hf_model
+from tests.unit.full_disk import no_file_beyond
 from tests.unit.one_rank import one_placement
 
 
@@ -205,3 +206,23 @@ def test_a_bucket_lies_where_its_offset_says() -> None:
 
     found = _with_padding(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), Buffer())
     assert found.tolist() == [1, 2, 3, 0, 4, 5, 0, 0]
+
+
+def test_a_full_disk_is_told_in_one_message_and_spares_the_checkpoint_before(
+    config: RunConfig, placement: Placement, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Megatron's writer would log torch's words for it, too."""
+    policy, store = make_policy(config, placement), CheckpointStore(config)
+    store.save(policy, TrainState(1, 1))
+    largest = max(file.stat().st_size for file in (store.directory / "step_000001").iterdir())
+    with (
+        no_file_beyond(largest // 2),
+        pytest.raises(
+            RapoError, match=r"checkpoint .*step_000002 cannot be written: .* the newest checkpoint is"
+        ),
+    ):
+        store.save(policy, TrainState(2, 1))
+    assert caplog.records == []
+    assert names(store) == ["step_000001"]
+    newest = store.newest()
+    assert newest is not None and store.load(newest, make_policy(config, placement)).step == 1
