@@ -137,6 +137,11 @@ def _check_same(base: Evaluation, other: Evaluation) -> None:
                 f"{where} differ in the prompts of {data.name} ({told}): another template, tokenizer or day; "
                 "evaluate both alike" + _same_day(base, other)
             )
+    for address, code in base.manifest.code.items():
+        if other.manifest.code.get(address, code) != code:
+            raise RapoError(
+                f"{where} differ in the code of {address}, which changed between them; evaluate both alike"
+            )
     for setting in base.manifest.settings:
         if setting.name in settings and settings[setting.name] != setting:
             raise RapoError(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_rapo.config import FileData, FunctionData, RunConfig
+from megatron_rapo.config.code import addresses_in, modules_of
 from megatron_rapo.config.data import Data
 from megatron_rapo.config.verifiers import RewardPlan
 from megatron_rapo.data.load import Judge, load_prompts, tool_schemas
@@ -91,6 +93,14 @@ def setting_records(config: RunConfig) -> tuple[SettingRecord, ...]:
         )
         for setting in config.evaluation_settings
     )
+
+
+def code_of(config: RunConfig, data_sets: Sequence[HeldOut]) -> dict[str, str]:
+    """Fingerprints of the user's own code that judges, or makes episodes, by its `module:name`."""
+    judges = [part.address for held_out in data_sets for part in held_out.plan.parts]
+    named = addresses_in([*judges, config.environment.model_dump()])
+    code = {address: modules_of(address, config.run.code) for address in named}
+    return {address: fingerprint([in_json(modules)]) for address, modules in code.items() if modules}
 
 
 def _load(

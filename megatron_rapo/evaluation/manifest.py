@@ -80,6 +80,7 @@ class Manifest(_Record):
         seed: of the samples' seeds.
         date: the day that chat templates were told; None where there were none.
         prompts: the fingerprint of the templated prompts' tokens, by data set.
+        code: of the user's own that judges, or makes episodes: fingerprints by its `module:name`.
         started, finished: UTC, ISO 8601; `finished` is None until every sample is on disk.
     """
 
@@ -93,6 +94,7 @@ class Manifest(_Record):
     date: str | None = None
     verifier: dict[str, str]
     prompts: dict[str, str]
+    code: dict[str, str] = {}
     versions: dict[str, str]
     started: str
     finished: str | None = None
@@ -163,6 +165,8 @@ class Manifest(_Record):
         for name in self.prompts:
             found[f"the prompts of {name}"] = (self.prompts[name], self.told_prompts(name))
             found[f"the verifier of {name}"] = (self.verifier[name], self.verifier[name])
+        for address, code in self.code.items():
+            found[f"the code of {address}"] = (code, f"fingerprint {code}")
         for setting in self.settings:
             found[f"setting {setting.name}"] = (setting, str(setting))
         return found

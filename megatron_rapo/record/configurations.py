@@ -1,16 +1,17 @@
-"""Which options a run had from which step on: `configurations.jsonl`, a line a change."""
+"""Which options and code a run had from which step on: `configurations.jsonl`, a line a change."""
 
 from __future__ import annotations
 
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from megatron_rapo.config import RunConfig
+from megatron_rapo.config.code import addresses_in, modules_of
 from megatron_rapo.config.options import option_names
 from megatron_rapo.config.resuming import Change, change_of, changes, options_of
 from megatron_rapo.config.write import toml_value
@@ -27,11 +28,37 @@ class Configuration:
         step: that it went on after; 0 is the beginning.
         started: UTC, ISO 8601.
         options: by dotted name.
+        code: of options that name code of the user's own, each module's fingerprint.
     """
 
     step: int
     started: str
     options: Mapping[str, Any]
+    code: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: RunConfig, step: int) -> Configuration:
+        """That of a run which goes on after a step now."""
+        options = json.loads(json.dumps(options_of(config)))
+        code = {
+            option: {
+                module: fingerprint
+                for address in addresses_in({option: value})
+                for module, fingerprint in modules_of(address, config.run.code).items()
+            }
+            for option, value in options.items()
+        }
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(step, started, options, {option: modules for option, modules in code.items() if modules})
+
+    def other_code(self, now: Configuration) -> dict[str, list[str]]:
+        """Options whose value is the same but whose code is another: the modules that changed."""
+        return {
+            option: [m for m in dict.fromkeys([*code, *then]) if code.get(m) != then.get(m)]
+            for option, code in self.code.items()
+            if (then := now.code.get(option, code)) != code
+            and self.options.get(option) == now.options.get(option)
+        }
 
 
 def read_configurations(directory: Path) -> list[Configuration]:
@@ -52,35 +79,38 @@ def read_configurations(directory: Path) -> list[Configuration]:
 
 
 def record_configuration(directory: Path, step: int, config: RunConfig) -> str:
-    """Adds a line where options are not those of the last one; a new run's file is begun anew.
+    """Adds a line where options or code are not those of the last one; a new run's file is begun anew.
 
     Returns:
         What changed, for people; empty where nothing did.
     """
     before = read_configurations(directory) if step else []
-    options = json.loads(json.dumps(options_of(config)))
-    differing = changes(before[-1].options, options) if before else {}
-    if before and not differing:
+    now = Configuration.of(config, step)
+    differing = changes(before[-1].options, now.options) if before else {}
+    code = before[-1].other_code(now) if before else {}
+    if before and not (differing or code):
         return ""
-    now = Configuration(step, datetime.now(UTC).isoformat(timespec="seconds"), options)
     partial = directory / f".{FILE}.partial"
     partial.write_text("".join(json.dumps(asdict(c)) + "\n" for c in [*before, now]), encoding="utf-8")
     partial.replace(directory / FILE)
-    return f"with other options than before: {_told(differing)}" if differing else ""
+    told = [f"other options than before: {_told(differing)}"] if differing else []
+    told += [f"other code than before: {_told_code(code, now)}"] if code else []
+    return f"with {'; and with '.join(told)}" if told else ""
 
 
 def check_options(directory: Path, config: RunConfig) -> None:
-    """Refuses options that a run does not go on with, or not unless it is asked to.
+    """Refuses options and code that a run does not go on with, or not unless it is asked to.
 
     Raises:
         RapoError: it names them, with their values before and now.
     """
-    before = _last_options(directory)
+    before = _last(directory)
     if before is None:
         return
-    now = json.loads(json.dumps(options_of(config)))
-    differing = changes(before, now)
-    if not all(any(option.startswith("evaluate.") for option in options) for options in (before, now)):
+    now = Configuration.of(config, before.step)
+    differing = changes(before.options, now.options)
+    evaluated = [any(option.startswith("evaluate.") for option in one.options) for one in (before, now)]
+    if not all(evaluated):
         differing = {option: pair for option, pair in differing.items() if not option.startswith("evaluate.")}
     of = {change: [o for o in differing if change_of(o) is change] for change in Change}
     if of[Change.NEVER]:
@@ -96,6 +126,16 @@ def check_options(directory: Path, config: RunConfig) -> None:
             f"{_told(differing, asked)}"
             + (" (which follows run.steps: the learning rate would jump)" if stretched else "")
             + f"; restore them, or ask for it: --accept-changes {' '.join(asked)}"
+        )
+    code = {
+        option: modules
+        for option, modules in before.other_code(now).items()
+        if change_of(option) is Change.ASKED and option not in config.checkpoint.accept_changes
+    }
+    if code:
+        raise RapoError(
+            f"run.directory = {directory} would go on with other code than before: {_told_code(code, now)}; "
+            f"restore it, or ask for it: --accept-changes {' '.join(code)}"
         )
 
 
@@ -113,21 +153,29 @@ def check_accepted(config: RunConfig) -> None:
             )
 
 
-def _last_options(directory: Path) -> Mapping[str, Any] | None:
-    """Those of the last start; of a run of an earlier version, which kept no record, from its config.toml."""
+def _last(directory: Path) -> Configuration | None:
+    """That of the last start; of a run of an earlier version, which kept no record, from its config.toml."""
     configurations = read_configurations(directory)
     if configurations:
-        return configurations[-1].options
+        return configurations[-1]
     path = directory / "config.toml"
     if not path.exists():
         return None
     try:
-        return options_of(RunConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))))
+        config = RunConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise RapoError(
             f"{path} cannot be read as what the run had before ({error}); mend it, or choose another "
             "run.directory"
         ) from error
+    return Configuration(0, "", options_of(config))
+
+
+def _told_code(code: Mapping[str, Sequence[str]], now: Configuration) -> str:
+    return ", ".join(
+        f"{option} = {toml_value(now.options[option])}, whose {' and '.join(modules)} changed"
+        for option, modules in code.items()
+    )
 
 
 def _told(differing: Mapping[str, tuple[Any, Any]], options: Sequence[str] | None = None) -> str:

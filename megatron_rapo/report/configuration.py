@@ -78,6 +78,9 @@ def _run_options(directory: Path) -> dict[str, str]:
         for option, (old, new) in changes(start.options, following.options).items():
             before = now.get(option, _text(old)) if "after step" in now.get(option, "") else _text(old)
             now[option] = f"{before}; after step {following.step}: {_text(new)}"
+        for option, modules in start.other_code(following).items():
+            before = now.get(option, _text(start.options[option]))
+            now[option] = f"{before}; after step {following.step}: other code in {' and '.join(modules)}"
     return now
 
 

@@ -211,6 +211,7 @@ NONE = np.zeros((3, 4), dtype=bool)
         ({"fingerprint": "g"}, "evaluated on different problems: sums is s.jsonl"),
         ({"prompts": {"sums": "q"}}, "differ in the prompts of sums .*evaluate both alike"),
         ({"verifier": {"sums": "integer"}}, "differ in the verifier of sums"),
+        ({"code": {"a:b": "1"}}, "differ in the code of a:b, which changed between them"),
         (
             {"settings": (SettingRecord(name="t1", temperature=1.0, max_response_tokens=9),)},
             "differ in setting t1",
@@ -223,6 +224,7 @@ NONE = np.zeros((3, 4), dtype=bool)
 )
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     base = store(tmp_path / "base", NONE)
+    base = type(base)(base.directory, base.manifest.model_copy(update={"code": {"a:b": "0"}}))
     other = store(tmp_path / "other", NONE) if "settings" not in changes else None
     if other is None:
         (tmp_path / "other").mkdir()

@@ -35,6 +35,7 @@ MANIFEST = Manifest(
     seed=7,
     verifier={"sums": "math"},
     prompts={"sums": "11"},
+    code={"a:b": "20"},
     versions={},
     started="2026-01-01T00:00:00+00:00",
 )
@@ -241,6 +242,7 @@ def test_an_evaluation_may_go_on_as_the_same_or_with_more(now: Manifest) -> None
             "now fingerprint 12 of a chat template on 2026-01-02)",
         ),
         ({"verifier": {"sums": "integer"}}, "in the verifier of sums (math, now integer)"),
+        ({"code": {"a:b": "21"}}, "in the code of a:b (fingerprint 20, now fingerprint 21)"),
         (
             {"settings": (MANIFEST.settings[0].model_copy(update={"top_k": 3}),)},
             "in setting t1 (name='t1' temperature=1.0 top_p=1.0 top_k=-1 max_response_tokens=8, now",
