@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -11,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rapo.config import RunConfig, load_config
-from megatron_rapo.config.data import ArithmeticData, CountdownData, FileData
 from megatron_rapo.config.write import toml_value
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluation.frontier import powers_of_two
 from megatron_rapo.evaluation.results import Result, compute, examples_of_failed_extraction, table, write
 from megatron_rapo.evaluation.standalone import evaluate
 from megatron_rapo.evaluation.subject import default_name, open_model, recorded_configuration
+from megatron_rapo.evaluation.typed import as_typed
 from megatron_rapo.folder import own_folder
 
 GENERATED = ("countdown", "arithmetic")
-DATA_OPTIONS = sorted({*FileData.model_fields, *CountdownData.model_fields, *ArithmeticData.model_fields})
 
 # Without a configuration: what an evaluation takes no part of, and defaults that suit any model.
 WITHOUT_CONFIGURATION: dict[str, Any] = {
@@ -75,7 +73,7 @@ def run(request: Request) -> tuple[Path, list[Result]]:
         with own_folder(out, "--out"):
             return out, _evaluate(request, config, out)
     except RapoError as error:
-        raise RapoError(as_typed(str(error), request)) from error
+        raise RapoError(_as_typed(str(error), request)) from error
 
 
 def _evaluate(request: Request, config: RunConfig, out: Path) -> list[Result]:
@@ -139,14 +137,17 @@ def _source(text: str, request: Request) -> dict[str, Any]:
     if text in GENERATED:
         return _generated(text, request)
     if text.startswith("{"):
-        try:
-            return tomllib.loads(f"table = {text}")["table"]
-        except tomllib.TOMLDecodeError as error:
-            raise RapoError(
-                f"--data {text} is no TOML table ({error}); write it like "
-                '{source = "countdown", numbers = 3}'
-            ) from error
+        return _table(text)
     return {"source": "file", "path": text, **({"template": request.template} if request.template else {})}
+
+
+def _table(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(f"table = {text}")["table"]
+    except tomllib.TOMLDecodeError as error:
+        raise RapoError(
+            f'--data {text} is no TOML table ({error}); write it like {{source = "countdown", numbers = 3}}'
+        ) from error
 
 
 def _generated(task: str, request: Request) -> dict[str, Any]:
@@ -162,31 +163,19 @@ def _generated(task: str, request: Request) -> dict[str, Any]:
     return trained_on[0].model_dump(mode="json", exclude={"reward", "weight"}, exclude_none=True)
 
 
-def as_typed(message: str, request: Request) -> str:
-    """An error's text with options by the names under which the command line has them.
-
-    Without a configuration none of the others were written by the user.
-    """
-    if request.data is not None:
-        # Without a configuration the first data set stands for the training data as well.
-        table = r"(?<![\w./-])evaluate\.data(?:\[\d+\])?"
-        if not request.configs:
-            table = r"(?<![\w./-])(?:evaluate\.)?data(?:\[\d+\])?"
-        message = re.sub(table + r'\.template = "(\w+)"', r"--template \1", message)
-        message = re.sub(table + r"\.path(?![\w.])", "--data", message)
-        message = re.sub(table + rf"\.({'|'.join(DATA_OPTIONS)})(?![\w.])", r"\1 of --data's table", message)
-        message = re.sub(r"(?<![\w./-])evaluate\.data(?:\[\d+\])?(?![\w.])", "--data", message)
-    for said, option, typed in (
-        (request.model, "model.path", "--model"),
-        (request.samples, "evaluate.samples", "--samples"),
-        (request.k, "evaluate.k", "--k"),
-        (request.max_response_tokens, "rollout.max_response_tokens", "--max-response-tokens"),
-    ):
-        if said is not None or not request.configs:
-            message = re.sub(rf"(?<![\w./-]){re.escape(option)}(?![\w.])", typed, message)
-    if not request.configs:
-        message = message.replace("configuration --set is not valid", "the command line is not valid")
-    return "\n".join(dict.fromkeys(message.splitlines()))
+def _as_typed(message: str, request: Request) -> str:
+    """Without a configuration none but the options with flags were written by the user."""
+    flags = {
+        "model.path": (request.model, "--model"),
+        "evaluate.samples": (request.samples, "--samples"),
+        "evaluate.k": (request.k, "--k"),
+        "rollout.max_response_tokens": (request.max_response_tokens, "--max-response-tokens"),
+    }
+    typed = {
+        option: flag for option, (said, flag) in flags.items() if said is not None or not request.configs
+    }
+    tables = [_table(text) if text.startswith("{") else {"path": text} for text in request.data or ()]
+    return as_typed(message, typed, tables=tables, settings=request.settings, stands_in=not request.configs)
 
 
 def _default_directory(request: Request, config: RunConfig) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from megatron_rapo.config.options import option_names
 from megatron_rapo.config.resuming import Change, change_of, changes, options_of
 from megatron_rapo.config.write import toml_value
 from megatron_rapo.errors import RapoError
+from megatron_rapo.record.lines import read_lines, write_lines
 
 FILE = "configurations.jsonl"
 
@@ -67,15 +68,12 @@ def read_configurations(directory: Path) -> list[Configuration]:
     Raises:
         RapoError: the file is damaged.
     """
-    path = directory / FILE
-    if not path.exists():
-        return []
-    try:
-        return [Configuration(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (ValueError, TypeError) as error:
-        raise RapoError(
-            f"{path} is no record of configurations ({error}); restore it: it tells what may not change"
-        ) from error
+    return read_lines(
+        directory / FILE,
+        Configuration,
+        of="configurations",
+        remedy="restore it: it tells what may not change",
+    )
 
 
 def record_configuration(directory: Path, step: int, config: RunConfig) -> str:
@@ -90,9 +88,7 @@ def record_configuration(directory: Path, step: int, config: RunConfig) -> str:
     code = before[-1].other_code(now) if before else {}
     if before and not (differing or code):
         return ""
-    partial = directory / f".{FILE}.partial"
-    partial.write_text("".join(json.dumps(asdict(c)) + "\n" for c in [*before, now]), encoding="utf-8")
-    partial.replace(directory / FILE)
+    write_lines(directory / FILE, [*before, now])
     told = [f"other options than before: {_told(differing)}"] if differing else []
     told += [f"other code than before: {_told_code(code, now)}"] if code else []
     return f"with {'; and with '.join(told)}" if told else ""

@@ -32,13 +32,13 @@ def check_standing(config: RunConfig) -> str:
             f"run.directory = {directory} holds {checkpoint.name}; choose another directory, or set "
             "checkpoint.resume = true to go on from it"
         )
-    check_options(directory, config)
     step = files.step_of(checkpoint)
     if steps < step:
         raise RapoError(
             f"run.steps = {steps}, but the run in {directory} has done {step}; set {step} or more, or choose "
             "another run.directory"
         )
+    check_options(directory, config)
     if step == steps == _finished(directory):
         return f"{directory} finished at step {steps}; raise run.steps to go on"
     return ""

@@ -11,10 +11,10 @@ from megatron_rapo.config import RunConfig
 from megatron_rapo.config.write import to_toml
 from megatron_rapo.errors import RapoError
 from megatron_rapo.observe.step_lines import read_step_lines
-from megatron_rapo.observe.versions import record_versions
 from megatron_rapo.record import configurations, identity
 from megatron_rapo.record.configurations import record_configuration
 from megatron_rapo.record.identity import Identity
+from megatron_rapo.record.versions import record_versions
 from megatron_rapo.samples.store import FOLDER, drop_after
 
 METRICS = "metrics.jsonl"

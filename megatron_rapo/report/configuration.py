@@ -13,8 +13,8 @@ from typing import Any
 from megatron_rapo.config.resuming import changes
 from megatron_rapo.config.write import toml_value
 from megatron_rapo.errors import RapoError
-from megatron_rapo.observe.versions import read_versions
 from megatron_rapo.record.configurations import read_configurations
+from megatron_rapo.record.versions import read_versions
 from megatron_rapo.report.sources import EvaluatedModel, Sources
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page
 
-from megatron_rapo.observe.versions import record_versions
+from megatron_rapo.record.versions import record_versions
 from tests.end_to_end.chromium import browser, needs_chromium, opened
 from tests.end_to_end.command import COMMAND
 from tests.stored_evaluations import store_benchmarks, store_evaluation

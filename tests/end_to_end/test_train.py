@@ -18,7 +18,7 @@ from megatron_rapo.embedded_server.engine import Engine
 from megatron_rapo.evaluation.store import Evaluation
 from megatron_rapo.observe import catalogue
 from megatron_rapo.observe.catalogue import recorded
-from megatron_rapo.observe.versions import read_versions
+from megatron_rapo.record.versions import read_versions
 from megatron_rapo.samples.store import read_step, steps_of
 from tests.end_to_end.command import MODEL, Command, checkpoints, heartbeats, metrics, run, write_config
 from tests.end_to_end.conftest import EVALUATE, LAYOUT

@@ -13,7 +13,7 @@ from megatron_rapo.config import RunConfig
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluation import command
-from megatron_rapo.evaluation.command import Request, as_typed, run
+from megatron_rapo.evaluation.command import Request, _as_typed, run
 from megatron_rapo.evaluation.interval import Estimate
 from megatron_rapo.evaluation.results import Result, table
 from megatron_rapo.evaluation.statistics import Lengths, Statistics
@@ -33,6 +33,16 @@ ALONE = {"model": MODEL, "data": ["x.jsonl"]}
         ([], ALONE, "file /my/data.jsonl and data.jsonl", "file /my/data.jsonl and data.jsonl"),
         ([], ALONE, "rollout.max_response_tokens = 5", "--max-response-tokens = 5"),
         ([], ALONE, "model.path has", "--model has"),
+        ([], ALONE, "data.shuffle is no option", "shuffle of --data's table is no option"),
+        ([], {**ALONE, "data": ["{foo = 1}"]}, "data.foo = 1", "foo of --data's table = 1"),
+        ([], {**ALONE, "settings": ["data.shuffle=3"]}, "data.shuffle = 3", "data.shuffle = 3"),
+        ([], {**ALONE, "settings": ["model.path=/m"]}, "model.path = /m", "model.path = /m"),
+        (
+            [],
+            ALONE,
+            "not valid:\n  data.shuffle = 3: bad\n  evaluate.data[0].shuffle = 3: bad",
+            "not valid:\n  shuffle of --data's table = 3: bad",
+        ),
         # With a configuration only what was said beside it has another name.
         (["run.toml"], {"data": ["x.jsonl"]}, "data.path, evaluate.data.path", "data.path, --data"),
         (["run.toml"], {}, "evaluate.data.path, model.path", "evaluate.data.path, model.path"),
@@ -42,7 +52,7 @@ ALONE = {"model": MODEL, "data": ["x.jsonl"]}
 def test_errors_name_options_as_they_were_typed(
     configs: list[str], said: dict[str, object], message: str, expected: str
 ) -> None:
-    assert as_typed(message, Request(configs=[Path(c) for c in configs], **said)) == expected
+    assert _as_typed(message, Request(configs=[Path(c) for c in configs], **said)) == expected
 
 
 @pytest.mark.parametrize(
@@ -51,6 +61,16 @@ def test_errors_name_options_as_they_were_typed(
         ({"data": ["nowhere.jsonl"]}, r"nowhere\.jsonl does not exist; correct --data$"),
         ({"data": ["countdown"], "samples": 0}, r"command line is not valid:\n  --samples = 0: must be"),
         ({"data": ['{source="countdown", numbers=9}']}, r"not valid:\n  numbers of --data's table = 9.*4$"),
+        ({"data": ['{source="countdown", foo=1}']}, r"not valid:\n  foo of --data's table = 1 is not an opt"),
+        (
+            {"data": ['{source="reasoning_gym", datasets=["x"]}']},
+            r"datasets of --data's table = \[\"x\"\] is not an option; did you mean dataset of --data's tab",
+        ),
+        (
+            {"data": ['{source="file", path="x", prompt_field=3}']},
+            r"not valid:\n  prompt_field of --data's table = 3: must be text; write prompt_field = \"3\"$",
+        ),
+        ({"data": ["countdown"], "settings": ["evaluate.samples=0"]}, r"\n  evaluate\.samples = 0: must be"),
         # The model has 256 positions; no engine is started to find that out.
         ({"data": ["countdown"]}, r"--max-response-tokens = 2048 and .* 256 positions; give .* at most 241$"),
     ],

@@ -255,10 +255,12 @@ def test_a_finished_run_says_so_and_keeps_its_record(tmp_path: Path) -> None:
     assert check_standing(config(tmp_path, run={"steps": 20})) == ""
 
 
-def test_fewer_steps_than_are_done_are_refused(tmp_path: Path) -> None:
-    run_until(config(tmp_path), 10)
+@pytest.mark.parametrize("decay", ["constant", "linear"])
+def test_fewer_steps_than_are_done_are_refused(tmp_path: Path, decay: str) -> None:
+    """Said before the decay, which follows run.steps."""
+    run_until(config(tmp_path, optimizer={"decay": decay}), 10)
     with pytest.raises(RapoError, match=r"run\.steps = 9, but the run in .* has done 10; set 10 or more"):
-        check_standing(config(tmp_path, run={"steps": 9}))
+        check_standing(config(tmp_path, run={"steps": 9}, optimizer={"decay": decay}))
 
 
 def test_a_run_that_must_not_go_on_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megatron_rapo.errors import RapoError
-from megatron_rapo.observe.versions import FILE, read_versions, record_versions, software_versions
+from megatron_rapo.observe.versions import software_versions
+from megatron_rapo.record.versions import FILE, read_versions, record_versions
 
 OLD, NEW = {"python": "3.11.2", "torch": "2.12.0"}, {"python": "3.11.2", "torch": "2.13.0", "triton": "3.9.0"}
 
