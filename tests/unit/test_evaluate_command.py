@@ -135,6 +135,8 @@ def test_a_table_of_zeros_says_what_else_it_may_mean(correct: float, told: bool)
         pass_at_k={1: estimate},
         majority_at_k={},
         outcomes={Outcome.CORRECT: correct, Outcome.WRONG: 1 - correct},
+        reward=None,
+        graded=False,
         unextracted=0.5,
         truncated=0.0,
         lengths=Lengths(1.0, 1.0, 1.0, 1),
