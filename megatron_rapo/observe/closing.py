@@ -24,22 +24,32 @@ def metrics_summary(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _rewards(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    ends = reward_ends(metrics)
+    """Of the run, and below it of each source of a mixture."""
+    found = (re.fullmatch(r"reward/([^/]+)/mean", name) for line in metrics for name in line)
+    sources = dict.fromkeys(name[1] for name in found if name)
+    of_all = {"mean reward": "reward/mean", **{f"  {name}": f"reward/{name}/mean" for name in sources}}
+    return [f"{what}: {told}" for what, metric in of_all.items() if (told := _ends(metrics, metric))]
+
+
+def _ends(metrics: Sequence[Mapping[str, Any]], metric: str) -> str | None:
+    ends = reward_ends(metrics, metric)
     if ends is None:
-        only = [line["reward/mean"] for line in metrics if line.get("reward/mean") is not None]
-        return [f"mean reward: {reward:.3f} in the only step" for reward in only]
+        only = [line[metric] for line in metrics if line.get(metric) is not None]
+        return f"{only[0]:.3f} in the only step" if only else None
     window, first, last = ends
     if window == 1:
-        return [f"mean reward: {first:.3f} in the first step, {last:.3f} in the last"]
-    return [f"mean reward: {first:.3f} over the first {window} steps, {last:.3f} over the last {window}"]
+        return f"{first:.3f} in the first step, {last:.3f} in the last"
+    return f"{first:.3f} over the first {window} steps, {last:.3f} over the last {window}"
 
 
-def reward_ends(metrics: Sequence[Mapping[str, Any]]) -> tuple[int, float, float] | None:
+def reward_ends(
+    metrics: Sequence[Mapping[str, Any]], metric: str = "reward/mean"
+) -> tuple[int, float, float] | None:
     """Steps averaged over, and the mean reward over the first and the last so many, which share none.
 
     None where fewer than two steps have rewards.
     """
-    rewards = [line["reward/mean"] for line in metrics if line.get("reward/mean") is not None]
+    rewards = [line[metric] for line in metrics if line.get(metric) is not None]
     if len(rewards) < 2:
         return None
     window = min(WINDOW, len(rewards) // 2)

@@ -38,6 +38,26 @@ def test_the_two_ends_of_a_short_run_share_no_step(
     assert summary(tmp_path, *steps)[0] == f"mean reward: {line}"
 
 
+def test_sources_of_a_mixture_stand_below_their_mean(tmp_path: Path) -> None:
+    """One has no response at the second step, another no known reward at the third."""
+    steps: list[dict[str, Any]] = [
+        {
+            "step": 1,
+            "reward/mean": 0.2,
+            "reward/a/mean": 0.1,
+            "reward/b-1/mean": 0.3,
+            "reward/b-1/unknown": 0.0,
+        },
+        {"step": 2, "reward/mean": 0.3, "reward/b-1/mean": 0.5},
+        {"step": 3, "reward/mean": 0.4, "reward/a/mean": 0.6, "reward/b-1/mean": None},
+    ]
+    assert summary(tmp_path, *steps)[:3] == [
+        "mean reward: 0.200 in the first step, 0.400 in the last",
+        "  a: 0.100 in the first step, 0.600 in the last",
+        "  b-1: 0.300 in the first step, 0.500 in the last",
+    ]
+
+
 def test_pass_at_k_stands_in_a_row_for_each_evaluation(tmp_path: Path) -> None:
     def evaluated(step: int, value: float) -> dict[str, Any]:
         estimates = {
