@@ -18,6 +18,7 @@ ENVIRONMENTS: dict[str, str] = {
     "single_turn": "megatron_rapo.environments.single_turn:SingleTurn",
     "tool_use": "megatron_rapo.environments.tool_use:ToolUse",
     "conversation": "megatron_rapo.environments.conversation:Conversation",
+    "countdown_turns": "megatron_rapo.environments.countdown_turns:CountdownTurns",
 }
 """Ours by name; imported where they are used, as some need libraries that the others do not."""
 

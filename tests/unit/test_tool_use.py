@@ -84,8 +84,6 @@ def a_call(expression: str, name: str = "calculator") -> str:
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': {'expression': expression}})}\n</tool_call>"
 
 
-FAMILIES = ["qwen3", "qwen3.5", "qwen3.8", "llama-3"]
-
 TEXTS = st.one_of(
     st.text(max_size=30),
     st.lists(st.sampled_from([*SPECIAL, *ADDED, "<|", "|>", "\n", "4", " ", "＜|im_end|＞"]), max_size=6).map(
@@ -98,40 +96,27 @@ TEXTS = st.one_of(
 def conversations(draw: st.DrawFn) -> tuple[str, str, list[list[int]], list[str], int]:
     """A tokenizer, a renderer, turns of the policy, what it is told, and the most tokens of an episode."""
     name = draw(st.sampled_from(sorted(TOKENIZERS)))
-    kind = "plain" if name == "tiny" else draw(st.sampled_from(["plain", *FAMILIES]))
+    kind = "plain" if name == "tiny" else draw(st.sampled_from(["plain", "qwen3"]))
     tokenizer = TOKENIZERS[name]()
     any_ids = st.lists(st.integers(0, len(tokenizer) - 1), max_size=12)
-    markers = (
-        {"tiny": ("{", "}")} if name == "tiny" else {"plain": ("<tool>", "</tool>"), "llama-3": ("", "")}
-    )
-    before, after = markers.get(name if name == "tiny" else kind, ("<tool_call>", "</tool_call>"))
+    before, after = ("<tool>", "</tool>") if kind == "plain" else ("<tool_call>", "</tool_call>")
     calls = st.sampled_from(
         ["2+3", '{"name": "calculator", "arguments": {"expression": "1"}}', "{", '{"name": 3}']
     )
     spelled = calls.map(lambda call: tokenizer.encode(f"{before}{call}{after}", add_special_tokens=False))
-    turn = st.lists(st.one_of(spelled, any_ids), max_size=4).map(lambda parts: list(chain(*parts)))
+    turn = st.lists(st.one_of(any_ids, spelled), max_size=4).map(lambda parts: list(chain(*parts)))
     turns = draw(st.lists(turn, min_size=1, max_size=5))
-    return (
-        name,
-        kind,
-        turns,
-        draw(st.lists(TEXTS, max_size=12)),
-        draw(st.one_of(st.integers(1, 200), st.just(2000))),
-    )
+    return name, kind, turns, draw(st.lists(TEXTS, max_size=12)), draw(st.integers(1, 200))
 
 
 @given(conversations())
 @settings(deadline=None, max_examples=150)
 def test_what_is_trained_is_what_was_sampled_whatever_is_said(drawn: Any) -> None:
     name, kind, turns, texts, most = drawn
-    options: dict[str, Any] = {}
     tokenizer = TOKENIZERS[name]()
     prompt = tokenizer.encode("2 + 3 = ", add_special_tokens=False)
-    if name == "tiny":
-        options = {"call": ("{", "}"), "answer": ("=", "\n")}
-    elif kind.startswith("qwen"):
-        options = {"thinking_retention": "all"}
-    form = rendering(tokenizer, kind, **options)
+    markers = {"call": ("{", "}"), "answer": ("=", "\n")} if name == "tiny" else {}
+    form = rendering(tokenizer, kind, **markers)
     for environment in (
         tool_use(Scripted(texts), form, max_turns=4),
         Conversation(Scripted(texts), form, max_turns=4),  # type: ignore[arg-type]
@@ -398,7 +383,7 @@ def test_prompts_describe_the_tools_as_the_family_does(folder: Path) -> None:
     [
         ({"options": {"renderer": "auto"}}, {"model": "mine"}, "does not know the model mine"),
         ({"options": {"renderer": "qwen4"}}, {}, "qwen4.* does not exist; choose one of .*qwen3"),
-        ({"options": {"renderer": "deepseek-v3"}}, {}, "does not work with the tokenizer"),
+        ({"options": {"renderer": "llama-3"}}, {}, "does not work with the tokenizer"),
         ({"options": {"renderer": "plain"}}, {}, "cannot continue the chats"),
         ({"options": {"renderer": "qwen3"}}, {"template": "plain"}, "continues chats, and data begins none"),
         ({"options": {"renderer": "users_of_test:Renderer"}}, {}, "rewrites what the policy said.*plain"),

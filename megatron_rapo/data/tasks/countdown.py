@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from fractions import Fraction
 
 from megatron_rapo.config.data import CountdownData
 from megatron_rapo.data.tasks.expression import MalformedExpression, flat_value, tokenize, value
@@ -59,19 +60,26 @@ def is_correct(response: str, answer: str) -> bool:
     Raises:
         RapoError: `answer` is not what `generate` writes.
     """
-    numbers, target = _read_answer(answer)
-    last_line = _last_line(response)
-    if last_line is None:
-        return False
-    expression, equals, stated = last_line.translate(_NOTATION).partition("=")
+    _, target = _read_answer(answer)
+    _, equals, stated = (_last_line(response) or "").translate(_NOTATION).partition("=")
     if equals and stated.strip() != str(target):
         return False
+    return comes_to(response, answer) == target
+
+
+def comes_to(response: str, answer: str) -> Fraction | None:
+    """The value of the last line's expression, where it uses the given numbers, each exactly once; else None.
+
+    Raises:
+        RapoError: `answer` is not what `generate` writes.
+    """
+    numbers, _ = _read_answer(answer)
     try:
-        tokens = tokenize(expression)
+        tokens = tokenize((_last_line(response) or "").translate(_NOTATION).partition("=")[0])
         used = sorted(int(token) for token in tokens if token.isdigit())
-        return used == numbers and value(tokens) == target
+        return value(tokens) if used == numbers else None
     except (MalformedExpression, ZeroDivisionError):
-        return False
+        return None
 
 
 def final_answer(response: str) -> str | None:
