@@ -170,6 +170,7 @@ def _start(config: RunConfig, environment: RankEnvironment | None) -> None:
             world_size,
             diagnose=partial(describe, config.run.directory),
             defers_stops=True,
+            imports=["megatron_rapo.loop"],
         )
         print(closing_summary(config.run.directory))
         return

@@ -25,7 +25,12 @@ def find_mismatch(config: RunConfig) -> list[Finding]:
         return _examine(config)
     with tempfile.TemporaryDirectory(prefix="megatron-rapo-doctor-") as directory:
         report = Path(directory) / "findings.json"
-        run_local(_examine_and_write, (config, report), config.parallel.world_size)
+        run_local(
+            _examine_and_write,
+            (config, report),
+            config.parallel.world_size,
+            imports=["megatron_rapo.doctor.mismatch"],
+        )
         return [Finding(**finding) for finding in json.loads(report.read_text())]
 
 

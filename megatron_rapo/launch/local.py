@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -10,9 +9,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
-from multiprocessing.context import SpawnProcess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +20,7 @@ import torch.distributed
 
 from megatron_rapo.launch.environment import RankEnvironment
 from megatron_rapo.launch.failure import Failure, Kind, WorkerFailed, root_cause
-from megatron_rapo.launch.rank import run_rank
+from megatron_rapo.launch.fork import ForkedRanks, Work
 from megatron_rapo.launch.stop import ASKING, AT_ONCE, ONE_REQUEST_S
 
 POLL_S = 0.1
@@ -39,6 +37,7 @@ def run_local(
     diagnose: Callable[[], str] | None = None,
     *,
     defers_stops: bool = False,
+    imports: Sequence[str] = (),
 ) -> None:
     """Runs `function(*args)` in `world_size` new processes, with torchrun's environment, until all return.
 
@@ -49,22 +48,29 @@ def run_local(
         diagnose: says where the ranks are (`observe.describe`); asked before failed ranks are ended.
         defers_stops: the function ends by itself when it is asked to (`StopRequests.deferring`), which may
             take its time; a second signal ends all ranks soon, a third at once.
+        imports: modules that the function imports late; the ranks share them, and that of the function.
 
     Raises:
         WorkerFailed: a rank failed; the others, and all that ranks left running, have been ended.
         KeyboardInterrupt, SystemExit: SIGINT, or another stop signal, came; all ranks have ended.
     """
-    ranks: list[_Rank] = []
+    hidden = nullcontext() if function.__module__ == "__main__" else _without_main()
+    # Where there is CUDA, each rank imports by itself: an import may call the driver, which no fork survives.
+    shared = () if torch.cuda.is_available() else (function.__module__, *imports)
     with (
         _rendezvous(world_size) as port,
-        tempfile.TemporaryDirectory(prefix="megatron-rapo-") as reports,
+        tempfile.TemporaryDirectory(prefix="megatron-rapo-") as folder,
         _stop_signals() as received,
     ):
+        places = [
+            RankEnvironment(index, index, world_size, world_size, "127.0.0.1", port)
+            for index in range(world_size)
+        ]
+        reports = [Path(folder) / f"rank_{index:05d}.json" for index in range(world_size)]
+        with _environment(_defaults()), hidden:
+            ranks = ForkedRanks(Work(function, args, shared), places, reports)
         try:
-            for index in range(world_size):
-                place = RankEnvironment(index, index, world_size, world_size, "127.0.0.1", port)
-                ranks.append(_Rank(function, args, place, Path(reports) / f"rank_{index:05d}.json"))
-            failures = _watch(ranks, received, defers_stops)
+            failures = _watch(ranks, reports, received, defers_stops)
             diagnosis = diagnose() if failures and diagnose else ""
         finally:
             _end(ranks, received)
@@ -76,66 +82,9 @@ def run_local(
         raise SystemExit(128 + received[0])
 
 
-class _Rank:
-    """One rank's process and where it reports its failure."""
-
-    def __init__(
-        self, function: Callable[..., object], args: tuple[Any, ...], place: RankEnvironment, report: Path
-    ) -> None:
-        self.index = place.rank
-        self._report = report
-        self._swept = False
-        # Not daemonic: ranks start processes of their own.
-        self.process: SpawnProcess = multiprocessing.get_context("spawn").Process(
-            target=run_rank, args=(function, args, place.rank, report, os.getpid()), name=f"rank {place.rank}"
-        )
-        hidden = nullcontext() if function.__module__ == "__main__" else _without_main()
-        with _environment({**_defaults(), **place.variables()}), hidden:
-            self.process.start()
-
-    def ended(self) -> bool:
-        """Whether the process is gone; then what it left running is ended too."""
-        if self.process.is_alive():
-            return False
-        if not self._swept:  # Once, at once: later the group's number may be another's.
-            self._kill_group()
-            self._swept = True
-        return True
-
-    def failure(self, asked: bool) -> Failure | None:
-        """Why it failed, or None. A report counts before the exit: a thread may hold that up for ever.
-
-        `asked`: it was asked to end, and fails no more by ending for that.
-        """
-        report = Failure.read(self._report)
-        if asked and self.process.exitcode in _STOPPED:
-            return report
-        if report is None and self.ended() and self.process.exitcode:
-            # The report may have been written between the look and the exit.
-            return Failure.read(self._report) or Failure.of_exit(self.index, _signed(self.process.exitcode))
-        return report
-
-    def send(self, number: int) -> None:
-        """A stop signal, to the rank alone."""
-        if self.process.is_alive():
-            assert self.process.pid is not None
-            os.kill(self.process.pid, number)  # not reaped yet, so the number is still its own
-
-    def kill(self) -> None:
-        """SIGKILL, to the rank and all it started."""
-        self._kill_group()
-        self.process.kill()
-        self.process.join(GRACE_S)
-        self._swept = True
-
-    def _kill_group(self) -> None:
-        assert self.process.pid is not None
-        # Where nothing is left there is no group; nor before the process came to lead one.
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-
-def _watch(ranks: list[_Rank], received: list[int], defers_stops: bool) -> list[Failure]:
+def _watch(
+    ranks: ForkedRanks, reports: Sequence[Path], received: list[int], defers_stops: bool
+) -> list[Failure]:
     """Waits until all ranks ended, one failed, or they are to end at once; the failures, one a rank.
 
     Where stops are deferred, the first signal is handed on, and their end is waited for.
@@ -143,18 +92,19 @@ def _watch(ranks: list[_Rank], received: list[int], defers_stops: bool) -> list[
     failures: dict[int, Failure] = {}
     deadline, asked = float("inf"), False
     while len(received) < (2 if defers_stops else 1) and time.monotonic() < deadline:
+        running = ranks.running()
         if received and not asked:
+            if len(ranks.pids) < len(reports):  # nothing has begun
+                break
             asked = True
             print("stopping once the step is done and saved; a second signal stops at once", flush=True)
-            for rank in ranks:
-                rank.send(received[0])
-        running = [rank for rank in ranks if not rank.ended()]
-        for rank in ranks:
-            failure = failures.get(rank.index) or rank.failure(asked)
+            ranks.send(received[0])
+        for rank, report in enumerate(reports):
+            failure = failures.get(rank) or _failure(rank, report, ranks.exit_codes.get(rank), asked)
             if failure is not None and asked and failure.kind is Kind.COLLECTIVE:
                 continue  # its peers ended sooner
             if failure is not None:
-                failures[rank.index] = failure
+                failures[rank] = failure
                 deadline = min(deadline, time.monotonic() + SETTLE_S)
         if not running:
             break
@@ -162,19 +112,24 @@ def _watch(ranks: list[_Rank], received: list[int], defers_stops: bool) -> list[
     return [] if len(received) > asked else list(failures.values())
 
 
-def _end(ranks: list[_Rank], received: list[int]) -> None:
+def _failure(rank: int, report: Path, exit_code: int | None, asked: bool) -> Failure | None:
+    """Why a rank failed, or None. A report counts before the exit: a thread may hold that up for ever.
+
+    `asked`: it was asked to end, and fails no more by ending for that.
+    """
+    reported = Failure.read(report)
+    if reported is None and exit_code and not (asked and exit_code in _STOPPED):
+        return Failure.of_exit(rank, _signed(exit_code))
+    return reported
+
+
+def _end(ranks: ForkedRanks, received: list[int]) -> None:
     """Ends all ranks, within GRACE_S or, where one more signal asks for it, at once."""
-    for rank in ranks:
-        rank.send(AT_ONCE)
-    deadline = time.monotonic() + GRACE_S
-    running, before = ranks, len(received)
-    while time.monotonic() < deadline and len(received) == before:
-        running = [rank for rank in running if not rank.ended()]
-        if not running:
-            return
+    ranks.send(AT_ONCE)
+    deadline, before = time.monotonic() + GRACE_S, len(received)
+    while ranks.pids and ranks.running() and time.monotonic() < deadline and len(received) == before:
         time.sleep(POLL_S)
-    for rank in running:
-        rank.kill()
+    ranks.close()
 
 
 @contextmanager
@@ -204,9 +159,8 @@ def _defaults() -> dict[str, str]:
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron orders communication before compute by it.
     }
     if not torch.cuda.is_available():
-        defaults["TORCH_COMPILE_DISABLE"] = (
-            "1"  # Nothing on CPU gains from it; imports take a third less time.
-        )
+        # Nothing on CPU gains from torch.compile, and the imports that its decorators cause take seconds.
+        defaults["TORCHDYNAMO_DISABLE"] = "1"
     kept = {name: os.environ.get(name, value) for name, value in defaults.items()}
     # Ranks then join this process's store, where rank 0 would otherwise serve one. As torchrun does.
     return {**kept, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}

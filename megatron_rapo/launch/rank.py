@@ -5,42 +5,45 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import os
+import pickle
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from megatron_rapo.launch.environment import RankEnvironment
 from megatron_rapo.launch.failure import Failure, Kind
-from megatron_rapo.launch.stop import requests
+from megatron_rapo.launch.stop import ASKING, AT_ONCE, requests
 
+# Blocked as the process begins, until it can heed them.
+HEEDED = {*ASKING, AT_ONCE}
 _PR_SET_PDEATHSIG = 1
 
 
-def run_rank(
-    function: Callable[..., object], args: tuple[Any, ...], rank: int, report: Path, parent: int
-) -> None:
-    """Runs `function(*args)`; an exception is written to `report` and ends the process with status 1.
+def run_rank(call: bytes, place: RankEnvironment, report: Path, parent: int) -> None:
+    """Runs a pickled call; an exception is written to `report` and ends the process with status 1.
 
     The process leads a group of its own, so that all it starts can be ended with it, and dies with `parent`.
     """
     os.setpgid(0, 0)
-    _die_with(parent)
+    die_with(parent)
+    os.environ.update(place.variables())
     faulthandler.enable()
     with requests.noted():
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HEEDED)
+            function, args = pickle.loads(call)
             function(*args)
         except SystemExit:
             raise
         except BaseException as error:
-            failure = Failure.of(rank, error)
+            failure = Failure.of(place.rank, error)
             if requests.number and failure.kind is Kind.COLLECTIVE:  # its peers ended sooner
                 sys.exit(128 + requests.number)
             failure.write(report)
             sys.exit(1)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """The kernel kills this process when its parent dies, however that happens. Linux only."""
     if sys.platform != "linux":
         return

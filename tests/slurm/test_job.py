@@ -32,7 +32,7 @@ STEPS = 5
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with Cluster(tmp_path_factory.mktemp("cluster"), nodes=4) as running:
-        running.environment |= {MARK: "slurm", "TORCH_COMPILE_DISABLE": "1"}
+        running.environment |= {MARK: "slurm", "TORCHDYNAMO_DISABLE": "1"}
         yield running
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 from megatron_rapo.errors import RapoError
 from megatron_rapo.launch.environment import RankEnvironment
 from megatron_rapo.launch.stop import AT_ONCE, requests
+
+IMPORTED_BY = os.getpid()
 
 
 def rank() -> int:
@@ -37,6 +40,19 @@ def all_reduce_ranks(folder: Path) -> None:
     lines = [str(total.item()), str(place), os.environ["OMP_NUM_THREADS"], str(torch.get_num_threads())]
     (folder / str(rank())).write_text("\n".join(lines))
     torch.distributed.destroy_process_group()
+
+
+def tell_who_imported(folder: Path) -> None:
+    tasks = sorted(Path(f"/proc/{os.getppid()}/task").iterdir(), key=lambda task: int(task.name))
+    threads = [(task / "comm").read_text().strip() for task in tasks[1:]]  # beside the main one
+    found = {"importer": IMPORTED_BY, "own": os.getpid(), "threads": threads}
+    (folder / f"imported_{rank()}").write_text(json.dumps(found))
+
+
+def kill_what_forked() -> None:
+    if rank() == 1:
+        os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(120)
 
 
 def write_threads(folder: Path) -> None:

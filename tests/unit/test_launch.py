@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -109,10 +111,41 @@ def test_ranks_meet_and_the_parents_environment_is_kept(
         assert threads == ["1", "1"]
 
 
+def test_ranks_that_end_before_others_begin_have_ended_well() -> None:
+    run_local(launched.rank, (), world_size=8)
+
+
 def test_threads_that_the_user_set_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     run_local(launched.write_threads, (tmp_path,), world_size=1)
     assert (tmp_path / "threads").read_text() == "3"
+
+
+def who_imported(folder: Path, *imports: str) -> list[dict[str, Any]]:
+    """Of two ranks: the process that imported their function, their own, and threads of what forked them."""
+    run_local(launched.tell_who_imported, (folder,), world_size=2, imports=imports)
+    return [json.loads((folder / f"imported_{rank}").read_text()) for rank in range(2)]
+
+
+def test_ranks_share_what_one_process_imported_before_it_had_a_thread(tmp_path: Path) -> None:
+    """A fork has no threads, but the locks that they held; jemalloc, which is in pyarrow, frees its own."""
+    first, second = who_imported(tmp_path, "megatron_rapo.loop")
+    assert first["importer"] == second["importer"]
+    assert len({first["importer"], first["own"], second["own"], os.getpid()}) == 4
+    assert set(first["threads"]) <= {"jemalloc_bg_thd"}
+
+
+def test_where_there_is_cuda_each_rank_imports_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver does not survive a fork, and an import may call it."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for found in who_imported(tmp_path, "megatron_rapo.loop"):
+        assert found["importer"] == found["own"]
+
+
+def test_an_import_that_fails_is_left_to_the_ranks(tmp_path: Path) -> None:
+    assert len(who_imported(tmp_path, "megatron_rapo.nowhere")) == 2
 
 
 def test_what_a_rank_leaves_running_is_ended(tmp_path: Path) -> None:
@@ -181,6 +214,12 @@ def test_a_failure_is_seen_although_the_process_cannot_exit() -> None:
 
 
 @pytest.mark.usefixtures("impatient")
+def test_ranks_end_with_what_forked_them() -> None:
+    with pytest.raises(WorkerFailed, match="was killed by SIGKILL"):
+        run_local(launched.kill_what_forked, (), world_size=2)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_ranks_that_are_ended_may_close_what_they_opened(tmp_path: Path) -> None:
     with pytest.raises(WorkerFailed):
         run_local(launched.fail_while_a_peer_cleans_up, (tmp_path,), world_size=2)
@@ -246,6 +285,24 @@ def test_ranks_end_with_their_parent(tmp_path: Path, number: signal.Signals, sta
     finally:
         parent.kill()
         parent.wait(timeout=15)
+
+
+def test_a_stop_before_the_ranks_are_forked_ends_all_at_once(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(60)\n"
+    )
+    script = PARENT.format(tests=str(Path(__file__).parents[2]), folder=str(tmp_path))
+    (tmp_path / "parent.py").write_text(
+        script.replace("world_size=2", "world_size=2, defers_stops=True, imports=['slow']")
+    )
+    with subprocess.Popen([sys.executable, "parent.py"], cwd=tmp_path, stderr=subprocess.DEVNULL) as parent:
+        try:
+            launched.wait_for(tmp_path / "importing")
+            parent.send_signal(signal.SIGTERM)
+            assert parent.wait(timeout=10) == 143
+        finally:
+            parent.kill()
+    assert not list(tmp_path.glob("pid_*"))
 
 
 # Stop requests
