@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_rapo.certify.measure import _shared
 from megatron_rapo.config import Parallel
-from megatron_rapo.data.batching import Plan, Sample, replicas_of
+from megatron_rapo.data.batching import Plan, Sample
+from megatron_rapo.episode.brief import BriefSequence
 from megatron_rapo.episode.episode import Episode, ScoredEpisode
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.outcome import Outcome, Verification
@@ -73,18 +76,20 @@ def equal(one: Any, other: Any) -> bool:
     )
 
 
-def plans(count: int, replicas: int, seed: int) -> tuple[list[int], list[Plan]]:
-    """How many samples each of three minibatches has, and a plan of each: one of them has none."""
+def plans(count: int, replicas: int, seed: int) -> tuple[list[int], list[Plan], list[int]]:
+    """How many samples three minibatches have, one of them none; their plans; the replica of each sample."""
     random = np.random.default_rng(seed)
     first = int(random.integers(1, count))
     sizes = [first, 0, count - first]
-    found = []
+    found, trains = [], []
     for size in sizes:
         plan: Plan = [[[], []] for _ in range(replicas)]
-        for number in random.permutation(size).tolist():
-            plan[random.integers(replicas)][random.integers(2)].append(number)
+        for number in range(size):
+            replica = int(random.integers(replicas))
+            plan[replica][random.integers(2)].insert(0, number)
+            trains.append(replica)
         found.append(plan)
-    return sizes, found
+    return sizes, found, trains
 
 
 @pytest.mark.parametrize(
@@ -105,8 +110,7 @@ def test_each_replica_has_the_tokens_that_it_trains_on(
     chosen = [place for place in range(GROUPS) if place not in (1, 5)]
     expected = sequences([whole[place] for place in chosen])
     replicas = layout["data_parallel"]
-    sizes, plan = plans(len(expected), replicas, seed)
-    trains = [replica for one in plan for replica in replicas_of(one)]
+    sizes, plan, trains = plans(len(expected), replicas, seed)
 
     def step(placement: Placement) -> list[Any]:
         sampled = Shared()
@@ -137,6 +141,16 @@ def test_ranks_of_a_replica_begin_with_its_head() -> None:
 
 
 # What planning has
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_the_certificate_shows_a_method_what_a_run_shows_it(reads: bool) -> None:
+    place: Any = SimpleNamespace(
+        is_head=True, data_rank=0, layout=Parallel(), share_from_heads=lambda mine: [mine]
+    )
+    method: Any = SimpleNamespace(reads_responses=reads)
+    kinds = {type(one) for one in sequences(_shared(groups(), method, place).groups)}
+    assert kinds == {Sequence if reads else BriefSequence}
 
 
 def test_a_brief_sequence_has_lengths_and_says_where_its_tokens_are() -> None:
