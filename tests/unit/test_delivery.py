@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_rapo.certify.measure import _shared
 from megatron_rapo.config import Parallel
@@ -22,8 +24,12 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.batch import Batch
 from megatron_rapo.experience.delivery import with_tokens
 from megatron_rapo.experience.sharing import Shared, share
+from megatron_rapo.methods.named import METHODS
 from megatron_rapo.parallel.placement import Placement, replica_ranks
+from megatron_rapo.policy.batch import build_minibatches, make_samples, plan_minibatches
 from tests.unit.ranks import Ranks
+from tests.unit.test_batch import GROUPS as SCORED
+from tests.unit.test_batch import VOCABULARY, config
 
 TYPES = {"token_ids": np.int32, "sampled": np.bool_, "log_probs": np.float32, "versions": np.int32}
 GROUPS = 7
@@ -132,6 +138,32 @@ def test_each_replica_has_the_tokens_that_it_trains_on(
                 assert equal(one, other)
             else:
                 assert one == other.brief()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_microbatches_are_those_of_whole_groups(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit: planning needs nothing that brief groups have not."""
+    run = config({"data_parallel": 2, "context_parallel": 2, "pipeline_parallel": 2}, method=method)
+
+    def samples_of(groups: list[Group]) -> list[list[Sample]]:
+        return make_samples(groups, run.new_method(), VOCABULARY, run.minibatch_prompts)
+
+    def step(placement: Placement) -> tuple[Any, Any]:
+        mine = SCORED[placement.data_rank :: 2] if placement.is_head else []
+        sampled = share([group.problem for group in SCORED], mine, placement, whole=False)
+        samples = samples_of(sampled.groups)
+        plans = plan_minibatches(samples, run)
+        delivered = with_tokens(samples, plans, Batch(sampled.groups, sampled, 0), placement)
+        expected = build_minibatches(samples_of(SCORED), plans, run, placement)
+        return build_minibatches(delivered, plans, run, placement), expected
+
+    for found, expected in Ranks(run.parallel, monkeypatch).run(step):
+        assert [len(one) for one in found] == [len(one) for one in expected]
+        for one, other in zip(chain(*found), chain(*expected), strict=True):
+            assert one.lengths == other.lengths
+            for name, tensor in vars(other).items():
+                if isinstance(tensor, torch.Tensor):
+                    assert torch.equal(getattr(one, name), tensor), name
 
 
 def test_ranks_of_a_replica_begin_with_its_head() -> None:
