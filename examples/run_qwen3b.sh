@@ -74,6 +74,7 @@ OVERLAY=(
     "${TIME_LIMIT[@]}"
     "model.path=$MODEL"
     "run.directory=$RUN_DIRECTORY"
+    "rollout.engine.kind=$ENGINE"
     "slurm.trainer_nodes=$TRAINER_NODES"
     "slurm.ranks_per_node=$RANKS_PER_NODE"
     "slurm.gpus_per_node=$GPUS_PER_NODE"
@@ -96,7 +97,7 @@ submit() {
     job+=("${SBATCH_ARGUMENTS[@]}" "$0")
 
     mapfile -t hosts < <(seq -f "engine-node-%g" $((ENGINE_NODES > 0 ? ENGINE_NODES : TRAINER_NODES)))
-    "${RAPO[@]}" train "${CONFIGS[@]}" --dry-run --set "${OVERLAY[@]}" "rollout.urls=$(toml_urls "${hosts[@]}")"
+    "${RAPO[@]}" train "${CONFIGS[@]}" --dry-run --set "${OVERLAY[@]}" "rollout.engine.urls=$(toml_urls "${hosts[@]}")"
     mkdir -p "$LOGS" 2>/dev/null && [[ -w $LOGS ]] ||
         fail "RUN_DIRECTORY=$RUN_DIRECTORY takes no files; choose another place"
     if command -v sbatch >/dev/null; then
@@ -220,6 +221,6 @@ for node in "${ENGINES[@]}"; do
 done
 srun "${STEP[@]}" --nodes="$TRAINER_NODES" --ntasks=$((TRAINER_NODES * RANKS_PER_NODE)) \
     --ntasks-per-node="$RANKS_PER_NODE" --distribution=block --nodelist="$(join , "${TRAINERS[@]}")" \
-    "${RAPO[@]}" train "${CONFIGS[@]}" --set "${OVERLAY[@]}" "rollout.urls=$(toml_urls "${addresses[@]}")" &
+    "${RAPO[@]}" train "${CONFIGS[@]}" --set "${OVERLAY[@]}" "rollout.engine.urls=$(toml_urls "${addresses[@]}")" &
 TRAINER=$!
 wait "$TRAINER" # here, where a signal interrupts it

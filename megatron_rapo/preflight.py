@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -43,8 +42,6 @@ from megatron_rapo.weights.hf_files import HFTensors
 from megatron_rapo.weights.megatron_files import MegatronTensors
 from megatron_rapo.weights.plan import make_plan
 from megatron_rapo.weights.tensor_table import tensor_table
-
-INTERPRETER_S = 60  # for another environment's interpreter to start
 
 
 def check(config: RunConfig) -> Architecture:
@@ -220,17 +217,9 @@ def _try_rewards(config: RunConfig, loaded: Sequence[_Loaded]) -> Iterator[Trial
 def _missing_here(config: RunConfig) -> Iterator[str]:
     """What the machine of rank 0 needs beside files, and this one lacks, each as an error tells it."""
     rollout = config.rollout
-    own_servers = not rollout.urls and rollout.replay is None
-    if (
-        own_servers
-        and not rollout.sglang
-        and rollout.embedded_device == "cuda"
-        and not torch.cuda.is_available()
-    ):
-        yield 'rollout.embedded_device = "cuda" needs a GPU, and torch sees none; set "cpu", or give urls'
+    if not rollout.engine.urls and rollout.replay is None:
+        yield from config.engine_kind.problems()
     yield from _without_host_memory(config)
-    if own_servers and rollout.sglang and (problem := _without_sglang(rollout.sglang.python)):
-        yield problem
     if config.observe.wandb != "off":
         try:
             import_wandb(config.observe.wandb)
@@ -247,19 +236,6 @@ def _without_host_memory(config: RunConfig) -> Iterator[str]:
     for option, chosen in options.items():
         if chosen and not torch.cuda.is_available():
             yield f"{option} = true needs a GPU, and torch sees none: all is in host memory; remove it"
-
-
-def _without_sglang(python: str) -> str | None:
-    """Why this interpreter cannot start SGLang; None if it can."""
-    finds = "import importlib.util as u, sys; sys.exit(u.find_spec('sglang') is None)"
-    remedy = "set it to the interpreter of the environment that SGLang is installed in (docs/engines.md)"
-    try:
-        found = (
-            subprocess.run([python, "-c", finds], capture_output=True, timeout=INTERPRETER_S).returncode == 0
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"rollout.sglang.python = {python!r} cannot be started: {error}; {remedy}"
-    return None if found else f"rollout.sglang.python = {python!r} has no package sglang; {remedy}"
 
 
 def _too_much_memory(memory: MemoryEstimate) -> list[str]:
@@ -279,7 +255,7 @@ def _weight_routes(config: RunConfig, architecture: Architecture) -> list[str]:
     if config.rollout.replay is not None:
         return [f"none: {config.rollout.replay} has the samples"]
     if config.weights.transport == "shard":
-        sizes = [config.rollout.engine_tensor_parallel] * config.rollout.engines
+        sizes = [config.rollout.engine.ranks] * config.rollout.engine.count
         plan = make_plan(architecture, config.parallel, sizes, config.model.vocabulary_multiple)
         return plan.describe(dtype.itemsize).splitlines()
     held: Counter[int] = Counter()

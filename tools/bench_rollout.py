@@ -33,10 +33,14 @@ from random_model import add_size_options, make_random_model
 from transformers import AutoModelForCausalLM
 
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.engines.embedded.client import EmbeddedClient
 from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
+from megatron_rapo.engines.engine import Connect
 from megatron_rapo.engines.exchange import http_client
 from megatron_rapo.engines.launching import Launch, Launcher
 from megatron_rapo.engines.servers import LocalServers
+from megatron_rapo.engines.sglang.answers import generate_body
+from megatron_rapo.engines.sglang.client import SGLangClient
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.requests import Sampling, first_turns
 
@@ -85,15 +89,16 @@ def main() -> None:
         print(f"torch {torch.__version__}, {parameters / 1e6:.1f}M parameters, {options.dtype}")
         results = {"HF generate": {"one batch": time_hf(model, prompts, options)}}
         report("HF generate", results["HF generate"], options)
-        launchers: dict[str, Launcher] = {"embedded": EmbeddedLauncher(model, "cpu", options.dtype, 1)}
+        embedded: Launcher = EmbeddedLauncher(model, "cpu", options.dtype, 1)
+        kinds: dict[str, tuple[Launcher, Connect]] = {"embedded": (embedded, EmbeddedClient)}
         if SGLANG_PYTHON.exists():
-            launchers["SGLang"] = SGLangOnCpu(model, options.dtype)
+            kinds["SGLang"] = SGLangOnCpu(model, options.dtype), SGLangClient
         else:
             print("SGLang: not installed (make sglang)")
-        for name, launcher in launchers.items():
+        for name, (launcher, connect) in kinds.items():
             logs = Path(folder) / name
-            with LocalServers(launcher, count=1, log_directory=logs, startup_timeout=300) as servers:
-                results[name] = time_server(servers.urls[0], model, prompts, options)
+            with LocalServers(launcher, connect, count=1, log_directory=logs, startup_timeout=300) as servers:
+                results[name] = time_server(servers.urls[0], connect, model, prompts, options)
             report(name, results[name], options)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
@@ -159,7 +164,7 @@ def time_hf(model: Path, prompts: list[Prompt], options: argparse.Namespace) -> 
 
 
 def time_server(
-    url: str, model: Path, prompts: list[Prompt], options: argparse.Namespace
+    url: str, connect: Connect, model: Path, prompts: list[Prompt], options: argparse.Namespace
 ) -> dict[str, list[float]]:
     """One request of all; and smaller ones, through the pool and without it."""
     sampling = Sampling(options.responses, options.tokens, 1.0, 1, seed=0)
@@ -169,6 +174,7 @@ def time_server(
     def pool_of(prompts_per_request: int) -> EnginePool:
         return EnginePool(
             [url],
+            connect,
             vocab_size=options.vocabulary,
             prompts_per_request=prompts_per_request,
             request_timeout=600,
@@ -196,12 +202,7 @@ def time_server(
 
 def body(prompts: list[Prompt], sampling: Sampling) -> dict[str, object]:
     """What the pool sends for these prompts."""
-    request = first_turns(prompts, sampling)
-    return {
-        "input_ids": request.input_ids,
-        "sampling_params": request.sampling_params,
-        "return_logprob": True,
-    }
+    return generate_body(first_turns(prompts, sampling).wanted)
 
 
 async def bare_loop(http: httpx.AsyncClient, url: str, bodies: list[dict[str, object]]) -> int:

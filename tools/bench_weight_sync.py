@@ -22,7 +22,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
@@ -35,7 +35,9 @@ from random_model import add_size_options, make_random_model
 from torch import multiprocessing
 
 from megatron_rapo.config import Model, Parallel, Weights
+from megatron_rapo.engines.embedded.client import EmbeddedClient
 from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
+from megatron_rapo.engines.engine import Engine
 from megatron_rapo.engines.servers import LocalServers
 from megatron_rapo.launch.local import run_local
 from megatron_rapo.model.build import build_chunks
@@ -78,7 +80,9 @@ def main() -> None:
         gigabytes = 2 * make_random_model(model, options) / 1e9
         print(f"torch {torch.__version__}, {gigabytes:.2f} GB in bfloat16, medians of {ROUNDS}")
         launcher = EmbeddedLauncher(model, options.device, "bfloat16", threads=1)
-        with LocalServers(launcher, count=1, log_directory=Path(folder), startup_timeout=300.0) as servers:
+        with LocalServers(
+            launcher, EmbeddedClient, count=1, log_directory=Path(folder), startup_timeout=300.0
+        ) as servers:
             for name in options.layouts:
                 arguments = (
                     LAYOUTS[name],
@@ -119,7 +123,9 @@ def measure(
         if placement.is_main:
             vocabulary = architecture.vocabulary
             pool = stack.enter_context(
-                EnginePool(urls, vocab_size=vocabulary, prompts_per_request=1, request_timeout=300.0)
+                EnginePool(
+                    urls, EmbeddedClient, vocab_size=vocabulary, prompts_per_request=1, request_timeout=300.0
+                )
             )
         held = StageWeights(chunks, architecture, placement)
         table = tensor_table(architecture, layout)
@@ -162,10 +168,10 @@ class TimedPool:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pool, name)
 
-    def post(self, path: str, bodies: Sequence[Mapping[str, Any]], *, timeout: float) -> Future[list[Any]]:
+    def each(self, ask: Callable[[Engine, Any], Any], parts: Sequence[Any]) -> Future[list[Any]]:
         """As the pool's."""
         began = time.perf_counter()
-        answers = self._pool.post(path, bodies, timeout=timeout)
+        answers = self._pool.each(ask, parts)
         answers.add_done_callback(lambda _: self._count(began))
         return answers
 

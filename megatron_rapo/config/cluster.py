@@ -52,7 +52,7 @@ Port = Annotated[int, Field(ge=1024, le=65535)]
 
 
 class Slurm(Section):
-    """The job that `megatron-rapo train --slurm` submits; it sets `rollout.urls` to its engines."""
+    """The job that `megatron-rapo train --slurm` submits; it sets `rollout.engine` to its engines."""
 
     partition: str | None = Field(None, description="Partition. Default: the cluster's.")
     account: str | None = Field(None, description="Account. Default: the user's.")

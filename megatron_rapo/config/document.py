@@ -101,8 +101,9 @@ def _section(
     `chosen` holds the defaults of options that have none of their own.
     """
     told.add(section)
-    source = section.model_fields.get("source")
-    suffix = f", source = {_kind(source.annotation, source.metadata)}" if source else ""
+    told_apart = [option for option in ("source", "kind") if option in section.model_fields]
+    named = [(option, section.model_fields[option]) for option in told_apart]
+    suffix = "".join(f", {option} = {_kind(field.annotation, field.metadata)}" for option, field in named)
     fields = sorted(section.model_fields.items(), key=lambda item: item[0] not in section.__annotations__)
     rows = [_row(option, field, getattr(chosen, option, None)) for option, field in fields]
     nested = [
@@ -151,7 +152,8 @@ def _row(option: str, field: FieldInfo, chosen: Any = None) -> str:
     if field.is_required():
         default = "required" if chosen is None else f"`{toml_value(chosen)}`"
     else:
-        default = "" if field.default is None else f"`{toml_value(field.default)}`"
+        plain = field.default is not None and not isinstance(field.default, Section)
+        default = f"`{toml_value(field.default)}`" if plain else ""
     meaning = field.description or "Names this kind of source."
     cells = (f"`{option}`", _kind(field.annotation, field.metadata), default, meaning)
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

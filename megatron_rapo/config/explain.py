@@ -18,11 +18,22 @@ from megatron_rapo.config.options import option_names, sections_of
 from megatron_rapo.config.schema import RunConfig
 from megatron_rapo.config.source import LABEL_MEANS
 from megatron_rapo.config.write import toml_value
+from megatron_rapo.engines.kinds import DEFAULT_KIND, KINDS, find_kind
 from megatron_rapo.methods.named import METHODS
 from megatron_rapo.section import Section
 
 # The tables of each kind of prompt source, by the name of the kind.
 _SOURCES = {table.model_fields["source"].annotation.__args__[0]: table for table in sections_of(TrainingData)}  # type: ignore[union-attr]
+
+# Where options of earlier versions are now.
+_MOVED = {
+    "rollout.urls": "rollout.engine.urls, beside rollout.engine.kind,",
+    "rollout.router": "rollout.engine.router",
+    "rollout.sglang": '[rollout.engine], with kind = "sglang",',
+    "rollout.embedded_servers": "rollout.engine.servers",
+    "rollout.embedded_device": "rollout.engine.device",
+    "rollout.embedded_threads": "rollout.engine.threads",
+}
 
 
 def explain(error: ValidationError, source: str, values: Mapping[str, Any]) -> str:
@@ -46,6 +57,9 @@ def _explain_one(problem: ErrorDetails, values: Mapping[str, Any]) -> str:
             return f"{key} = {value} is not an option{_instead(key, problem['loc'], values)}"
         case "method":
             return f"{key}.method = {json.dumps(context['name'])} {context['why']}"
+        case "engine_kind":
+            named = f" = {json.dumps(context['name'])}" if "name" in context else ""
+            return f"{key}.kind{named} {context['why']}"
         case "missing" if "." not in key:
             return f"section [{key}] is missing; add it (docs/configuration.md)"
         case "missing":
@@ -102,7 +116,15 @@ def _key(location: tuple[int | str, ...], values: Mapping[str, Any]) -> str:
 
 def _instead(key: str, location: tuple[int | str, ...], values: Mapping[str, Any]) -> str:
     """What may have been meant in place of an unknown key."""
+    if key in _MOVED:
+        return f"; it is {_MOVED[key]} now (docs/engines.md)"
     table, _, option = key.rpartition(".")
+    if table == "rollout.engine":
+        kind = values["rollout"]["engine"].get("kind", DEFAULT_KIND)
+        have = [name for name, one in KINDS.items() if option in one.Options.model_fields]
+        if have:
+            return f' of kind = "{kind}"; kind = "{have[0]}" has it: change the kind, or remove it'
+        return f' of kind = "{kind}", which has {", ".join(find_kind(kind).Options.model_fields)}'
     if table == "algorithm":
         method = values["algorithm"].get("method", DEFAULT_METHOD)
         own = find_method(method, [Path(folder) for folder in values["run"].get("code", ())]).Options

@@ -31,8 +31,7 @@ CLASSES: Mapping[Change, tuple[str, ...]] = {
     Change.FREE: (
         *("run.directory", "run.steps", "run.code", "parallel", "weights", "checkpoint", "observe", "slurm"),
         *("model.config", "model.recompute", "model.reference_in_host_memory", "model.vocabulary_multiple"),
-        *("rollout.urls", "rollout.router", "rollout.sglang", "rollout.colocated", "rollout.restarts"),
-        *("rollout.embedded_servers", "rollout.embedded_device", "rollout.embedded_threads"),
+        *("rollout.engine", "rollout.colocated", "rollout.restarts"),
         *("rollout.prompts_per_request", "rollout.requests_per_engine", "rollout.minimum_engines"),
         *("rollout.startup_timeout_s", "rollout.request_timeout_s", "rollout.health_interval_s"),
         *("reward.workers", "reward.memory_limit_gib", "reward.unknown_limit", "environment.time_limit_s"),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, model_validator
 
-from megatron_rapo.engines.address import same_server
+from megatron_rapo.config.engine import Engine
+from megatron_rapo.engines.kinds import DEFAULT_KIND, KINDS
 from megatron_rapo.section import (
     NonNegativeInt,
     PathOption,
@@ -16,44 +15,10 @@ from megatron_rapo.section import (
     Section,
 )
 
-# Arguments of sglang.launch_server that a run has its own ideas of.
-_SET_BY_THE_RUN = ("--model-path", "--model", "--host", "--port", "--dtype", "--tp-size", "--tp")
-
-
 _OF_ENGINES = (
-    *("urls", "router", "sglang", "colocated", "prompts_per_request", "requests_per_engine"),
+    *("engine", "colocated", "prompts_per_request", "requests_per_engine"),
     *("startup_timeout_s", "request_timeout_s", "health_interval_s", "minimum_engines", "restarts"),
 )
-
-
-class SGLangServers(Section):
-    """SGLang servers that the run starts on the machine of rank 0, in place of embedded ones."""
-
-    servers: PositiveInt = Field(1, description="How many servers.")
-    tensor_parallel: PositiveInt = Field(1, description="GPUs that share one server's model.")
-    gpus: list[NonNegativeInt] | None = Field(
-        None,
-        description="The GPUs, tensor_parallel of them for each server, in order. Default: what SGLang takes "
-        "by itself.",
-    )
-    python: str = Field("python", description="Interpreter of the environment that SGLang is installed in.")
-    arguments: list[str] = Field([], description="Further arguments of `sglang.launch_server`.")
-
-    @model_validator(mode="after")
-    def _check(self) -> SGLangServers:
-        wanted = self.servers * self.tensor_parallel
-        if self.gpus is not None and (len(self.gpus), len(set(self.gpus))) != (wanted, wanted):
-            raise ValueError(
-                f"gpus = {self.gpus} does not name {wanted} GPUs for servers = {self.servers} of "
-                f"tensor_parallel = {self.tensor_parallel}; name each once"
-            )
-        for argument in self.arguments:
-            if argument.partition("=")[0] in _SET_BY_THE_RUN:
-                raise ValueError(
-                    f"arguments = {self.arguments}: {argument} is set by the run; remove it, or start the "
-                    "servers yourself and name them in rollout.urls"
-                )
-        return self
 
 
 class DynamicSampling(Section):
@@ -87,27 +52,15 @@ class Rollout(Section):
         description="Sampling temperature; the trainer divides its logits by the same. Sampling always has "
         "full support (no top-p, no top-k): engine log-probs are not renormalised for them.",
     )
-    urls: list[str] = Field(
-        [],
-        description="Addresses of running SGLang (or embedded) servers. Empty: the run starts "
-        "`embedded_servers` of its own.",
-    )
-    router: str | None = Field(
-        None,
-        description="Address of SGLang's router (`sglang-router`), through which prompts then go; all else "
-        "goes to the engines of `urls` directly, which the run registers with the router while they may "
-        "serve. Default: the run spreads prompts over the engines itself.",
-    )
-    embedded_servers: PositiveInt = Field(1, description="Embedded servers that the run starts.")
-    embedded_device: Literal["cpu", "cuda"] = Field("cpu", description="Where embedded servers compute.")
-    embedded_threads: PositiveInt = Field(1, description="CPU threads of one embedded server.")
-    sglang: SGLangServers | None = Field(
-        None, description="SGLang servers that the run starts, in place of embedded ones."
+    engine: Engine = Field(
+        KINDS[DEFAULT_KIND].Options(kind=DEFAULT_KIND),
+        description="The engines, of kind `embedded`, `sglang`, or one of your own, `module:Kind` "
+        "(docs/engines.md). Default: one embedded server, which the run starts.",
     )
     colocated: bool = Field(
         False,
         description="Engines share the trainer's GPUs (or memory): they give their weights and cache back "
-        "while it trains. SGLang servers of your own need `--enable-memory-saver`. See also "
+        "while it trains. SGLang servers at `engine.urls` need `--enable-memory-saver`. See also "
         "optimizer.in_host_memory_during_rollouts and model.reference_in_host_memory.",
     )
     prompts_per_request: PositiveInt = Field(
@@ -148,59 +101,18 @@ class Rollout(Section):
         "their rewards and log-probs, in place of new ones: no engine is opened. Default: engines sample.",
     )
 
-    @property
-    def engines(self) -> int:
-        """How many engines the run begins with."""
-        return len(self.urls) or (self.sglang.servers if self.sglang else self.embedded_servers)
-
-    @property
-    def engine_tensor_parallel(self) -> int:
-        """Ranks of each engine that the run starts; 1 for given ones, as far as is known before asking."""
-        return self.sglang.tensor_parallel if self.sglang else 1
-
     def without_effect(self) -> dict[str, str]:
-        embedded = ["embedded_servers", "embedded_device", "embedded_threads"]
         if self.replay is not None:
-            return dict.fromkeys([*embedded, *_OF_ENGINES], "replay takes recorded samples, without engines")
-        if self.urls:
-            inert = dict.fromkeys([*embedded, "sglang"], "urls name running servers")
-            if self.router:
-                inert["prompts_per_request"] = "SGLang's router takes a request a response"
-            return inert
-        return dict.fromkeys(embedded, "[rollout.sglang] starts SGLang servers") if self.sglang else {}
+            return dict.fromkeys(_OF_ENGINES, "replay takes recorded samples, without engines")
+        if self.engine.by_router:
+            return {"prompts_per_request": "a router takes a request a response"}
+        return {}
 
     @model_validator(mode="after")
     def _check(self) -> Rollout:
-        if self.minimum_engines > self.engines:
+        if self.minimum_engines > self.engine.count:
             raise ValueError(
-                f"minimum_engines = {self.minimum_engines} is more than the run's {self.engines} engines; "
-                "lower it"
+                f"minimum_engines = {self.minimum_engines} is more than the run's {self.engine.count} "
+                "engines; lower it"
             )
-        self._check_addresses()
         return self
-
-    def _check_addresses(self) -> None:
-        try:
-            twice = same_server(self.urls)
-        except ValueError as error:
-            raise ValueError(f"urls = {self.urls}: {error}") from None
-        if twice:
-            raise ValueError(
-                f"urls = {self.urls}: {twice[0]!r} and {twice[1]!r} are the same server; name each once"
-            )
-        if self.router is None:
-            return
-        if not self.urls:
-            raise ValueError(
-                f"router = {self.router!r} needs the engines' own addresses, which weights go to; name "
-                "them in urls, or remove it"
-            )
-        try:
-            behind = same_server([*self.urls, self.router])
-        except ValueError as error:
-            raise ValueError(f"router = {self.router!r}: {error}") from None
-        if behind:
-            raise ValueError(
-                f"router = {self.router!r} is the engine {behind[0]!r} of urls; name the router, not "
-                "an engine"
-            )

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
 from megatron_rapo.config.algorithm import DEFAULT_METHOD, Algorithm, find_method
 from megatron_rapo.config.cluster import Slurm
 from megatron_rapo.config.data import Data, MixtureData, TrainingData
+from megatron_rapo.config.engine import load_own_kind
 from megatron_rapo.config.environment import EnvironmentOptions
 from megatron_rapo.config.evaluation import Evaluate, Setting
 from megatron_rapo.config.reward import Reward
@@ -24,6 +25,8 @@ from megatron_rapo.config.templates import Templated
 from megatron_rapo.config.training import Model, Optimizer, Parallel
 from megatron_rapo.config.verifiers import RewardPlan, built_in
 from megatron_rapo.config.weights import Weights
+from megatron_rapo.engines.kind import EngineKind
+from megatron_rapo.engines.kinds import find_kind
 from megatron_rapo.errors import RapoError
 from megatron_rapo.methods.method import Method
 from megatron_rapo.methods.named import METHODS
@@ -49,7 +52,7 @@ class RunConfig(Section):
     model: Model
     parallel: Parallel = Parallel()
     data: TrainingData
-    rollout: Rollout
+    rollout: Annotated[Rollout, BeforeValidator(load_own_kind)]
     environment: EnvironmentOptions = EnvironmentOptions()
     reward: Reward = Reward()
     weights: Weights = Weights()
@@ -65,6 +68,12 @@ class RunConfig(Section):
         rollout = self.rollout
         sampling = Sampling(rollout.temperature, rollout.responses_per_prompt, rollout.max_response_tokens)
         return find_method(self.algorithm.method, self.run.code)(self.algorithm, sampling)
+
+    @property
+    def engine_kind(self) -> EngineKind:
+        """What `rollout.engine` describes."""
+        options = self.rollout.engine
+        return find_kind(options.kind, self.run.code)(options)
 
     @property
     def minibatch_prompts(self) -> int:

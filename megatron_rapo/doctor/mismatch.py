@@ -74,7 +74,8 @@ def examine_at(config: RunConfig, placement: Placement) -> list[Finding]:
         publisher = open_publisher(aside, policy, placement, engines, prompts, trusting=True)
         probe = None
         if placement.is_main and engines.pool is not None:
-            probe = stack.enter_context(EngineProbe(engines.pool.urls, config.rollout.request_timeout_s))
+            urls, timeout = engines.pool.urls, config.rollout.request_timeout_s
+            probe = stack.enter_context(EngineProbe(urls, config.engine_kind.connect, timeout))
         trainer = Trainer(config, policy, placement, vocabulary_size(tokenizer, architecture.vocabulary))
         examination = _Examination(config, placement, probe, trainer, prompts.prompts[:PROMPTS], version)
         return [finding for evidence in examination.run(publisher) for finding in judge(evidence)]
@@ -109,7 +110,7 @@ class _Examination:
     def run(self, publisher: Publisher) -> list[Evidence]:
         """Evidence of each engine."""
         found_versions, found = None, None
-        if self._config.rollout.urls:
+        if self._config.rollout.engine.urls:
             found_versions = self._ask(lambda probe: probe.versions())
             found = self._stage("as found")
         with self._trainer.shaken():

@@ -88,8 +88,6 @@ async def server_info(engine: EngineOf) -> dict[str, Any]:
         "server": "megatron_rapo.embedded_server",
         "version": __version__,
         "tp_size": 1,
-        "takes_slices": True,
-        "one_request_at_a_time": True,
         **engine.computing(),
     }
 

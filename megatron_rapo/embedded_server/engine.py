@@ -155,7 +155,7 @@ def _load_model(path: Path, dtype: torch.dtype) -> Any:
     if others:
         raise RapoError(
             f"{path} has layers of type {', '.join(sorted(others))}; the embedded server decodes only "
-            "full_attention: serve this model with SGLang (rollout.urls)"
+            "full_attention: serve this model with SGLang (rollout.engine)"
         )
     return model.eval()
 

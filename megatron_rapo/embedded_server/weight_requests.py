@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from megatron_rapo.embedded_server.engine import MemoryTag
 from megatron_rapo.embedded_server.protocol import StrictRequest
-from megatron_rapo.embedded_server.weights import Slice
+from megatron_rapo.wire.slices import Slice
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype

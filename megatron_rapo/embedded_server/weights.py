@@ -10,10 +10,9 @@ import torch
 from megatron_rapo.checksum import tensor_checksum
 from megatron_rapo.embedded_server.checkpoint import read_checkpoint
 from megatron_rapo.errors import RapoError
+from megatron_rapo.wire.slices import Slice
 
 NamedTensors = Sequence[tuple[str, torch.Tensor]]
-Slice = tuple[str, int | None, int, int]
-"""Name of a tensor, the dimension that is cut, and which part of it; without a dimension the whole tensor."""
 
 
 class Weights:

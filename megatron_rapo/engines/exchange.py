@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
+from megatron_rapo.engines.engine import Diagnose
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.wire.access import API_KEY_VARIABLE, api_key_from_environment, is_loopback
-
-Diagnose = Callable[[str], str | None]
-"""Says what is known of the server at a URL once a request to it has failed: None if nothing."""
 
 CONNECT_TIMEOUT_S = 10.0
 SEE_LOG = "look into the server's log"

@@ -20,9 +20,9 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from megatron_rapo.engines.engine import Connect
 from megatron_rapo.engines.exchange import http_client
 from megatron_rapo.engines.launching import Launcher
-from megatron_rapo.engines.sglang.client import EngineClient
 from megatron_rapo.errors import RapoError
 
 EXIT_WAIT_S = 1.0  # a lost connection is seen sooner than the exit that caused it
@@ -52,7 +52,8 @@ class LocalServers:
     They end with it, and by themselves should this process die without ending them.
 
     Args:
-        launcher: which kind of server, and how it is started.
+        launcher: how one is started.
+        connect: makes what speaks to one.
         count: how many.
         log_directory: where engine-0.log, engine-1.log, … go; made if need be.
         startup_timeout: seconds in which they must be ready.
@@ -62,9 +63,10 @@ class LocalServers:
     """
 
     def __init__(
-        self, launcher: Launcher, *, count: int, log_directory: Path, startup_timeout: float
+        self, launcher: Launcher, connect: Connect, *, count: int, log_directory: Path, startup_timeout: float
     ) -> None:
         self._launcher = launcher
+        self._connect = connect
         self._count = count
         self._log_directory = log_directory
         self._startup_timeout = startup_timeout
@@ -125,7 +127,7 @@ class LocalServers:
             server = self._servers[number] = self._spawn(number)
             try:
                 async with http_client() as http:
-                    client = EngineClient(
+                    client = self._connect(
                         http, server.url, timeout=self._startup_timeout, diagnose=self.diagnose
                     )
                     await client.until_healthy(self._startup_timeout)

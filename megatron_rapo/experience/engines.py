@@ -6,10 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 from megatron_rapo.config import RunConfig
-from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
-from megatron_rapo.engines.launching import Launcher
+from megatron_rapo.engines.kind import Served
 from megatron_rapo.engines.servers import LocalServers
-from megatron_rapo.engines.sglang.launcher import SGLangLauncher
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.parallel.placement import Placement
@@ -126,7 +124,7 @@ def open_engines(
     with ExitStack() as stack:
         servers = stack.enter_context(_own_servers(config)) if placement.is_main else None
         reviver = _reviver(config, servers, architecture) if placement.is_main else None
-        urls = placement.share_from_main(servers.urls if servers else config.rollout.urls)
+        urls = placement.share_from_main(servers.urls if servers else config.rollout.engine.urls)
         if not placement.is_head:
             yield SharedEngines(placement, None, None, colocated=config.rollout.colocated)
             return
@@ -142,7 +140,7 @@ def open_own_engines(config: RunConfig, architecture: Architecture) -> Iterator[
         RapoError: one of them is not ready in time, or serves another model.
     """
     with _own_servers(config) as servers:
-        urls = servers.urls if servers else config.rollout.urls
+        urls = servers.urls if servers else config.rollout.engine.urls
         reviver = _reviver(config, servers, architecture)
         with _pool(config, architecture, urls, 0, servers, reviver) as pool:
             yield pool
@@ -151,13 +149,15 @@ def open_own_engines(config: RunConfig, architecture: Architecture) -> Iterator[
 @contextmanager
 def _own_servers(config: RunConfig) -> Iterator[LocalServers | None]:
     """The servers that the run is not given; None where it is."""
-    if config.rollout.urls:
-        check_distinct(config.rollout.urls)
+    if config.rollout.engine.urls:
+        check_distinct(config.rollout.engine.urls)
         yield None
         return
+    kind = config.engine_kind
     with LocalServers(
-        _launcher(config),
-        count=config.rollout.engines,
+        kind.launcher(Served(config.model.path, config.model.dtype, config.rollout.colocated)),
+        kind.connect,
+        count=config.rollout.engine.count,
         log_directory=config.run.directory / "engines",
         startup_timeout=config.rollout.startup_timeout_s,
     ) as servers:
@@ -180,9 +180,10 @@ def _pool(
     servers: LocalServers | None,
     reviver: Reviver | None,
 ) -> Iterator[EnginePool]:
-    rollout = config.rollout
+    rollout, kind = config.rollout, config.engine_kind
     with EnginePool(
         urls,
+        kind.connect,
         vocab_size=architecture.vocabulary,
         prompts_per_request=rollout.prompts_per_request,
         request_timeout=rollout.request_timeout_s,
@@ -192,23 +193,7 @@ def _pool(
         health_interval=rollout.health_interval_s,
         reviver=reviver,
         diagnose=servers.diagnose if servers else None,
-        router=rollout.router,
+        router=kind.router,
     ) as pool:
         pool.wait_until_healthy(rollout.startup_timeout_s)
         yield pool
-
-
-def _launcher(config: RunConfig) -> Launcher:
-    model, rollout = config.model, config.rollout
-    if rollout.sglang is None:
-        return EmbeddedLauncher(
-            model.path, rollout.embedded_device, model.dtype, threads=rollout.embedded_threads
-        )
-    return SGLangLauncher(
-        model.path,
-        model.dtype,
-        python=rollout.sglang.python,
-        tensor_parallel=rollout.sglang.tensor_parallel,
-        gpus=rollout.sglang.gpus,
-        arguments=[*rollout.sglang.arguments, *(["--enable-memory-saver"] if rollout.colocated else [])],
-    )

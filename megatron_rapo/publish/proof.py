@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_rapo.data.batching import Sample, pack
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.engines.engine import Generation
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.errors import RapoError
 from megatron_rapo.loss.chunked import Head
@@ -49,14 +50,10 @@ def probe(engines: Engines, prompts: Sequence[Prompt], version: int, vocabulary:
         EngineLost: an engine does not answer, and is out.
         RapoError: an engine answers what cannot be, or with other weights than `version`.
     """
-    body = {
-        "input_ids": [list(prompt.token_ids) for prompt in prompts],
-        "sampling_params": {"max_new_tokens": TOKENS, "temperature": 0.0, "ignore_eos": True},
-        "return_logprob": True,
-    }
+    wanted = [Generation(prompt.token_ids, TOKENS, temperature=0.0, ignore_eos=True) for prompt in prompts]
     urls = list(engines.urls)
     found = []
-    continued = engines.post("/generate", [body] * len(urls), timeout=TIMEOUT_S).result()
+    continued = engines.each(lambda engine, _: engine.generate(wanted, timeout=TIMEOUT_S), urls).result()
     for url, answers in zip(urls, continued, strict=True):
         for prompt, answer in zip(prompts, answers, strict=True):
             response = to_response(

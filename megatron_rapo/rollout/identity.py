@@ -31,7 +31,7 @@ def check_distinct(urls: Sequence[str]) -> None:
         for address in found:
             if (other := seen.setdefault((address, port, path), url)) != url:
                 raise RapoError(
-                    f"rollout.urls: {other} and {url} are the same server ({address}); name each once"
+                    f"rollout.engine.urls: {other} and {url} are the same server ({address}); name each once"
                 )
 
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from megatron_rapo.engines.sglang.client import EngineClient
+from megatron_rapo.engines.engine import Engine
 from megatron_rapo.errors import EngineLost
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ class Member:
         failure: why it was lost; None while it is live.
     """
 
-    def __init__(self, client: EngineClient, on_lost: Callable[[Member], None]) -> None:
+    def __init__(self, client: Engine, on_lost: Callable[[Member], None]) -> None:
         self.client = client
         self.failure: str | None = None
         self._on_lost = on_lost

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
 from megatron_rapo.background import all_of
-from megatron_rapo.engines.sglang.client import EngineClient
+from megatron_rapo.engines.engine import Engine
 from megatron_rapo.errors import RapoError
 from megatron_rapo.rollout.member import Member
 from megatron_rapo.rollout.revival import Reviver
@@ -29,7 +29,7 @@ class Membership:
     def __init__(
         self,
         urls: Sequence[str],
-        client_of: Callable[[str], EngineClient],
+        client_of: Callable[[str], Engine],
         *,
         minimum: int,
         reviver: Reviver | None,

@@ -11,9 +11,8 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from megatron_rapo.background import BackgroundLoop, all_of
-from megatron_rapo.engines.exchange import Diagnose, http_client
-from megatron_rapo.engines.sglang.client import EngineClient, MemoryTag
-from megatron_rapo.engines.sglang.router import RouterClient
+from megatron_rapo.engines.engine import Connect, ConnectRouter, Diagnose, Engine
+from megatron_rapo.engines.exchange import http_client
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.rollout.dispatch import Dispatch
 from megatron_rapo.rollout.member import Member
@@ -26,7 +25,7 @@ from megatron_rapo.rollout.routing import Routing
 from megatron_rapo.rollout.watch import watch
 
 T = TypeVar("T")
-MEMORY: Sequence[MemoryTag] = ("weights", "kv_cache")
+P = TypeVar("P")
 
 
 class EnginePool:
@@ -39,6 +38,7 @@ class EnginePool:
 
     Args:
         urls: addresses of the servers, http://HOST:PORT.
+        connect: makes what speaks to each: the kind of the engines.
         vocab_size: of the policy; token ids outside it are refused.
         prompts_per_request: most prompts that share one HTTP request; a router gets a request a response.
         request_timeout: seconds for one request's answer; an engine that takes longer is lost.
@@ -48,7 +48,7 @@ class EnginePool:
         health_interval: seconds between two looks at each engine's health; None: it is not looked at.
         reviver: brings lost engines back; the main rank's pool has one.
         diagnose: says why the server at a URL is gone, where that can be known (`LocalServers.diagnose`).
-        router: address of SGLang's router, through which prompts go; None: the pool spreads them itself.
+        router: what speaks to the router through which prompts go; None: the pool spreads them itself.
 
     Attributes:
         resent: requests that were sent again so far, since the engine that had them was lost.
@@ -57,6 +57,7 @@ class EnginePool:
     def __init__(
         self,
         urls: Sequence[str],
+        connect: Connect,
         *,
         vocab_size: int,
         prompts_per_request: int,
@@ -67,7 +68,7 @@ class EnginePool:
         health_interval: float | None = None,
         reviver: Reviver | None = None,
         diagnose: Diagnose | None = None,
-        router: str | None = None,
+        router: ConnectRouter | None = None,
     ) -> None:
         if not urls:
             raise ValueError("a pool needs at least one server")
@@ -81,10 +82,10 @@ class EnginePool:
         self._http = http_client()
         self._routing: Routing | None = None
         if router is not None:
-            self._routing = Routing(RouterClient(self._http, router, timeout=request_timeout), vocab_size)
+            self._routing = Routing(router(self._http, timeout=request_timeout), vocab_size)
         self._members = Membership(
             urls,
-            lambda url: EngineClient(self._http, url, timeout=request_timeout, diagnose=diagnose),
+            lambda url: connect(self._http, url, timeout=request_timeout, diagnose=diagnose),
             minimum=minimum_engines,
             reviver=reviver,
             on_lost=self._routing.take_out if self._routing else None,
@@ -171,17 +172,8 @@ class EnginePool:
         return min(self._prompts_per_request, max(1, -(-prompts // self._members.size)))
 
     def one_request_at_a_time(self) -> bool:
-        """Whether an engine serves one request after the other, so that what belongs together is sent so.
-
-        One that is lost meanwhile is out.
-        """
-
-        async def ask(member: Member) -> bool:
-            with suppress(EngineLost):
-                return (await member.ask(member.client.info())).one_request_at_a_time
-            return False
-
-        return any(self._loop.run(all_of(ask(member) for member in self._members.live)))
+        """Whether an engine serves one request after the other, so that what belongs together is sent so."""
+        return any(member.client.one_request_at_a_time for member in self._members.live)
 
     def _dispatch(self, members: Sequence[Member]) -> Dispatch[Request, list[Response]]:
         return Dispatch(
@@ -194,7 +186,7 @@ class EnginePool:
             return await self._routing.send(request, self._members)
 
         async def responses() -> list[Response]:
-            answers = await member.client.generate(request.input_ids, request.sampling_params)
+            answers = await member.client.generate(request.wanted)
             return request.responses(answers, self._vocab_size, member.url)
 
         return await member.ask(responses())
@@ -210,7 +202,7 @@ class EnginePool:
 
         async def release(member: Member) -> None:
             with suppress(EngineLost):
-                await member.ask(member.client.release_memory(MEMORY))
+                await member.ask(member.client.release_memory())
                 self._resting.add(member.url)
 
         self._loop.run(all_of(release(member) for member in self._members.live))
@@ -224,7 +216,7 @@ class EnginePool:
         """
 
         async def resume(member: Member) -> None:
-            await member.ask(member.client.resume_memory(MEMORY))
+            await member.ask(member.client.resume_memory())
             self._resting.discard(member.url)
 
         resting = [member for member in self._members.live if member.url in self._resting]
@@ -242,7 +234,7 @@ class EnginePool:
 
     def take_slices(self) -> bool:
         """Whether every live engine takes slices of tensors from several trainer ranks."""
-        return all(info.takes_slices for info in self._loop.run(self._of_each(lambda client: client.info())))
+        return all(member.client.takes_slices for member in self._members.live)
 
     def weights_checksums(self, dtype: str) -> dict[str, dict[str, int]]:
         """The checksum of each tensor, by URL, of the live engines that tell them and compute in `dtype`.
@@ -251,7 +243,7 @@ class EnginePool:
             EngineLost: an engine was lost meanwhile, and is out.
         """
 
-        async def checksums(client: EngineClient) -> dict[str, int] | None:
+        async def checksums(client: Engine) -> dict[str, int] | None:
             found = await client.weights_checksum()
             return found[1] if found is not None and (await client.info()).dtype == dtype else None
 
@@ -271,30 +263,26 @@ class EnginePool:
         self.revive()
         self._loop.run(self._of_each(lambda client: client.begin_update()))
 
-    def post(self, path: str, bodies: Sequence[Mapping[str, Any]], *, timeout: float) -> Future[list[Any]]:
-        """Sends each live engine a body, without waiting.
+    def each(self, ask: Callable[[Engine, P], Coroutine[Any, Any, T]], parts: Sequence[P]) -> Future[list[T]]:
+        """Asks each live engine, without waiting.
 
         Args:
-            path: the route.
-            bodies: one for each of `urls`, in that order.
-            timeout: seconds after which an engine that has not answered is lost.
+            ask: what is asked of one, given its part.
+            parts: one for each of `urls`, in that order.
 
         Returns:
             The answers, in that order. The first failure is raised at once: an engine that is lost
             (`EngineLost`) can hold up the others for ever.
         """
         members = self._members.live
-        if len(bodies) != len(members):
-            failed: Future[list[Any]] = Future()
+        if len(parts) != len(members):
+            failed: Future[list[T]] = Future()
             failed.set_exception(
-                EngineLost(f"{len(bodies)} bodies for {len(members)} live engines: one was lost meanwhile")
+                EngineLost(f"{len(parts)} parts for {len(members)} live engines: one was lost meanwhile")
             )
             return failed
         return self._loop.start(
-            all_of(
-                member.ask(member.client.post(path, body, timeout=timeout))
-                for member, body in zip(members, bodies, strict=True)
-            )
+            all_of(member.ask(ask(member.client, part)) for member, part in zip(members, parts, strict=True))
         )
 
     def end_update(self, weight_version: int) -> None:
@@ -304,8 +292,8 @@ class EnginePool:
             EngineLost, RapoError: as `begin_update`; or an engine has another version.
         """
 
-        async def end(client: EngineClient) -> None:
-            await client.end_update()
+        async def end(client: Engine) -> None:
+            await client.end_update(weight_version)
             await _check_version(client, weight_version)
 
         self._loop.run(self._of_each(end))
@@ -344,8 +332,8 @@ class EnginePool:
     async def _update_from_disk(self, model_path: Path, weight_version: int) -> None:
         updated: set[Member] = set()
 
-        async def load(client: EngineClient) -> None:
-            await client.update_weights_from_disk(model_path, str(weight_version))
+        async def load(client: Engine) -> None:
+            await client.load_checkpoint(model_path, weight_version)
             await _check_version(client, weight_version)
 
         async def update(member: Member) -> None:
@@ -367,7 +355,7 @@ class EnginePool:
         if self._routing is not None:
             await self._routing.serve_with(self.urls)
 
-    async def _of_each(self, ask: Callable[[EngineClient], Coroutine[Any, Any, T]]) -> list[T]:
+    async def _of_each(self, ask: Callable[[Engine], Coroutine[Any, Any, T]]) -> list[T]:
         return await all_of(member.ask(ask(member.client)) for member in self._members.live)
 
     def _to_watch(self) -> list[Member]:
@@ -375,7 +363,7 @@ class EnginePool:
         return [] if self._updating else self._members.live
 
 
-async def _check_version(client: EngineClient, weight_version: int) -> None:
+async def _check_version(client: Engine, weight_version: int) -> None:
     if (found := await client.weight_version()) != str(weight_version):
         raise RapoError(
             f"{client.url} has weights version {found!r} after an update to {weight_version}: "

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.engines.engine import Generated, Generation
 from megatron_rapo.errors import RapoError
 from megatron_rapo.rollout.response import Response
 from megatron_rapo.rollout.responses import to_response
@@ -87,26 +87,22 @@ class Request:
         return len(self.asks)
 
     @property
-    def input_ids(self) -> list[tuple[int, ...]]:
-        """What each response continues."""
-        return [ask.token_ids for ask in self.asks]
-
-    @property
-    def sampling_params(self) -> list[dict[str, Any]]:
-        """The `sampling_params` of each response."""
+    def wanted(self) -> list[Generation]:
+        """What an engine is asked for."""
         return [
-            {
-                "max_new_tokens": ask.max_tokens,
-                "temperature": self.sampling.temperature,
-                "top_p": self.sampling.top_p,
-                "top_k": self.sampling.top_k,
-                "sampling_seed": ask.seed,
-                **({"stop_token_ids": list(ask.stop)} if ask.stop else {}),
-            }
+            Generation(
+                ask.token_ids,
+                ask.max_tokens,
+                self.sampling.temperature,
+                seed=ask.seed,
+                top_p=self.sampling.top_p,
+                top_k=self.sampling.top_k,
+                stop=ask.stop,
+            )
             for ask in self.asks
         ]
 
-    def responses(self, answers: Sequence[dict[str, Any]], vocab_size: int, source: str) -> list[Response]:
+    def responses(self, answers: Sequence[Generated], vocab_size: int, source: str) -> list[Response]:
         """The responses in an engine's answers.
 
         Raises:

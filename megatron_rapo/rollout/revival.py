@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_rapo.engines.engine import Engine
 from megatron_rapo.engines.servers import LocalServers
-from megatron_rapo.engines.sglang.client import EngineClient
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.rollout.identity import check_model
@@ -46,7 +46,7 @@ class Reviver:
         """Whether engine `number` has not come back too often already."""
         return self._used[number] < self._restarts
 
-    async def bring_back(self, number: int, url: str, client_of: Callable[[str], EngineClient]) -> str:
+    async def bring_back(self, number: int, url: str, client_of: Callable[[str], Engine]) -> str:
         """Makes engine `number`, which was at `url`, ready again; returns its address. Its weights are any.
 
         Raises:
@@ -73,7 +73,7 @@ class Reviver:
                 self.returned += 1
                 return url
 
-    async def check(self, client: EngineClient) -> None:
+    async def check(self, client: Engine) -> None:
         """Raises RapoError where the engine serves another model than the policy's."""
         info = await client.info()
         check_model(client.url, Path(info.model_path), self._architecture)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from megatron_rapo.background import all_of
 from megatron_rapo.engines.address import server_of
-from megatron_rapo.engines.sglang.router import RouterClient
+from megatron_rapo.engines.engine import Router
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.rollout.member import Member
 from megatron_rapo.rollout.membership import Membership
@@ -35,7 +35,7 @@ class Routing:
         vocab_size: of the policy.
     """
 
-    def __init__(self, router: RouterClient, vocab_size: int) -> None:
+    def __init__(self, router: Router, vocab_size: int) -> None:
         self._router = router
         self._vocab_size = vocab_size
         self._known: set[str] = set()  # engines that were ever the run's
@@ -101,7 +101,7 @@ class Routing:
         )
 
     async def _responses(self, request: Request) -> list[Response]:
-        answers = await self._router.generate(request.input_ids, request.sampling_params)
+        answers = await self._router.generate(request.wanted)
         return request.responses(answers, self._vocab_size, f"an engine behind {self._router.url}")
 
     async def _unless_stuck(self, work: Coroutine[Any, Any, T]) -> T:
@@ -149,6 +149,6 @@ def _refuses_connections(url: str) -> bool:
 
 def _unusable(error: EngineLost) -> RapoError:
     return RapoError(
-        f"rollout.router cannot be used: {error}. It is started by: python -m sglang_router.launch_router "
-        "--host HOST --port PORT"
+        f"rollout.engine.router cannot be used: {error}. It is started by: python -m "
+        "sglang_router.launch_router --host HOST --port PORT"
     )

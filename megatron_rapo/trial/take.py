@@ -163,13 +163,11 @@ def _sampling(config: RunConfig, responses: int) -> Sampling:
 def _apart(config: RunConfig) -> Iterator[RunConfig]:
     """The run with one engine, which logs outside of the run's directory; its log stays after an error."""
     directory = Path(tempfile.mkdtemp(prefix="megatron-rapo-try-"))
-    own = {} if config.rollout.urls else {"engines": 1, "minimum_engines": 1, "router": None}
-    yield config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"directory": directory}),
-            "rollout": config.rollout.model_copy(update=own),
-        }
-    )
+    run, rollout = config.run.model_copy(update={"directory": directory}), config.rollout
+    if not rollout.engine.urls:
+        alone = {"engine": rollout.engine.model_copy(update={"servers": 1}), "minimum_engines": 1}
+        rollout = rollout.model_copy(update=alone)
+    yield config.model_copy(update={"run": run, "rollout": rollout})
     shutil.rmtree(directory)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_rapo.weights.holders import Holders
 from megatron_rapo.weights.tensor_table import HFTensor
+from megatron_rapo.wire.bucket import TensorMetadata, lay_out, views
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,16 @@ class Bucket:
         """Bytes of the whole bucket."""
         return sum(tensor.elements for tensor in self.tensors) * self.dtype.itemsize
 
+    @property
+    def layout(self) -> list[TensorMetadata]:
+        """Where each tensor lies."""
+        names, shapes = zip(*((tensor.name, tensor.shape) for tensor in self.tensors), strict=True)
+        return lay_out(names, [self.dtype] * len(names), shapes)
+
     def views(self, flat: Tensor) -> Iterator[tuple[HFTensor, Tensor]]:
         """Each tensor with its place in `flat` `[nbytes]` uint8."""
-        values, start = flat[: self.nbytes].view(self.dtype), 0
-        for tensor in self.tensors:
-            yield tensor, values[start : start + tensor.elements].view(tensor.shape)
-            start += tensor.elements
+        for tensor, (_, view) in zip(self.tensors, views(flat, self.layout), strict=True):
+            yield tensor, view
 
 
 def make_buckets(tensors: Sequence[HFTensor], dtype: torch.dtype, limit: int) -> list[Bucket]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+from megatron_rapo.engines.engine import Engine
+
+P = TypeVar("P")
+T = TypeVar("T")
 
 
 class Engines(Protocol):
@@ -28,15 +33,18 @@ class Engines(Protocol):
         """Tensor-parallel size of each."""
 
     def take_slices(self) -> bool:
-        """Whether each takes slices of tensors from several trainer ranks (`/update_weights_from_shards`)."""
+        """Whether each takes slices of tensors from several trainer ranks."""
 
     def begin_update(self) -> None:
         """Pauses generation and empties the cache of each, and opens its update."""
 
-    def post(self, path: str, bodies: Sequence[Mapping[str, Any]], *, timeout: float) -> Future[list[Any]]:
-        """Sends each its body, all at once; the future has their answers.
+    def each(self, ask: Callable[[Engine, P], Coroutine[Any, Any, T]], parts: Sequence[P]) -> Future[list[T]]:
+        """Asks each engine, all at once; the future has their answers.
 
-        An engine that has not answered after `timeout` seconds is lost: the future needs no limit of its own.
+        Args:
+            ask: what is asked of one, given its part. It bounds its time: the future needs no limit of its
+                own.
+            parts: one for each of `urls`, in that order.
         """
 
     def end_update(self, weight_version: int) -> None:

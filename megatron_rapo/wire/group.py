@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where and as what the group comes together.
+
+    Trainer ranks are its first ranks, the engines' follow in their order.
+    """
+
+    address: str
+    port: int
+    name: str
+    backend: str
+    trainer_ranks: int
+    engine_ranks: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """All of its ranks."""
+        return self.trainer_ranks + sum(self.engine_ranks)
+
+    @property
+    def first_ranks(self) -> list[int]:
+        """Each engine's first rank."""
+        return list(itertools.accumulate(self.engine_ranks[:-1], initial=self.trainer_ranks))
 
 
 def new_group(

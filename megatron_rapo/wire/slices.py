@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,11 +12,36 @@ from megatron_rapo.checksum import tensor_checksum
 from megatron_rapo.errors import RapoError
 
 CHECKSUM_BYTES = 8  # at a message's end
+Slice = tuple[str, int | None, int, int]
+"""Name of a tensor, the dimension that is cut, and which part of it; without a dimension the whole tensor."""
+
+
+@dataclass(frozen=True)
+class SliceMessage:
+    """What one rank of a trainer sends at once.
+
+    Attributes:
+        source: its rank in the group.
+        engine_rank: that it is for, of the engine's own.
+        slices: in their order.
+    """
+
+    source: int
+    engine_rank: int
+    slices: tuple[Slice, ...]
 
 
 def message_bytes(places: Sequence[Tensor], dtype: torch.dtype) -> int:
     """Bytes of a message for these places in the model, in the type that it is sent in."""
     return sum(place.numel() for place in places) * dtype.itemsize + CHECKSUM_BYTES
+
+
+def seal(flat: Tensor, dtype: torch.dtype) -> int:
+    """Writes the checksum of a message's values, `flat` `[message_bytes]` uint8, at its end; returns it."""
+    checksum = tensor_checksum(flat[:-CHECKSUM_BYTES].view(dtype))
+    told = bytearray(checksum.to_bytes(CHECKSUM_BYTES, "little"))
+    flat[-CHECKSUM_BYTES:] = torch.frombuffer(told, dtype=torch.uint8)
+    return checksum
 
 
 def unpack(flat: Tensor, places: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -55,7 +55,7 @@ def configuration(base: Path, layout_name: str, urls: list[str], transport: str)
                 "max_prompt_tokens": 32,
                 "max_response_tokens": 24,
                 "temperature": TEMPERATURE,
-                "urls": urls,
+                "engine": {"kind": "embedded", "urls": urls},
                 "request_timeout_s": 60.0,
             },
             "algorithm": {"max_tokens_per_microbatch": 1024},

@@ -20,7 +20,9 @@ import torch.distributed as dist
 
 from megatron_rapo.config import Model, Optimizer, Parallel, Weights
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.engines.embedded.client import EmbeddedClient
 from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
+from megatron_rapo.engines.engine import Generation
 from megatron_rapo.engines.servers import LocalServers
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.engines import SharedEngines
@@ -64,7 +66,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     base = tmp_path_factory.mktemp("publishing")
     path = make_hf_model(base / "model", family="qwen3", tied=True, num_key_value_heads=4)
     launcher = EmbeddedLauncher(path, "cpu", "float32", threads=1)
-    with LocalServers(launcher, count=3, log_directory=base, startup_timeout=120.0) as servers:
+    with LocalServers(
+        launcher, EmbeddedClient, count=3, log_directory=base, startup_timeout=120.0
+    ) as servers:
         processes = [server.process.pid for server in servers._servers.values()]
         found = run_job(measure, path, servers.urls, processes, directory=base)
     found["left in shared memory"] = [str(path) for path in Path("/dev/shm").glob(f"torch_{found['main']}_*")]
@@ -123,7 +127,9 @@ def measure(path: Path, urls: list[str], processes: list[int], report: Path) -> 
         vocabulary = read_architecture(path).vocabulary
         pool = None
         if everyone.is_main:
-            pool = EnginePool(urls, vocab_size=vocabulary, prompts_per_request=1, request_timeout=60.0)
+            pool = EnginePool(
+                urls, EmbeddedClient, vocab_size=vocabulary, prompts_per_request=1, request_timeout=60.0
+            )
         for version, (transport, name) in enumerate(CASES):
             run = Run(path, layout(name), transport, pool, report.parent)
             run.scale(1.0 + 0.05 * version)
@@ -190,21 +196,14 @@ class Run:
         write_hf_model(self.policy.chunks, self.architecture, self.placement, exported, self.path)
         if self.pool is None:
             return {}
-        found = [
-            [answer["output_ids"], [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]]
-            for answer in self.generate()
-        ]
+        found = [[answer.token_ids.tolist(), answer.log_probs.tolist()] for [answer] in self.generate()]
         return {"engines": found, "expected": continue_greedily(exported, PROMPTS[0].token_ids)}
 
     def generate(self) -> list[Any]:
         """Each engine's greedy continuation of the first prompt; on the main rank."""
         assert self.pool is not None
-        body = {
-            "input_ids": list(PROMPTS[0].token_ids),
-            "sampling_params": {"max_new_tokens": TOKENS, "temperature": 0.0, "ignore_eos": True},
-            "return_logprob": True,
-        }
-        return self.pool.post("/generate", [body] * len(self.pool.urls), timeout=60).result()
+        wanted = [Generation(PROMPTS[0].token_ids, TOKENS, 0.0, ignore_eos=True)]
+        return self.pool.each(lambda engine, _: engine.generate(wanted, timeout=60), self.pool.urls).result()
 
 
 def weights_are_released(url: str) -> bool:
@@ -299,6 +298,6 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engines, name)
 
-    def post(self, path: str, bodies: Sequence[Mapping[str, Any]], *, timeout: float) -> Future[list[Any]]:
+    def each(self, ask: Any, parts: Sequence[Any]) -> Future[list[Any]]:
         self._before()
-        return self._engines.post(path, bodies, timeout=timeout)
+        return self._engines.each(ask, parts)

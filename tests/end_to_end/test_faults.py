@@ -137,7 +137,7 @@ def test_data_without_prompts_are_refused(tmp_path: Path, row: str, message: str
 def test_a_server_that_is_not_up_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    rollout = {"urls": [url], "startup_timeout_s": 2.0}
+    rollout = {"engine.kind": "embedded", "engine.urls": [url], "startup_timeout_s": 2.0}
     command = run(write_config(tmp_path / "run.toml", tmp_path / "run", rollout=rollout))
     assert_one_message(
         command, rf"{url} was not ready within 2 s .*; look into .* or raise rollout\.startup_timeout_s"
@@ -177,7 +177,7 @@ def assert_checkpoints_are_whole(directory: Path) -> None:
 
 def test_killed_servers_are_replaced_and_cost_nothing(tmp_path: Path) -> None:
     """With dynamic sampling, whose rounds every rank must agree on."""
-    rollout = {"embedded_servers": 2, "prompts_per_request": 1}
+    rollout = {"engine.servers": 2, "prompts_per_request": 1}
     sampling = {"rollout": rollout, "rollout.dynamic_sampling": {"over_sampling": 1.5, "max_rounds": 2}}
     layout = {"parallel": {"data_parallel": 2, "timeout_s": 60.0}, "run": {"steps": 1000}}
     with nothing_left(), training(tmp_path, **layout, **sampling) as (directory, command):

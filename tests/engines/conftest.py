@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_rapo.engines.sglang.client import EngineClient
+from megatron_rapo.engines.embedded.client import EmbeddedClient
+from megatron_rapo.engines.sglang.client import SGLangClient
 from tests.engines.servers import EMBEDDED, KEY, SGLANG_CPU, SGLANG_GPU, running, tail, why_not
 from tests.models import make_hf_model
 
@@ -37,6 +38,12 @@ class Checkpoint:
         return max(float((expected - reported).abs().max()), float((rows.amax(-1) - expected).max()))
 
 
+async def generate(client, prompts, params, **more):
+    """SGLang's answers as they are."""
+    body = {"input_ids": prompts, "sampling_params": params, "return_logprob": True, **more}
+    return await client.post("/generate", body)
+
+
 class Engine:
     """A running engine, behind plain calls."""
 
@@ -48,10 +55,11 @@ class Engine:
         self._http = httpx.AsyncClient(trust_env=False, verify=False, timeout=None, limits=limits)
 
     def ask(self, work, key=KEY):
-        """What `work` makes of an `EngineClient`, which knows nothing from before."""
+        """What `work` makes of a client of its kind, which knows nothing from before."""
         self._http.headers["Authorization"] = f"Bearer {key}"
         try:
-            return self._runner.run(work(EngineClient(self._http, self.url, timeout=60)))
+            kind = EmbeddedClient if self.kind == EMBEDDED else SGLangClient
+            return self._runner.run(work(kind(self._http, self.url, timeout=60)))
         except Exception as error:
             error.add_note(f"the engine's log ends with:\n{tail(self._log)}")
             raise
@@ -66,7 +74,7 @@ class Engine:
 
     def greedy(self, prompts, **more):
         params = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True, **more}
-        return self.ask(lambda client: client.generate(prompts, [params] * len(prompts)))
+        return self.ask(lambda client: generate(client, prompts, [params] * len(prompts)))
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +101,6 @@ def server(request, checkpoints, tmp_path_factory):
 @pytest.fixture
 def engine(server, checkpoints):
     """The server, idle, on the first checkpoint as version `0`."""
-    server.ask(lambda client: client.abort())
-    server.ask(lambda client: client.update_weights_from_disk(checkpoints[0].path, "0"))
+    server.ask(lambda c: c._exchange.request("POST", "/abort_request", {"abort_all": True}, timeout=60))
+    server.ask(lambda client: client.load_checkpoint(checkpoints[0].path, 0))
     return server

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from megatron_rapo.checksum import tensor_checksum
+from megatron_rapo.engines.engine import Generation
 from megatron_rapo.errors import RapoError
-from tests.engines.conftest import TOLERANCE
+from tests.engines.conftest import TOLERANCE, generate
 from tests.engines.servers import EMBEDDED
 from tests.engines.trainer import Group, pickled, sglangs_names
 
@@ -33,23 +34,23 @@ def begin(engine):
 
 
 def end(engine):
-    engine.ask(lambda client: client.end_update())
+    engine.ask(lambda client: client.end_update(0))
 
 
 def test_it_says_what_it_is(engine, checkpoints):
     info = engine.ask(lambda client: client.info())
     assert info.model_path in [str(checkpoint.path) for checkpoint in checkpoints]
-    assert (info.weight_version, info.tensor_parallel, info.update_sessions) == ("0", 1, True)
+    assert (info.weight_version, info.tensor_parallel) == ("0", 1)
+    assert engine.ask(lambda client: client.has_sessions())
     assert info.dtype in ("bfloat16", "auto")
-    assert info.one_request_at_a_time == (engine.kind == EMBEDDED)
-    assert re.fullmatch(r"(sglang|megatron_rapo\.rollout\.embedded) \d+\.\d+\.\d+\S*", info.software)
+    assert re.fullmatch(r"(sglang|megatron_rapo\.embedded_server) \d+\.\d+\.\d+\S*", info.software)
     engine.ask(lambda client: client.until_healthy(10))
 
 
 def test_a_batch_is_answered_in_order_with_log_probs(engine, checkpoints):
     assert_serves(engine, *checkpoints, version="0")
     params = [{"max_new_tokens": n, "temperature": 0, "ignore_eos": True} for n in (3, 5, 4)]
-    answers = engine.ask(lambda client: client.generate(PROMPTS, params))
+    answers = engine.ask(lambda client: generate(client, PROMPTS, params))
     whole = engine.greedy(PROMPTS)
     for n, answer, longer in zip((3, 5, 4), answers, whole, strict=True):
         assert answer["output_ids"] == longer["output_ids"][:n]
@@ -67,7 +68,7 @@ def test_a_stop_token_ends_a_response_and_belongs_to_it(engine):
 
 def test_log_probs_are_those_at_the_temperature(engine, checkpoints):
     params = {"max_new_tokens": 20, "temperature": 0.5, "top_p": 1.0, "top_k": -1, "ignore_eos": True}
-    [answer] = engine.ask(lambda client: client.generate(PROMPTS[:1], [params]))
+    [answer] = engine.ask(lambda client: generate(client, PROMPTS[:1], [params]))
     tokens = torch.tensor([[*PROMPTS[0], *answer["output_ids"]]])
     with torch.inference_mode():
         rows = (checkpoints[0].model(tokens).logits[0, 2:-1] / 0.5).log_softmax(-1)
@@ -80,7 +81,7 @@ def during_generation(engine, act):
     """The answer to a long request, during which `act` is done with a client."""
 
     async def scenario(client):
-        running = asyncio.create_task(client.generate(PROMPTS[:1], [LONG], rid="long"))
+        running = asyncio.create_task(generate(client, PROMPTS[:1], [LONG], rid="long"))
         await asyncio.sleep(0.5)
         await act(client)
         [answer] = await asyncio.wait_for(running, 60)
@@ -91,7 +92,11 @@ def during_generation(engine, act):
 
 @pytest.mark.parametrize("rid", ["long", None])
 def test_an_aborted_request_is_answered_with_what_it_has(engine, rid):
-    answer = during_generation(engine, lambda client: client.abort(rid))
+    # A prompt of a batch has an id of its own, and the batch none.
+    body = {"rid": "long_0"} if rid else {"abort_all": True}
+    answer = during_generation(
+        engine, lambda client: client._exchange.request("POST", "/abort_request", body, timeout=60)
+    )
     assert answer["meta_info"]["finish_reason"]["type"] == "abort"
     assert len(answer["output_ids"]) == len(answer["meta_info"]["output_token_logprobs"]) < TOKENS
 
@@ -100,7 +105,7 @@ def test_an_aborted_request_is_answered_with_what_it_has(engine, rid):
 def test_a_pause_holds_generation_back(engine, mode):
     async def act(client):
         await client.pause(mode)
-        held = asyncio.create_task(client.generate(PROMPTS, [{"max_new_tokens": 1}] * 3))
+        held = asyncio.create_task(generate(client, PROMPTS, [{"max_new_tokens": 1}] * 3))
         await asyncio.sleep(0.5)
         assert not held.done()
         if mode != "in_place":
@@ -161,7 +166,7 @@ def test_weights_by_disk_in_turn_with_generation(engine, checkpoints):
     """An update right after a request has ended is what can kill SGLang in another order of calls."""
     for round_ in range(10):
         checkpoint, other = checkpoints[round_ % 2], checkpoints[1 - round_ % 2]
-        engine.ask(lambda client, c=checkpoint, v=round_: client.update_weights_from_disk(c.path, str(v)))
+        engine.ask(lambda client, c=checkpoint, v=round_: client.load_checkpoint(c.path, v))
         assert_serves(engine, checkpoint, other, str(round_))
 
 
@@ -181,8 +186,13 @@ def test_an_update_may_be_abandoned_and_begun_anew(engine, checkpoints):
 @pytest.mark.parametrize("tags", [["kv_cache"], ["weights", "kv_cache"]])
 def test_memory_is_released_and_resumed(engine, checkpoints, tags):
     first, second = checkpoints
-    engine.ask(lambda client: client.release_memory(tags))
-    engine.ask(lambda client: client.resume_memory(tags))
+    if tags == ["weights", "kv_cache"]:
+        engine.ask(lambda client: client.release_memory())
+        engine.ask(lambda client: client.resume_memory())
+    else:
+        for change in ("release", "resume"):
+            path, body = f"/{change}_memory_occupation", {"tags": tags}
+            engine.ask(lambda c, p=path, b=body: c._exchange.request("POST", p, b, timeout=60))
     if tags == ["kv_cache"]:
         assert_serves(engine, first, second, "0")
     begin(engine)
@@ -232,10 +242,26 @@ def test_a_broadcast_of_another_shape_is_refused_and_the_engine_goes_on(engine, 
     assert_serves(engine, second, first, "3")
 
 
+def test_what_a_run_asks_is_understood(engine, checkpoints):
+    """The operations as they are, without a body of the test's own."""
+    wanted = [Generation((*prompt,), 8, 0.0, ignore_eos=True) for prompt in PROMPTS]
+    begin(engine)
+    tensors = list(checkpoints[1].tensors.items())
+    for part, version in ((tensors[:9], None), (tensors[9:], 5)):
+        engine.ask(lambda client, p=part, v=version: client.receive_handles(p, 1, v, timeout=60))
+    end(engine)
+    assert_serves(engine, checkpoints[1], checkpoints[0], "5")
+    for answer, raw in zip(engine.ask(lambda c: c.generate(wanted)), engine.greedy(PROMPTS), strict=True):
+        assert answer.token_ids.tolist() == raw["output_ids"][:8]
+        assert (set(answer.versions), answer.finish) == ({"5"}, "length")
+    sampled = Generation((*PROMPTS[0],), 8, 0.7, seed=3, top_p=0.9, top_k=5, stop=(1,))
+    assert len(engine.ask(lambda client: client.generate([sampled]))[0].token_ids) in range(1, 9)
+
+
 def test_a_wrong_key_is_refused(engine):
     for work in (
         lambda client: client.info(),
-        lambda client: client.generate([[5]], [{}]),
+        lambda client: generate(client, [[5]], [{}]),
         lambda client: client.post("/begin_weight_update", {}),
     ):
         with pytest.raises(RapoError, match="401"):

@@ -9,14 +9,18 @@ import subprocess
 import threading
 import time
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.engines.embedded.client import EmbeddedClient
 from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
 from megatron_rapo.engines.servers import LocalServers
+from megatron_rapo.engines.sglang.client import SGLangClient
+from megatron_rapo.engines.sglang.router import SGLangRouter
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.rollout import pool as pools
@@ -97,7 +101,8 @@ def make_pool(urls, router, model=None, **options):
     if model is not None:
         reviver = Reviver(None, read_architecture(model), restarts=3, startup_timeout=SOON)
     defaults = {"vocab_size": 61, "prompts_per_request": 64, "request_timeout": SOON}
-    return pools.EnginePool(urls, router=router, reviver=reviver, **{**defaults, **options})
+    through = None if router is None else partial(SGLangRouter, url=router)
+    return pools.EnginePool(urls, SGLangClient, router=through, reviver=reviver, **{**defaults, **options})
 
 
 def generate(pool, count=6, version=3, tokens=8):
@@ -126,7 +131,9 @@ def generated(stand_in):
 
 def test_embedded_servers_behind_it_get_prompts_through_it_and_weights_past_it(empty, model, tmp_path):
     launcher = EmbeddedLauncher(model, "cpu", "float32", threads=1)
-    with LocalServers(launcher, count=2, log_directory=tmp_path, startup_timeout=SOON) as servers:
+    with LocalServers(
+        launcher, EmbeddedClient, count=2, log_directory=tmp_path, startup_timeout=SOON
+    ) as servers:
         urls = servers.urls
         with make_pool(urls, None) as direct:
             direct.update_weights(model, 3)
@@ -218,7 +225,7 @@ def test_a_router_with_other_workers_is_refused_by_name(empty, model):
 @pytest.mark.parametrize(
     ("there", "message"),
     [
-        (False, r"rollout.router cannot be used: .*127.0.0.1:9.*launch_router"),
+        (False, r"rollout.engine.router cannot be used: .*127.0.0.1:9.*launch_router"),
         (True, "answers no list of HTTP workers"),
     ],
 )

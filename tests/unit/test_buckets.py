@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from megatron_rapo.errors import EngineLost
 from megatron_rapo.weights.buckets import Bucket, make_buckets
 from megatron_rapo.weights.holders import Holders
 from megatron_rapo.weights.tensor_table import HFTensor
-from megatron_rapo.weights.transports import distributed, tensor
+from megatron_rapo.weights.transports import distributed
 from megatron_rapo.weights.transports.bucketed import TIMEOUT_S
 from megatron_rapo.weights.transports.distributed import DistributedTransport
 from megatron_rapo.weights.transports.tensor import TensorTransport
@@ -98,15 +99,26 @@ class Engines:
     def tensor_parallel(self) -> list[int]:
         return [1, 2]
 
-    def post(self, path: str, bodies: Sequence[Any], *, timeout: float) -> Future[list[Any]]:
-        assert timeout == TIMEOUT_S
-        self.log.append((path, list(bodies)))
+    def each(self, ask: Any, parts: Sequence[Any]) -> Future[list[Any]]:
+        self.log.append([asyncio.run(ask(Told(), part)) for part in parts])
         self._last = Future()
         if self.lost:
             self._last.set_exception(EngineLost("gone"))
         else:
             self._last.set_result([{}, {}])
         return self._last
+
+
+class Told:
+    """One engine, which says what it is told to take."""
+
+    async def receive_bucket(self, layout: Any, group: str, version: Any, *, timeout: float) -> Any:
+        assert timeout == TIMEOUT_S
+        return [(one.name, one.shape, one.dtype) for one in layout], group, version
+
+    async def receive_handles(self, named: Any, ranks: int, version: Any, *, timeout: float) -> Any:
+        assert timeout == TIMEOUT_S
+        return [(name, view.tolist()) for name, view in named], ranks, version
 
 
 class Group:
@@ -155,11 +167,9 @@ def test_a_broadcast_tells_what_is_in_it(joined: list[Any]) -> None:
     engines, way = Engines(), DistributedTransport(cast(Any, Stream()))
     sums = {"c": tensor_checksum(torch.arange(10.0)), "d": tensor_checksum(torch.arange(1.0))}
     assert way.send(cast(Any, engines), 7) == sums
-    common = {"flush_cache": False, "group_name": "group 2", "load_format": "flattened_bucket"}
-    first = {**common, "names": ["c"], "dtypes": ["float32"], "shapes": [[5, 2]]}
-    last = {**common, "names": ["d"], "dtypes": ["float32"], "shapes": [[1]], "weight_version": "7"}
-    path = "/update_weights_from_distributed"
-    assert engines.log == ["begin", (path, [first] * 2), (path, [last] * 2), "end 7"]
+    first = [("c", (5, 2), torch.float32)], "group 2", None
+    last = [("d", (1,), torch.float32)], "group 2", 7
+    assert engines.log == ["begin", [first] * 2, [last] * 2, "end 7"]
     assert joined == [*MAKING, *SENDING]
     assert way.send(None, 8) == {}
 
@@ -184,11 +194,11 @@ def test_a_group_lasts_as_long_as_its_engines(joined: list[Any]) -> None:
     assert joined == [*MAKING, *SENDING]
 
 
-def test_a_handle_each_goes_to_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor, "_handles", lambda bucket, flat: f"{bucket.tensors[0].name} {len(flat)}")
+def test_every_engine_is_told_of_the_memory_and_of_its_ranks() -> None:
     engines, way = Engines(), TensorTransport(cast(Any, Stream()))
     assert set(way.send(cast(Any, engines), 7)) == {"c", "d"}
-    path, key = "/update_weights_from_tensor", "serialized_named_tensors"
-    first = [{"flush_cache": False, key: ["c 40"] * size} for size in (1, 2)]
-    last = [{"flush_cache": False, "weight_version": "7", key: ["d 4"] * size} for size in (1, 2)]
-    assert engines.log == ["begin", (path, first), (path, last), "end 7"]
+    views = [("c", torch.arange(10.0).view(5, 2).tolist())], [("d", [0.0])]
+    first, last = (
+        [(view, size, named) for size in (1, 2)] for view, named in zip(views, (None, 7), strict=True)
+    )
+    assert engines.log == ["begin", first, last, "end 7"]

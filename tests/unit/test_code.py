@@ -95,7 +95,7 @@ def test_addresses_are_found_wherever_options_name_them() -> None:
         "environment.tools": ["c.d:e", "python"],
         "data.problems": "my_data:problems",
         "evaluate.data": [{"source": "function", "problems": "f:g", "reward": {"function": "h:i"}}],
-        "rollout.urls": ["http://x:1"],
+        "rollout.engine.urls": ["http://x:1"],
     }
     assert addresses_in(values) == ["a:b", "c.d:e", "h:i"]
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.engines.sglang.client import SGLangClient
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.collector import Collector
@@ -49,7 +50,9 @@ async def judge(answer, problem):
 
 
 def make_pool(urls, reviver=None):
-    return EnginePool(urls, vocab_size=VOCAB, prompts_per_request=1, request_timeout=60, reviver=reviver)
+    return EnginePool(
+        urls, SGLangClient, vocab_size=VOCAB, prompts_per_request=1, request_timeout=60, reviver=reviver
+    )
 
 
 def sample(collector):

@@ -124,7 +124,10 @@ def test_code_of_a_mapping_is_beside_the_files_or_here(minimal_file: Path) -> No
         ("algorithm.method=grpo", lambda c: c.algorithm.divergence == "k3"),
         ("algorithm.clip_high=0.28", lambda c: c.algorithm.clip_high == 0.28),
         ("optimizer.distributed=false", lambda c: c.optimizer.distributed is False),
-        ('rollout.urls=["http://a:1", "http://b:2"]', lambda c: len(c.rollout.urls) == 2),
+        (
+            'rollout.engine={kind = "sglang", urls = ["http://a:1", "http://b:2"]}',
+            lambda c: len(c.rollout.engine.urls) == 2,
+        ),
         ("evaluate.k=[1, 2]", lambda c: c.evaluate.k == [1, 2]),
         ("evaluate.data.source=countdown", lambda c: c.evaluate.data[0].source == "countdown"),
     ],
@@ -333,16 +336,18 @@ def test_a_missing_option_is_named(values: dict[str, Any], message: str) -> None
         ),
         (with_options(checkpoint__every=0), "checkpoint.every = 0: must be greater than 0"),
         (
-            with_options(rollout__embedded_servers=2, rollout__minimum_engines=3),
+            with_options(rollout__engine={"servers": 2}, rollout__minimum_engines=3),
             "rollout.minimum_engines = 3 is more than the run's 2 engines",
         ),
         (
-            with_options(rollout__sglang={"servers": 2, "tensor_parallel": 2, "gpus": [0, 1, 2, 2]}),
-            "rollout.sglang.gpus = [0, 1, 2, 2] does not name 4 GPUs",
+            with_options(
+                rollout__engine={"kind": "sglang", "servers": 2, "tensor_parallel": 2, "gpus": [0, 1, 2, 2]}
+            ),
+            "rollout.engine.gpus = [0, 1, 2, 2] does not name 4 GPUs",
         ),
         (
-            with_options(rollout__sglang={"arguments": ["--port=1"]}),
-            "rollout.sglang.arguments = ['--port=1']: --port=1 is set by the run",
+            with_options(rollout__engine={"kind": "sglang", "arguments": ["--port=1"]}),
+            "rollout.engine.arguments = ['--port=1']: --port=1 is set by the run",
         ),
         (
             with_options(rollout__dynamic_sampling={"max_rounds": 1}),
@@ -350,9 +355,9 @@ def test_a_missing_option_is_named(values: dict[str, Any], message: str) -> None
         ),
         (with_options(evaluate__k=[1, 0]), "evaluate.k[1] = 0: must be greater than 0"),
         (
-            with_options(rollout__urls="http://a:1"),
-            """rollout.urls = "http://a:1": must be a list; write urls = ["http://a:1"], or """
-            """--set 'rollout.urls=["http://a:1"]'""",
+            with_options(rollout__engine={"kind": "sglang", "urls": "http://a:1"}),
+            """rollout.engine.urls = "http://a:1": must be a list; write urls = ["http://a:1"], or """
+            """--set 'rollout.engine.urls=["http://a:1"]'""",
         ),
         (
             with_options(evaluate__k=4),
@@ -429,27 +434,25 @@ def test_a_value_out_of_range_is_refused(values: dict[str, Any], message: str) -
         ),
         *(
             (
-                with_options(rollout__urls=["http://127.0.0.1:1"], **{f"rollout__{option}": value}),
-                f"rollout.{option} = {value!r}",
+                with_options(rollout__engine={"kind": kind, "urls": ["http://127.0.0.1:1"], option: value}),
+                f"rollout.engine.{option} = {value!r}",
                 "urls name running servers",
             )
-            for option, value in {
-                "embedded_servers": 2,
-                "embedded_device": "cpu",
-                "embedded_threads": 1,
-            }.items()
+            for kind, option, value in [
+                ("embedded", "servers", 2),
+                ("embedded", "device", "cpu"),
+                ("embedded", "threads", 1),
+                ("sglang", "servers", 1),
+                ("sglang", "tensor_parallel", 2),
+            ]
         ),
         (
             with_options(
-                rollout__urls=["http://a:1"], rollout__router="http://a:2", rollout__prompts_per_request=4
+                rollout__engine={"kind": "sglang", "urls": ["http://a:1"], "router": "http://a:2"},
+                rollout__prompts_per_request=4,
             ),
             "rollout.prompts_per_request = 4",
-            "SGLang's router takes a request a response",
-        ),
-        (
-            with_options(rollout__sglang={}, rollout__embedded_servers=2),
-            "rollout.embedded_servers = 2",
-            "[rollout.sglang] starts SGLang servers",
+            "a router takes a request a response",
         ),
         *(
             (
@@ -552,15 +555,18 @@ def test_an_option_without_effect_is_refused(values: dict[str, Any], option: str
             "data.operators = '/' must be a choice of the characters '+-*'",
         ),
         (
-            with_options(rollout__urls=["localhost:30000"]),
+            with_options(rollout__engine={"kind": "sglang", "urls": ["localhost:30000"]}),
             "'localhost:30000' is not an address; write http://HOST:PORT",
         ),
         (
-            with_options(rollout__urls=["http://a:port"]),
+            with_options(rollout__engine={"kind": "sglang", "urls": ["http://a:port"]}),
             "'http://a:port' is not an address: Port could not be cast to integer value as 'port'",
         ),
         *(
-            (with_options(rollout__urls=urls), f"{urls[0]!r} and {urls[1]!r} are the same server")
+            (
+                with_options(rollout__engine={"kind": "sglang", "urls": urls}),
+                f"{urls[0]!r} and {urls[1]!r} are the same server",
+            )
             for urls in (
                 ["http://a:30000", "http://a:30000"],
                 ["http://a:30000", "http://A:30000/"],
@@ -569,16 +575,22 @@ def test_an_option_without_effect_is_refused(values: dict[str, Any], option: str
             )
         ),
         (
-            with_options(rollout__router="http://a:30000"),
-            "rollout.router = 'http://a:30000' needs the engines' own addresses",
+            with_options(rollout__engine={"router": "http://a:30000"}),
+            "rollout.engine.router = 'http://a:30000' needs the engines' own addresses",
         ),
         (
-            with_options(rollout__urls=["http://a:1"], rollout__router="a:2"),
-            "rollout.router = 'a:2': 'a:2' is not an address",
+            with_options(rollout__engine={"kind": "sglang", "urls": ["http://a:1"], "router": "a:2"}),
+            "rollout.engine.router = 'a:2': 'a:2' is not an address",
         ),
         (
-            with_options(rollout__urls=["http://a:1", "http://a:2"], rollout__router="http://a:2/"),
-            "rollout.router = 'http://a:2/' is the engine 'http://a:2' of urls",
+            with_options(
+                rollout__engine={
+                    "kind": "sglang",
+                    "urls": ["http://a:1", "http://a:2"],
+                    "router": "http://a:2/",
+                }
+            ),
+            "rollout.engine.router = 'http://a:2/' is the engine 'http://a:2' of urls",
         ),
         (
             with_options(optimizer={"decay": "linear", "learning_rate": 1e-6, "min_learning_rate": 1e-6}),
@@ -683,7 +695,9 @@ def test_updates_and_verifier_follow_from_the_options() -> None:
 WRITTEN = [
     MINIMAL,
     with_options(evaluate={}, parallel={"tensor_parallel": 2, "sequence_parallel": True}),
-    with_options(rollout__urls=["http://127.0.0.1:1"], algorithm={"method": "grpo"}),
+    with_options(
+        rollout__engine={"kind": "sglang", "urls": ["http://127.0.0.1:1"]}, algorithm={"method": "grpo"}
+    ),
     with_options(algorithm={"method": "dapo"}, optimizer={"decay": "cosine", "min_learning_rate": 1e-9}),
     with_options(
         data={"source": "file", "path": "a.jsonl", "template_text": 'täg "{prompt}"\n\t\\boxed{{}}\x7f'},

@@ -279,8 +279,6 @@ def test_it_says_what_it_is() -> None:
             "server": "megatron_rapo.embedded_server",
             "version": __version__,
             "tp_size": 1,
-            "takes_slices": True,
-            "one_request_at_a_time": True,
             "device": "cpu",
             "dtype": "float32",
         }

@@ -19,7 +19,8 @@ from megatron_rapo.embedded_server.app import create_app
 from megatron_rapo.embedded_server.engine import Engine
 from megatron_rapo.embedded_server.service import Service
 from megatron_rapo.embedded_server.unpickle import load_named_tensors
-from megatron_rapo.engines.sglang.client import EngineClient
+from megatron_rapo.engines.embedded.client import EmbeddedClient
+from megatron_rapo.engines.engine import Generation
 from megatron_rapo.errors import EngineLost, RapoError
 from tests.models import make_hf_model
 
@@ -58,7 +59,7 @@ def ask(service, work, *, api_key=None, peer="127.0.0.1"):
         transport = httpx.ASGITransport(create_app(service, api_key), client=(peer, 1))
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         async with httpx.AsyncClient(transport=transport, headers=headers, timeout=30) as http:
-            return await work(EngineClient(http, "http://127.0.0.1", timeout=30))
+            return await work(EmbeddedClient(http, "http://127.0.0.1", timeout=30))
 
     return asyncio.run(run())
 
@@ -77,9 +78,10 @@ def send(service, tensors, version=None):
 
 
 def greedy(service):
-    params = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
-    [answer] = ask(service, lambda client: client.generate([PROMPT], [params]))
-    return answer["output_ids"], answer["meta_info"]["weight_version"]
+    wanted = Generation(tuple(PROMPT), 12, temperature=0.0, ignore_eos=True)
+    [answer] = ask(service, lambda client: client.generate([wanted]))
+    [version] = answer.versions
+    return answer.token_ids.tolist(), version
 
 
 def expected(checkpoint):
@@ -122,7 +124,7 @@ def test_a_checkpoint_makes_half_updated_weights_whole(service, checkpoints, new
     post(service, "/begin_weight_update")
     send(service, halves(new)[0])
     ask(service, lambda client: client.abandon_update())
-    ask(service, lambda client: client.update_weights_from_disk(checkpoints[0], "4"))
+    ask(service, lambda client: client.load_checkpoint(checkpoints[0], 4))
     assert greedy(service) == (expected(checkpoints[0]), "4")
 
 
@@ -181,13 +183,13 @@ def test_a_tied_matrix_is_taken_under_either_name(tmp_path):
 
 
 def test_released_weights_are_gone_and_must_come_anew(service, checkpoints, new):
-    ask(service, lambda client: client.release_memory(["weights", "kv_cache"]))
+    ask(service, lambda client: client.release_memory())
     model = service.engine._model
     assert sum(p.untyped_storage().nbytes() for p in model.parameters()) == 0
     with pytest.raises(EngineLost, match="memory of kv_cache, weights is released"):
         greedy(service)
     for refused in (
-        lambda: ask(service, lambda client: client.update_weights_from_disk(checkpoints[1], "1")),
+        lambda: ask(service, lambda client: client.load_checkpoint(checkpoints[1], 1)),
         lambda: (post(service, "/begin_weight_update"), send(service, new)),
         # Before what was sent is unpickled: handles of shared memory would be kept.
         lambda: post(service, "/update_weights_from_tensor", {"serialized_named_tensors": ["no pickle"]}),
@@ -195,21 +197,21 @@ def test_released_weights_are_gone_and_must_come_anew(service, checkpoints, new)
     ):
         with pytest.raises(RapoError, match="memory of the weights is released"):
             refused()
-    ask(service, lambda client: client.resume_memory(["weights"]))
+    post(service, "/resume_memory_occupation", {"tags": ["weights"]})
     with pytest.raises(EngineLost, match="memory of kv_cache is released"):
         greedy(service)
-    ask(service, lambda client: client.resume_memory(["kv_cache"]))
+    post(service, "/resume_memory_occupation", {"tags": ["kv_cache"]})
     with pytest.raises(EngineLost, match="51 of 51"):
         greedy(service)
     ask(service, lambda client: client.begin_update())
     send(service, new, version="5")
-    ask(service, lambda client: client.end_update())
+    ask(service, lambda client: client.end_update(1))
     assert greedy(service) == (expected(checkpoints[1]), "5")
 
 
 def test_a_released_cache_needs_no_update(service, checkpoints):
-    ask(service, lambda client: client.release_memory(["kv_cache"]))
-    ask(service, lambda client: client.resume_memory(["kv_cache"]))
+    post(service, "/release_memory_occupation", {"tags": ["kv_cache"]})
+    post(service, "/resume_memory_occupation", {"tags": ["kv_cache"]})
     assert greedy(service) == (expected(checkpoints[0]), "default")
 
 
@@ -273,7 +275,7 @@ def test_a_group_that_nobody_opens_is_refused_and_holds_nothing_up(service, chec
 
     async def meanwhile(client):
         joining = asyncio.create_task(client.post("/init_weights_update_group", {**group, "backend": "gloo"}))
-        await client.generate([PROMPT], [{"max_new_tokens": 1}])
+        await client.generate([Generation(tuple(PROMPT), 1, 1.0)])
         assert not joining.done()
         await joining
 

@@ -11,8 +11,12 @@ from typing import Any
 import pytest
 
 from megatron_rapo.config import validate
+from megatron_rapo.engines.embedded.client import EmbeddedClient
 from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
+from megatron_rapo.engines.kind import Served
+from megatron_rapo.engines.sglang.client import SGLangClient
 from megatron_rapo.engines.sglang.launcher import SGLangLauncher
+from megatron_rapo.engines.sglang.router import SGLangRouter
 from megatron_rapo.experience import engines
 from megatron_rapo.experience.engines import open_own_engines
 
@@ -25,6 +29,7 @@ class Opened:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.launcher: Any = None
+        self.connects: list[Any] = []
         self.servers: dict[str, Any] = {}
         self.pool: dict[str, Any] = {}
         self.reviver: dict[str, Any] = {}
@@ -36,13 +41,14 @@ class Opened:
         monkeypatch.setattr(engines, "check_distinct", lambda urls: None)
 
     @contextmanager
-    def _servers(self, launcher: Any, **options: Any) -> Iterator[Any]:
-        self.launcher, self.servers = launcher, options
+    def _servers(self, launcher: Any, connect: Any, **options: Any) -> Iterator[Any]:
+        self.launcher, self.servers, self.connects = launcher, options, [connect]
         yield SimpleNamespace(urls=OWN, diagnose=None)
 
     @contextmanager
-    def _pool(self, urls: list[str], **options: Any) -> Iterator[Any]:
+    def _pool(self, urls: list[str], connect: Any, **options: Any) -> Iterator[Any]:
         self.urls, self.pool = urls, options
+        self.connects.append(connect)
         yield self
 
     def _reviver(self, *_: Any, **options: Any) -> None:
@@ -66,9 +72,8 @@ def opened(monkeypatch: pytest.MonkeyPatch, **rollout: Any) -> Opened:
 
 
 def test_embedded_servers_are_as_many_and_where_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    notes = opened(
-        monkeypatch, embedded_servers=3, embedded_device="cuda", embedded_threads=5, startup_timeout_s=7.0
-    )
+    notes = opened(monkeypatch, engine={"servers": 3, "device": "cuda", "threads": 5}, startup_timeout_s=7.0)
+    assert notes.connects == [EmbeddedClient] * 2
     assert notes.launcher == EmbeddedLauncher(Path("models/m"), device="cuda", dtype="float32", threads=5)
     assert notes.servers == {"count": 3, "log_directory": Path("run/engines"), "startup_timeout": 7.0}
     assert (notes.urls, notes.waited_s) == (OWN, 7.0)
@@ -77,7 +82,8 @@ def test_embedded_servers_are_as_many_and_where_the_options_say(monkeypatch: pyt
 def test_sglang_servers_are_as_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
     notes = opened(
         monkeypatch,
-        sglang={
+        engine={
+            "kind": "sglang",
             "servers": 2,
             "tensor_parallel": 4,
             "gpus": [*range(8, 16)],
@@ -86,6 +92,7 @@ def test_sglang_servers_are_as_the_options_say(monkeypatch: pytest.MonkeyPatch) 
         },
     )
     assert notes.servers["count"] == 2
+    assert notes.connects == [SGLangClient] * 2
     expected = SGLangLauncher(
         Path("models/m"), "float32", "p", tensor_parallel=4, gpus=[*range(8, 16)], arguments=["--x"]
     )
@@ -97,10 +104,17 @@ def test_colocated_sglang_servers_can_give_memory_back(monkeypatch: pytest.Monke
         "run": {"directory": "run", "steps": 1},
         "model": {"path": "models/m"},
         "data": {"source": "countdown"},
-        "rollout": {"prompts_per_step": 8, "max_response_tokens": 8, "colocated": True, "sglang": {}},
+        "rollout": {
+            "prompts_per_step": 8,
+            "max_response_tokens": 8,
+            "colocated": True,
+            "engine": {"kind": "sglang"},
+        },
         "weights": {"transport": "tensor"},
     }
-    launcher = engines._launcher(validate(options, source="test"))
+    config = validate(options, source="test")
+    served = Served(config.model.path, config.model.dtype, config.rollout.colocated)
+    launcher = config.engine_kind.launcher(served)
     assert isinstance(launcher, SGLangLauncher)
     assert launcher.arguments == ["--enable-memory-saver"]
 
@@ -108,8 +122,7 @@ def test_colocated_sglang_servers_can_give_memory_back(monkeypatch: pytest.Monke
 def test_given_servers_are_asked_and_none_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     notes = opened(
         monkeypatch,
-        urls=["http://a:1", "http://b:1"],
-        router="http://r:1",
+        engine={"kind": "sglang", "urls": ["http://a:1", "http://b:1"], "router": "http://r:1"},
         minimum_engines=2,
         restarts=9,
         requests_per_engine=11,
@@ -120,7 +133,6 @@ def test_given_servers_are_asked_and_none_is_started(monkeypatch: pytest.MonkeyP
     assert notes.urls == ["http://a:1", "http://b:1"]
     wanted = {
         "vocab_size": 61,
-        "router": "http://r:1",
         "minimum_engines": 2,
         "requests_per_engine": 11,
         "request_timeout": 13.0,
@@ -128,6 +140,9 @@ def test_given_servers_are_asked_and_none_is_started(monkeypatch: pytest.MonkeyP
         "head": 0,
     }
     assert {name: notes.pool[name] for name in wanted} == wanted
+    router = notes.pool["router"](SimpleNamespace(headers={"authorization": "Bearer k"}), timeout=3.0)
+    assert (type(router), router.url) == (SGLangRouter, "http://r:1")
+    assert notes.connects == [SGLangClient]
     assert notes.reviver == {"restarts": 9, "startup_timeout": 600.0}
 
 

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from megatron_rapo.engines import exchange as exchange_module
+from megatron_rapo.engines.embedded.client import EmbeddedClient
+from megatron_rapo.engines.engine import EngineInfo, Generation
 from megatron_rapo.engines.exchange import EXCERPT, Exchange, NoSuchRoute, http_client
 from megatron_rapo.engines.sglang import client as module
-from megatron_rapo.engines.sglang.client import EngineClient, EngineInfo
+from megatron_rapo.engines.sglang import updates
+from megatron_rapo.engines.sglang.answers import sampling_params, to_generated
+from megatron_rapo.engines.sglang.client import SGLangClient
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.wire.access import is_loopback
+from megatron_rapo.wire.bucket import lay_out
+from megatron_rapo.wire.group import Meeting
+from megatron_rapo.wire.slices import SliceMessage
 
 URL = "http://127.0.0.1:7001"
 TIMEOUT = 77.0
@@ -58,13 +67,15 @@ class Asked(Exchange):
 
 
 def asked(
-    work: Callable[[EngineClient], Coroutine[Any, Any, Any]], answers: dict[str, Any] | None = None
+    work: Callable[[SGLangClient], Coroutine[Any, Any, Any]],
+    answers: dict[str, Any] | None = None,
+    kind: type[SGLangClient] = SGLangClient,
 ) -> tuple[Any, list[Any]]:
     """What `work(client)` makes, and the requests of it; its error in place of that where it fails."""
 
     async def scenario() -> Any:
         async with http_client() as http:
-            client = EngineClient(http, URL, timeout=TIMEOUT)
+            client = kind(http, URL, timeout=TIMEOUT)
             client._exchange = exchange = Asked(answers or {})
             try:
                 return await work(client), exchange.asked
@@ -91,6 +102,40 @@ FROM_DISK = (
 )
 REFUSED, LOST = RapoError("refused"), EngineLost("lost")
 
+MEETING = Meeting("10.0.0.1", 7000, "group", "gloo", 1, (3, 2))
+JOIN = {"master_address": "10.0.0.1", "master_port": 7000, "group_name": "group", "backend": "gloo"}
+JOIN |= {"rank_offset": 4, "world_size": 6}
+VERSIONS: list[tuple[int | None, dict[str, Any]]] = [(None, {}), (8, {"weight_version": "8"})]
+BUCKET = {
+    "names": ["a", "b"],
+    "dtypes": ["float32", "bfloat16"],
+    "shapes": [[2, 3], [4]],
+    "group_name": "group",
+    "load_format": "flattened_bucket",
+    "flush_cache": False,
+}
+HANDLES = {"serialized_named_tensors": ["handles of ['a']"] * 2, "flush_cache": False}
+WANTED = [Generation((1,), 8, 0.5, seed=7, top_p=0.9, top_k=3), Generation((2, 3), 4, 0.0, stop=(9,))]
+GENERATE = {
+    "input_ids": [(1,), (2, 3)],
+    "sampling_params": [
+        {"max_new_tokens": 8, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "sampling_seed": 7},
+        {"max_new_tokens": 4, "temperature": 0.0, "top_p": 1.0, "top_k": -1, "stop_token_ids": [9]},
+    ],
+    "return_logprob": True,
+}
+
+
+async def receive_bucket(client: SGLangClient, *, version: int | None) -> None:
+    layout = lay_out(["a", "b"], [torch.float32, torch.bfloat16], [(2, 3), (4,)])
+    await client.receive_bucket(layout, "group", version, timeout=9.0)
+
+
+async def receive_handles(client: SGLangClient, *, version: int | None) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(updates, "handles", lambda named: f"handles of {[name for name, _ in named]}")
+        await client.receive_handles([("a", torch.zeros(1))], 2, version, timeout=9.0)
+
 
 @pytest.mark.parametrize(
     ("work", "requests"),
@@ -99,29 +144,65 @@ REFUSED, LOST = RapoError("refused"), EngineLost("lost")
         (lambda c: c.continue_generation(), [GO_ON]),
         (lambda c: c.flush_cache(), QUIET[1:]),
         (
-            lambda c: c.release_memory(("weights", "kv_cache")),
+            lambda c: c.release_memory(),
             [("POST", "/release_memory_occupation", {"tags": ["weights", "kv_cache"]}, CONTROL)],
         ),
         (
-            lambda c: c.resume_memory(("weights",)),
-            [("POST", "/resume_memory_occupation", {"tags": ["weights"]}, CONTROL)],
+            lambda c: c.resume_memory(),
+            [("POST", "/resume_memory_occupation", {"tags": ["weights", "kv_cache"]}, CONTROL)],
         ),
         (lambda c: c.post("/x", {"a": 1}), [("POST", "/x", {"a": 1}, TIMEOUT)]),
         (lambda c: c.post("/x", {"a": 1}, timeout=5.0), [("POST", "/x", {"a": 1}, 5.0)]),
-        (lambda c: c.abort(), [("POST", "/abort_request", {"abort_all": True}, CONTROL)]),
-        (lambda c: c.abort("unknown"), []),
         (lambda c: c.silence(3.0), [("GET", "/model_info", None, 3.0)]),
         (lambda c: c.silence(30.0), [("GET", "/model_info", None, 5.0)]),
         (lambda c: c.begin_update(), [*QUIET, SESSIONS, BEGIN]),
-        (lambda c: c.end_update(), [SESSIONS, END, GO_ON]),
+        (lambda c: c.end_update(8), [SESSIONS, END, GO_ON]),
         (lambda c: c.abandon_update(), [END, GO_ON]),
-        (lambda c: c.update_weights_from_disk(Path("/w"), "8"), [*QUIET, FROM_DISK, GO_ON]),
+        (lambda c: c.load_checkpoint(Path("/w"), 8), [*QUIET, FROM_DISK, GO_ON]),
+        (
+            lambda c: c.join_group(MEETING, 4, timeout=9.0),
+            [("POST", "/init_weights_update_group", JOIN, 9.0)],
+        ),
+        *[
+            (
+                partial(receive_bucket, version=version),
+                [("POST", "/update_weights_from_distributed", {**BUCKET, **named}, 9.0)],
+            )
+            for version, named in VERSIONS
+        ],
+        *[
+            (
+                partial(receive_handles, version=version),
+                [("POST", "/update_weights_from_tensor", {**HANDLES, **named}, 9.0)],
+            )
+            for version, named in VERSIONS
+        ],
+        (lambda c: c.generate(WANTED, timeout=9.0), [("POST", "/generate", GENERATE, 9.0)]),
     ],
 )
 def test_each_request_has_its_route_its_body_and_its_seconds(work: Any, requests: list[Any]) -> None:
-    found, made = asked(work)
+    answers = {"/generate": [[ANSWER, ANSWER]]}
+    found, made = asked(work, answers)
     assert made == requests
     assert not isinstance(found, RapoError)
+
+
+ANSWER = {
+    "output_ids": [3, 4],
+    "meta_info": {
+        "finish_reason": {"type": "stop", "matched": 4},
+        "weight_version": 6,
+        "weight_versions": [{"version": "5", "start": 0, "end": 1}],
+        "output_token_logprobs": [[-0.5, 3, None], [-1.5, 4, None]],
+    },
+}
+
+
+def test_an_answer_is_read_as_it_is() -> None:
+    found = to_generated(ANSWER, "http://a")
+    assert (found.token_ids.tolist(), found.log_probs.tolist()) == ([3, 4], [-0.5, -1.5])
+    assert (found.versions, found.finish) == (("6", "5"), "stop")
+    assert sampling_params(Generation((1,), 2, 0.0, ignore_eos=True))["ignore_eos"] is True
 
 
 @pytest.mark.parametrize(
@@ -129,7 +210,7 @@ def test_each_request_has_its_route_its_body_and_its_seconds(work: Any, requests
     [
         # An engine without sessions is asked once whether it has them.
         (lambda c: c.begin_update(), {SESSIONS[1]: 404}, [*QUIET, SESSIONS]),
-        (lambda c: c.end_update(), {SESSIONS[1]: 404}, [SESSIONS, GO_ON]),
+        (lambda c: c.end_update(8), {SESSIONS[1]: 404}, [SESSIONS, GO_ON]),
         # What fails is undone, as far as it goes.
         (lambda c: c.begin_update(), {"/pause_generation": LOST}, [QUIET[0], END, GO_ON]),
         (
@@ -147,11 +228,11 @@ def test_each_request_has_its_route_its_body_and_its_seconds(work: Any, requests
             {SESSIONS[1]: [405, REFUSED, REFUSED]},
             [*QUIET, SESSIONS, BEGIN, END, BEGIN, END, GO_ON],
         ),
-        (lambda c: c.end_update(), {END[1]: REFUSED, GO_ON[1]: LOST}, [SESSIONS, END, GO_ON]),
+        (lambda c: c.end_update(8), {END[1]: REFUSED, GO_ON[1]: LOST}, [SESSIONS, END, GO_ON]),
         (lambda c: c.abandon_update(), {END[1]: LOST, GO_ON[1]: LOST}, [END, GO_ON]),
         *[
             (
-                lambda c: c.update_weights_from_disk(Path("/w"), "8"),
+                lambda c: c.load_checkpoint(Path("/w"), 8),
                 {FROM_DISK[1]: answer},
                 [*QUIET, FROM_DISK, GO_ON],
             )
@@ -170,7 +251,7 @@ def test_a_step_that_fails_is_undone(work: Any, answers: dict[str, Any], request
 
 @pytest.mark.parametrize("sessions", [404, 405, 200])
 def test_an_abandoned_update_is_ended_where_there_may_be_one(sessions: int) -> None:
-    async def work(client: EngineClient) -> None:
+    async def work(client: SGLangClient) -> None:
         await client.begin_update()
         await client.abandon_update()
 
@@ -183,8 +264,7 @@ def test_an_abandoned_update_is_ended_where_there_may_be_one(sessions: int) -> N
     ("server", "expected"),
     [
         ({}, {"software": "sglang 0.5.21"}),
-        ({"server": "own", "takes_slices": True}, {"takes_slices": True, "software": "own 0.5.21"}),
-        ({"one_request_at_a_time": True}, {"one_request_at_a_time": True}),
+        ({"server": "own"}, {"software": "own 0.5.21"}),
         ({"version": None}, {"software": "sglang of unknown version"}),
     ],
 )
@@ -192,9 +272,8 @@ def test_an_engine_says_what_it_is(server: dict[str, Any], expected: dict[str, A
     said = {name: value for name, value in {**SERVER, **server}.items() if value is not None}
     found, made = asked(lambda c: c.info(), {"/model_info": MODEL, "/server_info": said})
     usual = {"model_path": "models/m", "weight_version": "3", "tensor_parallel": 2, "dtype": "bfloat16"}
-    usual |= {"update_sessions": True, "takes_slices": False, "one_request_at_a_time": False}
     assert found == EngineInfo(**{**usual, "software": "sglang 0.5.21", **expected})
-    assert made == [("GET", path, None, CONTROL) for path in ("/model_info", "/server_info", SESSIONS[1])]
+    assert made == [("GET", path, None, CONTROL) for path in ("/model_info", "/server_info")]
 
 
 @pytest.mark.parametrize("lacks", ["model_path", "weight_version", "tp_size", "dtype"])
@@ -211,41 +290,57 @@ def test_the_version_of_its_weights_is_read(answer: Any, found: str | None) -> N
     assert version == found if found else isinstance(version, EngineLost)
 
 
-def test_checksums_take_their_time() -> None:
-    answer = {"weight_version": 3, "checksums": {"a": "5"}}
-    found, made = asked(lambda c: c.weights_checksum(), {"/weights_checksum": answer})
+@pytest.mark.parametrize(("version", "named"), VERSIONS)
+def test_slices_are_told_with_who_sends_them(version: int | None, named: dict[str, Any]) -> None:
+    messages = [SliceMessage(1, 0, (("a", None, 0, 1), ("b", 1, 2, 4))), SliceMessage(0, 0, ())]
+
+    async def work(client: SGLangClient) -> None:
+        assert client.takes_slices
+        await client.receive_slices(messages, "group", torch.bfloat16, version, timeout=9.0)
+
+    _, made = asked(work, kind=EmbeddedClient)
+    told = [{"source": 1, "engine_rank": 0, "slices": [["a", None, 0, 1], ["b", 1, 2, 4]]}]
+    told.append({"source": 0, "engine_rank": 0, "slices": []})
+    body = {"flush_cache": False, "group_name": "group", "dtype": "bfloat16", "messages": told, **named}
+    assert made == [("POST", "/update_weights_from_shards", body, 9.0)]
+    refused, made = asked(lambda c: c.receive_slices(messages, "group", torch.float32, 1, timeout=9.0))
+    assert "takes whole tensors only" in str(refused) and not made
+
+
+def test_checksums_take_their_time_where_there_are_any() -> None:
+    answer = {"/weights_checksum": {"weight_version": 3, "checksums": {"a": "5"}}}
+    found, made = asked(lambda c: c.weights_checksum(), answer, kind=EmbeddedClient)
     assert found == ("3", {"a": 5})
     assert made == [("GET", "/weights_checksum", None, TIMEOUT)]
-    assert asked(lambda c: c.weights_checksum(), {"/weights_checksum": NoSuchRoute("no")})[0] is None
+    assert asked(lambda c: c.weights_checksum(), answer) == (None, [])
 
 
-@pytest.mark.parametrize("rid", [None, "mine"])
-def test_a_batch_is_known_by_its_id_while_it_is_under_way(rid: str | None) -> None:
-    async def work(client: EngineClient) -> Any:
-        exchange: Any = client._exchange
-        waits = asyncio.get_running_loop().create_future()
-        post, client.post = client.post, lambda *_: waits  # type: ignore[method-assign]
-        request = asyncio.ensure_future(client.generate([[1], [2, 3]], [{}, {"n": 1}], rid))
-        await asyncio.sleep(0)
-        await client.abort("mine")
-        waits.set_result(["one", "two"])
-        assert await request == ["one", "two"]
-        await client.abort("mine")
-        client.post = post  # type: ignore[method-assign]
-        exchange.answers = {"/generate": [["first", "second"]]}
-        return await client.generate([[1], [2, 3]], [{}, {"n": 1}], rid)
+def test_an_embedded_server_is_none_of_sglangs() -> None:
+    said = {"/model_info": MODEL, "/server_info": SERVER}
+    refused, _ = asked(lambda c: c.info(), said, kind=EmbeddedClient)
+    assert 'is an SGLang server, but rollout.engine.kind = "embedded"; set it to "sglang"' in str(refused)
+    said["/server_info"] = {**SERVER, "server": "own"}
+    assert asked(lambda c: c.info(), said, kind=EmbeddedClient)[0].software == "own 0.5.21"
 
-    found, made = asked(work)
-    assert found == ["first", "second"]
-    aborts = [("POST", "/abort_request", {"rid": f"mine_{number}"}, CONTROL) for number in range(2)]
-    body = {"input_ids": [[1], [2, 3]], "sampling_params": [{}, {"n": 1}], "return_logprob": True}
-    said = {} if rid is None else {"rid": rid}
-    assert made == [*(aborts if rid else []), ("POST", "/generate", {**body, **said}, TIMEOUT)]
+
+def test_log_probs_of_prompts_are_all_but_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences = [(5, 6, 7), (8, 9)]
+    entries = [[[None, 5, None], [-1.0, 6, None], [-2.0, 7, None]], [[None, 8, None], [-3.0, 9, None]]]
+    answers = [{"meta_info": {"input_token_logprobs": one}} for one in entries]
+    found, made = asked(lambda c: c.prompt_log_probs(sequences), {"/generate": [answers]})
+    assert [one.tolist() for one in found] == [[-1.0, -2.0], [-3.0]]
+    [(_, _, body, seconds)] = made
+    assert (body["input_ids"], body["logprob_start_len"], seconds) == (sequences, 0, TIMEOUT)
+    assert body["sampling_params"] == [{"max_new_tokens": 1, "temperature": 1.0}] * 2
+    silent = [{"meta_info": {}}] * 2
+    assert asked(lambda c: c.prompt_log_probs(sequences), {"/generate": [silent]})[0] is None
+    assert asked(lambda c: c.prompt_log_probs(sequences), {"/generate": REFUSED})[0] is None
+    assert asked(lambda c: c.prompt_log_probs(sequences), {"/generate": LOST})[0] is LOST
 
 
 @pytest.mark.parametrize("answer", [["one"], ["one", "two", "three"], {"a": 1, "b": 2}, "ab", None])
 def test_as_many_responses_as_prompts_are_wanted(answer: Any) -> None:
-    found, _ = asked(lambda c: c.generate([[1], [2]], [{}, {}]), {"/generate": [answer]})
+    found, _ = asked(lambda c: c.generate(WANTED), {"/generate": [answer]})
     assert isinstance(found, EngineLost)
     assert "not a list of 2 responses" in str(found)
 
@@ -269,7 +364,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_it_waits_for_an_engine_as_long_as_it_is_told(now: list[float]) -> None:
     patience: list[float] = []
 
-    async def work(client: EngineClient) -> None:
+    async def work(client: SGLangClient) -> None:
         async def health_problem(timeout: float) -> str:
             patience.append(timeout)
             now[0] += timeout
@@ -293,7 +388,7 @@ def test_it_waits_no_longer_for_an_engine_that_has_ended_or_is_ready(
     problems = ["status 503", "status 503"]
     asks_made: list[float] = []
 
-    async def work(client: EngineClient) -> None:
+    async def work(client: SGLangClient) -> None:
         async def health_problem(timeout: float) -> str | None:
             asks_made.append(timeout)
             return problems.pop(0) if problems else None

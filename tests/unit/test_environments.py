@@ -17,6 +17,7 @@ from megatron_rapo.config import RunConfig
 from megatron_rapo.config.environment import EnvironmentOptions
 from megatron_rapo.config.load import validate
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.engines.sglang.client import SGLangClient
 from megatron_rapo.environments.opening import open_environment
 from megatron_rapo.environments.runner import Runner
 from megatron_rapo.environments.running import EpisodeRunner
@@ -60,6 +61,12 @@ async def judge(answer: str, problem: Problem) -> Verification:
     return Verification(Outcome.CORRECT if right else Outcome.WRONG)
 
 
+class Sequential(SGLangClient):
+    """Of an engine that serves one request at a time."""
+
+    one_request_at_a_time = True
+
+
 class Engine:
     """A stand-in engine, and the groups that an environment makes of it."""
 
@@ -84,10 +91,15 @@ class Engine:
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
+def kind() -> type[SGLangClient]:
+    return SGLangClient
+
+
+@pytest.fixture
+def engine(kind: type[SGLangClient], tmp_path: Path) -> Iterator[Engine]:
     with (
         stand_ins(1) as ([stand_in], urls),
-        EnginePool(urls, vocab_size=VOCAB, prompts_per_request=2, request_timeout=60) as pool,
+        EnginePool(urls, kind, vocab_size=VOCAB, prompts_per_request=2, request_timeout=60) as pool,
     ):
         yield Engine(stand_in, pool, tmp_path)
 
@@ -123,13 +135,10 @@ class Turns:
 """
 
 
-@pytest.mark.parametrize("gathers", [False, True])
-def test_what_is_trained_is_token_for_token_what_was_sampled(engine: Engine, gathers: bool) -> None:
-    if gathers:  # as the embedded server says of itself
-        engine.stand_in.answers["/server_info"] = (
-            200,
-            b'{"tp_size": 1, "dtype": "float32", "one_request_at_a_time": true}',
-        )
+@pytest.mark.parametrize("kind", [SGLangClient, Sequential])
+def test_what_is_trained_is_token_for_token_what_was_sampled(
+    engine: Engine, kind: type[SGLangClient]
+) -> None:
     groups = engine.run(TURNS, "Turns", limit=10)
     sampled_by_prompt: dict[tuple[int, ...], list[int]] = {}
     for body in engine.asked():
@@ -155,7 +164,7 @@ def test_what_is_trained_is_token_for_token_what_was_sampled(engine: Engine, gat
             assert sequence.sampled.tolist() == mask
             assert np.isnan(sequence.log_probs[~sequence.sampled]).all()
     sizes = sorted(len(body["input_ids"]) for body in engine.asked())
-    assert sizes == ([2, 2, 2, 4, 4, 4] if gathers else [1] * 12 + [2, 4])
+    assert sizes == ([2, 2, 2, 4, 4, 4] if kind is Sequential else [1] * 12 + [2, 4])
 
 
 def test_the_page_s_example_is_an_environment(engine: Engine) -> None:

@@ -15,6 +15,7 @@ import pytest
 from megatron_rapo.config import Evaluate, Rollout
 from megatron_rapo.config.evaluation import Setting
 from megatron_rapo.data.prompts import LoadReport, Prompt
+from megatron_rapo.engines.sglang.client import SGLangClient
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
@@ -115,7 +116,9 @@ def engines_of(count):
 
 
 def pool_of(urls, reviver=None) -> EnginePool:
-    return EnginePool(urls, vocab_size=VOCAB, prompts_per_request=1, request_timeout=60.0, reviver=reviver)
+    return EnginePool(
+        urls, SGLangClient, vocab_size=VOCAB, prompts_per_request=1, request_timeout=60.0, reviver=reviver
+    )
 
 
 def stored(directory) -> list[tuple[str, int, list[int]]]:

@@ -68,7 +68,7 @@ def test_qwen_plans_without_the_model_and_fits(path: Path) -> None:
     assert config.parallel.world_size % 8 == 0, "whole nodes"
     assert f"{config.parallel.world_size} trainer ranks" in plan
     assert f"so not checked: {config.model.path}" in plan
-    assert config.rollout.urls, "engines must be named"
+    assert config.rollout.engine.urls, "engines must be named"
 
 
 def test_a_layout_that_does_not_fit_the_model_is_refused() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_rapo.config import RunConfig, validate
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.engines.sglang.client import SGLangClient
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience import engines as opening
 from megatron_rapo.experience.engines import open_engines, open_own_engines
@@ -42,6 +43,10 @@ def configuration(model, tmp_path, *, weights: dict[str, Any] | None = None, **r
     return validate(values, source="test")
 
 
+def given(urls: list[str]) -> dict[str, Any]:
+    return {"kind": "sglang", "urls": urls}
+
+
 def place(*, is_main: bool, is_head: bool, told: Any = None) -> Any:
     """A rank; `told` is what the main rank shares with another one."""
     return cast(
@@ -57,7 +62,7 @@ def place(*, is_main: bool, is_head: bool, told: Any = None) -> Any:
 
 def test_an_engine_that_falls_silent_is_out_after_three_intervals(model, architecture, tmp_path):
     with stand_ins(2) as (servers, urls):
-        config = configuration(model, tmp_path, urls=urls, health_interval_s=0.3)
+        config = configuration(model, tmp_path, engine=given(urls), health_interval_s=0.3)
         with open_own_engines(config, architecture) as pool:
             began = time.monotonic()
             servers[0].go_on.clear()
@@ -72,8 +77,8 @@ def test_options_reach_the_pool(model, architecture, tmp_path, monkeypatch):
     made: dict[str, Any] = {}
 
     class Noted:
-        def __init__(self, urls, **options):
-            made.update(options, urls=urls)
+        def __init__(self, urls, connect, **options):
+            made.update(options, urls=urls, connect=connect)
 
         def __enter__(self):
             return self
@@ -85,8 +90,9 @@ def test_options_reach_the_pool(model, architecture, tmp_path, monkeypatch):
             made["healthy within"] = timeout
 
     monkeypatch.setattr(opening, "EnginePool", Noted)
-    given = {
-        "urls": ["http://127.0.0.1:1", "http://127.0.0.1:2"],
+    urls = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
+    options = {
+        "engine": given(urls),
         "prompts_per_request": 3,
         "request_timeout_s": 77.0,
         "requests_per_engine": 5,
@@ -95,12 +101,13 @@ def test_options_reach_the_pool(model, architecture, tmp_path, monkeypatch):
         "startup_timeout_s": 66.0,
         "restarts": 1,
     }
-    with open_own_engines(configuration(model, tmp_path, **given), architecture):
+    with open_own_engines(configuration(model, tmp_path, **options), architecture):
         pass
     reviver = made.pop("reviver")
     assert (reviver._restarts, reviver._startup_timeout) == (1, 66.0)
     assert made == {
-        "urls": given["urls"],
+        "urls": urls,
+        "connect": SGLangClient,
         "vocab_size": architecture.vocabulary,
         "prompts_per_request": 3,
         "request_timeout": 77.0,
@@ -116,7 +123,7 @@ def test_options_reach_the_pool(model, architecture, tmp_path, monkeypatch):
 
 def test_each_head_has_a_pool_and_only_the_main_rank_brings_engines_back(model, architecture, tmp_path):
     with stand_ins(2) as (_, urls):
-        config = configuration(model, tmp_path, urls=urls)
+        config = configuration(model, tmp_path, engine=given(urls))
         for is_main, is_head in [(True, True), (False, True), (False, False)]:
             rank = place(is_main=is_main, is_head=is_head, told=urls)
             with open_engines(config, rank, architecture) as shared:
@@ -130,7 +137,7 @@ def test_a_server_named_twice_is_refused(model, architecture, tmp_path):
     urls = ["http://127.0.0.1:7000", "http://localhost:7000"]
     with (
         pytest.raises(RapoError, match="7000"),
-        open_own_engines(configuration(model, tmp_path, urls=urls), architecture),
+        open_own_engines(configuration(model, tmp_path, engine=given(urls)), architecture),
     ):
         pass
 
@@ -138,13 +145,11 @@ def test_a_server_named_twice_is_refused(model, architecture, tmp_path):
 @pytest.mark.parametrize("colocated", [False, True])
 def test_colocated_engines_are_offloaded_while_the_trainer_works(colocated, model, architecture, tmp_path):
     with stand_ins(1) as ([server], urls):
-        config = SimpleNamespace(
-            rollout=SimpleNamespace(
-                **{**vars(configuration(model, tmp_path, urls=urls).rollout), "colocated": colocated}
-            )
-        )
+        config = configuration(model, tmp_path, engine=given(urls))
+        rollout = config.rollout.model_copy(update={"colocated": colocated})
+        config = config.model_copy(update={"rollout": rollout})
         here = place(is_main=True, is_head=True)
-        with open_engines(cast(Any, config), here, architecture) as shared, shared.offloaded():
+        with open_engines(config, here, architecture) as shared, shared.offloaded():
             pass
         asked = [path for path, _ in server.asked if path.endswith("_memory_occupation")]
         expected = ["/release_memory_occupation", "/resume_memory_occupation"]

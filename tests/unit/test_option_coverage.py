@@ -41,7 +41,7 @@ def options(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tu
         tables = sections_of(field.annotation)
         for table in tables:
             yield from options(table, "data" if name == "sources" else name)
-        if prefix and not tables and name != "source":
+        if prefix and not tables and name not in ("source", "kind"):
             yield prefix, name, field.get_default(call_default_factory=True)
 
 
@@ -103,7 +103,8 @@ _TABLES = {
     "Optimizer": "optimizer",
     "Model": "model",
     "Parallel": "parallel",
-    "SGLangServers": "sglang",
+    "SGLangOptions": "engine",
+    "EmbeddedOptions": "engine",
     "with_slurm": "slurm",
 }
 

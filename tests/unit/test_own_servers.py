@@ -21,6 +21,7 @@ from megatron_rapo.engines import servers as module
 from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
 from megatron_rapo.engines.launching import Launch
 from megatron_rapo.engines.servers import LocalServers
+from megatron_rapo.engines.sglang.client import SGLangClient
 from megatron_rapo.engines.sglang.launcher import SGLangLauncher
 from megatron_rapo.errors import RapoError
 
@@ -58,7 +59,9 @@ class Runs:
 
 def servers_of(launcher: Any, logs: Path, **options: Any) -> LocalServers:
     logs.mkdir(exist_ok=True)
-    return LocalServers(launcher, **{"count": 1, "log_directory": logs, "startup_timeout": 5.0, **options})
+    return LocalServers(
+        launcher, SGLangClient, **{"count": 1, "log_directory": logs, "startup_timeout": 5.0, **options}
+    )
 
 
 @pytest.fixture
@@ -275,8 +278,8 @@ def test_a_server_is_started_until_the_port_is_its_own(
 
     servers = servers_of(Runs(""), tmp_path)
     monkeypatch.setattr(servers, "_spawn", spawn)
+    monkeypatch.setattr(servers, "_connect", Ends)
     monkeypatch.setattr(Ends, "problems", problems, raising=False)
-    monkeypatch.setattr(module, "EngineClient", Ends)
     monkeypatch.setattr(module, "_listens", lambda server: own.pop(0))
     monkeypatch.setattr(module, "_port_was_taken", lambda server: taken.pop(0))
     monkeypatch.setattr(module, "_end", lambda processes: ended.extend(processes))

@@ -6,11 +6,15 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.engines.embedded.client import EmbeddedClient
+from megatron_rapo.engines.sglang.client import SGLangClient
+from megatron_rapo.engines.sglang.router import SGLangRouter
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.rollout import pool as module
 from megatron_rapo.rollout.dispatch import TooFewEngines
@@ -26,7 +30,14 @@ ALL = {"tags": ["weights", "kv_cache"]}
 
 def make_pool(urls: list[str], **options: Any) -> EnginePool:
     return EnginePool(
-        urls, **{"vocab_size": VOCAB, "prompts_per_request": 2, "request_timeout": 60.0, **options}
+        urls,
+        **{
+            "connect": SGLangClient,
+            "vocab_size": VOCAB,
+            "prompts_per_request": 2,
+            "request_timeout": 60.0,
+            **options,
+        },
     )
 
 
@@ -76,24 +87,32 @@ def test_memory_is_given_back_by_all_and_taken_again_by_those() -> None:
 
 
 def test_what_engines_say_of_themselves() -> None:
-    with stand_ins(3) as (servers, urls), make_pool(urls) as pool:
-        said = [("float32", True, "9"), ("bfloat16", False, "8"), ("float32", True, "9")]
-        for number, (dtype, slices, version) in enumerate(said):
-            info = {"tp_size": number + 1, "dtype": dtype, "takes_slices": slices, "version": version}
+    with stand_ins(3) as (servers, urls), make_pool(urls, connect=EmbeddedClient) as pool:
+        said = [("float32", "9"), ("bfloat16", "8"), ("float32", "9")]
+        for number, (dtype, version) in enumerate(said):
+            info = {"server": "own", "tp_size": number + 1, "dtype": dtype, "version": version}
             sums = {"weight_version": "3", "checksums": {"a": str(number)}}
             servers[number].answers["/server_info"] = (200, json.dumps(info).encode())
             servers[number].answers["/weights_checksum"] = (200, json.dumps(sums).encode())
         assert pool.tensor_parallel() == [1, 2, 3]
-        assert pool.software() == "sglang 8, sglang 9"
-        assert pool.take_slices() is False
+        assert pool.software() == "own 8, own 9"
         assert pool.weights_checksums("float32") == {urls[0]: {"a": 0}, urls[2]: {"a": 2}}
         assert pool.weights_checksums("bfloat16") == {urls[1]: {"a": 1}}
-        servers[0].answers["/weights_checksum"] = (404, b"")
-        assert pool.weights_checksums("float32") == {urls[2]: {"a": 2}}
         servers[1].fault, servers[1].faulty = "closed", "/server_info"
         with pytest.raises(EngineLost):
-            pool.take_slices()
-        assert pool.take_slices() is True
+            pool.tensor_parallel()
+        assert pool.tensor_parallel() == [1, 3]
+
+
+@pytest.mark.parametrize(("kind", "own"), [(SGLangClient, False), (EmbeddedClient, True)])
+def test_a_pool_can_what_its_engines_can(kind: Any, own: bool) -> None:
+    with stand_ins(2) as (servers, urls), make_pool(urls, connect=kind) as pool:
+        assert (pool.take_slices(), pool.one_request_at_a_time()) == (own, own)
+        if not own:
+            for server in servers:
+                server.answers["/server_info"] = (200, b'{"tp_size": 1, "dtype": "float32"}')
+            assert pool.weights_checksums("float32") == {}
+            assert all(path != "/weights_checksum" for server in servers for path, _ in server.asked)
 
 
 @pytest.mark.parametrize(
@@ -162,25 +181,6 @@ def test_a_round_is_left_once_nothing_of_it_is_under_way() -> None:
         assert pool.urls == urls
 
 
-@pytest.mark.parametrize("one", [False, True])
-def test_engines_that_serve_one_request_at_a_time_say_so(one: bool) -> None:
-    """One that is lost meanwhile is out: the rollout goes on with the others."""
-    with stand_ins(3) as (servers, urls), make_pool(urls) as pool:
-        info = {"tp_size": 1, "dtype": "float32"}
-        for server in servers:
-            server.answers["/server_info"] = (200, json.dumps(info).encode())
-        assert pool.one_request_at_a_time() is False, "SGLang does not say it"
-        servers[0].fault, servers[0].faulty = "closed", "/server_info"
-        said = json.dumps({**info, "one_request_at_a_time": one}).encode()
-        servers[2].answers["/server_info"] = (200, said)
-        assert pool.one_request_at_a_time() is one
-        assert pool.urls == urls[1:]
-        for server in servers[1:]:
-            server.fault, server.faulty = "closed", "/server_info"
-        assert pool.one_request_at_a_time() is False
-        assert pool.urls == []
-
-
 def wait_until(true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + WAIT_S
     while not true():
@@ -215,13 +215,17 @@ def test_engines_are_not_watched_while_an_update_is_open(tmp_path: Any) -> None:
         assert len(pool._to_watch()) == 1
 
 
-def test_bodies_are_as_many_as_engines() -> None:
+async def post_piece(engine: Any, number: int) -> Any:
+    return await engine.post("/piece", {"n": number}, timeout=WAIT_S)
+
+
+def test_parts_are_as_many_as_engines() -> None:
     with stand_ins(2) as (servers, urls), make_pool(urls) as pool:
-        assert pool.post("/piece", [{"n": 1}, {"n": 2}], timeout=WAIT_S).result(WAIT_S) == [{}, {}]
+        assert pool.each(post_piece, [1, 2]).result(WAIT_S) == [{}, {}]
         assert [server.asked for server in servers] == [[("/piece", {"n": 1})], [("/piece", {"n": 2})]]
-        for bodies in ([{}], [{}] * 3):
-            with pytest.raises(EngineLost, match=f"{len(bodies)} bodies for 2 live engines"):
-                pool.post("/piece", bodies, timeout=WAIT_S).result(WAIT_S)
+        for parts in ([1], [1] * 3):
+            with pytest.raises(EngineLost, match=f"{len(parts)} parts for 2 live engines"):
+                pool.each(post_piece, parts).result(WAIT_S)
 
 
 class Routes:
@@ -254,7 +258,8 @@ def test_behind_a_router_it_gets_the_prompts_and_is_told_who_serves(
     monkeypatch.setattr(Routes, "told", told := [], raising=False)
     monkeypatch.setattr(module, "Routing", Routes)
     router = "http://127.0.0.1:7000"
-    with stand_ins(2) as (servers, urls), make_pool(urls, router=router, prompts_per_request=9) as pool:
+    through = partial(SGLangRouter, url=router)
+    with stand_ins(2) as (servers, urls), make_pool(urls, router=through, prompts_per_request=9) as pool:
         assert Routes.made == [(router, VOCAB)]
         pool.wait_until_healthy(WAIT_S)
         assert told == [("check", urls)]

@@ -89,8 +89,8 @@ def test_a_possible_run_passes_and_has_its_directory(tmp_path: Path, model: Path
             "rollout.prompts_per_step = 8 is more than the 7 prompts",
         ),
         (
-            {"rollout": {"embedded_device": "cuda"}},
-            'rollout.embedded_device = "cuda" needs a GPU, and torch sees none; set "cpu", or give urls',
+            {"rollout": {"engine": {"device": "cuda"}}},
+            'rollout.engine.device = "cuda" needs a GPU, and torch sees none; set "cpu", or give urls',
         ),
         (
             {"model": {"reference_in_host_memory": True}},
@@ -104,11 +104,11 @@ def test_a_possible_run_passes_and_has_its_directory(tmp_path: Path, model: Path
             "optimizer.in_host_memory_during_rollouts = true needs a GPU, and torch sees none",
         ),
         (
-            {"rollout": {"sglang": {"python": "/nowhere/python"}}},
-            "rollout.sglang.python = '/nowhere/python' cannot be started: [Errno 2] No such file",
+            {"rollout": {"engine": {"kind": "sglang", "python": "/nowhere/python"}}},
+            "rollout.engine.python = '/nowhere/python' cannot be started: [Errno 2] No such file",
         ),
         (
-            {"rollout": {"sglang": {"python": sys.executable}}},
+            {"rollout": {"engine": {"kind": "sglang", "python": sys.executable}}},
             "has no package sglang; set it to the interpreter of the environment that SGLang is installed in",
         ),
         (
@@ -273,11 +273,11 @@ def test_the_plan_tells_what_this_machine_lacks(
     planned = config(
         tmp_path,
         model,
-        rollout={"embedded_device": "cuda", "responses_per_prompt": 10_000_000},
+        rollout={"engine": {"device": "cuda"}, "responses_per_prompt": 10_000_000},
         observe={"wandb": "online", "wandb_project": "p"},
     )
     plan = preflight.describe_plan(planned)
-    assert 'not on this machine: rollout.embedded_device = "cuda" needs a GPU' in plan
+    assert 'not on this machine: rollout.engine.device = "cuda" needs a GPU' in plan
     assert 'not on this machine: observe.wandb = "online" needs wandb: pip install wandb' in plan
     assert re.search(r"^too much for this machine: [\d.,]+ GiB of memory \(it has no GPU\)$", plan, re.M)
     assert "too much" not in preflight.describe_plan(config(tmp_path, model))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_rapo.config import Model, Optimizer, Parallel
 from megatron_rapo.data.batching import Microbatch
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.engines.engine import Generated, Generation
 from megatron_rapo.errors import RapoError
 from megatron_rapo.loss.chunked import Head
 from megatron_rapo.model.hf_config import read_architecture
@@ -170,17 +171,9 @@ def test_interleaved_schedules_get_a_microbatch_a_stage(
 
 def answers(version: int) -> list[Any]:
     """Of one engine: a prompt's tokens begin with the prompt's number."""
+    log_probs = np.array([-0.5 * i for i in range(TOKENS)], np.float32)
     return [
-        {
-            "text": "",
-            "output_ids": [n + i for i in range(TOKENS)],
-            "meta_info": {
-                "finish_reason": {"type": "length"},
-                "weight_version": str(version),
-                "output_token_logprobs": [[-0.5 * i, n + i, None] for i in range(TOKENS)],
-            },
-        }
-        for n in range(len(PROMPTS))
+        Generated(np.arange(n, n + TOKENS), log_probs, (str(version),), "length") for n in range(len(PROMPTS))
     ]
 
 
@@ -190,25 +183,36 @@ class Asked:
     def __init__(self, *versions: int) -> None:
         self.urls = [f"http://{number}" for number in range(len(versions))]
         self._versions = versions
-        self.bodies: list[Any] = []
+        self.asked: list[Any] = []
 
-    def post(self, path: str, bodies: Sequence[Any], *, timeout: float) -> Future[list[Any]]:
-        assert path == "/generate" and timeout == proof.TIMEOUT_S
-        self.bodies += json.loads(json.dumps(list(bodies)))
+    def each(self, ask: Any, parts: Sequence[Any]) -> Future[list[Any]]:
+        assert list(parts) == self.urls
         answered: Future[list[Any]] = Future()
-        answered.set_result([answers(version) for version in self._versions])
+        engines = [AskedOne(self.asked, version) for version in self._versions]
+        answered.set_result(
+            [asyncio.run(ask(engine, part)) for engine, part in zip(engines, parts, strict=True)]
+        )
         return answered
+
+
+class AskedOne:
+    """One of them."""
+
+    def __init__(self, asked: list[Any], version: int) -> None:
+        self._asked = asked
+        self._version = version
+
+    async def generate(self, wanted: list[Generation], *, timeout: float) -> list[Generated]:
+        assert timeout == proof.TIMEOUT_S
+        self._asked.append(wanted)
+        return answers(self._version)
 
 
 def test_every_engine_continues_every_prompt_greedily_to_a_fixed_length() -> None:
     engines = Asked(4, 4)
     found = probe(cast(Engines, engines), PROMPTS, 4, VOCABULARY)
-    body = {
-        "input_ids": [[5, 9, 23, 17], [40], [31, 2, 7]],
-        "sampling_params": {"max_new_tokens": 8, "temperature": 0.0, "ignore_eos": True},
-        "return_logprob": True,
-    }
-    assert engines.bodies == [body, body]
+    wanted = [Generation(ids, 8, 0.0, ignore_eos=True) for ids in ((5, 9, 23, 17), (40,), (31, 2, 7))]
+    assert engines.asked == [wanted, wanted]
     assert [(each.url, each.prompt) for each in found] == [
         (url, prompt) for url in engines.urls for prompt in PROMPTS
     ]

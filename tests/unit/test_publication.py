@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from concurrent.futures import Future
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,6 +15,8 @@ import torch.distributed as dist
 
 from megatron_rapo.checksum import tensor_checksum
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.engines.embedded.client import EmbeddedClient
+from megatron_rapo.engines.sglang.client import SGLangClient
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.experience.engines import SharedEngines
 from megatron_rapo.publish import proof
@@ -86,12 +87,19 @@ def publication(
     """Stand-ins that have arrived at `VERSION`, the pool, and the publisher to them."""
     expected = np.full((len(PROMPTS), proof.TOKENS), -0.5)
     monkeypatch.setattr(proof, "_trainer_log_probs", lambda *_: expected)
-    defaults = {"vocab_size": VOCAB, "prompts_per_request": 1, "request_timeout": 60.0}
-    with stand_ins(engines) as (servers, urls), EnginePool(urls, **{**defaults, **options}) as pool:
+    defaults = {
+        "connect": SGLangClient,
+        "vocab_size": VOCAB,
+        "prompts_per_request": 1,
+        "request_timeout": 60.0,
+    }
+    with (
+        stand_ins(engines) as (servers, urls),
+        EnginePool(urls, **{**defaults, **options}) as pool,
+    ):
         for server in servers:
             server.version = str(VERSION)
             server.answers["/generate"] = (200, continuations(-0.5))
-            server.answers["/weights_checksum"] = (404, b"")
         placement = cast(Any, Alone())
         policy = SimpleNamespace(
             synchronise_parameters=lambda: None,
@@ -130,9 +138,12 @@ def test_a_publication_that_arrived_is_recorded(tmp_path, monkeypatch) -> None:
 
 
 def test_another_checksum_at_an_engine_is_refused(tmp_path, monkeypatch) -> None:
-    with publication(tmp_path, monkeypatch, Told()) as (servers, pool, publisher):
-        other = {"weight_version": str(VERSION), "checksums": {"norm": CHECKSUMS["norm"] ^ 1}}
-        servers[1].answers["/weights_checksum"] = (200, json.dumps(other).encode())
+    with publication(tmp_path, monkeypatch, Told(), connect=EmbeddedClient) as (servers, pool, publisher):
+        for number, server in enumerate(servers):
+            found = {"weight_version": str(VERSION), "checksums": {"norm": CHECKSUMS["norm"] ^ number}}
+            server.answers["/weights_checksum"] = (200, json.dumps(found).encode())
+            info = {"server": "own", "tp_size": 1, "dtype": "float32"}
+            server.answers["/server_info"] = (200, json.dumps(info).encode())
         with pytest.raises(RapoError, match=rf"1 of 1 tensors arrived at {pool.urls[1]} otherwise .*norm"):
             publisher.publish(VERSION)
     assert published(tmp_path) == []
@@ -200,8 +211,14 @@ def test_the_answer_to_a_broadcast_or_message_has_a_limit(path, monkeypatch) -> 
     """As these transports ask: what they wait for ends by itself, with the engine out."""
     with stand_ins(1) as ([server], urls):
         server.fault, server.faulty = "silent", path
-        with EnginePool(urls, vocab_size=VOCAB, prompts_per_request=1, request_timeout=60.0) as pool:
-            answers: Future[list[Any]] = pool.post(path, [{}], timeout=LATE_S)
+        with EnginePool(
+            urls, SGLangClient, vocab_size=VOCAB, prompts_per_request=1, request_timeout=60.0
+        ) as pool:
+
+            async def late(engine, _):
+                await engine.post(path, {}, timeout=LATE_S)
+
+            answers = pool.each(late, [None])
             work = SimpleNamespace(is_completed=lambda: False)
             with pytest.raises(EngineLost, match=f"{path} was not answered within 2 s"):
                 distributed._finish(answers, cast(dist.Work, work))

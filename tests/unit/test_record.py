@@ -92,7 +92,7 @@ def test_the_page_has_the_table() -> None:
         ("model.path", Change.CONTENT),
         ("rollout.max_prompt_tokens", Change.CONTENT),
         ("parallel.tensor_parallel", Change.FREE),
-        ("rollout.urls", Change.FREE),
+        ("rollout.engine.urls", Change.FREE),
         ("checkpoint.every", Change.FREE),
         ("slurm.time_limit", Change.FREE),
     ],
@@ -171,7 +171,7 @@ def test_the_refusal_names_values_before_and_now(tmp_path: Path) -> None:
     [
         {"parallel": {"tensor_parallel": 2}},
         {"checkpoint": {"every": 3, "keep": 5}},
-        {"rollout": {"request_timeout_s": 5.0, "embedded_servers": 2}},
+        {"rollout": {"request_timeout_s": 5.0, "engine": {"servers": 2}}},
         {"run": {"steps": 20}},
         {"evaluate": {"problems": 4}},
     ],

@@ -165,9 +165,7 @@ def test_what_is_no_recorded_run_is_refused(recorded: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rollout": {"urls": ["http://a:1"]}}, r"urls = .* would have no effect: replay takes recorded"),
-        ({"rollout": {"sglang": {"servers": 1}}}, r"sglang = .* would have no effect"),
-        ({"rollout": {"embedded_servers": 2}}, r"embedded_servers = 2 would have no effect"),
+        ({"rollout": {"engine": {"servers": 2}}}, r"engine = .* would have no effect: replay takes recorded"),
         ({"rollout": {"minimum_engines": 1}}, r"minimum_engines = 1 would have no effect"),
         ({"evaluate": {"problems": 4}}, r"\[evaluate\] would have no effect: rollout.replay"),
         ({"weights": {"transport": "disk"}}, r"\[weights\] would have no effect"),

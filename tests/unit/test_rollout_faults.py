@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.engines.sglang.client import SGLangClient
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.rollout.pool import EnginePool
@@ -31,7 +32,7 @@ def make_reviver(model, restarts=3, startup_timeout=SOON):
 
 def make_pool(urls, **options):
     defaults = {"vocab_size": VOCAB, "prompts_per_request": 1, "request_timeout": 60}
-    return EnginePool(urls, **{**defaults, **options})
+    return EnginePool(urls, SGLangClient, **{**defaults, **options})
 
 
 def generate(pool, count=8, version=3):
@@ -259,11 +260,15 @@ def test_a_refused_update_is_final_and_leaves_engines_in(tmp_path):
         assert pool.urls == urls
 
 
+async def post_piece(engine, body):
+    return await engine.post("/piece", body, timeout=SOON)
+
+
 def test_an_update_in_pieces_reaches_all_engines_in_order():
     with stand_ins(2) as (servers, urls), make_pool(urls) as pool:
         assert pool.tensor_parallel() == [1, 1]
         pool.begin_update()
-        answers = pool.post("/piece", [{"n": 0}, {"n": 1}], timeout=SOON)
+        answers = pool.each(post_piece, [{"n": 0}, {"n": 1}])
         assert answers.result(SOON) == [{}, {}]
         for server in servers:
             server.version = "4"
@@ -288,23 +293,23 @@ def test_a_piece_that_an_engine_fails_to_take_is_known_at_once(hung):
             servers[1].go_on.set()
         started = time.monotonic()
         with pytest.raises(EngineLost, match=urls[0]):
-            pool.post("/piece", [{}, {}], timeout=SOON).result(SOON)
+            pool.each(post_piece, [{}, {}]).result(SOON)
         assert time.monotonic() - started < SOON
         assert pool.urls == urls[1:]
         servers[1].go_on.set()
         pool.abandon_update()
         assert servers[1].asked[-1][0] == "/continue_generation"
-        with pytest.raises(EngineLost, match="2 bodies for 1 live"):
-            pool.post("/piece", [{}, {}], timeout=SOON).result(SOON)
+        with pytest.raises(EngineLost, match="2 parts for 1 live"):
+            pool.each(post_piece, [{}, {}]).result(SOON)
         pool.begin_update()
-        assert pool.post("/piece", [{}], timeout=SOON).result(SOON) == [{}]
+        assert pool.each(post_piece, [{}]).result(SOON) == [{}]
 
 
 def test_silence_in_an_update_is_not_taken_for_death():
     with stand_ins(1) as ([server], urls), make_pool(urls, health_interval=0.05) as pool:
         pool.begin_update()
         server.go_on.clear()
-        answers = pool.post("/piece", [{}], timeout=SOON)
+        answers = pool.each(post_piece, [{}])
         time.sleep(1.0)  # twenty looks
         server.go_on.set()
         assert answers.result(SOON) == [{}]

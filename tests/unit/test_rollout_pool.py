@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.engines.sglang.client import SGLangClient
 from megatron_rapo.errors import RapoError
 from megatron_rapo.rollout.identity import check_distinct
 from megatron_rapo.rollout.pool import EnginePool
@@ -26,7 +27,7 @@ def engine():
 
 def make_pool(urls, **options):
     defaults = {"vocab_size": VOCAB, "prompts_per_request": 2, "request_timeout": 60}
-    return EnginePool(urls, **{**defaults, **options})
+    return EnginePool(urls, SGLangClient, **{**defaults, **options})
 
 
 def make_prompts(count):
@@ -322,7 +323,7 @@ def test_the_path_of_an_update_is_absolute(engine, monkeypatch, tmp_path):
 def test_an_update_that_failed_is_an_error_and_leaves_no_server_paused(
     engine, path, answer, named, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("megatron_rapo.engines.sglang.client.FLUSH_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("megatron_rapo.engines.sglang.updates.FLUSH_TIMEOUT_S", 0.2)
     stand_in, pool = engine
     stand_in.answers[path] = answer
     with pytest.raises(RapoError) as failed:

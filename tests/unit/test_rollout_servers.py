@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.engines.embedded.client import EmbeddedClient
 from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
 from megatron_rapo.engines.launching import Launch
 from megatron_rapo.engines.servers import LocalServers
@@ -39,7 +40,9 @@ def checkpoints(tmp_path_factory):
 
 def start(model, logs, *, count=1, startup_timeout=300.0):
     launcher = EmbeddedLauncher(model, device="cpu", dtype="float32", threads=1)
-    return LocalServers(launcher, count=count, log_directory=logs, startup_timeout=startup_timeout)
+    return LocalServers(
+        launcher, EmbeddedClient, count=count, log_directory=logs, startup_timeout=startup_timeout
+    )
 
 
 def make_pool(servers, **options):
@@ -49,7 +52,7 @@ def make_pool(servers, **options):
         "request_timeout": 300,
         "diagnose": servers.diagnose,
     }
-    return EnginePool(servers.urls, **{**defaults, **options})
+    return EnginePool(servers.urls, EmbeddedClient, **{**defaults, **options})
 
 
 def generate(pool, **options):
@@ -172,7 +175,9 @@ def test_a_server_that_finds_its_port_taken_tries_another(checkpoints, tmp_path)
     launcher = Unlucky(checkpoints[0], device="cpu", dtype="float32", threads=1)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         late, asked = 1, []
-        with LocalServers(launcher, count=1, log_directory=tmp_path, startup_timeout=300) as servers:
+        with LocalServers(
+            launcher, EmbeddedClient, count=1, log_directory=tmp_path, startup_timeout=300
+        ) as servers:
             assert len(asked) == 2
             assert servers.urls == [f"http://127.0.0.1:{asked[1]}"]
         late, asked = 9, []
@@ -180,7 +185,7 @@ def test_a_server_that_finds_its_port_taken_tries_another(checkpoints, tmp_path)
             pytest.raises(
                 RapoError, match="embedded server 0 found its port taken by another process, 3 times"
             ),
-            LocalServers(launcher, count=1, log_directory=tmp_path, startup_timeout=300),
+            LocalServers(launcher, EmbeddedClient, count=1, log_directory=tmp_path, startup_timeout=300),
         ):
             pass
         assert len(asked) == 3
@@ -210,10 +215,12 @@ def test_servers_end_when_their_parent_is_killed(checkpoints, tmp_path):
     script = f"""
 import time
 from pathlib import Path
+from megatron_rapo.engines.embedded.client import EmbeddedClient
 from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
 from megatron_rapo.engines.servers import LocalServers
 launcher = EmbeddedLauncher(Path({str(checkpoints[0])!r}), device="cpu", dtype="float32", threads=1)
-with LocalServers(launcher, count=1, log_directory=Path({str(tmp_path)!r}), startup_timeout=300) as servers:
+logs = Path({str(tmp_path)!r})
+with LocalServers(launcher, EmbeddedClient, count=1, log_directory=logs, startup_timeout=300) as servers:
     print(servers.urls[0], flush=True)
     time.sleep(120)
 """
@@ -254,7 +261,9 @@ def test_by_hand_it_tells_its_address_and_ends_on_a_signal(checkpoints):
         line = process.stdout.readline()
         assert str(checkpoints[0]) in line
         url = line.split()[-1]
-        with EnginePool([url], vocab_size=61, prompts_per_request=8, request_timeout=300) as pool:
+        with EnginePool(
+            [url], EmbeddedClient, vocab_size=61, prompts_per_request=8, request_timeout=300
+        ) as pool:
             pool.wait_until_healthy(300)
             pool.update_weights(Path(checkpoints[1]), 1)
             assert len(generate(pool)) == len(PROMPTS)

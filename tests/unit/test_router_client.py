@@ -13,8 +13,9 @@ import httpx
 import pytest
 
 from megatron_rapo.background import BackgroundLoop
+from megatron_rapo.engines.engine import Generation
 from megatron_rapo.engines.sglang import router as module
-from megatron_rapo.engines.sglang.router import RouterClient
+from megatron_rapo.engines.sglang.router import SGLangRouter
 from megatron_rapo.errors import EngineLost, RapoError
 
 ROUTER = "http://127.0.0.1:7000"
@@ -38,9 +39,7 @@ class StandInRouter:
         path = request.url.path
         self.asked.append((request.method, path, body))
         if path == "/generate":
-            return httpx.Response(
-                200, json=self.answer or {"said": body["input_ids"], "by": body["sampling_params"]}
-            )
+            return httpx.Response(200, json=self.answer or echo(body))
         if request.method == "POST":
             if self.takes:
                 self.accepted.append(body["url"])
@@ -66,10 +65,17 @@ class StandInRouter:
         return [body or path for how, path, body in self.asked if how == method]
 
 
-def run(router: StandInRouter, work: Callable[[RouterClient], Coroutine[Any, Any, Any]]) -> Any:
+def echo(body: Any) -> Any:
+    """The prompt as the response, the seed as the version."""
+    meta = {"finish_reason": {"type": "stop"}, "weight_version": body["sampling_params"]["sampling_seed"]}
+    meta["output_token_logprobs"] = [[-0.5, token, None] for token in body["input_ids"]]
+    return {"output_ids": body["input_ids"], "meta_info": meta}
+
+
+def run(router: StandInRouter, work: Callable[[SGLangRouter], Coroutine[Any, Any, Any]]) -> Any:
     async def with_client() -> Any:
         async with httpx.AsyncClient(transport=httpx.MockTransport(router)) as http:
-            return await work(RouterClient(http, ROUTER, timeout=20))
+            return await work(SGLangRouter(http, ROUTER, timeout=20))
 
     loop = BackgroundLoop("test")
     try:
@@ -155,10 +161,13 @@ def test_what_is_no_router_is_told() -> None:
 
 def test_each_response_is_a_request_of_its_own_in_order() -> None:
     router = StandInRouter()
-    params = [{"sampling_seed": 5}, {"sampling_seed": 6}]
-    answers = run(router, lambda client: client.generate([[1, 2], [3]], params))
-    assert answers == [{"said": [1, 2], "by": params[0]}, {"said": [3], "by": params[1]}]
+    wanted = [Generation((1, 2), 8, 1.0, seed=5), Generation((3,), 8, 1.0, seed=6)]
+    answers = run(router, lambda client: client.generate(wanted))
+    assert [(answer.token_ids.tolist(), answer.versions) for answer in answers] == [
+        ([1, 2], ("5",)),
+        ([3], ("6",)),
+    ]
     assert all(body["return_logprob"] is True for body in router.told("POST"))
     router.answer = ["no", "dict"]
     with pytest.raises(EngineLost, match="no response"):
-        run(router, lambda client: client.generate([[1]], params[:1]))
+        run(router, lambda client: client.generate(wanted[:1]))

@@ -8,9 +8,11 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.engines.engine import Generated, Generation
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.rollout import routing as module
 from megatron_rapo.rollout.membership import Membership
@@ -39,17 +41,16 @@ class Router:
         self.may_remove.set()
         self.problem: RapoError | None = None
 
-    async def generate(self, input_ids: Any, sampling_params: Any) -> list[dict[str, Any]]:
-        self.asked.append((input_ids, [params["sampling_seed"] for params in sampling_params]))
+    async def generate(self, wanted: Sequence[Generation]) -> list[Generated]:
+        self.asked.append(list(wanted))
         if self.hangs:
             await asyncio.sleep(WAIT_S)
         await asyncio.sleep(0)
         if self.failures:
             raise self.failures.pop(0)
-        meta = {"finish_reason": {"type": "stop"}, "weight_version": VERSION}
         return [
-            {"output_ids": [token], "meta_info": {**meta, "output_token_logprobs": [[-0.5, token, None]]}}
-            for token in range(7, 7 + len(input_ids))
+            Generated(np.array([token]), np.array([-0.5], np.float32), (str(VERSION),), "stop")
+            for token in range(7, 7 + len(wanted))
         ]
 
     async def check_workers(self, known: Collection[str]) -> None:
@@ -129,8 +130,7 @@ def test_a_request_that_fails_though_no_engine_is_to_blame_is_sent_again(
         router.failures = [EngineLost("the router was late")] * failures
         assert tokens(await routing.send(REQUEST, members)) == RESPONSES
         assert len(router.asked) == failures + 1
-        seeds = [params["sampling_seed"] for params in REQUEST.sampling_params]
-        assert router.asked == [([(5, 6)] * 2, seeds)] * (failures + 1)
+        assert router.asked == [REQUEST.wanted] * (failures + 1)
         assert members.changes == 0 and router.removed == []
 
     run(work, monkeypatch)
@@ -276,7 +276,7 @@ def test_a_router_that_is_not_there_is_the_runs_error_and_no_engines(
     async def work(router: Router, routing: Routing, members: Membership) -> None:
         router.problem = EngineLost("cannot connect")
         with pytest.raises(
-            RapoError, match=r"rollout\.router cannot be used: cannot connect\. It is started"
+            RapoError, match=r"rollout\.engine\.router cannot be used: cannot connect\. It is started"
         ) as e:
             await getattr(routing, what)([ONE])
         assert not isinstance(e.value, EngineLost)

@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from megatron_rapo.engines.servers import LocalServers
+from megatron_rapo.engines.sglang.client import SGLangClient
 from megatron_rapo.engines.sglang.launcher import SGLangLauncher
 from megatron_rapo.engines.tether import NOTE_S
 from megatron_rapo.errors import RapoError
@@ -68,7 +69,7 @@ def start(logs, *arguments, count=1, python=sys.executable, gpus=None, tensor_pa
     launcher = SGLangLauncher(
         Path("/models/seven"), "bfloat16", python, tensor_parallel, gpus=gpus, arguments=arguments
     )
-    return LocalServers(launcher, count=count, log_directory=logs, startup_timeout=60)
+    return LocalServers(launcher, SGLangClient, count=count, log_directory=logs, startup_timeout=60)
 
 
 def ask(url):
@@ -192,10 +193,12 @@ def test_kill_9_of_whoever_watches_leaves_no_server(package, tmp_path, killed):
     script = f"""
 import json, sys, time, httpx
 from pathlib import Path
+from megatron_rapo.engines.sglang.client import SGLangClient
 from megatron_rapo.engines.sglang.launcher import SGLangLauncher
 from megatron_rapo.engines.servers import LocalServers
 launcher = SGLangLauncher(Path("/models/seven"), "bfloat16", sys.executable, 1, gpus=None, arguments=[])
-with LocalServers(launcher, count=1, log_directory=Path({str(tmp_path)!r}), startup_timeout=60) as servers:
+logs = Path({str(tmp_path)!r})
+with LocalServers(launcher, SGLangClient, count=1, log_directory=logs, startup_timeout=60) as servers:
     said = httpx.get(servers.urls[0] + "/health", trust_env=False).json()
     print(json.dumps(said["pids"]), flush=True)
     time.sleep(120)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,8 +22,9 @@ from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.weights.gather import StageWeights
 from megatron_rapo.weights.stream import SLOTS
 from megatron_rapo.weights.transports import shard
-from megatron_rapo.weights.transports.group import Meeting
-from megatron_rapo.weights.transports.shard import CHECKSUM_BYTES, ShardTransport
+from megatron_rapo.weights.transports.shard import ShardTransport
+from megatron_rapo.wire.group import Meeting
+from megatron_rapo.wire.slices import CHECKSUM_BYTES, SliceMessage
 from tests.distributed.jobs import layout
 from tests.models import make_hf_model
 from tests.unit.ranks import WAIT_S, Ranks, Sent, loaded_chunks
@@ -130,15 +132,15 @@ class Engines:
             self._mail.setdefault((source, to), []).append(sent)
             self._came.notify_all()
 
-    def post(self, path: str, bodies: Sequence[Any], *, timeout: float) -> Future[list[Any]]:
-        assert path == "/update_weights_from_shards" and timeout > 0
+    def each(self, ask: Any, parts: Sequence[Any]) -> Future[list[Any]]:
         assert self._last is None or self._last.done(), "one request at a time: two could change places"
-        assert len(bodies) == len(self.sizes)
+        assert len(parts) == len(self.sizes)
+        told = [asyncio.run(ask(Told(), part)) for part in parts]
         self.rounds += 1
-        self._last = self._work.submit(self._receive, bodies, self.rounds)
+        self._last = self._work.submit(self._receive, told, self.rounds)
         return self._last
 
-    def _receive(self, bodies: Sequence[Any], number: int) -> list[Any]:
+    def _receive(self, told: Sequence[Any], number: int) -> list[Any]:
         if number == self.dies_in:
             with self._came:
                 self._spoilt = self.groups[-1]
@@ -147,17 +149,17 @@ class Engines:
             self.sizes.pop()
             self.membership += 1
             raise EngineLost("the engine is gone")
-        for engine, body in enumerate(bodies):
-            assert body["group_name"] == self.groups[-1] and body["dtype"] == "float32"
-            self.versions.append(body.get("weight_version"))
-            routes = [(message["source"], message["engine_rank"]) for message in body["messages"]]
+        for engine, (messages, group, dtype, version) in enumerate(told):
+            assert (group, dtype) == (self.groups[-1], torch.float32)
+            self.versions.append(version)
+            routes = [(message.source, message.engine_rank) for message in messages]
             assert len(set(routes)) == len(routes), "one message a round from each rank to each"
-            for message in body["messages"]:
+            for message in messages:
                 self._take(engine, self.trainer_ranks + sum(self.sizes[:engine]), message)
-        return [{}] * len(bodies)
+        return [None] * len(told)
 
-    def _take(self, engine: int, first_rank: int, message: Any) -> None:
-        route = message["source"], first_rank + message["engine_rank"]
+    def _take(self, engine: int, first_rank: int, message: SliceMessage) -> None:
+        route = message.source, first_rank + message.engine_rank
         with self._came:
             assert self._came.wait_for(lambda: self._mail.get(route), WAIT_S), f"nothing came by {route}"
             flat = self._mail[route].pop(0).take()
@@ -166,9 +168,9 @@ class Engines:
         assert told == tensor_checksum(values)
         if engine == 0:
             self.checksums.append(told)
-        assert values.nbytes <= self.limit or len(message["slices"]) == 1
+        assert values.nbytes <= self.limit or len(message.slices) == 1
         start = 0
-        for name, cut, begin, end in message["slices"]:
+        for name, cut, begin, end in message.slices:
             shape = list(self.shapes[name])
             if cut is None:
                 assert (begin, end) == (0, 1)
@@ -176,11 +178,19 @@ class Engines:
                 shape[cut] = end - begin
             count = int(torch.Size(shape).numel())
             part = values[start : start + count].view(shape).clone()
-            self.held.setdefault((engine, message["engine_rank"], name), []).append((begin, part))
+            self.held.setdefault((engine, message.engine_rank, name), []).append((begin, part))
             start += count
         assert start == len(values)
 
     shapes: dict[str, torch.Size]
+
+
+class Told:
+    """One engine, which says what it is told to take."""
+
+    async def receive_slices(self, *told: Any, timeout: float) -> Any:
+        assert timeout > 0
+        return told
 
 
 def sending(
@@ -276,7 +286,7 @@ def test_each_engine_rank_gets_its_slices_from_the_ranks_that_hold_them(
     assert len(engines.groups) == 1, "the second time finds the group of the first"
     rounds = engines.rounds
     assert rounds > 1
-    assert engines.versions == [*[None] * 2 * (rounds - 1), "3", "3", *[None] * 2 * (rounds - 1), "4", "4"]
+    assert engines.versions == [*[None] * 2 * (rounds - 1), 3, 3, *[None] * 2 * (rounds - 1), 4, 4]
 
 
 @pytest.mark.parametrize("ranks", ["tp2-pp2", "pp4"], indirect=True)

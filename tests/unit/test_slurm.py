@@ -240,7 +240,7 @@ def test_engines_beside_the_ranks_have_gpus_ports_and_addresses_of_their_own(not
     (trainer,) = [call for call in calls(notes) if " train " in call]
     assert "MASTER=a.cluster:29500" in trainer
     assert "--nodes=2 --ntasks=16 --ntasks-per-node=8 --distribution=block --nodelist=a,b" in trainer
-    assert 'rollout.urls=["http://a.cluster:30000","http://a.cluster:30001","http://b' in trainer
+    assert 'rollout.engine.urls=["http://a.cluster:30000","http://a.cluster:30001","http://b' in trainer
     assert "--kill-on-bad-exit=1" in trainer
 
 

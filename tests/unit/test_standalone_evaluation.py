@@ -129,7 +129,8 @@ def request(tmp_path: Path, urls: list[str], **said: Any) -> Request:
     rows = [{"question": f"{gold}+0=", "answer": gold} for gold in GOLDS]
     data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     settings = [
-        f"rollout.urls={json.dumps(urls)}",
+        "rollout.engine.kind=sglang",
+        f"rollout.engine.urls={json.dumps(urls)}",
         f"run.seed={SEED}",
         "evaluate.batch=8",
         "reward.workers=3",

@@ -39,7 +39,10 @@ def test_the_policy_calls_the_tool_and_sees_what_it_returned(
     monkeypatch.chdir(ROOT)
     with stand_ins(1) as ([server], urls):
         server.generate = lambda body: answer(server, body)
-        settings = [f'rollout.urls=["{urls[0]}"]', f'environment.tools=["{tool}"]']
+        settings = [
+            f'rollout.engine={{kind = "sglang", urls = ["{urls[0]}"]}}',
+            f'environment.tools=["{tool}"]',
+        ]
         status = main(["try", "examples/tools/run.toml", "--responses", "1", "--set", *settings])
     shown = capsys.readouterr()
     assert status == 0, shown.err

@@ -76,7 +76,7 @@ def tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Callab
                 name: {key: value.replace("own:", f"{own}:") for key, value in options.items()}
                 for name, options in sections.items()
             }
-            sections["rollout"] = {"urls": urls}
+            sections["rollout"] = {"engine.kind": "sglang", "engine.urls": urls}
             config = write_config(tmp_path / "run.toml", tmp_path / "run", **sections)
             status = main(["try", str(config), *words])
             printed = capsys.readouterr()

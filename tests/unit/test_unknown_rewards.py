@@ -11,6 +11,7 @@ import pytest
 
 from megatron_rapo.config import Reward
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.engines.sglang.client import SGLangClient
 from megatron_rapo.episode.episode import ScoredEpisode
 from megatron_rapo.episode.group import Group, known_rewards
 from megatron_rapo.episode.outcome import Outcome, Verification
@@ -107,7 +108,7 @@ def test_scored_groups_tell_what_happened_to_the_first() -> None:
 
     with (
         stand_ins(1) as (_, urls),
-        EnginePool(urls, vocab_size=VOCAB, prompts_per_request=2, request_timeout=60) as pool,
+        EnginePool(urls, SGLangClient, vocab_size=VOCAB, prompts_per_request=2, request_timeout=60) as pool,
         single_turns(pool, lambda ids: " ".join(map(str, ids))) as runner,
     ):
         groups = runner.run(prompts, Sampling(3, 8, 1.0, weight_version=3, seed=5), judge)

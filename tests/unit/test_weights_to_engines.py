@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from megatron_rapo.checksum import tensor_checksum
 from megatron_rapo.config import Model, Weights
+from megatron_rapo.engines.embedded.client import EmbeddedClient
 from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
 from megatron_rapo.engines.servers import LocalServers
 from megatron_rapo.errors import RapoError
@@ -183,9 +184,13 @@ def pool(
     launcher = EmbeddedLauncher(path, "cpu", "float32", threads=1)
     logs = tmp_path_factory.mktemp("logs")
     with (
-        LocalServers(launcher, count=1, log_directory=logs, startup_timeout=120.0) as servers,
+        LocalServers(launcher, EmbeddedClient, count=1, log_directory=logs, startup_timeout=120.0) as servers,
         EnginePool(
-            servers.urls, vocab_size=architecture.vocabulary, prompts_per_request=1, request_timeout=60.0
+            servers.urls,
+            EmbeddedClient,
+            vocab_size=architecture.vocabulary,
+            prompts_per_request=1,
+            request_timeout=60.0,
         ) as opened,
     ):
         yield opened

@@ -14,7 +14,9 @@ import httpx
 
 from megatron_rapo.background import all_of
 from megatron_rapo.engines.address import server_of
+from megatron_rapo.engines.engine import Generated, Generation, Router
 from megatron_rapo.engines.exchange import Exchange, NoSuchRoute
+from megatron_rapo.engines.sglang.answers import sampling_params, to_generated
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.wire.access import api_key_from_environment
 
@@ -32,7 +34,7 @@ class _Worker:
     healthy: bool
 
 
-class RouterClient:
+class SGLangRouter(Router):
     """Requests to one router. Each is bounded in time, and fails as one to an engine does (`Exchange`).
 
     Args:
@@ -53,22 +55,23 @@ class RouterClient:
         """The router's address."""
         return self._exchange.url
 
-    async def generate(
-        self, input_ids: Sequence[Sequence[int]], sampling_params: Sequence[dict[str, Any]]
-    ) -> list[dict[str, Any]]:
-        """One response a prompt, in order, as `EngineClient.generate`.
+    async def generate(self, wanted: Sequence[Generation]) -> list[Generated]:
+        """As `Router.generate`.
 
         Each is a request of its own: the router takes one set of sampling parameters a request.
         """
-        wanted = zip(input_ids, sampling_params, strict=True)
-        return await all_of(self._generate(ids, params) for ids, params in wanted)
+        return await all_of(self._generate(one) for one in wanted)
 
-    async def _generate(self, input_ids: Sequence[int], sampling_params: dict[str, Any]) -> dict[str, Any]:
-        body = {"input_ids": input_ids, "sampling_params": sampling_params, "return_logprob": True}
+    async def _generate(self, wanted: Generation) -> Generated:
+        body = {
+            "input_ids": wanted.token_ids,
+            "sampling_params": sampling_params(wanted),
+            "return_logprob": True,
+        }
         answer = await self._exchange.json("POST", "/generate", body, timeout=self._timeout)
         if not isinstance(answer, dict):
             raise self._exchange.malformed("/generate", "no response", answer)
-        return answer
+        return to_generated(answer, f"an engine behind {self.url}")
 
     async def check_workers(self, known: Collection[str]) -> None:
         """Refuses a router that sends to others than the engines at these addresses.
@@ -81,8 +84,8 @@ class RouterClient:
         if others := [worker.url for server, worker in workers.items() if server not in known_servers]:
             raise RapoError(
                 f"the router {self.url} has workers that are no engines of this run, whose weights are not "
-                f"known: {', '.join(others)}; remove them there, name them in rollout.urls, or give this "
-                "run a router of its own"
+                f"known: {', '.join(others)}; remove them there, name them in rollout.engine.urls, or give "
+                "this run a router of its own"
             )
 
     async def serve_with(self, urls: Sequence[str], known: Collection[str], timeout: float) -> None:
@@ -146,8 +149,8 @@ class RouterClient:
             ]
         except (KeyError, TypeError, ValueError):
             raise RapoError(
-                f"rollout.router = {self.url} answers no list of HTTP workers, but {str(answer)[:200]}; is "
-                "this SGLang's router (python -m sglang_router.launch_router)?"
+                f"rollout.engine.router = {self.url} answers no list of HTTP workers, but {str(answer)[:200]}"
+                "; is this SGLang's router (python -m sglang_router.launch_router)?"
             ) from None
         return {server_of(worker.url): worker for worker in workers}
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from torch import Tensor
 
@@ -15,8 +14,8 @@ from megatron_rapo.weights.engines import Engines
 from megatron_rapo.weights.stream import Deliver, Wait, WeightStream
 
 TIMEOUT_S = 120.0  # for one bucket
-Send = Callable[[Bucket, Tensor, Mapping[str, Any]], Wait]
-"""Begins to send a bucket, its bytes, in a request that has these fields among others."""
+Send = Callable[[Bucket, Tensor, int | None], Wait]
+"""Begins to send a bucket, its bytes; the last one with the version that all are of."""
 
 
 class BucketTransport(ABC):
@@ -56,8 +55,7 @@ class BucketTransport(ABC):
             while under_way:
                 under_way.pop()()
             # The version is the engines' only once they have everything.
-            fields: dict[str, Any] = {"weight_version": str(version)} if bucket is last else {}
-            wait = send(bucket, flat, {**fields, "flush_cache": False})
+            wait = send(bucket, flat, version if bucket is last else None)
             under_way.append(wait)
             sums = self._summing.submit(_checksums, bucket, flat)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -36,16 +34,12 @@ class DistributedTransport(BucketTransport):
         assert self._invitation is not None
         name, count = self._invitation.meeting.name, len(self._invitation.urls)
 
-        def send(bucket: Bucket, flat: Tensor, fields: Mapping[str, Any]) -> Wait:
-            body = {
-                **fields,
-                "names": [tensor.name for tensor in bucket.tensors],
-                "dtypes": [str(bucket.dtype).removeprefix("torch.")] * len(bucket.tensors),
-                "shapes": [list(tensor.shape) for tensor in bucket.tensors],
-                "group_name": name,
-                "load_format": "flattened_bucket",
-            }
-            answers = engines.post("/update_weights_from_distributed", [body] * count, timeout=TIMEOUT_S)
+        def send(bucket: Bucket, flat: Tensor, version: int | None) -> Wait:
+            layout = bucket.layout
+            answers = engines.each(
+                lambda engine, _: engine.receive_bucket(layout, name, version, timeout=TIMEOUT_S),
+                range(count),
+            )
             work = group.broadcast(flat, 0)
             return lambda: _finish(answers, work)
 
@@ -67,7 +61,7 @@ class DistributedTransport(BucketTransport):
         self._group = self._invitation = None
 
 
-def _finish(answers: Future[list[Any]], work: dist.Work) -> None:
+def _finish(answers: Future[list[None]], work: dist.Work) -> None:
     """Waits for both. Without the engines' consent the broadcast may never end: their answers go first."""
     deadline = time.monotonic() + TIMEOUT_S
     while not work.is_completed() and time.monotonic() < deadline:

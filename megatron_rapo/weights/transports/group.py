@@ -7,10 +7,8 @@ import itertools
 import os
 import socket
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from concurrent.futures import wait
 from datetime import timedelta
-from typing import Any
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
@@ -18,36 +16,11 @@ import torch.distributed as dist
 from megatron_rapo.errors import EngineLost
 from megatron_rapo.parallel.device import device
 from megatron_rapo.weights.engines import Engines
-from megatron_rapo.wire.group import new_group
+from megatron_rapo.wire.group import Meeting, new_group
 
 TIMEOUT_S = 120.0  # for everyone to join, and for each message
 REFUSAL_WAIT_S = 0.5  # an engine that refuses to join says so at once; one that joins answers when all have
 _numbers = itertools.count()
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """Where and as what a group outside of the job's own comes together.
-
-    Trainer ranks are its first ranks, the engines' follow in their order.
-    """
-
-    address: str
-    port: int
-    name: str
-    backend: str
-    trainer_ranks: int
-    engine_ranks: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """All of its ranks."""
-        return self.trainer_ranks + sum(self.engine_ranks)
-
-    @property
-    def first_ranks(self) -> list[int]:
-        """Each engine's first rank."""
-        return list(itertools.accumulate(self.engine_ranks[:-1], initial=self.trainer_ranks))
 
 
 class Invitation:
@@ -79,17 +52,9 @@ class Invitation:
                 timeout=timedelta(seconds=TIMEOUT_S),
                 master_listen_fd=os.dup(listener.fileno()),
             )
-        common = {
-            "master_address": address,
-            "master_port": self.meeting.port,
-            "world_size": self.meeting.size,
-            "group_name": self.meeting.name,
-            "backend": self.meeting.backend,
-        }
-        self._joined: Future[list[Any]] = engines.post(
-            "/init_weights_update_group",
-            [{**common, "rank_offset": first} for first in self.meeting.first_ranks],
-            timeout=TIMEOUT_S,
+        self._joined = engines.each(
+            lambda engine, first: engine.join_group(self.meeting, first, timeout=TIMEOUT_S),
+            self.meeting.first_ranks,
         )
         if wait([self._joined], REFUSAL_WAIT_S).done:
             self._joined.result()  # raises: nobody can have joined without this process

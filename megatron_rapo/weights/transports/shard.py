@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rapo.checksum import tensor_checksum
 from megatron_rapo.errors import EngineLost
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.parallel.placement import Placement
@@ -24,9 +23,9 @@ from megatron_rapo.weights.plan import Plan, Transfer, make_plan
 from megatron_rapo.weights.stream import SLOTS, attempt, device_memory
 from megatron_rapo.weights.transports.bucketed import TIMEOUT_S
 from megatron_rapo.weights.transports.distributed import DistributedTransport
-from megatron_rapo.weights.transports.group import Invitation, Meeting, collect_lost_groups, join
-
-CHECKSUM_BYTES = 8  # of a message, at its end
+from megatron_rapo.weights.transports.group import Invitation, collect_lost_groups, join
+from megatron_rapo.wire.group import Meeting
+from megatron_rapo.wire.slices import CHECKSUM_BYTES, SliceMessage, seal
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,11 @@ class Message:
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes of the whole message."""
         return sum(transfer.elements for transfer in self.transfers) * dtype.itemsize + CHECKSUM_BYTES
+
+    def told(self, sources: Sequence[int]) -> SliceMessage:
+        """As the engine is told of it; `sources` are the sending ranks, in the group's order."""
+        slices = tuple((t.tensor.name, t.tensor.cut, t.part.start, t.part.stop) for t in self.transfers)
+        return SliceMessage(sources.index(self.source), self.engine_rank, slices)
 
 
 def make_rounds(plan: Plan, dtype: torch.dtype, limit: int) -> list[list[Message]]:
@@ -146,17 +150,14 @@ class ShardTransport:
         mine = [m for messages in rounds for m in messages if m.source == self._placement.rank]
         sender = _Sender(mine, self._weights, self._group, self._meeting, self._dtype, self._buffers)
         checksums: dict[str, int] = {}
-        answer: Future[list[Any]] | None = None
+        answer: Future[list[None]] | None = None
         for number, messages in enumerate(rounds):
             sender.pack()  # while the engines take the round before
             if engines is not None:
                 if answer is not None:  # one request at a time: two could reach an engine in the other order
                     answer.result()
-                fields = {"weight_version": str(version)} if number == len(rounds) - 1 else {}
-                bodies = [
-                    {**self._body(engine, messages, sources), **fields} for engine in range(len(engines.urls))
-                ]
-                answer = engines.post("/update_weights_from_shards", bodies, timeout=TIMEOUT_S)
+                named = version if number == len(rounds) - 1 else None
+                answer = self._receive(engines, messages, sources, named)
             for message in messages:
                 if message.source == self._placement.rank:
                     value = sender.send()
@@ -192,24 +193,20 @@ class ShardTransport:
         if self._invitation is not None:
             self._invitation.accepted()
 
-    def _body(self, engine: int, messages: list[Message], sources: list[int]) -> dict[str, Any]:
-        """The request that receives a round's messages: from whom, and what is in each."""
+    def _receive(
+        self, engines: Engines, messages: list[Message], sources: list[int], version: int | None
+    ) -> Future[list[None]]:
+        """Has each engine receive its messages of a round."""
         assert self._meeting is not None
-        return {
-            "group_name": self._meeting.name,
-            "dtype": str(self._dtype).removeprefix("torch."),
-            "messages": [
-                {
-                    "source": sources.index(message.source),
-                    "engine_rank": message.engine_rank,
-                    "slices": [
-                        [t.tensor.name, t.tensor.cut, t.part.start, t.part.stop] for t in message.transfers
-                    ],
-                }
-                for message in messages
-                if message.engine == engine
-            ],
-        }
+        group = self._meeting.name
+        parts = [
+            [message.told(sources) for message in messages if message.engine == engine]
+            for engine in range(len(engines.urls))
+        ]
+        return engines.each(
+            lambda engine, part: engine.receive_slices(part, group, self._dtype, version, timeout=TIMEOUT_S),
+            parts,
+        )
 
 
 def _open(engines: Engines) -> list[int]:
@@ -255,11 +252,7 @@ class _Sender:
             part = self._weights.local_part(transfer)
             values[start : start + transfer.elements].view(part.shape).copy_(part)
             start += transfer.elements
-        checksum = tensor_checksum(values)
-        flat[-CHECKSUM_BYTES:] = torch.frombuffer(
-            bytearray(checksum.to_bytes(CHECKSUM_BYTES, "little")), dtype=torch.uint8
-        )
-        self._packed = message, flat, checksum
+        self._packed = message, flat, seal(flat, self._dtype)
 
     def send(self) -> int:
         """Begins to send the next message; returns its checksum."""

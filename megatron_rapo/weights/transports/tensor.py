@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import shutil
-from collections.abc import Mapping
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 from megatron_rapo.errors import RapoError
 from megatron_rapo.parallel.device import device
@@ -41,17 +37,12 @@ class TensorTransport(BucketTransport):
         engines.begin_update()
         ranks = engines.tensor_parallel()
 
-        def send(bucket: Bucket, flat: Tensor, fields: Mapping[str, Any]) -> Wait:
+        def send(bucket: Bucket, flat: Tensor, version: int | None) -> Wait:
             if flat.is_cuda:
                 torch.cuda.current_stream().synchronize()  # the reader knows nothing of our streams
-            # A handle each: torch counts them, and frees the memory once as many were opened as were made.
-            answers = engines.post(
-                "/update_weights_from_tensor",
-                [
-                    {**fields, "serialized_named_tensors": [_handles(bucket, flat) for _ in range(size)]}
-                    for size in ranks
-                ],
-                timeout=TIMEOUT_S,
+            named = [(tensor.name, view) for tensor, view in bucket.views(flat)]
+            answers = engines.each(
+                lambda engine, size: engine.receive_handles(named, size, version, timeout=TIMEOUT_S), ranks
             )
 
             def wait() -> None:
@@ -82,14 +73,3 @@ def handle_memory(nbytes: int) -> Tensor:
     # By a file's name, not a descriptor: the engine is no child of this process, which could inherit one.
     storage = torch.UntypedStorage._new_using_filename_cpu(nbytes)
     return torch.empty(0, dtype=torch.uint8).set_(storage)
-
-
-def _handles(bucket: Bucket, flat: Tensor) -> str:
-    """Names and handles of a bucket's tensors for one reader, as SGLang's MultiprocessingSerializer does."""
-    named = [(tensor.name, view) for tensor, view in bucket.views(flat)]
-    strategy = multiprocessing.get_sharing_strategy()
-    multiprocessing.set_sharing_strategy("file_system")
-    try:
-        return base64.b64encode(ForkingPickler.dumps(named)).decode()
-    finally:
-        multiprocessing.set_sharing_strategy(strategy)

@@ -1,0 +1,47 @@
+"""The kinds of engines by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_rapo.engines.embedded.kind import Embedded
+from megatron_rapo.engines.kind import EngineKind
+from megatron_rapo.engines.options import EngineOptions
+from megatron_rapo.engines.sglang.kind import SGLang
+from megatron_rapo.errors import RapoError
+from megatron_rapo.user_code import load, place_of
+
+DEFAULT_KIND = "embedded"
+KINDS: Mapping[str, type[EngineKind]] = {"embedded": Embedded, "sglang": SGLang}
+
+
+def find_kind(name: str, folders: Sequence[Path] = ()) -> type[EngineKind]:
+    """The kind that `rollout.engine.kind` calls so: one with a name, or a class of the user's own.
+
+    Args:
+        name: a name, or `module:class`.
+        folders: of the user's own modules (`run.code`).
+
+    Raises:
+        ValueError: there is no kind of that name.
+        RapoError: there is no such class, or it is no kind.
+    """
+    if name in KINDS:
+        return KINDS[name]
+    if ":" not in name:
+        near = difflib.get_close_matches(name, KINDS, n=1)
+        meant = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f'is no kind of engines; {meant}choose one of {", ".join(KINDS)}, or "module:class" of your own'
+        )
+    found = load(name, folders, "rollout.engine.kind")
+    named = f'rollout.engine.kind = "{name}" ({place_of(found)})'
+    if not (isinstance(found, type) and issubclass(found, EngineKind)):
+        raise RapoError(
+            f"{named} is no class that inherits from EngineKind (megatron_rapo.engines.kind); let it"
+        )
+    if not (isinstance(found.Options, type) and issubclass(found.Options, EngineOptions)):
+        raise RapoError(f"{named} has Options that do not inherit from EngineKind.Options; let them")
+    return found
