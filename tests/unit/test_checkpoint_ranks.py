@@ -21,7 +21,7 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.parallel.placement import Placement
 from tests.distributed.jobs import layout
 from tests.models import make_hf_model
-from tests.unit.ranks import Ranks
+from tests.ranks import Ranks
 
 
 class Chunk:

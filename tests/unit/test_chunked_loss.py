@@ -11,8 +11,8 @@ from megatron_rapo.loss.chunked import Head, ReferenceStates, chunked_loss, chun
 from megatron_rapo.loss.rows import Pull
 from megatron_rapo.loss.statistics import ChunkDistribution, Upstream
 from megatron_rapo.loss.vocabulary import VocabularyShard
+from megatron_rapo.testing.ranks import on_ranks
 from tests.unit.one_rank import one_rank
-from tests.unit.thread_ranks import on_ranks
 
 TOKENS, HIDDEN, ROWS, VOCABULARY, TEMPERATURE = 11, 6, 23, 19, 0.7
 FIELDS = ("log_prob", "entropy", "forward_kl", "reverse_kl")

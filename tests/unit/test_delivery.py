@@ -27,7 +27,7 @@ from megatron_rapo.experience.sharing import Shared, share
 from megatron_rapo.methods.named import METHODS
 from megatron_rapo.parallel.placement import Placement, replica_ranks
 from megatron_rapo.policy.batch import build_minibatches, make_samples, plan_minibatches
-from tests.unit.ranks import Ranks
+from tests.ranks import Ranks
 from tests.unit.test_batch import GROUPS as SCORED
 from tests.unit.test_batch import VOCABULARY, config
 

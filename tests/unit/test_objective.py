@@ -21,8 +21,8 @@ from megatron_rapo.methods.terms.policy_gradient import PolicyGradient
 from megatron_rapo.methods.terms.term import AtToken, Term
 from megatron_rapo.testing.ranks import on_ranks
 from tests.methods import a_method
+from tests.ranks import replica_of
 from tests.unit.one_rank import one_rank
-from tests.unit.thread_ranks import placement_of
 
 ROWS, VOCABULARY, HIDDEN, TEMPERATURE = 13, 11, 7, 0.9
 
@@ -416,7 +416,7 @@ def test_mismatches_of_replicas_add_up():
         rows = slice(0, 100) if group.rank() else slice(100, None)
         mine = Mismatch()
         mine.add(log_probs[rows], engine[rows], positions[rows])
-        mine.reduce(placement_of(group))
+        mine.reduce(replica_of(group))
         return dict(mine.metrics())
 
     assert on_ranks(2, reduced) == [pytest.approx(dict(whole.metrics()))] * 2

@@ -30,13 +30,14 @@ from megatron_rapo.policy.policy import Policy, _connect
 from megatron_rapo.policy.reference import Reference
 from megatron_rapo.policy.weighing import weigh
 from megatron_rapo.publish.proof import check_policy
+from megatron_rapo.testing.ranks import on_ranks
 from tests.distributed import test_training_modes as modes
 from tests.distributed.minibatches import VOCABULARY, make_minibatches, make_samples
 from tests.episodes import prompt_tokens
 from tests.methods import a_method
 from tests.models import make_hf_model
+from tests.ranks import replica_of
 from tests.unit.one_rank import one_placement
-from tests.unit.thread_ranks import on_ranks, placement_of
 
 KEYS = ("loss", "norm", "clipped", "rate")
 
@@ -482,7 +483,7 @@ def test_what_is_not_finite_on_one_rank_is_told_on_every_rank() -> None:
     """The other rank's tensors are whole; both name the damaged one and where it is."""
 
     def check(group: dist.ProcessGroup) -> list[str | float]:
-        placement = placement_of(group)
+        placement = replica_of(group)
         found: list[str | float] = []
         for value, bound in ((7.0, math.inf), (math.nan, math.inf), (7.0, 5.0)):
             tensors = {"a": torch.ones(2), "b": torch.tensor([1.0, value if group.rank() else -3.0])}

@@ -20,7 +20,7 @@ from megatron_rapo.publish.proof import TOKENS, Continuation
 from megatron_rapo.publish.publisher import Publisher
 from megatron_rapo.publish.record import Record
 from tests.distributed.jobs import layout
-from tests.unit.ranks import Ranks
+from tests.ranks import Ranks
 
 PROMPT = Prompt(0, "", (1, 2), "")
 CHECKSUMS = {"norm": 5}

@@ -25,9 +25,10 @@ from megatron_rapo.weights.transports import shard
 from megatron_rapo.weights.transports.shard import ShardTransport
 from megatron_rapo.wire.group import Meeting
 from megatron_rapo.wire.slices import CHECKSUM_BYTES, SliceMessage
+from tests.chunks import loaded_chunks
 from tests.distributed.jobs import layout
 from tests.models import make_hf_model
-from tests.unit.ranks import WAIT_S, Ranks, Sent, loaded_chunks
+from tests.ranks import WAIT_S, Ranks, Sent
 
 BUCKET_BYTES = 60_000  # messages of several slices, and slices that go alone
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from megatron_rapo.config import Parallel
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.outcome import Outcome
@@ -18,11 +19,13 @@ from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import SharedEngines
 from megatron_rapo.experience.sharing import share
 from megatron_rapo.methods.sampling import Sampling as Chosen
+from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.rollout.requests import Sampling
 from tests.episodes import scored_response
-from tests.ranks import on_ranks
+from tests.ranks import Ranks
 
 WORLD, STRIDE, HEADS = 6, 2, 3
+LAYOUT = Parallel(tensor_parallel=STRIDE, data_parallel=HEADS)
 ONE, TWO, THREE = "http://a:1", "http://b:1", "http://c:1"
 
 
@@ -51,6 +54,11 @@ class Pool:
         self.asked.append(urls)
 
 
+def on_ranks(work: Callable[[Placement], Any]) -> list[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        return Ranks(LAYOUT, patch).run(work)
+
+
 def on_each(work: Any, lost: tuple[dict[str, str], ...] = ({}, {}, {}), **options: Any) -> list[Any]:
     """What `work(engines)` makes on each rank, and what its pool was asked."""
 
@@ -60,7 +68,7 @@ def on_each(work: Any, lost: tuple[dict[str, str], ...] = ({}, {}, {}), **option
         found = work(SharedEngines(rank, pool, reviver, **options))
         return found, pool and pool.asked
 
-    return list(on_ranks(WORLD, run, stride=STRIDE))
+    return on_ranks(run)
 
 
 @pytest.mark.parametrize("options", [{}, {"colocated": False}, {"colocated": True}])
@@ -121,7 +129,7 @@ def test_groups_that_one_head_misses_are_known_to_all(missing: tuple[int, ...], 
     def ask(rank: Any) -> bool:
         return SharedEngines(rank, None, None).any_missing(missing[rank.data_rank] if rank.is_head else 9)
 
-    assert on_ranks(WORLD, ask, stride=STRIDE) == [any_] * WORLD
+    assert on_ranks(ask) == [any_] * WORLD
 
 
 def test_the_error_is_the_same_on_all_ranks() -> None:
@@ -202,7 +210,7 @@ def test_each_head_runs_its_share_and_asks_again_for_what_is_missing_alone(fails
         collector = collector_of(rank, pool, runner, recovered.append)
         return collect(collector), runner.asked if runner else [], runner and runner.did, recovered
 
-    found = on_ranks(WORLD, sample, stride=STRIDE)
+    found = on_ranks(sample)
     for rank, (groups, asked, did, recovered) in enumerate(found):
         assert groups == IDS, "all ranks get all groups, in the prompts' order"
         assert recovered == [4] * any(fails), "all ranks bring engines back together"
@@ -226,7 +234,7 @@ def test_without_a_way_back_every_rank_fails_alike() -> None:
             collect(collector_of(rank, pool, runner))
         return str(failed.value)
 
-    assert len(set(on_ranks(WORLD, sample, stride=STRIDE))) == 1
+    assert len(set(on_ranks(sample))) == 1
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -238,7 +246,7 @@ def test_what_heads_sampled_is_shared_in_the_prompts_order(count: int, whole: bo
     def of_rank(rank: Any) -> Any:
         return share(problems, groups[rank.data_rank :: HEADS] if rank.is_head else [], rank, whole=whole)
 
-    for rank, found in enumerate(on_ranks(WORLD, of_rank, stride=STRIDE)):
+    for rank, found in enumerate(on_ranks(of_rank)):
         assert found.heads == [place % HEADS for place in range(count)]
         head = rank // STRIDE
         assert found.whole == ({} if rank % STRIDE else {n: groups[n] for n in range(head, count, HEADS)})

@@ -18,8 +18,8 @@ from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.policy.weighing import weigh
 from megatron_rapo.testing.ranks import on_ranks
 from tests.episodes import random_sequence
+from tests.ranks import replica_of
 from tests.unit.one_rank import one_rank
-from tests.unit.thread_ranks import placement_of
 
 TOKENS = 3 + 8 + 5 + 1
 
@@ -76,12 +76,12 @@ def test_what_all_ranks_decide_does_not_depend_on_who_has_which_token() -> None:
 
     def on_one(group: dist.ProcessGroup) -> Any:
         minibatch = microbatches([0, 1], [2, 3])
-        weigh([minibatch], a(UpperHalf), placement_of(group))
+        weigh([minibatch], a(UpperHalf), replica_of(group))
         return weights_of(minibatch)
 
     def on_three(group: dist.ProcessGroup) -> Any:
         minibatch = microbatches([[3, 1], [], [0, 2]][group.rank()])
-        weigh([minibatch], a(UpperHalf), placement_of(group))
+        weigh([minibatch], a(UpperHalf), replica_of(group))
         return weights_of(minibatch)
 
     (alone,) = on_ranks(1, on_one)
@@ -99,7 +99,7 @@ def test_by_default_weights_stay_as_they_are() -> None:
         minibatch = microbatches([0, 1])
         before = minibatch[0].weights.clone()
         minibatch[0].old_entropies = None  # there are none
-        weigh([minibatch], a(DAPO), placement_of(group))
+        weigh([minibatch], a(DAPO), replica_of(group))
         return torch.equal(minibatch[0].weights, before)
 
     assert on_ranks(1, work) == [True]
@@ -120,7 +120,7 @@ def test_what_are_no_weights_ends_the_run(weights: Any, told: str) -> None:
             return weights(tokens)
 
     def work(group: dist.ProcessGroup) -> None:
-        weigh([microbatches([0, 1])], a(Wrong), placement_of(group))
+        weigh([microbatches([0, 1])], a(Wrong), replica_of(group))
 
     with pytest.raises(RapoError, match=told):
         on_ranks(1, work)

@@ -27,9 +27,10 @@ from megatron_rapo.weights.gather import StageWeights
 from megatron_rapo.weights.holders import Holders, holders
 from megatron_rapo.weights.stream import SLOTS, WeightStream
 from megatron_rapo.weights.tensor_table import tensor_table
+from tests.chunks import loaded_chunks
 from tests.distributed.jobs import layout
 from tests.models import make_hf_model
-from tests.unit.ranks import Ranks, loaded_chunks
+from tests.ranks import Ranks
 
 LAYOUTS = ["tp2-pp2", "tp2-cp2", "tp4", "pp2-vpp2", "pp4", "dp4"]
 BUCKET_BYTES = 60_000  # several buckets of several tensors, and tensors that go alone
