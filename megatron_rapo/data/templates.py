@@ -156,6 +156,10 @@ def _chat_template(
     elif data.template_options:
         remedy = f"correct {option}.template_options, or the template"
     _refuse_unknown_switches(data, text, option, called)
+    if tools and "tools" in (data.template_options or {}):
+        raise RapoError(
+            f"{option}.template_options has tools, and so has environment.tools; remove it from the former"
+        )
     if tools and not re.search(r"\btools\b", text):
         raise RapoError(
             f"{called} does not mention tools, so that the policy was never told of environment.tools; set "

@@ -1,31 +1,42 @@
-"""Whether this machine can confine the functions of an environment."""
+"""Whether the processes of an environment's functions start, and can be confined on this machine."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_rapo.background import BackgroundLoop
 from megatron_rapo.errors import RapoError
 from megatron_rapo.processes.confine import lacking
-from megatron_rapo.tools.described import Tool
-from megatron_rapo.tools.plan import Limits, Plan
+from megatron_rapo.tools.plan import Plan
+from megatron_rapo.tools.process import started
 
 
-def check_confinement(tools: Sequence[Tool], limits: Limits) -> None:
-    """That the kernel has what confines these functions.
+def check_processes(plans: Sequence[Plan]) -> None:
+    """Starts one of each, and ends it.
 
     Raises:
-        RapoError: it lacks something.
+        RapoError: the kernel lacks something, or a function cannot be imported where it is confined.
     """
-    for tool in tools:
-        plan = Plan({tool.name: tool.address}, limits, runs_code=tool.runs_code)
+    for plan in plans:
         if missing := lacking(plan.confinement(Path())):
-            remedy = (
-                "run it on a machine that has it"
-                if tool.runs_code or "Landlock" not in missing[0]
-                else 'add "files" to environment.options.allow, if it may read and write what this user may'
-            )
             raise RapoError(
-                f'"{tool.name}" cannot be confined on this machine, which lacks {" and ".join(missing)}; '
-                f"{remedy}"
+                f"{', '.join(plan.functions)} cannot be confined on this machine, which lacks "
+                f"{' and '.join(missing)}; {_remedy(plan, missing)}"
             )
+    loop = BackgroundLoop("tools")  # whoever asks may have a loop that runs
+    try:
+        for plan in plans:
+            loop.run(_start(plan))
+    finally:
+        loop.close()
+
+
+async def _start(plan: Plan) -> None:
+    (await started(plan)).close()
+
+
+def _remedy(plan: Plan, missing: Sequence[str]) -> str:
+    if plan.runs_code or not all("Landlock" in what for what in missing):
+        return "run it on a machine that has it"
+    return 'add "files" to environment.options.allow, if it may read and write what this user may'

@@ -7,7 +7,7 @@ from typing import Any, Self
 from pydantic import Field
 
 from megatron_rapo.config import RunConfig
-from megatron_rapo.environments.confining import check_confinement
+from megatron_rapo.environments.confining import check_processes
 from megatron_rapo.environments.dialogue import Dialogue, Ending
 from megatron_rapo.environments.process_options import ProcessOptions
 from megatron_rapo.environments.rendering import Message, Rendering, RenderingOptions, open_rendering
@@ -16,7 +16,6 @@ from megatron_rapo.episode.episode import Episode
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.episode.score import Score
 from megatron_rapo.errors import RapoError
-from megatron_rapo.tools.described import Tool
 from megatron_rapo.tools.outcome import CallOutcome, Reply
 from megatron_rapo.tools.plan import Plan
 from megatron_rapo.tools.workers import Workers
@@ -61,10 +60,10 @@ class Conversation:
 
         function = load(options.user, config.run.code, _OPTION)
         check_callable(function, ("messages", "problem"), options.user, _OPTION)
-        check_confinement([Tool("user", options.user, function, {})], options.limits)
         rendering = open_rendering(config, options, load_tokenizer(config.model.path))
         rendering.check_continues({"role": "user", "content": "Are you sure?"})
         plan = Plan({"user": options.user}, options.limits, config.run.code)
+        check_processes([plan])
         return cls(Workers(plan, options.workers), rendering, config.environment.max_turns)
 
     async def run(self, problem: Problem, generate: Generate, seed: int) -> Episode:

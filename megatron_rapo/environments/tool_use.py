@@ -10,7 +10,7 @@ from typing import Any, Self
 from pydantic import Field
 
 from megatron_rapo.config import RunConfig
-from megatron_rapo.environments.confining import check_confinement
+from megatron_rapo.environments.confining import check_processes
 from megatron_rapo.environments.dialogue import Dialogue, Ending
 from megatron_rapo.environments.process_options import ProcessOptions
 from megatron_rapo.environments.rendering import Message, Rendering, RenderingOptions, open_rendering
@@ -51,13 +51,13 @@ class ToolUse:
         from megatron_rapo.data.tokenizer import load_tokenizer
 
         tools = load_tools(config.environment.tools, config.run.code)
-        check_confinement(tools, options.limits)
         schemas = [tool.schema for tool in tools]
         rendering = open_rendering(config, options, load_tokenizer(config.model.path), schemas)
         rendering.check_continues(
             {"role": "tool", "content": "4", "name": tools[0].name, "tool_call_id": "0"}
         )
         toolbox = Toolbox(tools, options.limits, code=config.run.code, workers=options.workers)
+        check_processes(toolbox.plans)
         return cls(toolbox, rendering, options, config.environment.max_turns)
 
     async def run(self, problem: Problem, generate: Generate, seed: int) -> Episode:

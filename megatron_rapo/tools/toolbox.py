@@ -38,19 +38,29 @@ class Toolbox:
         """
         self._tools = {tool.name: tool for tool in tools}
         self._limits = limits
-        self._code = code
+        self._plans = {
+            tool.name: Plan(
+                {tool.name: tool.address},
+                limits,
+                code=() if tool.runs_code else code,
+                keeps_state=True,
+                runs_code=tool.runs_code,
+            )
+            for tool in tools
+            if tool.keeps_state
+        }
         shared = {tool.name: tool.address for tool in tools if not tool.keeps_state}
         self._workers = Workers(Plan(shared, limits, code), workers)
 
     @property
-    def names(self) -> list[str]:
-        """Of all tools."""
-        return list(self._tools)
+    def plans(self) -> list[Plan]:
+        """Of each kind of process that episodes will start."""
+        return [*self._plans.values(), *([self._workers.plan] if self._workers.plan.functions else [])]
 
     @asynccontextmanager
     async def episode(self) -> AsyncIterator[EpisodeTools]:
         """The tools of one episode, whose own processes end with it."""
-        tools = EpisodeTools(self._tools, self._limits, self._code, self._workers)
+        tools = EpisodeTools(self._tools, self._limits, self._plans, self._workers)
         try:
             yield tools
         finally:
@@ -65,11 +75,18 @@ class EpisodeTools:
     """Answers the calls of one episode."""
 
     def __init__(
-        self, tools: Mapping[str, Tool], limits: Limits, code: Sequence[Path], workers: Workers
+        self, tools: Mapping[str, Tool], limits: Limits, plans: Mapping[str, Plan], workers: Workers
     ) -> None:
+        """
+        Args:
+            tools: by name.
+            limits: of each call.
+            plans: of the tools that keep their state, by name.
+            workers: for the others.
+        """
         self._tools = tools
         self._limits = limits
-        self._code = code
+        self._plans = plans
         self._workers = workers
         self._own: dict[str, ToolProcess] = {}
         self._turn = asyncio.Lock()  # a process that keeps state has one call at a time
@@ -101,14 +118,7 @@ class EpisodeTools:
         async with self._turn:
             process = self._own.get(tool.name)
             if process is None or not process.alive:
-                plan = Plan(
-                    {tool.name: tool.address},
-                    self._limits,
-                    code=() if tool.runs_code else self._code,
-                    keeps_state=True,
-                    runs_code=tool.runs_code,
-                )
-                process = self._own[tool.name] = await started(plan)
+                process = self._own[tool.name] = await started(self._plans[tool.name])
             return await process.call(tool.name, arguments)
 
     def _answer(self, reply: Reply, tool: Tool) -> Answer:

@@ -12,10 +12,14 @@ from megatron_rapo.tools.process import ToolProcess, started
 
 
 class Workers:
-    """Processes for functions without state: at most so many, started when they are needed."""
+    """Processes for functions without state: at most so many, started when they are needed.
+
+    Attributes:
+        plan: of each process.
+    """
 
     def __init__(self, plan: Plan, most: int) -> None:
-        self._plan = plan
+        self.plan = plan
         self._most = most
         self._idle: list[ToolProcess] = []
         self._free: asyncio.Semaphore | None = None
@@ -29,7 +33,7 @@ class Workers:
         self._free = self._free or asyncio.Semaphore(self._most)
         async with self._free:
             idle = self._idle
-            process = idle.pop() if idle else await started(self._plan)
+            process = idle.pop() if idle else await started(self.plan)
             try:
                 return await process.call(function, arguments)
             finally:

@@ -84,6 +84,8 @@ def a_call(expression: str, name: str = "calculator") -> str:
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': {'expression': expression}})}\n</tool_call>"
 
 
+FAMILIES = ["qwen3", "qwen3.5", "qwen3.8", "llama-3"]
+
 TEXTS = st.one_of(
     st.text(max_size=30),
     st.lists(st.sampled_from([*SPECIAL, *ADDED, "<|", "|>", "\n", "4", " ", "＜|im_end|＞"]), max_size=6).map(
@@ -96,27 +98,38 @@ TEXTS = st.one_of(
 def conversations(draw: st.DrawFn) -> tuple[str, str, list[list[int]], list[str], int]:
     """A tokenizer, a renderer, turns of the policy, what it is told, and the most tokens of an episode."""
     name = draw(st.sampled_from(sorted(TOKENIZERS)))
-    kind = "plain" if name == "tiny" else draw(st.sampled_from(["plain", "qwen3"]))
+    kind = "plain" if name == "tiny" else draw(st.sampled_from(["plain", *FAMILIES]))
     tokenizer = TOKENIZERS[name]()
     any_ids = st.lists(st.integers(0, len(tokenizer) - 1), max_size=12)
-    before, after = ("<tool>", "</tool>") if kind == "plain" else ("<tool_call>", "</tool_call>")
+    markers = {"tiny": ("{", "}"), "plain": ("<tool>", "</tool>"), "llama-3": ("", "")}
+    before, after = markers.get(name, markers.get(kind, ("<tool_call>", "</tool_call>")))
     calls = st.sampled_from(
         ["2+3", '{"name": "calculator", "arguments": {"expression": "1"}}', "{", '{"name": 3}']
     )
     spelled = calls.map(lambda call: tokenizer.encode(f"{before}{call}{after}", add_special_tokens=False))
-    turn = st.lists(st.one_of(any_ids, spelled), max_size=4).map(lambda parts: list(chain(*parts)))
+    turn = st.lists(st.one_of(spelled, any_ids), max_size=4).map(lambda parts: list(chain(*parts)))
     turns = draw(st.lists(turn, min_size=1, max_size=5))
-    return name, kind, turns, draw(st.lists(TEXTS, max_size=12)), draw(st.integers(1, 200))
+    return (
+        name,
+        kind,
+        turns,
+        draw(st.lists(TEXTS, max_size=12)),
+        draw(st.one_of(st.integers(1, 200), st.just(2000))),
+    )
 
 
 @given(conversations())
 @settings(deadline=None, max_examples=150)
 def test_what_is_trained_is_what_was_sampled_whatever_is_said(drawn: Any) -> None:
     name, kind, turns, texts, most = drawn
+    options: dict[str, Any] = {}
     tokenizer = TOKENIZERS[name]()
     prompt = tokenizer.encode("2 + 3 = ", add_special_tokens=False)
-    markers = {"call": ("{", "}"), "answer": ("=", "\n")} if name == "tiny" else {}
-    form = rendering(tokenizer, kind, **markers)
+    if name == "tiny":
+        options = {"call": ("{", "}"), "answer": ("=", "\n")}
+    elif kind.startswith("qwen"):
+        options = {"thinking_retention": "all"}
+    form = rendering(tokenizer, kind, **options)
     for environment in (
         tool_use(Scripted(texts), form, max_turns=4),
         Conversation(Scripted(texts), form, max_turns=4),  # type: ignore[arg-type]
@@ -383,7 +396,7 @@ def test_prompts_describe_the_tools_as_the_family_does(folder: Path) -> None:
     [
         ({"options": {"renderer": "auto"}}, {"model": "mine"}, "does not know the model mine"),
         ({"options": {"renderer": "qwen4"}}, {}, "qwen4.* does not exist; choose one of .*qwen3"),
-        ({"options": {"renderer": "llama-3"}}, {}, "does not work with the tokenizer"),
+        ({"options": {"renderer": "deepseek-v3"}}, {}, "does not work with the tokenizer"),
         ({"options": {"renderer": "plain"}}, {}, "cannot continue the chats"),
         ({"options": {"renderer": "qwen3"}}, {"template": "plain"}, "continues chats, and data begins none"),
         ({"options": {"renderer": "users_of_test:Renderer"}}, {}, "rewrites what the policy said.*plain"),
@@ -415,6 +428,55 @@ def test_what_cannot_work_is_refused_before_the_run(
     run = config(folder, {name: value for name, value in whole.items() if value != []}, **more)
     with pytest.raises(RapoError, match=told):
         open_environment(run)
+
+
+def test_what_a_kernel_lacks_is_told_with_what_can_be_done(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(tool: str, **options: Any) -> None:
+        open_environment(config(folder, {"use": "tool_use", "tools": [tool], "options": options}))
+
+    monkeypatch.setattr("megatron_rapo.processes.landlock.version", lambda: 0)
+    with pytest.raises(
+        RapoError, match=r'calculator cannot be confined .* lacks Landlock .*; add "files" to'
+    ):
+        opened("calculator")
+    with pytest.raises(
+        RapoError, match=r"python cannot be confined .* lacks Landlock .*; run it on a machine"
+    ):
+        opened("python", allow=["files"])
+    opened("calculator", allow=["files"])
+
+
+CONFINED = '''
+import os, socket
+
+if "megatron-rapo-tool" in os.environ.get("TMPDIR", ""):  # where it is called, not where it is looked at
+    socket.socket()
+
+def search(query: str) -> str:
+    """Looks something up.
+
+    Args:
+        query: what to look up
+    """
+    return query
+'''
+
+
+def test_a_function_that_only_fails_where_it_is_confined_is_told_before_the_run(folder: Path) -> None:
+    (folder / "confined_of_test.py").write_text(CONFINED)
+    environment: dict[str, Any] = {"use": "tool_use", "tools": ["confined_of_test:search"]}
+    with pytest.raises(RapoError, match=r"fails when it is imported[\s\S]*PermissionError"):
+        open_environment(config(folder, environment))
+    open_environment(config(folder, {**environment, "options": {"allow": ["network"]}}))
+
+
+def test_tools_are_named_in_one_place(folder: Path) -> None:
+    run = config(folder, {"use": "tool_use", "tools": ["calculator"]})
+    data = run.data.model_copy(update={"template_options": {"tools": []}})
+    with pytest.raises(RapoError, match=r"template_options has tools, and so has environment.tools"):
+        load_training_prompts(run.model_copy(update={"data": data}), byte_level())
 
 
 def test_a_template_without_tools_is_refused(folder: Path) -> None:

@@ -149,13 +149,15 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _leaves_nothing() -> Iterator[None]:
     yield
-    prefix = f"megatron-rapo-tool-{os.getpid()}-"
-    left = [process for process in psutil.process_iter() if prefix in _environment(process).get("TMPDIR", "")]
-    assert not left, "also such as have lost their parent"
-    deadline = time.monotonic() + 30
-    while folders := list(Path(tempfile.gettempdir()).glob(f"{prefix}*")):
-        assert time.monotonic() < deadline, f"{folders} stay"
+    prefix, deadline = f"megatron-rapo-tool-{os.getpid()}-", time.monotonic() + 30
+    while left := [*_processes_in(prefix), *Path(tempfile.gettempdir()).glob(f"{prefix}*")]:
+        assert time.monotonic() < deadline, f"{left} stay"
         time.sleep(0.05)
+
+
+def _processes_in(prefix: str) -> list[psutil.Process]:
+    """Those of tools, also such as have lost their parent."""
+    return [one for one in psutil.process_iter() if prefix in _environment(one).get("TMPDIR", "")]
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:
@@ -463,19 +465,6 @@ def test_a_name_that_no_shipped_tool_has_is_refused(code: Path) -> None:
         load_tools(["pyhton"], [code])
     with pytest.raises(RapoError, match="two functions calculator"):
         load_tools(["calculator", "calculator"], [code])
-
-
-def test_a_function_that_cannot_be_imported_in_its_process_is_told(code: Path) -> None:
-    """It is imported here; there, what its module does when it is imported is refused."""
-    (code / "tools_with_a_socket.py").write_text(
-        "import os, socket\n"
-        "if os.environ.get('TMPDIR', '').startswith('/tmp/megatron-rapo-tool'): socket.socket()\n"
-        "def search(query: str) -> str:\n"
-        "    '''It.\n\n    Args:\n        query: text\n    '''\n    return query\n"
-    )
-    box = Toolbox(load_tools(["tools_with_a_socket:search"], [code]), LIMITS, code=[code], workers=1)
-    with pytest.raises(RapoError, match=r"fails when it is imported[\s\S]*PermissionError"):
-        answers(box, ("search", {"query": "x"}))
 
 
 def test_tools_end_with_a_trainer_that_is_killed(code: Path) -> None:
