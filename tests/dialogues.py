@@ -17,8 +17,13 @@ from megatron_rapo.episode.sequence import Sequence as TokenSequence
 
 TINY = Path(__file__).parents[1] / "examples/models/tiny-countdown"
 
-# As Qwen3 has them: the first three are special, the others are added and not special.
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+# Special tokens of Qwen's and of Llama 3; those that Qwen adds and does not call special.
+SPECIAL = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+    *("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"),
+    *("<|start_header_id|>", "<|end_header_id|>"),
+]
 ADDED = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
 
 CHATML = """{%- if tools %}<|im_start|>system

@@ -78,12 +78,15 @@ class Rendering:
     ) -> list[int] | None:
         """What is given behind the sampled tokens, up to where the policy's next turn begins.
 
-        Control tokens in the messages' texts are broken up.
+        Control tokens in the messages' texts, and in what the policy called a tool, are broken up.
 
         Returns:
             None where the family's template goes on only by writing otherwise what was there before.
         """
-        neutral = [{**message, "content": self._neutral(message["content"])} for message in messages]
+        neutral = [
+            {part: text if part == "role" else self._neutral(text) for part, text in message.items()}
+            for message in messages
+        ]
         bridged = self._renderer.bridge_to_next_turn(list(prompt), list(sampled), neutral, tools=self._tools)
         before = [*prompt, *sampled]
         if bridged is None or list(bridged.token_ids[: len(before)]) != before:

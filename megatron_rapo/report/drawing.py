@@ -73,7 +73,7 @@ class Plot:
         x_label, y_label: axes.
         lines: in the order of the legend.
         scale: of x; `log2` shows powers of two.
-        share: whether y runs from 0 to 1.
+        share: whether y runs from 0 to 1, unless a value lies outside.
         marks: vertical ones.
     """
 
@@ -200,7 +200,8 @@ def _style(axes: Axes, plot: Plot) -> None:
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    if plot.share:
+    values = (y for line in plot.lines for y in (*line.y, *line.low, *line.high) if y is not None)
+    if plot.share and all(0 <= y <= 1 for y in values):
         axes.set_ylim(-0.02, 1.02)
 
 

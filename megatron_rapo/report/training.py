@@ -113,23 +113,30 @@ def running_mean(values: Sequence[float | None], window: int) -> list[float | No
 
 
 def _held_out(run: TrainingRun, alone: bool) -> list[Plot]:
-    """pass@k of the evaluations during training, with its bands; a plot for each data set and setting."""
-    found = [re.fullmatch(r"evaluate/(.*/)?pass@(\d+)", name) for line in run.steps for name in line]
-    ks: dict[str, set[int]] = {}
+    """The evaluations during training, with their bands, for each data set and setting.
+
+    Plots are of pass@k, and of the mean reward where it is measured.
+    """
+    found = [re.fullmatch(r"evaluate/(.*/)?(reward|pass@\d+)", name) for line in run.steps for name in line]
+    metrics: dict[tuple[str, str], set[str]] = {}
     for name in filter(None, found):
-        ks.setdefault(name[1] or "", set()).add(int(name[2]))
-    return [_held_out_plot(run, benchmark, sorted(of), alone) for benchmark, of in ks.items()]
+        what = "mean reward" if name[2] == "reward" else "pass@k"
+        metrics.setdefault((name[1] or "", what), set()).add(name[2])
+    return [
+        _held_out_plot(run, *where, sorted(of, key=lambda name: int(name.partition("@")[2] or 0)), alone)
+        for where, of in metrics.items()
+    ]
 
 
-def _held_out_plot(run: TrainingRun, benchmark: str, ks: Sequence[int], alone: bool) -> Plot:
+def _held_out_plot(run: TrainingRun, benchmark: str, what: str, metrics: Sequence[str], alone: bool) -> Plot:
     """Of one benchmark: `DATA/SETTING/`, or nothing where there is but one."""
     lines = []
-    for index, k in enumerate(ks):
-        metric = f"evaluate/{benchmark}pass@{k}"
+    for index, name in enumerate(metrics):
+        metric = f"evaluate/{benchmark}{name}"
         evaluated = [line for line in run.steps if line.get(metric) is not None]
         lines.append(
             Line(
-                f"pass@{k}",
+                name,
                 series_colour(index),
                 [line["step"] for line in evaluated],
                 [line[metric] for line in evaluated],
@@ -138,7 +145,8 @@ def _held_out_plot(run: TrainingRun, benchmark: str, ks: Sequence[int], alone: b
             )
         )
     problems = benchmark.strip("/").replace("/", ", ") or "held-out problems"
-    title = f"pass@k on {problems}" + ("" if alone else f", {run.name}")
-    name = file_name("_".join(["training_pass_at_k", *filter(None, [benchmark, "" if alone else run.name])]))
-    description = "pass@k of the evaluations during training, with 95% intervals."
-    return Plot(name.strip("_"), title, description, "step", "", tuple(lines), share=True)
+    title = f"{what} on {problems}" + ("" if alone else f", {run.name}")
+    kind = "training_" + what.replace("@", "_at_").replace(" ", "_")
+    name = file_name("_".join([kind, *filter(None, [benchmark, "" if alone else run.name])])).strip("_")
+    description = f"{what} of the evaluations during training, with 95% intervals."
+    return Plot(name, title, description, "step", "", tuple(lines), share=True)

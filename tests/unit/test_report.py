@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,16 @@ class TestCurves:
             ("pass@4", [0.04, 0.09]),
         ]
 
+    def test_the_mean_reward_on_held_out_problems_has_a_plot(self) -> None:
+        names = [f"evaluate/{name}{end}" for name in ("reward", "pass@1") for end in ("", "_low", "_high")]
+        steps = [{"step": step, **dict.fromkeys(names, step / 10)} for step in (0, 5)]
+        plots = training_plots([TrainingRun("run", steps)])
+        assert [(plot.name, plot.title) for plot in plots] == [
+            ("training_mean_reward", "mean reward on held-out problems"),
+            ("training_pass_at_k", "pass@k on held-out problems"),
+        ]
+        assert [(line.label, list(line.y)) for line in plots[0].lines] == [("reward", [0.0, 0.5])]
+
 
 class TestDrawing:
     PLOT = Plot(
@@ -141,6 +152,19 @@ class TestDrawing:
         scale="log2",
         share=True,
     )
+
+    @pytest.mark.parametrize(
+        ("values", "limits"), [([0.1, None, 0.5], (-0.02, 1.02)), ([-1.0, 0.0, 3.0], None)]
+    )
+    def test_a_share_runs_from_0_to_1_and_shows_what_lies_outside(
+        self, values: list[float | None], limits: tuple[float, float] | None
+    ) -> None:
+        lines = (Line("reward", "base", [1, 2, 4], values),)
+        low, high = draw_svg(replace(self.PLOT, lines=lines), 320, 200).told["ylim"]
+        if limits:
+            assert (low, high) == pytest.approx(limits)
+        assert low < min(y for y in values if y is not None)
+        assert high > max(y for y in values if y is not None)
 
     def test_colours_are_the_themes(self) -> None:
         svg = draw_svg(self.PLOT, 320, 200).svg
