@@ -78,7 +78,7 @@ class EnginePool:
         self._head = head
         self._requests_per_engine = requests_per_engine
         self._updating = False
-        self._resting: set[str] = set()  # engines that gave their memory back
+        self._offloaded: set[str] = set()  # engines that gave their memory back
         self._http = http_client()
         self._routing: Routing | None = None
         if router is not None:
@@ -203,7 +203,7 @@ class EnginePool:
         async def release(member: Member) -> None:
             with suppress(EngineLost):
                 await member.ask(member.client.release_memory())
-                self._resting.add(member.url)
+                self._offloaded.add(member.url)
 
         self._loop.run(all_of(release(member) for member in self._members.live))
 
@@ -217,10 +217,10 @@ class EnginePool:
 
         async def resume(member: Member) -> None:
             await member.ask(member.client.resume_memory())
-            self._resting.discard(member.url)
+            self._offloaded.discard(member.url)
 
-        resting = [member for member in self._members.live if member.url in self._resting]
-        self._loop.run(all_of(resume(member) for member in resting))
+        offloaded = [member for member in self._members.live if member.url in self._offloaded]
+        self._loop.run(all_of(resume(member) for member in offloaded))
 
     def tensor_parallel(self) -> list[int]:
         """How many ranks each live engine spreads its weights over, in the order of `urls`."""

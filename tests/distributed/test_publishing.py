@@ -54,7 +54,7 @@ CASES = [
     ("disk", "tp2-pp2"),
 ]
 LOSSES = ["distributed", "shard"]
-RESTING = ["tp2-cp2", "tp2"]  # whose engines have given their memory back before
+OFFLOADED = ["tp2-cp2", "tp2"]  # whose engines have given their memory back before
 PROMPTS = [Prompt(0, "", (5, 9, 23, 17), ""), Prompt(1, "", (40, 2, 31), "")]
 TOKENS = 6
 BUCKET_BYTES = 30_000  # several buckets of several tensors, and tensors that go alone
@@ -133,7 +133,7 @@ def measure(path: Path, urls: list[str], processes: list[int], report: Path) -> 
         for version, (transport, name) in enumerate(CASES):
             run = Run(path, layout(name), transport, pool, report.parent)
             run.scale(1.0 + 0.05 * version)
-            if name in RESTING:
+            if name in OFFLOADED:
                 run.engines.offload()
                 assert pool is None or all(map(weights_are_released, pool.urls))
             metrics = run.publisher().publish(version)

@@ -48,7 +48,7 @@ class Pool:
         self.log.append("revive")
 
     def resume_memory(self) -> None:
-        self.lose("wake")
+        self.lose("onload")
 
     def weights_checksums(self, dtype: str) -> dict[str, Mapping[str, int]]:
         assert dtype == "float32"
@@ -163,7 +163,7 @@ def test_all_ranks_send_and_compare_and_the_main_one_records(case: Case) -> None
     ]
     assert sorted(case.checked) == [(rank, 7) for rank in range(4)]
     assert sorted(case.compared) == [(rank, ("http://a", "http://b")) for rank in range(4)]
-    assert case.main.log == ["revive", "wake", "send", "checksums", "probe"]
+    assert case.main.log == ["revive", "onload", "send", "checksums", "probe"]
     assert case.pools[2].log == [], "its engines are asked by the main rank alone"
     assert case.pools[2].urls == case.main.urls, "all heads take the engines that have the weights"
     [line] = published(case)
@@ -171,12 +171,12 @@ def test_all_ranks_send_and_compare_and_the_main_one_records(case: Case) -> None
     assert line["seconds"] > 0
 
 
-@pytest.mark.parametrize("where", ["wake", "send", "checksums", "probe"])
+@pytest.mark.parametrize("where", ["onload", "send", "checksums", "probe"])
 def test_all_ranks_send_again_where_an_engine_is_lost(case: Case, where: str) -> None:
     case.main.lost_at[where] = 1
     metrics = case.publish(lambda publisher, _: publisher.publish(7))
     assert [each["publish/probe_difference"] for each in metrics] == [0.02] * 4
-    tries = 1 if where == "wake" else 2
+    tries = 1 if where == "onload" else 2
     assert sorted(rank for rank, _, _ in case.sent) == sorted(list(range(4)) * tries)
     assert case.main.log.count("revive") == 2
     assert ("abandon" in case.main.log) == (where == "send")
@@ -204,7 +204,7 @@ def test_what_the_main_rank_refuses_is_refused_on_all(case: Case, fault: str, me
     assert len(set(map(str, told))) == 1 and str(told[0]).startswith(message)
     assert published(case) == []
     if fault == "refusal":
-        assert case.main.log == ["revive", "wake", "send", "abandon", "are they there"]
+        assert case.main.log == ["revive", "onload", "send", "abandon", "are they there"]
 
 
 def test_the_doctor_compares_refuses_and_records_nothing(case: Case) -> None:
