@@ -108,7 +108,8 @@ class Observe(Section):
     idle_steps: PositiveInt = Field(
         5,
         description="Steps in a row that teach nothing (no response is in the loss, or the gradient is 0) "
-        "after which the run ends; the first is warned of.",
+        "after which the run ends; the first is warned of. So are as many in which every group earned the "
+        "same throughout, though divergence or entropy has a gradient.",
     )
 
     samples_every: NonNegativeInt = Field(

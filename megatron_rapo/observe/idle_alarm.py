@@ -1,4 +1,9 @@
-"""The alarm on steps that teach nothing: a warning at the first, the end of the run after some in a row."""
+"""The alarm on steps that teach nothing: a warning at the first, the end of the run after some in a row.
+
+Nothing is a gradient of exactly 0, since Adam divides a gradient by its size and so makes much of a small
+one: where every group earned the same, a divergence from a reference that the policy still equals has a
+gradient of rounding at first, and one 10,000 times as large some updates later. There the rewards tell.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,8 @@ from megatron_rapo.errors import RapoError
 
 
 class IdleAlarm:
-    """Watches for steps without a response in the loss, or with a gradient of 0.
+    """Watches for steps without a response in the loss, or with a gradient of 0; and for such as have one by
+    divergence and entropy alone, which may be meant: these are warned of once they are as many in a row.
 
     One alone can be chance: without divergence and entropy, groups that all earned the same have no gradient.
     """
@@ -19,6 +25,8 @@ class IdleAlarm:
         self._algorithm = config.algorithm
         self._most = config.observe.idle_steps
         self._in_a_row = 0
+        self._alike_in_a_row = 0
+        self._compares = config.rollout.responses_per_prompt > 1
 
     def check(self, step: int, metrics: Mapping[str, float]) -> None:
         """Looks at a step's metrics; those of what comes before the first step say nothing of it.
@@ -38,6 +46,18 @@ class IdleAlarm:
         if self._in_a_row == 1:
             print(
                 f"warning: step {step} teaches nothing: {self._cause(metrics)}", file=sys.stderr, flush=True
+            )
+        alike = self._compares and metrics["reward/groups_without_variance"] == 1 and not idle
+        self._alike_in_a_row = self._alike_in_a_row + 1 if alike else 0
+        if self._alike_in_a_row == self._most:
+            print(
+                f"warning: step {step} is number {self._most} in a row in which every group earned the same "
+                f"reward throughout (mean {metrics['reward/mean']:.3f}), so that comparing responses teaches "
+                "nothing: what moves the policy is the rest of its loss, such as divergence and entropy. See "
+                "by `megatron-rapo samples` whether the reward is right; else take prompts that are solved "
+                "sometimes, or sample more responses a prompt",
+                file=sys.stderr,
+                flush=True,
             )
 
     def _cause(self, metrics: Mapping[str, float]) -> str:

@@ -53,6 +53,26 @@ def test_chance_is_warned_of_and_forgotten(tmp_path: Path, capsys: pytest.Captur
     assert "100% of the groups earned the same reward throughout (mean 0.500)" in warnings[0]
 
 
+def test_what_only_divergence_and_entropy_move_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However small its gradient is; once a stretch, and the run goes on."""
+    alike = {**TEACHES, "reward/groups_without_variance": 1.0, "reward/mean": 0.0}
+    rounding = {**alike, "optimizer/gradient_norm": 4e-7}
+    steps = [alike, alike, TEACHES, rounding, alike, rounding, alike, alike, TEACHES]
+    observe(config(tmp_path, idle_steps=3), *steps)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "step 6 is number 3 in a row in which every group earned the same reward throughout" in warning
+    assert "(mean 0.000)" in warning and "megatron-rapo samples" in warning
+
+
+def test_groups_of_one_response_compare_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = config(tmp_path, idle_steps=3)
+    alone = run.model_copy(update={"rollout": run.rollout.model_copy(update={"responses_per_prompt": 1})})
+    observe(alone, *[{**TEACHES, "reward/groups_without_variance": 1.0}] * 4)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("idle", [NO_GRADIENT, NO_TOKENS, {**NO_GRADIENT, "loss/tokens": 0.0}])
 def test_some_in_a_row_end_the_run_once_the_step_is_written(tmp_path: Path, idle: dict[str, Any]) -> None:
     with pytest.raises(RapoError, match=r"step 4 is number 3 in a row that teaches nothing \(observe\.idle_"):
