@@ -33,8 +33,8 @@ PAGES = [
 RUN_BY = {
     "configuration.md": ({"toml": 1}, "test_configuration.py"),
     "data.md": ({"toml": 9, "jsonl": 4, "python": 1}, "test_data_page.py"),
-    "engines.md": ({"toml": 2}, "test_pages.py"),
-    "environments.md": ({"python": 4, "toml": 3}, "test_testing.py, test_tool_use.py, test_pages.py"),
+    "engines.md": ({"toml": 2, "python": 1}, "test_pages.py, test_own_engine.py"),
+    "environments.md": ({"python": 4, "toml": 4}, "test_testing.py, test_tool_use.py, test_pages.py"),
     "evaluation.md": ({"python": 1}, "test_pages.py"),
     "families.md": ({"python": 2}, "test_families.py"),
     "methods.md": ({"python": 2, "toml": 1}, "test_own_method.py, test_check_method.py, test_pages.py"),
