@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/rewards.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 TOML = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
-PROBLEM = Problem("0", "3 4=7:", '{"numbers":[3,4],"target":7}', "countdown", columns={"target": 7})
+PROBLEM = Problem(
+    "0", "3 4=7:", '{"numbers":[3,4],"target":7}', "countdown", columns={"numbers": [3, 4], "target": 7}
+)
 FIRST, USERS_TEST, CHECKED, WITH_FACTS, WEIGHED = range(5)
 
 
@@ -48,15 +50,28 @@ def test_every_block_of_the_page_is_tested_here() -> None:
 def test_the_first_function_and_its_users_tests(tmp_path: Path) -> None:
     (tmp_path / "my_rewards.py").write_text(PYTHON[FIRST])
     (tmp_path / "test_it.py").write_text(PYTHON[USERS_TEST] + PYTHON[CHECKED])
-    subprocess.run([sys.executable, str(tmp_path / "test_it.py")], check=True, timeout=60)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-c",
+        "/dev/null",
+        "-p",
+        "no:cacheprovider",
+        str(tmp_path),
+    ]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)
+    assert result.returncode == 0 and "2 passed" in result.stdout, result.stdout
 
 
 def test_the_option_finds_it(tmp_path: Path) -> None:
     (tmp_path / "my_rewards.py").write_text(PYTHON[FIRST])
     config = configured(0, tmp_path)
     with Verifier.configured(config.verifier_of(config.data), config.reward) as verifier:
-        [found] = verifier.verify([("It is 9", PROBLEM)])
-    assert found.reward == pytest.approx(1 / 3)
+        [found] = verifier.verify([("3+3", PROBLEM)])
+        [half] = verifier.verify([(" 4=4", PROBLEM)])
+    assert (found.reward, half.reward) == (0.0, 0.5)
 
 
 def test_a_score_with_facts() -> None:
