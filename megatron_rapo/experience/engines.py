@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING
 
 from megatron_rapo.config import RunConfig
 from megatron_rapo.engines.kind import Served
 from megatron_rapo.engines.servers import LocalServers
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.model.architecture import Architecture
-from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.rollout.identity import check_distinct
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.revival import Reviver
+
+if TYPE_CHECKING:  # Megatron takes seconds, and commands that open engines alone need none of it
+    from megatron_rapo.parallel.placement import Placement
 
 
 class SharedEngines:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megatron_rapo.config import RunConfig
 from megatron_rapo.config.data import Data
 from megatron_rapo.data.load import Judge
 from megatron_rapo.episode.outcome import Outcome, Verification
-from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.reward.verifier import Verifier
+
+if TYPE_CHECKING:  # Megatron takes seconds, and commands on one process need none of it
+    from megatron_rapo.parallel.placement import Placement
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")  # matches itself under every verifier
 
