@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import Field, ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from megatron_rapo.config import RunConfig
+from megatron_rapo.config import Data, RunConfig
 from megatron_rapo.config.templates import Templated
 from megatron_rapo.data.templates import encode_chat
 from megatron_rapo.environments.neutral import Neutral
@@ -149,15 +149,11 @@ def open_rendering(
         RapoError: there is none of this name, it refuses its options or the tokenizer, or it begins chats
             otherwise than the template.
     """
-    name, given = options.renderer, options.renderer_options
-    sources = list(zip(config.training_tables, config.training_sources, strict=True))
-    chats = [
-        (table, data) for table, data in sources if isinstance(data, Templated) and data.template != "plain"
-    ]
+    name = options.renderer
     if name == "auto":
-        name = _of_model(config) if chats else "plain"
+        name = _of_model(config) if any(_is_chat(data) for _, data in _tables(config)) else "plain"
     try:
-        renderer = _renderer(name, given, tokenizer, config)
+        renderer = _renderer(name, options.renderer_options, tokenizer, config)
     except RapoError:
         raise
     except ValidationError as error:
@@ -172,22 +168,37 @@ def open_rendering(
             f"{type(error).__name__}: {error}; choose another"
         ) from error
     rendering = Rendering(renderer, tokenizer, tools, name)
-    for table, data in chats:
-        if name == "plain":
-            raise RapoError(
-                f'{_OPTION} = "plain" cannot continue the chats that {table}.template begins; set that to '
-                f'"plain", or renderer to the model\'s family ({_names()})'
-            )
-        if not data.has_own_template:  # one's own may need a problem's columns
+    for table, data in _tables(config):
+        _check_kind(name, table, data)
+        if isinstance(data, Templated) and data.template == "chat":  # one's own may need a problem's columns
             asked = [{"role": "user", "content": _PROBE}]
-            prompt = encode_chat(asked, tokenizer, data, table, config.run.date, tools)
-            rendering.check_prompt(prompt, table)
-    if not chats and name != "plain":
-        raise RapoError(
-            f'{_OPTION} = "{name}" continues chats, and {sources[0][0]} begins none; set it to "plain", or '
-            f"{sources[0][0]}.template to a chat template"
-        )
+            rendering.check_prompt(encode_chat(asked, tokenizer, data, table, config.run.date, tools), table)
     return rendering
+
+
+def _tables(config: RunConfig) -> list[tuple[str, Data]]:
+    """What the run trains on and is evaluated on, by the table that the user set."""
+    held_out = zip(config.evaluation_tables, config.evaluation_data, strict=True)
+    return [*zip(config.training_tables, config.training_sources, strict=True), *held_out]
+
+
+def _is_chat(data: Data) -> bool:
+    """Whether its prompts begin a chat; generated tasks and plain texts do not."""
+    return isinstance(data, Templated) and data.template != "plain"
+
+
+def _check_kind(name: str, table: str, data: Data) -> None:
+    """Chats are continued by a family's renderer, plain texts by the plain one; one's own may do either."""
+    if name == "plain" and _is_chat(data):
+        raise RapoError(
+            f'{_OPTION} = "plain" cannot continue the chats that {table}.template begins; set that to '
+            f'"plain", or renderer to the model\'s family ({_names()})'
+        )
+    if name in _known() and not _is_chat(data):
+        raise RapoError(
+            f'{_OPTION} = "{name}" continues chats, and {table} begins none; set it to "plain", or '
+            f"{table}.template to a chat template"
+        )
 
 
 def _renderer(
@@ -228,10 +239,12 @@ def _of_model(config: RunConfig) -> str:
 
 
 def _known() -> list[str]:
-    from renderers import base
+    """The families, by name."""
+    from renderers.configs import RendererConfig
 
-    base._populate_registry()
-    return [name for name in base.RENDERER_REGISTRY if name not in _NO_RENDERER]
+    kinds = get_args(get_args(RendererConfig)[0])  # Annotated[Union[…], …]
+    names = [kind.model_fields["name"].default for kind in kinds]
+    return [name for name in names if name not in _NO_RENDERER]
 
 
 def _names() -> str:

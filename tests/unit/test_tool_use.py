@@ -20,6 +20,7 @@ from renderers.configs import config_from_name
 
 from megatron_rapo import Episode, Problem
 from megatron_rapo.config import RunConfig
+from megatron_rapo.config.evaluation import Evaluate
 from megatron_rapo.config.load import validate
 from megatron_rapo.data.load import load_training_prompts
 from megatron_rapo.environments.conversation import Conversation
@@ -470,6 +471,14 @@ def test_a_function_that_only_fails_where_it_is_confined_is_told_before_the_run(
     with pytest.raises(RapoError, match=r"fails when it is imported[\s\S]*PermissionError"):
         open_environment(config(folder, environment))
     open_environment(config(folder, {**environment, "options": {"allow": ["network"]}}))
+
+
+def test_held_out_problems_are_held_to_the_renderer_as_well(folder: Path) -> None:
+    run = config(folder, {"use": "tool_use", "tools": ["calculator"]})
+    plain = run.data.model_copy(update={"template": "plain", "template_options": None})
+    evaluate = Evaluate().model_copy(update={"data": [plain]})
+    with pytest.raises(RapoError, match=r"continues chats, and evaluate\.data begins none"):
+        open_environment(run.model_copy(update={"evaluate": evaluate}))
 
 
 def test_tools_are_named_in_one_place(folder: Path) -> None:
