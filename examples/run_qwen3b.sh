@@ -26,7 +26,7 @@ GPUS_PER_ENGINE=1
 MASTER_PORT=29500                                # of the trainer's rendezvous
 
 RAPO=(.venv/bin/megatron-rapo)
-ENGINE=sglang                                    # sglang or embedded
+ENGINE=sglang                                    # embedded or sglang
 ENGINE_PYTHON=/opt/sglang/bin/python             # of the environment that engines run in
 ENGINE_ARGUMENTS=(--dtype bfloat16)
 SRUN_ARGUMENTS=()                                # of each step, such as --container-image=…
@@ -160,15 +160,15 @@ start_engine() { # start_engine NODE NUMBER: in the background; one that ends is
     log=$LOGS/engine-$node-$port.log
     # shellcheck disable=SC2153 # not ENGINES
     case $ENGINE in
+    embedded)
+        command=("$ENGINE_PYTHON" -m megatron_rapo.embedded_server --model "$MODEL")
+        ((GPUS_PER_NODE == 0)) || command+=(--device cuda)
+        ;;
     sglang)
         command=(
             "$ENGINE_PYTHON" -m sglang.launch_server --model-path "$MODEL" --tp-size "$GPUS_PER_ENGINE"
             --api-key "$RAPO_ENGINE_API_KEY"
         )
-        ;;
-    embedded)
-        command=("$ENGINE_PYTHON" -m megatron_rapo.embedded_server --model "$MODEL")
-        ((GPUS_PER_NODE == 0)) || command+=(--device cuda)
         ;;
     esac
     if ((GPUS_PER_NODE)); then

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from megatron_rapo.engines.kinds import KINDS
 from megatron_rapo.section import PositiveInt, Section
 
 # Options of sbatch that other options of the section say.
@@ -17,6 +18,9 @@ _OF_SBATCH = {
     "--gpus-per-node": "gpus_per_node",
     "--signal": "requeue_before_s",
 }
+
+
+KINDS_OF_JOBS = [name for name, kind in KINDS.items() if kind.bash is not None]
 
 
 def seconds_of(time_limit: str) -> int:
@@ -79,7 +83,7 @@ class Slurm(Section):
     )
     gpus_per_engine: PositiveInt = Field(8, description="GPUs of an engine, over which it shards its model.")
     master_port: Port = Field(29500, description="Port of the trainer's rendezvous, on its first node.")
-    engine: Literal["sglang", "embedded"] = Field("sglang", description="The engines' kind.")
+    engine: str = Field("sglang", description=f"The engines' kind: {', '.join(KINDS_OF_JOBS)}.")
     engine_python: str | None = Field(
         None, description="Interpreter of the environment that engines run in. Default: this package's own."
     )
@@ -111,6 +115,11 @@ class Slurm(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Slurm:
+        if self.engine not in KINDS_OF_JOBS:
+            raise ValueError(
+                f"engine = {self.engine!r} is no kind that jobs start; choose one of "
+                f"{', '.join(KINDS_OF_JOBS)}, or start engines yourself (docs/slurm.md)"
+            )
         self._check_time()
         self._check_arguments()
         self._check_ports()

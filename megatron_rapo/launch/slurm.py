@@ -8,8 +8,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
+from textwrap import indent
 
 from megatron_rapo.config import RunConfig, Slurm
+from megatron_rapo.config.cluster import KINDS_OF_JOBS
+from megatron_rapo.engines.kinds import KINDS
 from megatron_rapo.errors import RapoError
 
 COLUMN = 48  # where comments of the settings begin
@@ -59,6 +62,7 @@ def render(
     replaced = {
         "@TITLE@": title,
         "@SETTINGS@": "\n".join(_settings(config, configs, settings, command)),
+        "@ENGINES@": "\n".join(map(_starting, KINDS_OF_JOBS)),
     }
     for name, text in replaced.items():
         template = template.replace(name, text)
@@ -105,7 +109,7 @@ def _settings(config: RunConfig, configs: Sequence[Path], settings: Sequence[str
         _value("MASTER_PORT", slurm.master_port, "of the trainer's rendezvous"),
         "",
         _array("RAPO", [command]),
-        _value("ENGINE", slurm.engine, "sglang or embedded"),
+        _value("ENGINE", slurm.engine, " or ".join(KINDS_OF_JOBS)),
         _value(
             "ENGINE_PYTHON",
             engine_python,
@@ -115,6 +119,11 @@ def _settings(config: RunConfig, configs: Sequence[Path], settings: Sequence[str
         _array("SRUN_ARGUMENTS", slurm.srun_arguments, "of each step, such as --container-image=…"),
         _array("ENVIRONMENT", environment, "NCCL's, too"),
     ]
+
+
+def _starting(kind: str) -> str:
+    """A case of the script: how an engine of the kind is started."""
+    return indent(f"{kind})\n{indent(KINDS[kind].bash or '', '    ')}    ;;", "    ")
 
 
 def _interpreter(command: str) -> str:

@@ -140,16 +140,7 @@ start_engine() { # start_engine NODE NUMBER: in the background; one that ends is
     log=$LOGS/engine-$node-$port.log
     # shellcheck disable=SC2153 # not ENGINES
     case $ENGINE in
-    sglang)
-        command=(
-            "$ENGINE_PYTHON" -m sglang.launch_server --model-path "$MODEL" --tp-size "$GPUS_PER_ENGINE"
-            --api-key "$RAPO_ENGINE_API_KEY"
-        )
-        ;;
-    embedded)
-        command=("$ENGINE_PYTHON" -m megatron_rapo.embedded_server --model "$MODEL")
-        ((GPUS_PER_NODE == 0)) || command+=(--device cuda)
-        ;;
+@ENGINES@
     esac
     if ((GPUS_PER_NODE)); then
         local first=$(((ENGINE_NODES > 0 ? 0 : RANKS_PER_NODE) + $2 * GPUS_PER_ENGINE))

@@ -410,6 +410,13 @@ def test_further_arguments_reach_the_script() -> None:
     assert f"\nSBATCH_ARGUMENTS={asked} " in text
 
 
+def test_a_kind_that_jobs_do_not_start_is_refused() -> None:
+    with pytest.raises(
+        RapoError, match=r"slurm\.engine = 'other' is no kind that jobs start; .* embedded, sglang"
+    ):
+        with_slurm(ranks_per_node=1, engine="other")
+
+
 def test_gpus_of_engines_have_no_effect_without_gpus() -> None:
     with pytest.raises(
         RapoError, match=r"slurm\.gpus_per_engine = 1 would have no effect: gpus_per_node is 0"

@@ -19,6 +19,10 @@ class Embedded(Routed):
 
     Options = EmbeddedOptions
     options: EmbeddedOptions
+    bash = """\
+command=("$ENGINE_PYTHON" -m megatron_rapo.embedded_server --model "$MODEL")
+((GPUS_PER_NODE == 0)) || command+=(--device cuda)
+"""
 
     @property
     def connect(self) -> Connect:

@@ -36,6 +36,12 @@ class SGLang(Routed):
 
     Options = SGLangOptions
     options: SGLangOptions
+    bash = """\
+command=(
+    "$ENGINE_PYTHON" -m sglang.launch_server --model-path "$MODEL" --tp-size "$GPUS_PER_ENGINE"
+    --api-key "$RAPO_ENGINE_API_KEY"
+)
+"""
 
     @property
     def connect(self) -> Connect:
