@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,6 +81,22 @@ def test_a_package_is_followed_within_itself_installed_or_not(
         "my_package.broken",
         "my_package.names",
     ]
+
+
+def test_what_an_editable_installation_finds_is_followed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Finder:
+        """As pip leaves one: it knows its module's place, which is in no folder of sys.path."""
+
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> Any:
+            if name == "my_rewards":
+                return importlib.util.spec_from_file_location(name, folder / "my_rewards.py")
+            return None
+
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Finder])
+    assert list(modules_of("my_rewards:score", [])) == ["my_rewards"]
 
 
 def test_the_package_itself_is_no_users_code(folder: Path) -> None:
