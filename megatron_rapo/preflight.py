@@ -29,7 +29,7 @@ from megatron_rapo.loss.trial import reported_names
 from megatron_rapo.megatron_repairs.install import check_version
 from megatron_rapo.methods.state import restore_state, saved_state
 from megatron_rapo.model.architecture import Architecture
-from megatron_rapo.model.build import DTYPES
+from megatron_rapo.model.dtypes import DTYPES
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.model.parameters import count_parameters
 from megatron_rapo.observe.loggers import import_wandb

@@ -11,7 +11,7 @@ import torch
 
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.weights.hf_directory import save_tensors, write_companions
-from megatron_rapo.weights.parameter_map import stored_parameters
+from megatron_rapo.weights.stored_parameters import stored_parameters
 
 
 def add_size_options(parser: argparse.ArgumentParser) -> None:

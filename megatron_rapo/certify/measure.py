@@ -21,7 +21,8 @@ from megatron_rapo.experience.delivery import with_tokens
 from megatron_rapo.experience.sharing import share
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.methods.method import Method
-from megatron_rapo.model.build import DTYPES, build_chunks
+from megatron_rapo.model.build import build_chunks
+from megatron_rapo.model.dtypes import DTYPES
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.parallel.placement import Placement, arrange, process_groups
 from megatron_rapo.policy.batch import build_minibatches, make_samples, plan_minibatches

@@ -15,7 +15,7 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.weights.hf_directory import save_tensors, write_companions
 from megatron_rapo.weights.megatron_files import MegatronTensors, find_checkpoint
-from megatron_rapo.weights.parameter_map import StoredParameter
+from megatron_rapo.weights.stored_parameters import StoredParameter
 
 
 def convert_to_hf(source: Path, destination: Path, model: Path | None = None) -> None:

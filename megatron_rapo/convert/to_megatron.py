@@ -24,7 +24,7 @@ from megatron_rapo.weights.hf_check import check_tensors
 from megatron_rapo.weights.hf_directory import write_companions
 from megatron_rapo.weights.hf_files import HFTensors
 from megatron_rapo.weights.megatron_files import TRACKER
-from megatron_rapo.weights.parameter_map import StoredParameter, stored_parameters
+from megatron_rapo.weights.stored_parameters import StoredParameter, stored_parameters
 
 # Megatron-LM reads it: 3.0 has today's order of query, key and value rows.
 COMMON = {"checkpoint_version": 3.0, "iteration": 0}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatron_rapo.errors import RapoError
 
@@ -17,6 +17,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Raises:
         RapoError: the model directory has none that loads.
     """
+    from transformers import AutoTokenizer  # takes seconds, which a run that is refused before need not wait
+
     remedy = "copy the tokenizer files of the model beside its weights"
     # Without them transformers makes an empty tokenizer of the family's class, in silence.
     if not any((path / name).is_file() for name in FILES):

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from megatron_rapo.config import Model, Parallel
 from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.model.dtypes import DTYPES
 from megatron_rapo.model.families.named import family_of
 from megatron_rapo.model.layer_spec import block_spec
 from megatron_rapo.parallel.device import device
 
 # float64 is no option of the configuration: it is for certificates.
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 def transformer_config(

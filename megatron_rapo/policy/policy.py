@@ -20,7 +20,8 @@ from megatron_rapo.loss.mismatch import Mismatch
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.loss.statistics import TokenStatistics
 from megatron_rapo.model.architecture import Architecture
-from megatron_rapo.model.build import DTYPES, Body, build_chunks
+from megatron_rapo.model.build import Body, build_chunks
+from megatron_rapo.model.dtypes import DTYPES
 from megatron_rapo.parallel.device import device
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.finite import DIVERGED, check_finite, named_parameters

@@ -9,7 +9,8 @@ from megatron_rapo.config import Model, RunConfig, Weights
 from megatron_rapo.data.prompts import TrainingPrompts
 from megatron_rapo.experience.engines import SharedEngines
 from megatron_rapo.model.architecture import Architecture
-from megatron_rapo.model.build import DTYPES, Body
+from megatron_rapo.model.build import Body
+from megatron_rapo.model.dtypes import DTYPES
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.policy import Policy
 from megatron_rapo.publish.publisher import Publisher, Transport

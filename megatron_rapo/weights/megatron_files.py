@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import Architecture
-from megatron_rapo.weights.parameter_map import StoredParameter, stored_parameters
+from megatron_rapo.weights.stored_parameters import StoredParameter, stored_parameters
 
 FORM = "metadata.json"  # Megatron's word on the form of a checkpoint
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's word on the newest one of a folder

@@ -27,7 +27,7 @@ from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.policy import Policy
 from megatron_rapo.weights.export import hf_tensors
 from megatron_rapo.weights.load import open_tensors
-from megatron_rapo.weights.parameter_map import stored_parameters
+from megatron_rapo.weights.stored_parameters import stored_parameters
 from tests.distributed.minibatches import VOCABULARY, make_minibatches
 from tests.models import make_hf_model
 from tests.unit.full_disk import no_file_beyond

@@ -25,7 +25,7 @@ from megatron_rapo.model.families.named import FAMILIES
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.weights.hf_files import HFTensors
 from megatron_rapo.weights.megatron_files import MegatronTensors
-from megatron_rapo.weights.parameter_map import stored_parameters
+from megatron_rapo.weights.stored_parameters import stored_parameters
 from tests import own_family  # noqa: F401  (a family from outside of the package)
 from tests.models import make_hf_model
 

@@ -32,3 +32,14 @@ def test_a_wrong_directory_is_refused_at_once(arguments: list[str], tmp_path: Pa
     )
     assert json.loads(found.stdout) == [1, []]
     assert "error: nowhere is no" in found.stderr
+
+
+def test_what_starts_ranks_and_evaluations_does_without_megatron() -> None:
+    """It takes seconds, which a refusal would wait for, and has a place in memory."""
+    modules = ["preflight", "launch.local", "observe.closing", "evaluation.command", "trial.take"]
+    script = f"import sys, {', '.join(f'megatron_rapo.{name}' for name in modules)}; "
+    script += "print([name for name in sys.modules if name.split('.')[0] == 'megatron'])"
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert found.stdout == "[]\n"
