@@ -141,8 +141,13 @@ def check_accepted(config: RunConfig) -> None:
     Raises:
         RapoError: an option of `checkpoint.accept_changes` is none that can be asked for.
     """
+    if not config.checkpoint.accept_changes:
+        return
+    before = _last(config.run.directory)
+    # Options of the user's own methods and environments stand in configurations alone.
+    known = {*option_names(RunConfig), *options_of(config), *(before.options if before else ())}
     for option in config.checkpoint.accept_changes:
-        if option not in option_names(RunConfig) or change_of(option) is not Change.ASKED:
+        if option not in known or change_of(option) is not Change.ASKED:
             raise RapoError(
                 f"--accept-changes {option}: this is no option whose change is to be asked for; "
                 "docs/resume.md lists them"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from megatron_rapo.record.identity import Identity
 from megatron_rapo.record.standing import check_standing, finish
 from megatron_rapo.record.start import begin, check_identity
 from megatron_rapo.report.configuration import _run_options
+from tests.own_method import ADDRESS, write_method
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples/models/tiny-countdown"
@@ -155,6 +157,33 @@ def test_another_objective_rate_or_batch_is_refused_unless_it_is_asked_for(
     assert check_standing(config(tmp_path, **changed)) == ""
     with pytest.raises(RapoError, match="--accept-changes"):
         check_standing(config(tmp_path))
+
+
+def test_options_of_the_users_own_are_asked_for_as_ours_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of another method and environment, too, that the run goes on without."""
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    write_method(tmp_path / "code")
+    (tmp_path / "code/mine_env.py").write_text("class E:\n    def __init__(self, tries): pass\n")
+    code = {"code": [str(tmp_path / "code")]}
+    own: dict[str, dict[str, Any]] = {
+        "run": code,
+        "algorithm": {"method": ADDRESS, "penalty": 0.5},
+        "environment": {"use": "mine_env:E", "options": {"tries": 2}},
+    }
+    run_until(config(tmp_path / "run", **own), 5)
+    for changed in (
+        {**own, "algorithm": {"method": ADDRESS, "penalty": 0.25}},
+        {**own, "environment": {"use": "mine_env:E", "options": {"tries": 3}}},
+        {},
+    ):
+        with pytest.raises(RapoError, match="ask for it: --accept-changes") as told:
+            check_standing(config(tmp_path / "run", **changed))
+        accepted = str(told.value).partition("--accept-changes ")[2].split()
+        asked = config(tmp_path / "run", **changed, checkpoint={"accept_changes": accepted})
+        assert check_standing(asked) == ""
+    sys.modules.pop("my_method")
 
 
 def test_the_refusal_names_values_before_and_now(tmp_path: Path) -> None:
