@@ -41,7 +41,7 @@ from mutation.trial import Copy, Job, preload, run_jobs, run_tests  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = [
-    *("loss", "policy", "experience", "evaluation", "weights", "checkpoint"),
+    *("loss", "policy", "experience", "evaluation", "weights", "checkpoint", "megatron_repairs"),
     *("config", "methods", "environments", "reward", "data", "rollout", "publish"),
     *("engines", "embedded_server", "wire", "tools", "model"),
 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_rapo.episode.score import Score
@@ -48,9 +48,9 @@ class BriefEpisode:
     """An `Episode` without tokens and text; to read `answer` is an error."""
 
     sequences: tuple[BriefSequence, ...]
-    score: Score | None = None
-    truncated: bool = False
-    facts: Mapping[str, float] = field(default_factory=dict)
+    score: Score | None
+    truncated: bool
+    facts: Mapping[str, float]
 
     @property
     def sampled_tokens(self) -> int:

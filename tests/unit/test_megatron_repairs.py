@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import queue
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_rapo.errors import RapoError
@@ -120,6 +122,9 @@ def test_repairs_are_made_once() -> None:
     install()
     assert found == (DistributedOptimizer.state_dict, DistributedOptimizer.get_parameter_state_dp_zero)
     assert found[0].__module__ == adam.__name__ and found[1].__module__ == buckets.__name__
+    assert isinstance(filesystem_async._results_queue, queue.Queue)
+    if not torch.cuda.is_available():
+        assert torch.zeros(1, device="cuda").device.type == "cpu"
 
 
 @pytest.mark.parametrize("found", ["0.16.0", "0.16.10", "0.17.0", "0.16.1rc1"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -241,12 +242,18 @@ def test_without_a_way_back_every_rank_fails_alike() -> None:
 @pytest.mark.parametrize("count", [8, 7, 2, 0])
 def test_what_heads_sampled_is_shared_in_the_prompts_order(count: int, whole: bool) -> None:
     problems = [prompt.problem for prompt in PROMPTS[:count]]
-    groups = [Group(p, (scored_response(Outcome.CORRECT, [n] * (n + 1)),)) for n, p in enumerate(problems)]
+    groups = []
+    for n, problem in enumerate(problems):
+        scored = scored_response(Outcome.CORRECT, [n] * (n + 1))
+        groups.append(Group(problem, (replace(scored, episode=replace(scored.episode, answer=f"text {n}")),)))
 
     def of_rank(rank: Any) -> Any:
-        return share(problems, groups[rank.data_rank :: HEADS] if rank.is_head else [], rank, whole=whole)
+        mine = groups[rank.data_rank :: HEADS] if rank.is_head else []
+        found = share(problems, mine, rank, whole=whole)
+        return found, [found.answer(n, 0, rank) for n in range(count)]
 
-    for rank, found in enumerate(on_ranks(of_rank)):
+    for rank, (found, texts) in enumerate(on_ranks(of_rank)):
+        assert texts == [f"text {n}" for n in range(count)]
         assert found.heads == [place % HEADS for place in range(count)]
         head = rank // STRIDE
         assert found.whole == ({} if rank % STRIDE else {n: groups[n] for n in range(head, count, HEADS)})
