@@ -189,6 +189,7 @@ def test_turns_are_what_the_family_s_template_writes() -> None:
         f"is no abacus\n</tool_response><|im_end|>\n<|im_start|>assistant\n{turns[1]}"
     )
     assert script.calls == [("calculator", {"expression": "2+3"}), ("abacus", {"expression": "1"})]
+    assert 0 <= episode.facts["tool_s"] < 0.5
     assert episode.answer == "It is 5." and not episode.truncated
     facts = {name: value for name, value in episode.facts.items() if value and name != "tool_s"}
     assert facts == {"turns": 2, "ended_answered": 1.0, "calls": 2, "calls_result": 2}
@@ -210,6 +211,23 @@ def test_a_call_that_cannot_be_read_is_answered(turn: str, told: str) -> None:
     episode = play(tool_use(Scripted([]), rendering(tokenizer, "qwen3")), generate, prompt)
     assert episode.facts["calls_malformed"] == 1 and episode.facts["turns"] == 2
     assert f"({told})" in tokenizer.decode(episode.sequences[0].token_ids)
+
+
+def test_an_answer_names_the_tool_that_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, named = byte_level(), []
+    form = rendering(tokenizer, "qwen3")
+
+    def continuation(prompt: Any, sampled: Any, messages: Any) -> None:
+        named.extend((message["role"], message["name"], message["tool_call_id"]) for message in messages)
+
+    monkeypatch.setattr(form, "continuation", continuation)
+    prompt = tokenizer.encode("<|im_start|>assistant\n")
+    turn = f"{a_call('1')}<tool_call>oops</tool_call>{a_call('2', 'abacus')}<|im_end|>"
+    episode = play(
+        tool_use(Scripted([]), form), SamplingIds(tokenizer, [tokenizer.encode(turn)], prompt, 1000), prompt
+    )
+    assert named == [("tool", "calculator", "0"), ("tool", "unknown", "1"), ("tool", "abacus", "2")]
+    assert episode.facts["ended_not_continued"] == 1.0
 
 
 def test_calls_past_those_of_a_turn_are_refused() -> None:
