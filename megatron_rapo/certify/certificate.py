@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,24 +38,18 @@ DEFAULT = Architecture(
 )
 
 
-def certify(
-    algorithm: Options,
-    architecture: Architecture = DEFAULT,
-    run: Callable[[RunConfig, Path], None] = measure,
-) -> list[Result]:
+def certify(algorithm: Options, architecture: Architecture = DEFAULT) -> list[Result]:
     """Certifies a method's loss on a small model of a family, in RANKS processes of this machine.
 
     Args:
         algorithm: the method and its options.
         architecture: whose family, biases, norms and tying the small model takes.
-        run: what each rank does (tests plant faults here).
     """
     with tempfile.TemporaryDirectory(prefix="megatron-rapo-certify-") as name:
         directory = Path(name)
-        for seed, model in enumerate(("policy", "reference")):
-            _write_model(directory / model, small(architecture), seed)
+        write_models(directory, architecture)
         report = directory / "report.json"
-        run_local(run, (_config(directory, algorithm), report), RANKS)
+        run_local(measure, (configuration(directory, algorithm), report), RANKS)
         return [Result(**line) for line in json.loads(report.read_text())]
 
 
@@ -88,7 +81,8 @@ def as_json(results: list[Result]) -> str:
     return json.dumps({"bars": BARS, "passed": all(r.passed for r in results), "results": records}, indent=1)
 
 
-def _config(directory: Path, algorithm: Options) -> RunConfig:
+def configuration(directory: Path, algorithm: Options) -> RunConfig:
+    """Of a method's certificate, for the two small models in `directory`."""
     own = algorithm.model_dump(exclude_none=True)
     own.pop("minibatch_prompts", None)
     return validate(
@@ -113,9 +107,15 @@ def _config(directory: Path, algorithm: Options) -> RunConfig:
     )
 
 
+def write_models(directory: Path, architecture: Architecture) -> None:
+    """Random policy and reference, small ones of the architecture's kind, as `configuration` finds them."""
+    for seed, model in enumerate(("policy", "reference")):
+        _write_model(directory / model, small(architecture), seed)
+
+
 def _write_model(directory: Path, architecture: Architecture, seed: int) -> None:
     """A random model with no two parameters alike, as a HF directory in fp64."""
-    directory.mkdir()
+    directory.mkdir(parents=True)
     a = architecture
     AutoConfig.for_model(
         a.family,

@@ -61,16 +61,22 @@ def measure(config: RunConfig, report: Path, cases: Sequence[Case] = CASES) -> N
         report: a file.
         cases: what to run.
     """
-    results: list[Result] = []
     with process_groups(Parallel(data_parallel=RANKS), config.run.seed) as everyone:
-        for dtype in BARS:
-            expected = _expected(config, DTYPES[dtype]) if everyone.is_main else None
-            for case in cases:
-                loss, gradient = _computed(config, case, dtype)
-                if expected is not None:
-                    results.append(_compare(case, dtype, loss, gradient, *expected))
+        results = compare(config, cases, is_main=everyone.is_main)
         if everyone.is_main:
             report.write_text(json.dumps([asdict(result) for result in results]))
+
+
+def compare(config: RunConfig, cases: Sequence[Case], *, is_main: bool) -> list[Result]:
+    """The cases in all dtypes, within process groups; empty but on the main rank."""
+    results: list[Result] = []
+    for dtype in BARS:
+        expected = _expected(config, DTYPES[dtype]) if is_main else None
+        for case in cases:
+            loss, gradient = _computed(config, case, dtype)
+            if expected is not None:
+                results.append(_compare(case, dtype, loss, gradient, *expected))
+    return results
 
 
 def _expected(config: RunConfig, dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +13,23 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rapo.certify.cases import CASES
-from megatron_rapo.certify.certificate import DEFAULT, as_json, certify, table
-from megatron_rapo.certify.measure import measure
-from megatron_rapo.config import RunConfig
+from megatron_rapo.certify.cases import CASES, RANKS, Case
+from megatron_rapo.certify.certificate import DEFAULT, as_json, certify, configuration, table, write_models
+from megatron_rapo.certify.measure import Result, compare
+from megatron_rapo.config import Parallel
 from megatron_rapo.methods.named import METHODS
 from megatron_rapo.methods.rapo import RAPO
-from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.parallel.placement import process_groups
+from megatron_rapo.policy import gradients
+from tests.distributed.jobs import run_job
 
 FEW = tuple(
     case for case in CASES if case.name in ("TP 2, sequence parallel", "CP 4", "TP 2, PP 2", "PP 2, VPP 2")
 )
-QWEN3 = replace(DEFAULT, family="qwen3", attention_bias=False, query_key_norm=True, tied=True)
-SMOLLM3 = replace(DEFAULT, family="smollm3", attention_bias=False, layers_without_rope=(3,))
+MODELS = {
+    "qwen3": replace(DEFAULT, family="qwen3", attention_bias=False, query_key_norm=True, tied=True),
+    "smollm3": replace(DEFAULT, family="smollm3", attention_bias=False, layers_without_rope=(3,)),
+}
 TENSOR = tuple(case for case in CASES if case.name in ("DP 4", "TP 2"))
 
 
@@ -34,44 +40,19 @@ def test_rapo_is_certified_at_every_layout() -> None:
     assert '"passed": true' in as_json(results)
 
 
-@pytest.mark.parametrize(
-    ("options", "architecture"),
-    [
-        ({"method": "gspo", "clip_low": 0.2, "clip_high": 0.2}, QWEN3),
-        ({"method": "grpo", "divergence": "reverse_exact", "clip_dual": 1.5}, QWEN3),
-        ({"method": "rapo", "divergence": "forward_sampled", "audit_estimators": True}, SMOLLM3),
-        ({"method": "grpo", "divergence": "k2", "loss_aggregation": "constant"}, SMOLLM3),
-    ],
-    ids=lambda given: given.family if isinstance(given, Architecture) else "-".join(map(str, given.values())),
-)
-def test_other_objectives_and_families_are_certified(
-    options: dict[str, Any], architecture: Architecture
-) -> None:
-    method = METHODS[options["method"]].Options(**options)
-    results = certify(method, architecture, partial(measure, cases=FEW))
-    assert all(result.passed for result in results), table(results)
+# Other methods and models, and planted faults, in one launch.
 
 
-def test_a_plain_collective_is_reported() -> None:
-    """Without its own backward, hidden states' gradients lack the other ranks' vocabulary."""
-    failed = {r.case for r in certify(RAPO.Options(), DEFAULT, plain_collective) if not r.passed}
-    assert failed == {"TP 2"}
-
-
-def test_a_normaliser_without_one_ranks_tokens_is_reported() -> None:
-    failed = {r.case for r in certify(RAPO.Options(), DEFAULT, short_normaliser) if not r.passed}
-    assert failed == {"DP 4", "TP 2"}
-
-
-def plain_collective(config: RunConfig, report: Path) -> None:
+@contextmanager
+def plain_collective() -> Iterator[None]:
     """Hands hidden states on as they are, as a plain all-reduce under autograd would."""
-    from megatron_rapo.policy import gradients
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradients, "shared_tokens", lambda hidden, placement: hidden)
+        yield
 
-    gradients.shared_tokens = lambda hidden, placement: hidden
-    measure(config, report, TENSOR)
 
-
-def short_normaliser(config: RunConfig, report: Path) -> None:
+@contextmanager
+def short_normaliser() -> Iterator[None]:
     """On the last rank, the last response's tokens are not counted."""
     whole = RAPO.aggregate
 
@@ -81,5 +62,76 @@ def short_normaliser(config: RunConfig, report: Path) -> None:
             weights *= sum(response_tokens) / sum(response_tokens[:-1])
         return weights
 
-    RAPO.aggregate = short
-    measure(config, report, TENSOR)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RAPO, "aggregate", short)
+        yield
+
+
+@dataclass(frozen=True)
+class Certified:
+    """What is certified, on which model, at which layouts, and with which fault."""
+
+    options: dict[str, Any]
+    model: str
+    cases: tuple[Case, ...] = FEW
+    fault: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+OBJECTIVES = {
+    "gspo": Certified({"method": "gspo", "clip_low": 0.2, "clip_high": 0.2}, "qwen3"),
+    "reverse_exact": Certified({"method": "grpo", "divergence": "reverse_exact", "clip_dual": 1.5}, "qwen3"),
+    "forward_sampled": Certified(
+        {"method": "rapo", "divergence": "forward_sampled", "audit_estimators": True}, "smollm3"
+    ),
+    "k2": Certified({"method": "grpo", "divergence": "k2", "loss_aggregation": "constant"}, "smollm3"),
+}
+FAULTS = {
+    "plain collective": Certified({"method": "rapo"}, "qwen3", TENSOR, plain_collective),
+    "short normaliser": Certified({"method": "rapo"}, "qwen3", TENSOR, short_normaliser),
+}
+
+
+@pytest.fixture(scope="module")
+def certified(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]:
+    """Results of each objective and each fault."""
+    base = tmp_path_factory.mktemp("certified")
+    for name, architecture in MODELS.items():
+        write_models(base / name, architecture)
+    found = run_job(measure, base, directory=base, world_size=RANKS)
+    return {name: [Result(**result) for result in results] for name, results in found.items()}
+
+
+def measure(base: Path, report: Path) -> None:
+    """In each rank."""
+    found = {}
+    with process_groups(Parallel(data_parallel=RANKS), seed=1) as everyone:
+        for name, one in (OBJECTIVES | FAULTS).items():
+            options = METHODS[one.options["method"]].Options(**one.options)
+            with one.fault():
+                results = compare(
+                    configuration(base / one.model, options), one.cases, is_main=everyone.is_main
+                )
+            found[name] = [asdict(result) for result in results]
+        if everyone.is_main:
+            report.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_other_objectives_and_families_are_certified(certified: dict[str, list[Result]], name: str) -> None:
+    assert len(certified[name]) == 2 * len(FEW)
+    assert all(result.passed for result in certified[name]), table(certified[name])
+
+
+@pytest.mark.parametrize(
+    ("fault", "failing"),
+    [
+        # Without its own backward, hidden states' gradients lack the other ranks' vocabulary.
+        ("plain collective", {"TP 2"}),
+        ("short normaliser", {"DP 4", "TP 2"}),
+    ],
+)
+def test_a_planted_fault_is_reported(
+    certified: dict[str, list[Result]], fault: str, failing: set[str]
+) -> None:
+    assert len(certified[fault]) == 2 * len(TENSOR)
+    assert {result.case for result in certified[fault] if not result.passed} == failing
