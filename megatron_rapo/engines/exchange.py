@@ -139,7 +139,8 @@ class Exchange:
         """The error for an answer that no engine sends."""
         text = answer if isinstance(answer, str) else json.dumps(answer)
         return EngineLost(
-            f"{self.url}{path} answered {what}: {_excerpt(text)}; is this an SGLang server, 0.5.14 or later?"
+            f"{self.url}{path} answered {what}: {_excerpt(text)}; is it a server of rollout.engine.kind, of "
+            "a version that docs/engines.md names?"
         )
 
     def _lost(self, what: str, remedy: str) -> EngineLost:
