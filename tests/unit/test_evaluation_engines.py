@@ -13,7 +13,9 @@ from typing import Any, cast
 import pytest
 
 from megatron_rapo.config import Evaluate, Rollout
+from megatron_rapo.config.environment import EnvironmentOptions
 from megatron_rapo.config.evaluation import Setting
+from megatron_rapo.config.verifiers import built_in
 from megatron_rapo.data.prompts import LoadReport, Prompt
 from megatron_rapo.engines.sglang.client import SGLangClient
 from megatron_rapo.episode.outcome import Outcome, Verification
@@ -39,8 +41,8 @@ from tests.runners import single_turns
 from tests.stand_in import VOCAB, stand_ins
 
 PROMPTS = tuple(Prompt(i, "?", (i, 7), "1") for i in range(6))
-HELD_OUT = HeldOut("sums", PROMPTS, "math", LoadReport("sums.jsonl", 6, 6, (), (), (), 100, ()))
-OTHER = HeldOut("more", PROMPTS[:2], "math", LoadReport("more.jsonl", 2, 2, (), (), (), 100, ()))
+HELD_OUT = HeldOut("sums", PROMPTS, built_in("math"), LoadReport("sums.jsonl", 6, 6, (), (), (), 100, ()))
+OTHER = HeldOut("more", PROMPTS[:2], built_in("math"), LoadReport("more.jsonl", 2, 2, (), (), (), 100, ()))
 SAMPLES = 4
 STEP = 3  # that the stand-ins have
 
@@ -78,7 +80,8 @@ def evaluator_of(
     """One rank's; without a pool, of a rank that is no head."""
     rollout = Rollout(prompts_per_step=8, max_response_tokens=8)
     config = SimpleNamespace(
-        run=SimpleNamespace(directory=directory, seed=11, steps=10, date="2026-11-28"),
+        run=SimpleNamespace(directory=directory, seed=11, steps=10, date="2026-11-28", code=[]),
+        environment=EnvironmentOptions(),
         model=SimpleNamespace(path=directory),
         rollout=rollout,
         evaluate=Evaluate(samples=SAMPLES, k=[1, 2], batch=8),
