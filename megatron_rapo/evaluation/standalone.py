@@ -28,6 +28,8 @@ from megatron_rapo.reward.golds import gold_judge
 from megatron_rapo.reward.trial import try_rewards
 from megatron_rapo.reward.verifier import Verifier
 from megatron_rapo.rollout.dispatch import TooFewEngines
+from megatron_rapo.weights.hf_check import check_tensors
+from megatron_rapo.weights.hf_files import HFTensors
 
 WEIGHT_VERSION = 0  # engines are given one model, once
 
@@ -45,7 +47,8 @@ def evaluate(
         adaptive: correct samples at which a problem is done (`sequential`); None: all get all samples.
 
     Raises:
-        RapoError: the directory holds another evaluation, or something failed; what was sampled stays.
+        RapoError: the directory holds another evaluation, the model's weights are not those of its config, or
+            something failed; what was sampled stays.
     """
     before = Manifest.read(directory) if (directory / FILE).exists() else None
     config = with_date(
@@ -56,6 +59,9 @@ def evaluate(
     assert config.evaluate is not None
     tokenizer = load_tokenizer(config.model.path)
     architecture = read_architecture(config.model.path)
+    if config.rollout.engine.kind == "embedded":  # others may serve what this package has no form for
+        with HFTensors(config.model.path) as tensors:
+            check_tensors(tensors, architecture)
     data_sets = load_held_out(config, tokenizer, gold_judge(config))
     _check_context(data_sets, setting_records(config), architecture.max_positions)
     evaluation = _open(config, model, data_sets, directory, before, adaptive)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from megatron_rapo.config import RunConfig
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluation import command
+from megatron_rapo.evaluation import command, standalone
 from megatron_rapo.evaluation.command import Request, _as_typed, run
 from megatron_rapo.evaluation.interval import Estimate
 from megatron_rapo.evaluation.results import Result, table
@@ -87,6 +88,18 @@ def test_a_base_model_without_a_chat_template_is_told_of_the_flag(tmp_path: Path
     data.write_text(json.dumps({"question": "1+1", "answer": "2"}) + "\n")
     with pytest.raises(RapoError, match=r"no chat template; set --template plain"):
         run(Request(model=MODEL, data=[str(data)], out=tmp_path / "out"))
+
+
+def test_weights_that_are_not_those_of_the_config_are_refused_before_an_engine_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standalone, "open_own_engines", lambda *_: pytest.fail("an engine was started"))
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"hidden_size": 2 * config["hidden_size"]}))
+    with pytest.raises(RapoError, match=r"model.embed_tokens.weight in .* has shape .*is config\.json"):
+        run(Request(model=model, data=["countdown"], max_response_tokens=32, out=tmp_path / "out"))
 
 
 def test_a_generated_task_is_the_one_that_the_run_trained_on(tmp_path: Path) -> None:
