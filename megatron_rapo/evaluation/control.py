@@ -53,7 +53,7 @@ def choose(
         )
     half = (base.manifest.samples if old.stop else int(old.there.sum(axis=1).min())) // 2
     if half == 0:
-        raise RapoError(
+        return (
             f"{base.directory} has a single sample of some problems of {data}, which leaves no control of "
             "the hard subset; evaluate with more samples"
         )
