@@ -70,10 +70,13 @@ class ForkedRanks:
             while self._told.poll():
                 rank, number = self._told.recv()
                 (self.exit_codes if rank in self.pids else self.pids)[rank] = number
-        if not self._process.is_alive():  # it waits to be ended here, so something killed it, and its ranks
-            for rank in self._ranks:
-                self.exit_codes.setdefault(rank, -signal.SIGKILL)
-        return [rank for rank in self._ranks if rank not in self.exit_codes]
+        running = [rank for rank in self._ranks if rank not in self.exit_codes]
+        if self._process.is_alive():
+            return running
+        for rank in running:  # what forked them waits to be ended here, so something killed it, and them
+            self._kill_group(rank)
+            self.exit_codes[rank] = -signal.SIGKILL
+        return []
 
     def send(self, number: int) -> None:
         """A signal to each rank that runs, and to nothing that it started."""
@@ -86,12 +89,15 @@ class ForkedRanks:
         """Kills the ranks that run and all that they started, and waits for their end."""
         self.send(signal.SIGKILL)
         for rank in self.running():
-            if rank in self.pids:
-                with suppress(ProcessLookupError):
-                    os.killpg(self.pids[rank], signal.SIGKILL)
+            self._kill_group(rank)
         self._process.kill()
         self._process.join(_END_S)
         self._told.close()
+
+    def _kill_group(self, rank: int) -> None:
+        if rank in self.pids:
+            with suppress(ProcessLookupError):  # it left nothing running
+                os.killpg(self.pids[rank], signal.SIGKILL)
 
 
 def _fork_ranks(

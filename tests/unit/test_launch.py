@@ -214,9 +214,10 @@ def test_a_failure_is_seen_although_the_process_cannot_exit() -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_ranks_end_with_what_forked_them() -> None:
+def test_ranks_and_what_they_started_end_with_what_forked_them(tmp_path: Path) -> None:
     with pytest.raises(WorkerFailed, match="was killed by SIGKILL"):
-        run_local(launched.kill_what_forked, (), world_size=2)
+        run_local(launched.kill_what_forked, (tmp_path,), world_size=2)
+    assert gone(int((tmp_path / "child").read_text()))
 
 
 @pytest.mark.usefixtures("impatient")
