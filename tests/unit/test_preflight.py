@@ -17,6 +17,7 @@ from megatron_rapo.config import RunConfig, load_config
 from megatron_rapo.config.load import validate
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.parameters import count_parameters
+from megatron_rapo.reward import golds
 from megatron_rapo.reward.trial import RESPONSE
 from tests.models import make_hf_model
 
@@ -208,6 +209,17 @@ def rows(path: Path, *rows: dict[str, Any]) -> dict[str, Any]:
 
 
 PROBLEM = {"question": "1+1", "answer": "2"}
+
+
+def test_golds_are_judged_once_a_job(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its main rank, for it can take a minute: not by each process that looks at the data before."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(golds, "_judge", lambda _, data, told: asked.append(list(told)) or [None] * len(told))
+    run = config(tmp_path, model, data=rows(tmp_path / "good.jsonl", *[PROBLEM] * 8))
+    preflight.check(run)
+    assert asked == []
+    preflight.describe_plan(run)
+    assert asked == [["2"] * 8]
 
 
 def test_a_wrong_column_is_found_before_anything_starts(tmp_path: Path, model: Path) -> None:
