@@ -109,6 +109,22 @@ def writing_file(file: Path) -> Iterator[None]:
         raise OSError(error.errno, os.strerror(error.errno), str(file)) from error
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file anew; a reader sees what stood there before or all of it, also where the disk is full.
+
+    Raises:
+        OSError: it cannot be written, with the file's name; what stood there is intact.
+    """
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        with writing_file(file):
+            partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def _acquire(file: Path, what: str) -> int:
     """The locked file's descriptor. A holder on another machine may be gone: it is waited for."""
     deadline: float | None = None

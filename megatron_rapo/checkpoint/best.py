@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_rapo.errors import RapoError
+from megatron_rapo.folder import write_whole
 
 FILE = "best.json"
 
@@ -49,6 +50,4 @@ class BestCheckpoint:
     def write(self) -> None:
         """Leaves the best step for people and the run's next start; the main rank's, once it is saved."""
         record = {"step": self.step, "metric": self.metric, "value": self.value}
-        partial = self._file.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        partial.replace(self._file)
+        write_whole(self._file, json.dumps(record, indent=1) + "\n")

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from megatron_rapo.folder import writing_file
+from megatron_rapo.folder import write_whole
 
 
 class Heartbeat:
@@ -23,11 +23,8 @@ class Heartbeat:
 
     def beat(self, step: int, phase: str) -> None:
         """This rank enters `phase` of `step` now. A reader sees this beat or the one before, never half."""
-        partial = self._path.with_suffix(".partial")
         beat = {**self._who, "step": step, "phase": phase, "since": time.time()}
-        with writing_file(partial):
-            partial.write_text(json.dumps(beat), encoding="utf-8")
-        partial.replace(self._path)
+        write_whole(self._path, json.dumps(beat))
 
 
 def describe(run_directory: Path, now: float | None = None) -> str:

@@ -17,7 +17,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from megatron_rapo.config import RunConfig
 from megatron_rapo.errors import RapoError
-from megatron_rapo.folder import writing_file
+from megatron_rapo.folder import write_whole, writing_file
 
 
 class Logger(Protocol):
@@ -77,7 +77,7 @@ class WeightsAndBiases:
         wandb = import_wandb(config.observe.wandb)
         id_file = config.run.directory / "wandb_run_id"
         if resume_step is None or not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
+            write_whole(id_file, secrets.token_hex(4))
         try:
             self._run = wandb.init(
                 project=config.observe.wandb_project,

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_rapo.errors import RapoError
+from megatron_rapo.folder import writing_file
 
 FILE = "published.jsonl"
 
@@ -45,6 +46,7 @@ class Record:
 
     def __init__(self, directory: Path) -> None:
         self._file = directory / FILE
+        self._end = 0  # of the last whole line, in bytes
         self._digests = self._read()
 
     def check(self, version: int, dtype: str, found: str) -> None:
@@ -65,15 +67,22 @@ class Record:
 
     def add(self, publication: Publication) -> None:
         """Appends a publication."""
-        with self._file.open("a") as lines:
-            lines.write(json.dumps(asdict(publication)) + "\n")
+        line = (json.dumps(asdict(publication)) + "\n").encode()
+        with writing_file(self._file), self._file.open("ab") as lines:
+            if lines.tell() > self._end:  # half a line of an earlier start
+                lines.truncate(self._end)
+            lines.write(line)
+        self._end += len(line)
 
     def _read(self) -> dict[tuple[int, str], str]:
         """The last digest of each version and type."""
         digests: dict[tuple[int, str], str] = {}
         if not self._file.is_file():
             return digests
-        for number, line in enumerate(self._file.read_text().splitlines(), 1):
+        for number, line in enumerate(self._file.read_bytes().splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
+                break  # The run ended, or its disk was full, while it wrote this line.
+            self._end += len(line)
             try:
                 entry = json.loads(line)
                 digests[int(entry["version"]), str(entry["dtype"])] = str(entry["digest"])

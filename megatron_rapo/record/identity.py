@@ -17,6 +17,7 @@ from megatron_rapo.fingerprint import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
+from megatron_rapo.folder import write_whole
 
 FILE = "identity.json"
 SHOWN = 3  # rows in a message
@@ -106,9 +107,7 @@ class Identity:
     def write(self, directory: Path) -> None:
         """Leaves it in the run's directory, whole."""
         values = {**vars(self), "prompts": [list(asdict(row).values()) for row in self.prompts]}
-        partial = directory / f".{FILE}.partial"
-        partial.write_text(json.dumps(values) + "\n", encoding="utf-8")
-        partial.replace(directory / FILE)
+        write_whole(directory / FILE, json.dumps(values) + "\n")
 
     def fingerprints(self) -> dict[str, str]:
         """What a checkpoint must share with the run, in short."""

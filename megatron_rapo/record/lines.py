@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_rapo.errors import RapoError
+from megatron_rapo.folder import write_whole
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -39,6 +40,4 @@ def read_lines(path: Path, kind: type[Line], *, of: str, remedy: str) -> list[Li
 
 def write_lines(path: Path, lines: Sequence[Line]) -> None:
     """Writes the file anew; it appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(asdict(line)) + "\n" for line in lines), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(asdict(line)) + "\n" for line in lines))

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_rapo.checkpoint import files
 from megatron_rapo.config import RunConfig
 from megatron_rapo.errors import RapoError
+from megatron_rapo.folder import write_whole
 from megatron_rapo.record.configurations import check_accepted, check_options
 
 FINISHED = "finished.json"
@@ -46,7 +47,7 @@ def check_standing(config: RunConfig) -> str:
 
 def finish(directory: Path, step: int) -> None:
     """Notes that the run has done all its steps and left its model."""
-    (directory / FINISHED).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+    write_whole(directory / FINISHED, json.dumps({"step": step}) + "\n")
 
 
 def _finished(directory: Path) -> int | None:

@@ -10,6 +10,7 @@ from megatron_rapo.checkpoint import files
 from megatron_rapo.config import RunConfig
 from megatron_rapo.config.write import to_toml
 from megatron_rapo.errors import RapoError
+from megatron_rapo.folder import write_whole
 from megatron_rapo.observe.step_lines import read_step_lines
 from megatron_rapo.record import configurations, identity
 from megatron_rapo.record.configurations import record_configuration
@@ -69,7 +70,7 @@ def begin(config: RunConfig, now: Identity, versions: Mapping[str, str], step: i
         record_configuration(directory, step or 0, config),
         record_versions(directory, step, versions),
     ]
-    (directory / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    write_whole(directory / "config.toml", to_toml(config))
     return [*lines, *(f"  {line}" for line in changed if line)]
 
 

@@ -17,11 +17,13 @@ from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluation.store import Problem as EvaluatedProblem
 from megatron_rapo.evaluation.store import SampleStore
-from megatron_rapo.folder import writing_to
+from megatron_rapo.folder import write_whole, writing_to
 from megatron_rapo.observe.heartbeat import Heartbeat
 from megatron_rapo.observe.loggers import TensorBoard
 from megatron_rapo.observe.metrics import MetricsLog
 from megatron_rapo.observe.step_lines import StepLines, read_step_lines
+from megatron_rapo.record.identity import Identity
+from megatron_rapo.record.start import begin
 from megatron_rapo.samples.store import Recorded, steps_of, write_part
 from tests.episodes import scored_response
 from tests.unit.full_disk import no_file_beyond
@@ -120,6 +122,23 @@ def test_what_was_written_before_is_whole(tmp_path: Path) -> None:
             write(step)
     assert 0 < len(steps_of(tmp_path)) < STEPS - 1
     assert list((tmp_path / "samples").glob("*.partial")) == []
+
+
+def test_what_stood_in_a_file_that_is_written_anew_stays(tmp_path: Path) -> None:
+    write_whole(tmp_path / "note", "text")
+    with no_file_beyond(2), pytest.raises(OSError, match=r"too large: .*/note'"):
+        write_whole(tmp_path / "note", "another")
+    assert (tmp_path / "note").read_text() == "text"
+    assert [path.name for path in tmp_path.iterdir()] == ["note"]
+
+
+def test_the_configuration_that_stood_there_stays(tmp_path: Path) -> None:
+    """It tells the run's day, without which the run does not go on."""
+    begin(config(tmp_path), Identity({}, {}, []), {}, None)
+    before = (tmp_path / "config.toml").read_text()
+    with no_file_beyond(len(before) // 2), pytest.raises(OSError, match=r"too large: .*config\.toml"):
+        begin(config(tmp_path), Identity({}, {}, []), {}, 3)
+    assert (tmp_path / "config.toml").read_text() == before
 
 
 def test_all_logs_are_closed_where_one_fails_at_its_end(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -21,7 +23,7 @@ from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.experience.engines import SharedEngines
 from megatron_rapo.publish import proof
 from megatron_rapo.publish.publisher import Publisher
-from megatron_rapo.publish.record import Record
+from megatron_rapo.publish.record import Publication, Record
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.weights.buckets import make_buckets
 from megatron_rapo.weights.tensor_table import HFTensor
@@ -264,6 +266,20 @@ def test_a_record_that_cannot_be_read_names_its_line(line: str, tmp_path) -> Non
     (tmp_path / "published.jsonl").write_text(f"{json.dumps(good)}\n{line}\n")
     with pytest.raises(RapoError, match=r"published\.jsonl, line 2 is no publication"):
         Record(tmp_path)
+
+
+def test_half_a_line_is_of_no_publication(tmp_path: Path) -> None:
+    """A run that ended, or whose disk was full, while it wrote goes on, and writes that line anew."""
+    first, second = (Publication(n, "float32", f"d{n}", 1.0, 1, 0.0) for n in (1, 2))
+    Record(tmp_path).add(first)
+    with (tmp_path / "published.jsonl").open("a") as file:
+        file.write('{"version": 2, "dty')
+    record = Record(tmp_path)
+    record.check(2, "float32", "another")
+    record.add(second)
+    assert published(tmp_path) == [asdict(first), asdict(second)]
+    with pytest.raises(RapoError, match="the weights of step 2 are not those"):
+        Record(tmp_path).check(2, "float32", "another")
 
 
 # An echo of another engine's death
