@@ -8,14 +8,15 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import numpy as np
 import torch
 
+from megatron_rapo.environments.countdown_turns import CountdownTurns
 from megatron_rapo.environments.tool_use import ToolUse
-from megatron_rapo.episode.environment import Turn
+from megatron_rapo.episode.environment import Environment, Generate, Turn
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
@@ -79,17 +80,21 @@ def of_evaluations(folder: Path) -> Iterator[str]:
 
 
 def of_environments() -> set[str]:
-    """Of an episode of `tool_use`, which calls nothing."""
+    """Of an episode of each of ours that tells something; `tool_use` calls nothing."""
 
     async def generate(token_ids: list[int], **options: Any) -> Turn:
         return Turn(np.ones(1, np.int32), np.zeros(1, np.float32), np.zeros(1, np.int32), "stop", "5")
 
     rendering: Any = SimpleNamespace(stop=(), parse=lambda *turn: SimpleNamespace(content="5", tool_calls=[]))
     toolbox: Any = SimpleNamespace(episode=nullcontext)
-    environment = ToolUse(toolbox, rendering, ToolUse.Options(), max_turns=2)
-    asked: Any = generate
-    episode = asyncio.run(environment.run(Problem("0", "2+3", token_ids=(1,)), asked, 0))
-    return {f"environment/{name}" for name in episode.facts}
+    environments: list[Environment] = [
+        ToolUse(toolbox, rendering, ToolUse.Options(), max_turns=2),
+        CountdownTurns(rendering, CountdownTurns.Options(guesses=2)),
+    ]
+    problem = Problem("0", "5=5:", '{"numbers":[5],"target":5}', token_ids=(1,))
+    asked = cast(Generate, generate)
+    episodes = [asyncio.run(environment.run(problem, asked, 0)) for environment in environments]
+    return {f"environment/{name}" for episode in episodes for name in episode.facts}
 
 
 class _Own(Term):

@@ -38,6 +38,15 @@ def test_what_is_written_has_one_entry(tmp_path: Path) -> None:
     assert {name: built_in(name) for name in written if len(built_in(name)) != 1} == {}
 
 
+def test_what_is_recorded_is_written(tmp_path: Path) -> None:
+    """In groups that are written without a run; of the others, tests/end_to_end/test_train.py asks."""
+    written = (
+        of_rollouts() | of_updates() | of_environments() | of_users_own() | set(of_evaluations(tmp_path))
+    )
+    told = {name.partition("/")[0] for name in written}
+    assert {entry for entry in metrics() if entry.group in told} == {recorded(name)[0] for name in written}
+
+
 def test_what_users_tell_has_the_entry_of_its_group() -> None:
     assert {name: [metric.name for metric in recorded(name)] for name in of_users_own()} == {
         "reward/own": ["reward/<name>"],
