@@ -15,9 +15,10 @@ export HF_HUB_OFFLINE = 1
 # More threads than cores cost an order of magnitude.
 export OMP_NUM_THREADS ?= 1
 
-# Two files of tests at a time. SLURM's begin first: they wait more than they compute. Tests that start four ranks come
-# after, one at a time.
+# Two files of tests at a time, the long ones first: SLURM's, which wait more than they compute, and those that start
+# runs; the many short ones fill what is left.
 SIDE_BY_SIDE = --numprocesses 2 --dist loadfile --no-loadscope-reorder
+TESTS = tests/slurm tests/distributed tests/end_to_end tests/engines tests/unit tests/containers
 
 .PHONY: demo test test-all test-slurm test-docker lint install sglang clean
 
@@ -25,10 +26,7 @@ demo: install
 	examples/run_cpu.sh
 
 test: lint sglang
-	@failed=0; set -x; \
-	.venv/bin/pytest $(SIDE_BY_SIDE) $(MARKED) tests/slurm tests/engines tests/unit tests/containers || failed=1; \
-	.venv/bin/pytest $(MARKED) tests/distributed tests/end_to_end || failed=1; \
-	exit $$failed
+	.venv/bin/pytest $(SIDE_BY_SIDE) $(MARKED) $(TESTS)
 
 test-all: MARKED = -m ''
 test-all: test
