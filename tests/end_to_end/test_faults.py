@@ -30,6 +30,7 @@ from tests.end_to_end.command import (
 )
 from tests.leftovers import nothing_left
 from tests.models import make_tokenizer
+from tests.ports import free_port
 
 TWO_STAGES = {"pipeline_parallel": 2, "timeout_s": 60.0}
 SOON = 30.0  # seconds from the fault to the end of the job, on a machine that is busy
@@ -266,15 +267,14 @@ def test_a_rank_that_no_launcher_of_ours_watches_leaves_nothing(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     """As srun starts and ends it: the signal comes to the rank alone, with nothing above to sweep."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        place = {
-            "RANK": 0,
-            "LOCAL_RANK": 0,
-            "WORLD_SIZE": 1,
-            "LOCAL_WORLD_SIZE": 1,
-            "MASTER_ADDR": "127.0.0.1",
-        }
-        place["MASTER_PORT"] = free.getsockname()[1]
+    place = {
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": 1,
+        "LOCAL_WORLD_SIZE": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+    }
     environment = {name: str(value) for name, value in place.items()}
     changes = {"parallel": {"timeout_s": 60.0}, "weights": {"transport": "tensor"}}
     with nothing_left(), training(tmp_path, environment, **changes) as (directory, command):

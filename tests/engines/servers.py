@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import httpx
 import torch
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 SGLANG_PYTHON = ROOT / ".venv-sglang/bin/python"
@@ -55,8 +56,7 @@ def command(kind: str, model: Path, port: int) -> list[str]:
 @contextmanager
 def running(kind: str, model: Path, log: Path) -> Iterator[str]:
     """An engine of this kind on this model, ready; its address. Afterwards none of its processes is left."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -28,6 +27,7 @@ from megatron_rapo.rollout.revival import Reviver
 from tests.engines.servers import ROOT, SGLANG_PYTHON
 from tests.models import make_hf_model
 from tests.pools import generate_groups
+from tests.ports import free_ports
 from tests.stand_in import stand_ins
 
 SITE_PACKAGES = SGLANG_PYTHON.parents[1] / "lib"
@@ -47,8 +47,7 @@ def model(tmp_path_factory):
 
 @contextmanager
 def running_router(log: Path):
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        ports = [str(free.getsockname()[1]) for free in (one, other)]
+    ports = list(map(str, free_ports(2)))
     with log.open("wb") as output:
         process = subprocess.Popen(
             [SGLANG_PYTHON, ROOT / "tests/engines/router.py", *ports],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import pickle
-import socket
 import sys
 import threading
 import types
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from megatron_rapo.errors import RapoError
+from tests.ports import free_port
 
 TIMEOUT = timedelta(seconds=60)
 
@@ -27,8 +27,7 @@ class Group:
 
     def __init__(self, engine, name):
         self.engine, self.name = engine, name
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         body = {
             "master_address": "127.0.0.1",
             "master_port": port,

@@ -9,7 +9,6 @@ import getpass
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -19,6 +18,8 @@ from types import TracebackType
 from typing import Self
 
 import psutil
+
+from tests.ports import free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 # Debian keeps daemons in sbin, which is not in every PATH.
@@ -188,12 +189,3 @@ class Cluster:
                 daemon.wait(10)
             daemon.kill()
             daemon.wait(10)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports

@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from tests.end_to_end.command import COMMAND, MARK, checkpoints, metrics, run, without_times, write_config
-from tests.slurm.cluster import Cluster, free_ports, missing_programs
+from tests.ports import free_ports
+from tests.slurm.cluster import Cluster, missing_programs
 
 pytestmark = [
     pytest.mark.skipif(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_rapo.config import Parallel
 from megatron_rapo.parallel.placement import Placement, process_groups
+from tests.ports import free_port
 
 
 @contextmanager
@@ -26,10 +26,7 @@ def one_rank(directory: Path) -> Iterator[None]:
 @contextmanager
 def one_placement() -> Iterator[Placement]:
     """All process groups of a layout of one rank."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    environment = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, str(value))
