@@ -51,7 +51,7 @@ install: .venv/installed
 		echo "error: '$(PYTHON)' is no Python >= 3.11 with venv; install one (Debian: apt-get install" \
 			"python3.11 python3.11-venv), or name yours: make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --constraint constraints.txt --editable '.[dev,reasoning_gym,tools]'
+	.venv/bin/pip install --constraint constraints.txt --editable '.[dev,gym,tools]'
 	@touch $@
 
 sglang: .venv-sglang/installed

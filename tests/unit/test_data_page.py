@@ -41,7 +41,7 @@ def test_an_example_loads(heading, given, tmp_path, monkeypatch):
     values = tomllib.loads(given["toml"])
     source = values["data"]["source"]
     if source == "reasoning_gym" and importlib.util.find_spec("reasoning_gym") is None:
-        pytest.skip("the extra reasoning_gym is not installed")
+        pytest.skip("the extra gym is not installed")
     rows = [json.loads(line) for line in given["jsonl"].splitlines()]
     if values["data"].get("format") is None and source == "file":
         rows = [{"question": "What is 6 · 7?", "answer": "42", "level": 3}]

@@ -127,7 +127,7 @@ def test_constraints_pin_every_requirement() -> None:
     for text in [
         *arguments["install_requires"],
         *arguments["extras_require"]["dev"],
-        *arguments["extras_require"]["reasoning_gym"],
+        *arguments["extras_require"]["gym"],
         *arguments["extras_require"]["tools"],
     ]:
         requirement = Requirement(text)

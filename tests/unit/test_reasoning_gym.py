@@ -16,7 +16,7 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.reward.verifier import Verifier
 from tests.models import make_tokenizer
 
-pytest.importorskip("reasoning_gym", reason="the extra reasoning_gym is not installed")
+pytest.importorskip("reasoning_gym", reason="the extra gym is not installed")
 
 from megatron_rapo.reward import gym as scoring
 
@@ -155,7 +155,7 @@ def test_what_reasoning_gym_has_not_is_told(made, message):
 
 def test_a_missing_package_is_told_with_the_command(monkeypatch):
     monkeypatch.setattr(gym, "find_spec", lambda name: None)
-    with pytest.raises(RapoError, match=r'is not installed; pip install .* "megatron_rapo\[reasoning_gym\]"'):
+    with pytest.raises(RapoError, match=r'is not installed; pip install .* "megatron_rapo\[gym\]"'):
         drawn(gym_data())
 
 

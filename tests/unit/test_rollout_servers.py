@@ -72,9 +72,8 @@ def tokens(groups):
 
 def processes():
     """The embedded servers that this process started."""
-    return [
-        p for p in psutil.Process().children() if "megatron_rapo.embedded_server" in " ".join(p.cmdline())
-    ]
+    running = (p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE)
+    return [p for p in running if "megatron_rapo.embedded_server" in " ".join(p.cmdline())]
 
 
 def test_two_servers_sample_as_one_from_the_published_weights(checkpoints, tmp_path):

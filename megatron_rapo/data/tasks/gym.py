@@ -39,7 +39,7 @@ def generate(config: ReasoningGymData, seed: int, split: Split, count: int, opti
     if find_spec("reasoning_gym") is None:
         raise RapoError(
             f'{option}.source = "reasoning_gym" needs the package reasoning_gym, which is not installed; '
-            'pip install -c constraints.txt "megatron_rapo[reasoning_gym]"'
+            'pip install -c constraints.txt "megatron_rapo[gym]"'
         )
     request = Request(config.dataset, config.options or {}, seed, split, count)
     found = _drawn(json.dumps(asdict(request)), count)
