@@ -15,10 +15,9 @@ export HF_HUB_OFFLINE = 1
 # More threads than cores cost an order of magnitude.
 export OMP_NUM_THREADS ?= 1
 
-# Two files of tests at a time, the long ones first: SLURM's, which wait more than they compute, and those that start
-# runs; the many short ones fill what is left.
+# Two files of tests at a time. Those of SLURM, which wait for daemons with limits of time, run beside short ones;
+# those that start runs of several ranks come after.
 SIDE_BY_SIDE = --numprocesses 2 --dist loadfile --no-loadscope-reorder
-TESTS = tests/slurm tests/distributed tests/end_to_end tests/engines tests/unit tests/containers
 
 .PHONY: demo test test-all test-slurm test-docker lint install sglang clean
 
@@ -26,7 +25,10 @@ demo: install
 	examples/run_cpu.sh
 
 test: lint sglang
-	.venv/bin/pytest $(SIDE_BY_SIDE) $(MARKED) $(TESTS)
+	@failed=0; set -x; \
+	.venv/bin/pytest $(SIDE_BY_SIDE) $(MARKED) tests/slurm tests/engines tests/unit tests/containers || failed=1; \
+	.venv/bin/pytest $(SIDE_BY_SIDE) $(MARKED) tests/distributed tests/end_to_end || failed=1; \
+	exit $$failed
 
 test-all: MARKED = -m ''
 test-all: test

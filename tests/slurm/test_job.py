@@ -153,7 +153,7 @@ def test_a_job_whose_time_is_up_goes_on_in_another_allocation(
     # One that ends within 30 s of its first start could not be started, and would end the job.
     wait(cluster, job, lambda: time.time() - engine.create_time() > 32, 40, "the engine is old enough")
     engine.kill()
-    wait(cluster, job, lambda: "ended and is started again" in log(directory), 60, "the engine came back")
+    wait(cluster, job, lambda: "ended and is started again" in log(directory), 120, "the engine came back")
     last = newest(directory)
     wait(cluster, job, lambda: newest(directory) > last + 1, 120, "checkpoints with the new engine")
 
