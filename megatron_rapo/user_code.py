@@ -85,6 +85,29 @@ def load(address: str, folders: Sequence[Path], option: str) -> Any:
         raise RapoError(f"{named}: {_no_name(address, vars(module), place_of(module))}") from None
 
 
+def ours_or_own(name: str, ours: Mapping[str, Any], folders: Sequence[Path], option: str, what: str) -> Any:
+    """What an option calls so: one of ours by its name, or an object of the user's by its address.
+
+    Args:
+        name: a name, or `module:name`.
+        ours: by name.
+        folders: of the user's own modules (`run.code`).
+        option: that holds the name, for errors.
+        what: they are, for errors: `method`.
+
+    Raises:
+        ValueError: there is none of that name.
+        RapoError: as from `load`.
+    """
+    if name in ours:
+        return ours[name]
+    if ":" in name:
+        return load(name, folders, option)
+    near = difflib.get_close_matches(name, ours, n=1)
+    meant = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f'is no {what}; {meant}choose one of {", ".join(ours)}, or "module:class" of your own')
+
+
 def check_callable(
     found: object,
     parameters: Sequence[str],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.methods.method import Method
 from megatron_rapo.methods.named import METHODS
 from megatron_rapo.methods.options import Options
-from megatron_rapo.user_code import load, place_of
+from megatron_rapo.user_code import ours_or_own, place_of
 
 DEFAULT_METHOD = "rapo"
 
@@ -30,15 +29,8 @@ def find_method(name: str, folders: Sequence[Path] = ()) -> type[Method]:
         ValueError: there is no method of that name.
         RapoError: there is no such class, or it is no method.
     """
-    if name in METHODS:
-        return METHODS[name]
-    if ":" in name:
-        return _of_the_user(name, load(name, folders, "algorithm.method"))
-    near = difflib.get_close_matches(name, METHODS, n=1)
-    meant = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(
-        f'is no method; {meant}choose one of {", ".join(METHODS)}, or "module:class" of your own'
-    )
+    found = ours_or_own(name, METHODS, folders, "algorithm.method", "method")
+    return METHODS[name] if name in METHODS else _of_the_user(name, found)
 
 
 def _of_the_user(address: str, found: Any) -> type[Method]:

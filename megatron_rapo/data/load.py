@@ -85,6 +85,7 @@ def load_prompts(
         for row, token_ids in zip(usable, encoded, strict=True)
         if len(token_ids) <= max_prompt_tokens
     ][:count]
+    lengths = {row.index: len(token_ids) for row, token_ids in zip(usable, encoded, strict=True)}
     report = LoadReport(
         source=source,
         rows=len(rows),
@@ -92,11 +93,7 @@ def load_prompts(
         without_question=tuple(row.index for row in rows if not row.question),
         without_answer=tuple(row.index for row in rows if needs_answers and row.question and not row.answer),
         unmatched=unmatched,
-        too_long=tuple(
-            row.index
-            for row, token_ids in zip(usable, encoded, strict=True)
-            if len(token_ids) > max_prompt_tokens
-        ),
+        too_long=tuple(index for index, length in lengths.items() if length > max_prompt_tokens),
         max_prompt_tokens=max_prompt_tokens,
         duplicates=_duplicates(usable),
     )
@@ -119,6 +116,32 @@ def _judged(
     return [row for row in whole if row.index not in unmatched], unmatched
 
 
+def load_source(
+    config: RunConfig,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    option: str,
+    *,
+    split: Split,
+    count: int | None,
+    judge: Judge | None = None,
+) -> PromptSet:
+    """As `load_prompts`, with what the run's other options say of it."""
+    return load_prompts(
+        data,
+        tokenizer,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        split=split,
+        count=count,
+        option=option,
+        date=config.run.date,
+        judge=judge,
+        needs_answers=config.needs_answers(data),
+        code=config.run.code,
+        tools=tool_schemas(config),
+    )
+
+
 def load_training_prompts(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, judge: Judge | None = None
 ) -> TrainingPrompts:
@@ -133,21 +156,8 @@ def load_training_prompts(
     sources = config.training_sources
     weights = [source.weight or 1.0 for source in sources]
     shares = tuple(weight / sum(weights) for weight in weights)
-    tools = tool_schemas(config)
     sets = tuple(
-        load_prompts(
-            source,
-            tokenizer,
-            max_prompt_tokens=config.rollout.max_prompt_tokens,
-            split="train",
-            count=None,
-            option=table,
-            date=config.run.date,
-            judge=judge,
-            needs_answers=config.needs_answers(source),
-            code=config.run.code,
-            tools=tools,
-        )
+        load_source(config, source, tokenizer, table, split="train", count=None, judge=judge)
         for source, table in zip(sources, config.training_tables, strict=True)
     )
     for prompts, share in zip(sets, shares, strict=True):

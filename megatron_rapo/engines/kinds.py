@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from megatron_rapo.engines.kind import EngineKind
 from megatron_rapo.engines.options import EngineOptions
 from megatron_rapo.engines.sglang.kind import SGLang
 from megatron_rapo.errors import RapoError
-from megatron_rapo.user_code import load, place_of
+from megatron_rapo.user_code import ours_or_own, place_of
 
 DEFAULT_KIND = "embedded"
 KINDS: Mapping[str, type[EngineKind]] = {"embedded": Embedded, "sglang": SGLang}
@@ -28,15 +27,7 @@ def find_kind(name: str, folders: Sequence[Path] = ()) -> type[EngineKind]:
         ValueError: there is no kind of that name.
         RapoError: there is no such class, or it is no kind.
     """
-    if name in KINDS:
-        return KINDS[name]
-    if ":" not in name:
-        near = difflib.get_close_matches(name, KINDS, n=1)
-        meant = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(
-            f'is no kind of engines; {meant}choose one of {", ".join(KINDS)}, or "module:class" of your own'
-        )
-    found = load(name, folders, "rollout.engine.kind")
+    found = ours_or_own(name, KINDS, folders, "rollout.engine.kind", "kind of engines")
     named = f'rollout.engine.kind = "{name}" ({place_of(found)})'
     if not (isinstance(found, type) and issubclass(found, EngineKind)):
         raise RapoError(

@@ -21,18 +21,12 @@ _FIELDS = {"question": "3 7=10:", "target": "10", "value": "4"}
 
 
 class CountdownTurns:
-    """`environment.use = "countdown_turns"`. The reward is 1 for a right guess, less for a later one."""
+    """`environment.use = "countdown_turns"`. The reward is 1 where a guess is right."""
 
     class Options(RenderingOptions):
         """Of `environment.options`. Verdicts may have `{question}`, `{target}` and `{value}`."""
 
         guesses: PositiveInt = Field(3, description="Guesses that an episode has at most.")
-        discount: float = Field(
-            1.0,
-            gt=0,
-            le=1,
-            description="What the reward of a right guess is multiplied by for each before it.",
-        )
         wrong: str = Field(
             "That is {value}, not {target}. Try again.",
             description="What is said after an expression of the given numbers that misses the target.",
@@ -97,13 +91,10 @@ class CountdownTurns:
                 ending = Ending.ANSWERED
             else:
                 ending = dialogue.say([{"role": "user", "content": self._verdict(said.turn.text, problem)}])
-        reward = self._options.discount ** (dialogue.turns - 1) if right else 0.0
-        by = {f"right_by_{n}": float(right and dialogue.turns <= n) for n in self._numbers}
-        return dialogue.episode(ending, by, Score(reward, answer=countdown.final_answer(said.turn.text)))
-
-    @property
-    def _numbers(self) -> range:
-        return range(1, self._options.guesses + 1)
+        numbers = range(1, self._options.guesses + 1)
+        by = {f"right_by_{n}": float(right and dialogue.turns <= n) for n in numbers}
+        score = Score(float(right), answer=countdown.final_answer(said.turn.text))
+        return dialogue.episode(ending, by, score)
 
     def _verdict(self, guess: str, problem: Problem) -> str:
         value = countdown.comes_to(guess, problem.answer)

@@ -12,7 +12,7 @@ from megatron_rapo.config import RunConfig
 from megatron_rapo.episode.environment import Environment
 from megatron_rapo.errors import RapoError
 from megatron_rapo.section import Section
-from megatron_rapo.user_code import ADDRESS, load
+from megatron_rapo.user_code import ours_or_own
 
 ENVIRONMENTS: dict[str, str] = {
     "single_turn": "megatron_rapo.environments.single_turn:SingleTurn",
@@ -47,14 +47,11 @@ def open_environment(config: RunConfig) -> Environment:
 
 def _kind(config: RunConfig) -> Any:
     use = config.environment.use
-    if use in ENVIRONMENTS:
-        return _ours(use)
-    if ADDRESS.fullmatch(use):
-        return load(use, config.run.code, "environment.use")
-    raise RapoError(
-        f'environment.use = "{use}" does not exist; choose one of {", ".join(ENVIRONMENTS)}, or name a class '
-        'of your own, "module:Name"'
-    )
+    try:
+        found = ours_or_own(use, ENVIRONMENTS, config.run.code, "environment.use", "environment")
+    except ValueError as error:
+        raise RapoError(f'environment.use = "{use}" {error}') from None
+    return _ours(use) if use in ENVIRONMENTS else found
 
 
 def _ours(use: str) -> Any:

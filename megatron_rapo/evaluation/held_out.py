@@ -12,7 +12,7 @@ from megatron_rapo.config import FileData, FunctionData, RunConfig
 from megatron_rapo.config.code import addresses_in, modules_of
 from megatron_rapo.config.data import Data
 from megatron_rapo.config.verifiers import RewardPlan
-from megatron_rapo.data.load import Judge, load_prompts, tool_schemas
+from megatron_rapo.data.load import Judge, load_source
 from megatron_rapo.data.prompts import LoadReport, Prompt
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluation.manifest import DataRecord, SettingRecord
@@ -110,19 +110,7 @@ def _load(
     count = config.evaluate.problems
     if count is None and not isinstance(data, FileData | FunctionData):
         count = GENERATED_PROBLEMS
-    loaded = load_prompts(
-        data,
-        tokenizer,
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
-        split="test",
-        count=count,
-        option=table,
-        date=config.run.date,
-        judge=judge,
-        needs_answers=config.needs_answers(data),
-        code=config.run.code,
-        tools=tool_schemas(config),
-    )
+    loaded = load_source(config, data, tokenizer, table, split="test", count=count, judge=judge)
     _refuse_duplicates(loaded.prompts, loaded.report.source, table)
     return HeldOut(data.name, loaded.prompts, config.verifier_of(data), loaded.report, config.is_graded(data))
 

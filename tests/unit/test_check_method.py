@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,6 @@ from megatron_rapo.methods.gspo import GSPO
 from megatron_rapo.methods.rapo import RAPO
 from megatron_rapo.testing import a_group, check_method
 from tests.own_method import PAGE, write_method
-
-
-@pytest.fixture(autouse=True)
-def forgotten() -> Iterator[None]:
-    """Each test has a module of its own."""
-    yield
-    sys.modules.pop("my_method", None)
 
 
 def own(folder: Path, monkeypatch: pytest.MonkeyPatch, *changes: tuple[str, str]) -> Any:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +33,12 @@ PROBLEM = {"target": 7, "answer": "7"}
 
 
 @pytest.fixture
-def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     folder = tmp_path / "my_package"
     folder.mkdir()
     (folder / "rewards.py").write_text(SOURCE)
     monkeypatch.syspath_prepend(tmp_path)
-    yield importlib.import_module("my_package.rewards")
-    for name in ("my_package", "my_package.rewards"):
-        del sys.modules[name]
+    return importlib.import_module("my_package.rewards")
 
 
 def test_a_table_that_is_right_passes(rewards: Any) -> None:

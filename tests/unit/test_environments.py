@@ -318,7 +318,7 @@ class Long:
 @pytest.mark.parametrize(
     ("source", "use", "options", "message"),
     [
-        ("", "search", {}, r'environment.use = "search" does not exist; choose one of single_turn'),
+        ("", "search", {}, r'environment.use = "search" is no environment; choose one of single_turn'),
         (
             "class A:\n    pass\n",
             "A",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,15 +48,6 @@ max_response_tokens = 10
 method = "my_method:RunningBaseline"
 penalty = 0.5
 """
-
-
-@pytest.fixture(autouse=True)
-def forgotten() -> Iterator[None]:
-    """Each test has a module of its own."""
-    path = list(sys.path)
-    yield
-    sys.path[:] = path
-    sys.modules.pop("my_method", None)
 
 
 def configured(folder: Path, *changes: tuple[str, str], settings: tuple[str, ...] = ()) -> RunConfig:

@@ -372,7 +372,7 @@ def test_a_reward_that_is_none_is_refused_before_anything_starts(
     [
         ("preflight_rewards:partly", {}, "is no class with `async def run"),
         ("preflight_world:World", {"depth": 2}, r"environment.options does not fit .*preflight_world.py:1"),
-        ("elsewhere", {}, 'environment.use = "elsewhere" does not exist; choose one of single_turn'),
+        ("elsewhere", {}, 'environment.use = "elsewhere" is no environment; choose one of single_turn'),
     ],
 )
 def test_an_environment_that_is_none_is_refused_before_anything_starts(
