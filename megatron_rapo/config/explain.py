@@ -62,16 +62,28 @@ def _explain_one(problem: ErrorDetails, values: Mapping[str, Any]) -> str:
             return f"{key}.kind{named} {context['why']}"
         case "missing" if "." not in key:
             return f"section [{key}] is missing; add it (docs/configuration.md)"
-        case "missing":
-            return f"{key} is missing; set it"
         case "union_tag_not_found":
             return (
                 f"{key}.source is missing; set it to {', '.join(list(_SOURCES)[:-1])} or {list(_SOURCES)[-1]}"
             )
         case "union_tag_invalid":
             return f'{key}.source = "{context["tag"]}" is not one of {context["expected_tags"]}'
+        case "string_pattern_mismatch":  # names are the only text of a given form
+            return f"{key} = {value}: must be of {LABEL_MEANS}"
+        case _:
+            return explain_value(problem, key)
+
+
+def explain_value(problem: ErrorDetails, key: str) -> str:
+    """What is wrong with a value of any section: one line, which begins with the option's full name."""
+    given = problem["input"]
+    value = json.dumps(given, default=str)
+    match problem["type"]:
         case "value_error":  # A section's own check: its message begins with the option's name.
-            return f"{key}.{context['error']}" if key else str(context["error"])
+            error = problem["ctx"]["error"]
+            return f"{key}.{error}" if key else str(error)
+        case "missing":
+            return f"{key} is missing; set it"
         case "list_type":
             return f"{key} = {value}: must be a list; write {_written(key, [given])}"
         case "string_type" | "path_type":
@@ -80,8 +92,6 @@ def _explain_one(problem: ErrorDetails, values: Mapping[str, Any]) -> str:
             return f"{key} = {value}: must be true or false"
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"{key} = {value}: must be a table; write [{key}], and its options below it"
-        case "string_pattern_mismatch":  # names are the only text of a given form
-            return f"{key} = {value}: must be of {LABEL_MEANS}"
         case _:
             return f"{key} = {value}: {re.sub(r'^[A-Z][a-z]+ should', 'must', problem['msg'])}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 
 from megatron_rapo.config import CountdownData, RunConfig
 from megatron_rapo.data.tasks import countdown
@@ -36,17 +36,18 @@ class CountdownTurns:
             description="What is said after anything else.",
         )
 
-        @field_validator("wrong", "malformed")
-        @classmethod
-        def _has_known_fields(cls, verdict: str) -> str:
-            try:
-                verdict.format(**_FIELDS)
-            except (KeyError, IndexError, ValueError) as error:
-                raise ValueError(
-                    f"{verdict!r} has a field other than {{question}}, {{target}} and {{value}} ({error!r}); "
-                    "correct it"
-                ) from error
-            return verdict
+        @model_validator(mode="after")
+        def _have_known_fields(self) -> Self:
+            for name in ("wrong", "malformed"):
+                verdict = getattr(self, name)
+                try:
+                    verdict.format(**_FIELDS)
+                except (KeyError, IndexError, ValueError) as error:
+                    raise ValueError(
+                        f"{name} = {verdict!r} has a field other than {{question}}, {{target}} and "
+                        "{value}; correct it"
+                    ) from error
+            return self
 
     def __init__(self, rendering: Rendering, options: Options) -> None:
         self._rendering = rendering

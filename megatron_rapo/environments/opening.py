@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_rapo.config import RunConfig
+from megatron_rapo.config.explain import explain_value
 from megatron_rapo.episode.environment import Environment
 from megatron_rapo.errors import RapoError
 from megatron_rapo.section import Section
@@ -78,11 +79,10 @@ def _made(kind: type[Any], config: RunConfig) -> Environment:
         return kind(**options)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise RapoError(
-            f"environment.options.{name}: {first['msg'].lower()}; {use} has the options "
-            f"{', '.join(declared.model_fields) or 'none'}"  # type: ignore[union-attr]
-        ) from error
+        key = ".".join(map(str, ("environment.options", *first["loc"])))
+        has = f"{use} has the options {', '.join(declared.model_fields) or 'none'}"  # type: ignore[union-attr]
+        told = f"{key} is not an option" if first["type"] == "extra_forbidden" else explain_value(first, key)
+        raise RapoError(f"{told}; {has}") from error
     except TypeError as error:
         raise RapoError(
             f'environment.options does not fit environment.use = "{use}": {error}; {_place(kind)}'

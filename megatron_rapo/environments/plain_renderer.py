@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 from renderers.base import ParsedResponse, ParsedToolCall, RenderedTokens, ToolCallParseStatus
 from transformers import PreTrainedTokenizerBase
 
@@ -28,12 +28,13 @@ class Markers(Section):
     answer: tuple[str, str] = Field(("<answer>", "</answer>\n"), strict=False)
     user: tuple[str, str] = Field(("\n", "\n"), strict=False)
 
-    @field_validator("call")
-    @classmethod
-    def _ends_somewhere(cls, call: tuple[str, str]) -> tuple[str, str]:
-        if not call[1]:
-            raise ValueError("the marker behind a call is empty, so that no call would end; set it")
-        return call
+    @model_validator(mode="after")
+    def _ends_somewhere(self) -> Self:
+        if not self.call[1]:
+            raise ValueError(
+                f"call = {list(self.call)}: the marker behind a call is empty, so no call would end; set it"
+            )
+        return self
 
 
 class PlainRenderer:

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from megatron_rapo.config import Data, RunConfig
+from megatron_rapo.config.explain import explain_value
 from megatron_rapo.config.templates import Templated
 from megatron_rapo.data.templates import encode_chat
 from megatron_rapo.environments.neutral import Neutral
@@ -158,10 +159,8 @@ def open_rendering(
         raise
     except ValidationError as error:
         first = error.errors()[0]
-        raise RapoError(
-            f"environment.options.renderer_options.{'.'.join(map(str, first['loc']))}: "
-            f'{first["msg"].lower()} (renderer = "{name}")'
-        ) from error
+        key = ".".join(map(str, ("environment.options.renderer_options", *first["loc"])))
+        raise RapoError(f'{explain_value(first, key)} (renderer = "{name}")') from error
     except Exception as error:  # of the package, or a user's: the tokenizer lacks a token, say
         raise RapoError(
             f'{_OPTION} = "{name}" does not work with the tokenizer of {config.model.path}: '

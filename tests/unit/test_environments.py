@@ -344,7 +344,7 @@ class Long:
             "    async def run(self, problem, generate, seed): ...\n",
             "A",
             {"depth": "two"},
-            r"environment.options.depth: .*integer.*has the options depth",
+            r'environment.options.depth = "two": .*integer.*has the options depth',
         ),
     ],
 )

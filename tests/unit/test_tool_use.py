@@ -426,7 +426,7 @@ def test_prompts_describe_the_tools_as_the_family_does(folder: Path) -> None:
             "writes other tokens than data.template",
         ),
         ({"options": {"workers": 0}}, {}, "environment.options.workers"),
-        ({"options": {"call": 1}}, {}, "environment.options.call: .*call_time_limit_s"),
+        ({"options": {"call": 1}}, {}, "environment.options.call is not an option; .*call_time_limit_s"),
         ({"tools": ["abacus"]}, {}, "abacus.* does not exist; choose one of python, calculator"),
         (
             {"use": "conversation", "tools": [], "options": {"user": "users_of_test:reply"}},
