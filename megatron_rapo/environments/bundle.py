@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_rapo.environments.times import Times
 from megatron_rapo.rollout.requests import Ask, Request, Sampling
 from megatron_rapo.rollout.response import Response
 from megatron_rapo.rollout.round import Round
@@ -29,19 +30,23 @@ class Bundle:
     comes, when it comes.
     """
 
-    def __init__(self, round_: Round, sampling: Sampling, episodes: int, *, gather_all: bool) -> None:
+    def __init__(
+        self, round_: Round, sampling: Sampling, episodes: int, *, gather_all: bool, times: Times
+    ) -> None:
         """
         Args:
             round_: where requests go.
             sampling: of all turns.
             episodes: that are about to run, numbered from 0.
             gather_all: whether later turns are sent together as well.
+            times: count the requests.
         """
         self._round = round_
         self._sampling = sampling
         self._running = set(range(episodes))
         self._waiting: list[_Waiting] = []
         self._gather_all = gather_all
+        self._times = times
         self._first = True
 
     async def ask(self, episode: int, ask: Ask) -> Response:
@@ -51,7 +56,7 @@ class Bundle:
             RapoError: as `Round.ask`.
         """
         if not self._first and not self._gather_all:
-            [response] = await asyncio.wrap_future(self._round.ask(Request((ask,), self._sampling)))
+            [response] = await self._send([ask])
             return response
         waiting = _Waiting(episode, ask, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
@@ -72,9 +77,12 @@ class Bundle:
             return
         together, self._waiting, self._first = self._waiting, [], False
         together.sort(key=lambda waiting: waiting.episode)  # stable: an episode's own in the order asked
-        request = Request(tuple(waiting.ask for waiting in together), self._sampling)
-        answers = asyncio.wrap_future(self._round.ask(request))
+        answers = asyncio.ensure_future(self._send([waiting.ask for waiting in together]))
         answers.add_done_callback(lambda done: _hand_out(done, together))
+
+    async def _send(self, asks: Sequence[Ask]) -> list[Response]:
+        with self._times.asking.one_more():
+            return await asyncio.wrap_future(self._round.ask(Request(tuple(asks), self._sampling)))
 
 
 def _hand_out(answers: asyncio.Future[list[Response]], together: Sequence[_Waiting]) -> None:

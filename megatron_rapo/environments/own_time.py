@@ -1,4 +1,4 @@
-"""The time that an episode takes for itself: what it waits for engines is not counted."""
+"""The time that an episode takes for itself: what it waits for engines is counted apart."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ T = TypeVar("T")
 
 
 class OwnTime:
-    """A limit of seconds of an episode's own time."""
+    """A limit of seconds of an episode's own time.
+
+    Attributes:
+        own_s: seconds that it took for itself so far.
+        engine_s: seconds that it waited for engines, for one or for several at a time.
+    """
 
     def __init__(self, limit_s: float) -> None:
-        self._left = limit_s
-        self._since: float | None = None  # loop time at which its own time began to run; None: it waits
+        self.own_s = self.engine_s = 0.0
+        self._limit_s = limit_s
+        self._since = 0.0  # loop time up to which both are counted
         self._waits = 0
         self._timeout: asyncio.Timeout | None = None
 
@@ -29,20 +35,28 @@ class OwnTime:
         Raises:
             TimeoutError: its own time is up.
         """
-        loop = asyncio.get_running_loop()
-        self._since = loop.time()
-        async with asyncio.timeout_at(self._since + self._left) as self._timeout:
-            return await work
+        self._since = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout_at(self._since + self._limit_s) as self._timeout:
+                return await work
+        finally:
+            self._count()
 
     def wait(self, begins: bool) -> None:
         """The episode begins or ends to wait for an engine; it may wait for several at a time."""
-        loop, timeout = asyncio.get_running_loop(), self._timeout
+        timeout = self._timeout
         assert timeout is not None
+        self._count()
         self._waits += 1 if begins else -1
         if begins and self._waits == 1:
-            assert self._since is not None
-            self._left -= loop.time() - self._since
             timeout.reschedule(None)
         elif not begins and self._waits == 0 and not timeout.expired():
-            self._since = loop.time()
-            timeout.reschedule(self._since + max(self._left, 0.0))
+            timeout.reschedule(self._since + max(self._limit_s - self.own_s, 0.0))
+
+    def _count(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if self._waits:
+            self.engine_s += now - self._since
+        else:
+            self.own_s += now - self._since
+        self._since = now

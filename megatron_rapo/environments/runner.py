@@ -6,10 +6,10 @@ import asyncio
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,21 +17,33 @@ from megatron_rapo.background import BackgroundLoop, all_of
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.environments.bundle import Bundle
 from megatron_rapo.environments.running import Attempt, EpisodeRunner, Judge
+from megatron_rapo.environments.times import Times
 from megatron_rapo.episode.environment import close
+from megatron_rapo.episode.episode import Episode
 from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.outcome import Verification
 from megatron_rapo.errors import RapoError
 from megatron_rapo.rollout.dispatch import TooFewEngines
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.requests import Sampling
+
+Play = Callable[[Attempt], Awaitable[Episode | Verification]]
 
 _BEAT_S = 0.1  # between two looks at whether environments let others run
 _GRACE_S = 1.0  # for a machine that is busy
 
 
 class Rollout:
-    """Episodes under way."""
+    """Episodes under way.
 
-    def __init__(self, runner: Runner, sampled: Future[None], groups: Future[list[Group | None]]) -> None:
+    Attributes:
+        times: of those that have ended.
+    """
+
+    def __init__(
+        self, runner: Runner, sampled: Future[None], groups: Future[list[Group | None]], times: Times
+    ) -> None:
+        self.times = times
         self._runner = runner
         self._sampled = sampled
         self._groups = groups
@@ -94,6 +106,7 @@ class Runner:
         """
         size, gather_all = self._pool.requests(len(prompts)), self._gather_all
         sampled: Future[None] = Future()
+        times = Times()
         sampling_still = len(prompts) * sampling.responses_per_prompt  # episodes
 
         def ended() -> None:
@@ -107,9 +120,10 @@ class Runner:
 
             async def part(prompts: Sequence[Prompt]) -> list[Group | None]:
                 episodes = len(prompts) * sampling.responses_per_prompt
-                bundle = Bundle(round_, sampling, episodes, gather_all=gather_all)
+                bundle = Bundle(round_, sampling, episodes, gather_all=gather_all, times=times)
+                play = partial(self._episodes.play, bundle=bundle, sampling=sampling, times=times)
                 return await all_of(
-                    self._group(prompt, place, bundle, sampling, judge, ended)
+                    self._group(prompt, place, sampling.responses_per_prompt, play, judge, ended)
                     for place, prompt in enumerate(prompts)
                 )
 
@@ -123,7 +137,7 @@ class Runner:
 
             groups = self._loop.start(every())
             stack.callback(groups.cancel)
-            yield Rollout(self, sampled, groups)
+            yield Rollout(self, sampled, groups, times)
 
     def run(self, prompts: Sequence[Prompt], sampling: Sampling, judge: Judge) -> list[Group | None]:
         """The groups of the prompts (`Rollout.groups`)."""
@@ -146,14 +160,12 @@ class Runner:
         future.result()
 
     async def _group(
-        self, prompt: Prompt, place: int, bundle: Bundle, sampling: Sampling, judge: Judge, ended: Any
+        self, prompt: Prompt, place: int, count: int, play: Play, judge: Judge, ended: Callable[[], None]
     ) -> Group | None:
-        count = sampling.responses_per_prompt
-
         async def episode(number: int) -> Any:
             attempt = Attempt(prompt, number, place * count + number)
             try:
-                found = await self._episodes.play(attempt, bundle, sampling)
+                found = await play(attempt)
             finally:
                 ended()
             return await self._episodes.judge(found, prompt.problem, judge)

@@ -13,6 +13,7 @@ from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.environments.bundle import Bundle
 from megatron_rapo.environments.generating import EnvironmentFault, Generating
 from megatron_rapo.environments.own_time import OwnTime
+from megatron_rapo.environments.times import Times
 from megatron_rapo.episode.environment import Environment
 from megatron_rapo.episode.episode import Episode, ScoredEpisode
 from megatron_rapo.episode.facts import checked_facts, finite_number, shown
@@ -53,8 +54,12 @@ class EpisodeRunner:
     correct_at: float
     vocabulary: int
 
-    async def play(self, attempt: Attempt, bundle: Bundle, sampling: Sampling) -> Episode | Verification:
+    async def play(
+        self, attempt: Attempt, bundle: Bundle, sampling: Sampling, times: Times
+    ) -> Episode | Verification:
         """The episode; or why there is none, where the environment took too long or raised.
+
+        `times` count it.
 
         Raises:
             TooFewEngines: too few engines are left to go on with it.
@@ -75,12 +80,14 @@ class EpisodeRunner:
         seed = sampling.seed_of(attempt.prompt, attempt.number, _OWN_DRAWS)
         found: Episode | Verification | None = None
         try:
-            found = await own_time.run(self.environment.run(problem, generate, seed))
+            with times.open.one_more():
+                found = await own_time.run(self.environment.run(problem, generate, seed))
         except RapoError as error:  # of the engines, or of an environment of ours: the run cannot go on
             generate.failure = generate.failure or error
         except Exception as error:  # the user's own code raises what it likes
             found = self._unknown(error, late=own_time.is_up)
         finally:
+            times.add(own_time)
             bundle.end(attempt.place)
         try:
             if generate.failure is not None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.environments.runner import Runner
 from megatron_rapo.environments.running import Judge
+from megatron_rapo.environments.times import Times
 from megatron_rapo.episode.group import Group
 from megatron_rapo.experience.engines import SharedEngines
 from megatron_rapo.experience.sharing import Shared, share
@@ -76,6 +78,7 @@ class Collector:
         """
         mine = list(prompts[self.placement.data_rank :: self.placement.layout.data_parallel])
         groups: dict[int, Group] = {}
+        times = Times()
         sampling = Sampling(
             chosen.responses_per_prompt,
             chosen.max_response_tokens,
@@ -94,6 +97,7 @@ class Collector:
                     rollout.wait_until_sampled()
                 with phase("reward"):
                     found = rollout.groups()
+            times.extend(rollout.times)
             answered = zip(missing, found, strict=True)
             groups.update((place, group) for place, group in answered if group is not None)
             return len(mine) - len(groups)
@@ -101,7 +105,8 @@ class Collector:
         self.until_complete(ask, weight_version, phase)
         with phase("reward"):
             problems = [prompt.problem for prompt in prompts]
-            return share(problems, [groups[place] for place in sorted(groups)], self.placement, whole=whole)
+            shared = share(problems, [groups[place] for place in sorted(groups)], self.placement, whole=whole)
+        return replace(shared, times=times)
 
     def until_complete(
         self, ask: Callable[[], int], weight_version: int, phase: Phase = lambda name: nullcontext()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from megatron_rapo.environments.times import Times
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.parallel.placement import Placement
@@ -18,17 +19,20 @@ class Shared:
         groups: the same on all ranks; brief, unless the method reads responses.
         heads: the replica whose head sampled each.
         whole: those that this rank sampled, with tokens and texts, by place in `groups`.
+        times: of the episodes that this rank ran.
     """
 
     groups: list[Group] = field(default_factory=list)
     heads: list[int] = field(default_factory=list)
     whole: dict[int, Group] = field(default_factory=dict)
+    times: Times = field(default_factory=Times)
 
     def extend(self, other: Shared) -> None:
         """Appends the groups of a further round."""
         self.whole |= {len(self.groups) + place: group for place, group in other.whole.items()}
         self.groups += other.groups
         self.heads += other.heads
+        self.times.extend(other.times)
 
     def answer(self, place: int, number: int, placement: Placement) -> str:
         """The text of an episode, on all ranks, which all call it."""

@@ -18,8 +18,8 @@ from megatron_rapo.methods.advantages import varies
 def summarise(batch: Batch, vocabulary: int, sources: Sequence[str] = ()) -> Mapping[str, float]:
     """Rewards, outcomes as shares of all responses, lengths, and how many groups can teach by comparison.
 
-    Of the groups that the step trains on; `sampling/…` tells what was drawn for them. Means of rewards are of
-    the known ones, NaN where there are none.
+    Of the groups that the step trains on; `sampling/…` and `time/…` tell of all that were drawn. Means of
+    rewards are of the known ones, NaN where there are none.
 
     Args:
         batch: of the step.
@@ -48,6 +48,7 @@ def summarise(batch: Batch, vocabulary: int, sources: Sequence[str] = ()) -> Map
         "rollout/weight_version": float(min((v for v in versions if v is not None), default=math.nan)),
         "rollout/outside_vocabulary": sum(episode.leaves(vocabulary) for episode in episodes) / len(episodes),
         **batch.metrics(),
+        **batch.sampled.times.metrics(),
     }
 
 

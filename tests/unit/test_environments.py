@@ -21,6 +21,7 @@ from megatron_rapo.engines.sglang.client import SGLangClient
 from megatron_rapo.environments.opening import open_environment
 from megatron_rapo.environments.runner import Runner
 from megatron_rapo.environments.running import EpisodeRunner
+from megatron_rapo.environments.times import Times
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
@@ -68,7 +69,9 @@ class Sequential(SGLangClient):
 
 
 class Engine:
-    """A stand-in engine, and the groups that an environment makes of it."""
+    """A stand-in engine, and the groups that an environment makes of it; times of the newest rollout."""
+
+    times: Times
 
     def __init__(self, stand_in: StandIn, pool: EnginePool, tmp_path: Path) -> None:
         self.stand_in, self.pool, self.folder = stand_in, pool, tmp_path
@@ -82,8 +85,10 @@ class Engine:
             use = f"{module}:{use}"
         run = config(self.folder, use=use, **options)
         episodes = EpisodeRunner(open_environment(run), run.environment, TOKENIZER, 1.0, VOCAB)
-        with Runner(episodes, self.pool) as runner:
-            return runner.run(PROMPTS, replace(SAMPLING, max_response_tokens=limit), judge)
+        sampling = replace(SAMPLING, max_response_tokens=limit)
+        with Runner(episodes, self.pool) as runner, runner.begin(PROMPTS, sampling, judge) as rollout:
+            self.times = rollout.times
+            return rollout.groups()
 
     def asked(self) -> list[dict[str, Any]]:
         """Bodies of requests for responses."""
@@ -280,6 +285,29 @@ def test_time_at_engines_is_not_an_episode_s_own(engine: Engine) -> None:
     engine.stand_in.change = lambda answers: time.sleep(0.6) or answers
     groups = engine.run(TURNS, "Turns", limit=10, time_limit_s=0.5)
     assert all(group is not None and group.rewards == [0.25, 0.25] for group in groups)
+
+
+@pytest.mark.parametrize("kind", [SGLangClient, Sequential])
+def test_time_is_told_apart_by_where_it_goes(engine: Engine, kind: type[SGLangClient]) -> None:
+    """Three turns of 0.2 s at the engine, and 0.4 s between two of them in the environment."""
+    engine.stand_in.change = lambda answers: time.sleep(0.2) or answers
+    slow = TURNS.replace("if number < 2:", "if number < 2:\n                await asyncio.sleep(0.4)")
+    engine.run(f"import asyncio\n{slow}", "Turns", limit=10)
+    assert engine.times.episodes == 6
+    told, slack = engine.times.metrics(), 0.6  # of a busy machine
+    at_engine, own = told["time/episode/engine_s"], told["time/episode/own_s"]
+    assert 0.6 <= at_engine < 0.6 + slack
+    assert 0.8 <= own < 0.8 + slack
+    assert told["time/engines_idle"] == pytest.approx(own / (own + at_engine), abs=0.15)
+
+
+def test_a_slow_episode_holds_back_no_other(engine: Engine) -> None:
+    slow = TURNS.replace("if number < 2:", 'if number < 2:\n                await sleep(problem.id == "1")')
+    engine.run(f"from asyncio import sleep\n{slow}", "Turns", limit=10)
+    firsts = [body["input_ids"][0][0] for body in engine.asked() if len(body["input_ids"]) == 1]
+    assert sorted(firsts[:8]) == [1] * 4 + [3] * 4, "both later turns of all others"
+    assert firsts[8:] == [2] * 4
+    assert engine.times.metrics()["time/engines_idle"] > 0.8
 
 
 def test_an_environment_that_blocks_all_episodes_is_named_with_its_line(engine: Engine) -> None:
