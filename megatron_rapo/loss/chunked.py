@@ -54,6 +54,7 @@ class ReferenceStates:
         weight: `[vocabulary / TP, hidden]`, its frozen head.
         flattening: `[tokens]`, φ.
         forward, reverse: which divergences are wanted.
+        mixture: β of the Jensen–Shannon divergence; None: it is not wanted.
     """
 
     hidden: Tensor
@@ -61,11 +62,12 @@ class ReferenceStates:
     flattening: Tensor
     forward: bool
     reverse: bool
+    mixture: float | None = None
 
     def pull(self, rows: slice) -> Pull:
         """The reference's logits of some tokens."""
         logits = self.hidden[rows] @ self.weight.T
-        return Pull(logits, self.flattening[rows], self.forward, self.reverse)
+        return Pull(logits, self.flattening[rows], self.forward, self.reverse, self.mixture)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_rapo.loss import rows
-from megatron_rapo.loss.rows import GradientTerms, Pull, RowSums
+from megatron_rapo.loss.rows import GradientTerms, MixtureSums, Pull, RowSums
 
 
 def row_sums(logits: Tensor, temperature: float, pull: Pull | None) -> RowSums:
@@ -19,6 +19,15 @@ def row_sums(logits: Tensor, temperature: float, pull: Pull | None) -> RowSums:
 
         return triton_rows.row_sums(logits, temperature, pull)
     return rows.row_sums(logits, temperature, pull)
+
+
+def mixture_sums(logits: Tensor, temperature: float, pull: Pull, sums: RowSums) -> MixtureSums:
+    """`rows.mixture_sums`, by whichever implementation suits `logits`."""
+    if _by_triton(logits):
+        from megatron_rapo.loss import triton_rows
+
+        return triton_rows.mixture_sums(logits, temperature, pull, sums)
+    return rows.mixture_sums(logits, temperature, pull, sums)
 
 
 def write_gradient(logits: Tensor, temperature: float, pull: Pull | None, terms: GradientTerms) -> None:

@@ -1,11 +1,13 @@
 """What is computed of whole rows of logits: sums before the tensor-parallel exchange, the gradient after.
 
-Two functions, each one pass over a chunk of logits `[rows, columns]` that is never copied: `row_sums` reads
-it, `write_gradient` overwrites it with the gradient. They work through blocks of rows that fit in the cache,
-in fp32 at least, whatever the logits' type.
+Functions, each one pass over a chunk of logits `[rows, columns]` that is never copied: `row_sums` and
+`mixture_sums` read it, `write_gradient` overwrites it with the gradient. They work through blocks of rows
+that fit in the cache, in fp32 at least, whatever the logits' type.
 
 Notation, per row: z = logits / T; m = max z; e = exp(z − m). The reference's ℓ likewise with maximum mr; the
-flattened reference's powers u = φ ℓ with maximum mp and mass = exp(u − mp).
+flattened reference's powers u = φ ℓ with maximum mp and mass = exp(u − mp). π = softmax(z), q = softmax(ℓ),
+M = (1 − β) π + β q their mixture, and d = log q − log π = (ℓ − mr) − (z − m) + gap, so that
+log(π / M) = −log(1 + β (e^d − 1)) and log(q / M) = −log(1 + (1 − β) (e^−d − 1)).
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from torch import Tensor
 # Stands for a logit that is −inf, and for the maximum of no logits: exp(LOWEST − x) is 0, and 0 × LOWEST too.
 LOWEST = -1e30
 BLOCK_ELEMENTS = 1 << 19
+# Of d: e^d stays finite in fp32, and what it is multiplied with is 0 beyond.
+LARGEST_GAP = 80.0
 
 
 class Pull(NamedTuple):
@@ -29,12 +33,19 @@ class Pull(NamedTuple):
         flattening: `[rows]`, φ.
         forward: the KL of the policy from the flattened reference.
         reverse: the KL of the reference, as it is, from the policy.
+        mixture: β, the reference's share in M, for their Jensen–Shannon divergence; None: it is not wanted.
     """
 
     logits: Tensor
     flattening: Tensor
     forward: bool
     reverse: bool
+    mixture: float | None = None
+
+    @property
+    def normalises(self) -> bool:
+        """Whether sums over the reference as it is are wanted."""
+        return self.reverse or self.mixture is not None
 
 
 class RowSums(NamedTuple):
@@ -60,12 +71,27 @@ class RowSums(NamedTuple):
     cross: Tensor | None = None
 
 
+class MixtureSums(NamedTuple):
+    """Per row, over this rank's columns; each `[rows]`, fp32 at least.
+
+    Attributes:
+        policy: Σ π log(π / M).
+        reference: Σ q log(q / M).
+    """
+
+    policy: Tensor
+    reference: Tensor
+
+
 class GradientTerms(NamedTuple):
-    """Per row, what makes the gradient e (constant + slope (z − m) + reference_slope (ℓ − mr)) − pull mass.
+    """Per row, what makes the gradient
+    e (constant + slope (z − m) + reference_slope (ℓ − mr) + mixture_slope log(π / M)) − pull mass.
 
     Attributes:
         maximum, powers_maximum, reference_maximum: m, mp, mr over all ranks.
-        constant, slope, reference_slope, pull: `[rows]`; the last two None where no divergence needs them.
+        constant, slope, reference_slope, mixture_slope, pull: `[rows]`; the last three None where no
+            divergence needs them.
+        gap: log Σ e − log Σ exp(ℓ − mr) over all ranks; None without `mixture_slope`.
     """
 
     maximum: Tensor
@@ -75,6 +101,8 @@ class GradientTerms(NamedTuple):
     pull: Tensor | None = None
     reference_maximum: Tensor | None = None
     reference_slope: Tensor | None = None
+    mixture_slope: Tensor | None = None
+    gap: Tensor | None = None
 
 
 def row_sums(logits: Tensor, temperature: float, pull: Pull | None) -> RowSums:
@@ -82,6 +110,20 @@ def row_sums(logits: Tensor, temperature: float, pull: Pull | None) -> RowSums:
     blocks = [_block_sums(logits[rows], temperature, _rows_of(pull, rows)) for rows in _blocks(logits)]
     columns = zip(*blocks, strict=True)
     return RowSums._make(None if parts[0] is None else torch.cat(parts) for parts in columns)
+
+
+def mixture_sums(logits: Tensor, temperature: float, pull: Pull, sums: RowSums) -> MixtureSums:
+    """Sums over the columns of `logits` `[rows, columns]`, given `row_sums` over all ranks' columns."""
+    blocks = [
+        _block_mixture(
+            logits[rows],
+            temperature,
+            pull._replace(logits=pull.logits[rows]),
+            RowSums._make(None if each is None else each[rows, None] for each in sums),
+        )
+        for rows in _blocks(logits)
+    ]
+    return MixtureSums._make(torch.cat(parts) for parts in zip(*blocks, strict=True))
 
 
 def write_gradient(logits: Tensor, temperature: float, pull: Pull | None, terms: GradientTerms) -> None:
@@ -100,7 +142,7 @@ def _block_sums(logits: Tensor, temperature: float, pull: Pull | None) -> RowSum
     if pull is None:
         return sums
     reference = _scaled(pull.logits, temperature)
-    if pull.reverse:
+    if pull.normalises:
         reference_maximum = _maximum(reference)
         shifted = reference - reference_maximum[:, None]
         sums = sums._replace(
@@ -122,13 +164,39 @@ def _block_sums(logits: Tensor, temperature: float, pull: Pull | None) -> RowSum
     return sums
 
 
+def _block_mixture(logits: Tensor, temperature: float, pull: Pull, sums: RowSums) -> MixtureSums:
+    assert sums.reference_maximum is not None and sums.reference_total is not None
+    share = pull.mixture
+    assert share is not None
+    log_policy = _scaled(logits, temperature).sub_(sums.maximum + sums.total.log())
+    log_reference = _scaled(pull.logits, temperature)
+    log_reference -= sums.reference_maximum + sums.reference_total.log()
+    gap = log_reference - log_policy
+    return MixtureSums(
+        -_dot(log_policy.exp_(), _log_mixture(gap, share)),
+        -_dot(log_reference.exp_(), _log_mixture(-gap, 1.0 - share)),
+    )
+
+
+def _log_mixture(gap: Tensor, share: float) -> Tensor:
+    """log(1 + share (e^gap − 1)): of the mixture, relative to what has the other share."""
+    return gap.clamp(max=LARGEST_GAP).expm1_().mul_(share).log1p_()
+
+
 def _write_block(logits: Tensor, temperature: float, pull: Pull | None, terms: GradientTerms) -> None:
     z = _scaled(logits, temperature) - terms.maximum
     e = z.exp()
+    mixed = None
+    if pull is not None and pull.mixture is not None and terms.mixture_slope is not None:
+        assert terms.reference_maximum is not None and terms.gap is not None
+        gap = _scaled(pull.logits, temperature).sub_(terms.reference_maximum).sub_(z).add_(terms.gap)
+        mixed = _log_mixture(gap, pull.mixture).mul_(terms.mixture_slope)
     gradient = z.mul_(terms.slope).add_(terms.constant)
     if pull is not None and terms.reference_slope is not None and terms.reference_maximum is not None:
         reference = _scaled(pull.logits, temperature).sub_(terms.reference_maximum)
         gradient.addcmul_(reference, terms.reference_slope)
+    if mixed is not None:
+        gradient -= mixed
     gradient.mul_(e)
     if pull is not None and terms.pull is not None and terms.powers_maximum is not None:
         powers = _scaled(pull.logits, temperature).mul_(pull.flattening.to(e.dtype)[:, None])

@@ -7,11 +7,16 @@ reference, q = softmax(ℓ) the reference, ℓ = its logits / T:
     entropy     H = −Σ π log π                ∂/∂z_j = −π_j (log π_j + H)
     forward KL  F = Σ p (log p − log π)       ∂/∂z_j = π_j − p_j
     reverse KL  R = Σ π (log π − log q)       ∂/∂z_j = π_j (log π_j − log q_j − R)
+    JS          J = (1 − β) K + β Σ q (log q − log M)
+                                              ∂/∂z_j = (1 − β) π_j (log π_j − log M_j − K)
+                with M = (1 − β) π + β q, K = Σ π (log π − log M)
 
 (The objective is RAPO's, arXiv 2510.03865; the flattening per token with its exact normaliser is this
-package's reading of it.) p needs no normalised ℓ: a shift of ℓ cancels in the softmax.
+package's reading of it. J is the generalised Jensen–Shannon divergence of arXiv 2306.13649, eq. 2.) p needs
+no normalised ℓ: a shift of ℓ cancels in the softmax.
 
-The tensor-parallel group exchanges one maximum and one sum of a few scalars a token. Autograd must not pass
+The tensor-parallel group exchanges one maximum and one sum of a few scalars a token, and for J, which needs
+both distributions normalised first, another sum of two. Autograd must not pass
 through those reductions (a plain all-reduce under autograd gives silently wrong gradients), hence the closed
 form.
 """
@@ -24,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rapo.loss.kernels import row_sums, write_gradient
+from megatron_rapo.loss.kernels import mixture_sums, row_sums, write_gradient
 from megatron_rapo.loss.rows import GradientTerms, Pull, RowSums
 from megatron_rapo.loss.vocabulary import VocabularyShard
 
@@ -37,6 +42,7 @@ class TokenStatistics(NamedTuple):
         entropy: H.
         forward_kl: F, or None.
         reverse_kl: R, or None.
+        jensen_shannon: J, or None.
         flattened_log_prob: log p of the target, or None; constant.
         reference_log_prob: log q of the target, or None; constant.
     """
@@ -45,6 +51,7 @@ class TokenStatistics(NamedTuple):
     entropy: Tensor
     forward_kl: Tensor | None = None
     reverse_kl: Tensor | None = None
+    jensen_shannon: Tensor | None = None
     flattened_log_prob: Tensor | None = None
     reference_log_prob: Tensor | None = None
 
@@ -56,6 +63,7 @@ class Upstream(NamedTuple):
     entropy: Tensor
     forward_kl: Tensor | None = None
     reverse_kl: Tensor | None = None
+    jensen_shannon: Tensor | None = None
 
 
 class ChunkDistribution:
@@ -85,6 +93,8 @@ class ChunkDistribution:
         self._pull = None if pull is None else pull._replace(logits=pull.logits[:, : shard.real])
         self._sums, target_z, target_reference = self._exchange()
         self.statistics = self._make_statistics(target_z, target_reference)
+        if self._pull is not None and self._pull.mixture is not None:
+            self._mix(self._pull, self._pull.mixture)
 
     def _exchange(self) -> tuple[RowSums, Tensor, Tensor]:
         """Sums over the whole vocabulary, relative to its maxima; the targets' z and ℓ."""
@@ -121,7 +131,7 @@ class ChunkDistribution:
             statistics = statistics._replace(
                 forward_kl=forward, flattened_log_prob=power - s.powers_maximum - log_mass
             )
-        if pull is not None and pull.reverse:
+        if pull is not None and pull.normalises:
             assert s.reference_total is not None and s.cross is not None and s.reference_maximum is not None
             log_reference = s.reference_total.log()
             reverse = log_reference - statistics.entropy - s.cross / s.total
@@ -130,6 +140,15 @@ class ChunkDistribution:
                 reference_log_prob=target_reference - s.reference_maximum - log_reference,
             )
         return statistics
+
+    def _mix(self, pull: Pull, share: float) -> None:
+        """Adds J to the statistics; keeps K for the gradient."""
+        local = mixture_sums(self._real, self._temperature, pull, self._sums)
+        both = torch.stack(local)
+        dist.all_reduce(both, group=self._shard.group)
+        self._policy_from_mixture, reference = both
+        divergence = (1.0 - share) * self._policy_from_mixture + share * reference
+        self.statistics = self.statistics._replace(jensen_shannon=divergence)
 
     def gradient(self, upstream: Upstream) -> Tensor:
         """The loss's gradient in the logits, `[tokens, vocabulary / TP]`, written over them."""
@@ -150,6 +169,15 @@ class ChunkDistribution:
             slope = slope + upstream.reverse_kl
             terms = terms._replace(
                 reference_maximum=s.reference_maximum, reference_slope=-upstream.reverse_kl * one_over
+            )
+        if upstream.jensen_shannon is not None:
+            assert self._pull is not None and self._pull.mixture is not None and s.reference_total is not None
+            mixed = (1.0 - self._pull.mixture) * upstream.jensen_shannon
+            constant = constant - mixed * self._policy_from_mixture
+            terms = terms._replace(
+                reference_maximum=s.reference_maximum,
+                mixture_slope=mixed * one_over,
+                gap=log_total - s.reference_total.log(),
             )
         terms = terms._replace(constant=constant * one_over, slope=slope * one_over)
         write_gradient(self._real, self._temperature, self._pull, terms)

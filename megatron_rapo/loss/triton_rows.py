@@ -1,7 +1,8 @@
-"""`rows` on a GPU: the same two functions as Triton kernels, each reading every logit once.
+"""`rows` on a GPU: the same functions as Triton kernels, each reading every logit once.
 
-One program sums a row, relative to maxima that move as it goes; one writes a block of a row's gradient. Both
-compute in fp32. `rows` is the truth that they are tested against (under Triton's interpreter without a GPU).
+One program sums a row, relative to maxima that move as it goes; one sums over the mixture that it makes with
+the reference's; one writes a block of a row's gradient. All compute in fp32. `rows` is the truth that they
+are tested against (under Triton's interpreter without a GPU).
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_rapo.loss.rows import LOWEST, GradientTerms, Pull, RowSums
+from megatron_rapo.loss.rows import LARGEST_GAP, LOWEST, GradientTerms, MixtureSums, Pull, RowSums
 
 BLOCK = 4096
 WARPS = 8
 _LOWEST = tl.constexpr(LOWEST)
+_LARGEST_GAP = tl.constexpr(LARGEST_GAP)
 
 
 @triton.jit
@@ -97,6 +99,45 @@ def _sum_rows(
 
 
 @triton.jit
+def _log_mixture(gap: Any, share: Any) -> Any:
+    """log(1 + share (e^gap − 1))."""
+    return tl.log(1.0 - share + share * tl.exp(tl.minimum(gap, _LARGEST_GAP)))
+
+
+@triton.jit
+def _mix_rows(
+    logits: Any,
+    reference: Any,
+    normalisers: Any,
+    out: Any,
+    rows: Any,
+    columns: Any,
+    stride: Any,
+    reference_stride: Any,
+    temperature: Any,
+    share: Any,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Writes the fields of MixtureSums, as `out` `[2, rows]`; `normalisers` `[2, rows]` are log Σ exp."""
+    row = tl.program_id(0)
+    log_total, log_reference_total = tl.load(normalisers + row), tl.load(normalisers + rows + row)
+    of_policy = tl.full([], 0.0, tl.float32)
+    of_reference = tl.full([], 0.0, tl.float32)
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < columns
+        log_policy = _load(logits, row, stride, column, columns, temperature) - log_total
+        log_reference = _load(reference, row, reference_stride, column, columns, temperature)
+        log_reference -= log_reference_total
+        gap = log_reference - log_policy
+        of_policy -= tl.sum(tl.where(inside, tl.exp(log_policy) * _log_mixture(gap, share), 0.0))
+        mixed = tl.exp(log_reference) * _log_mixture(-gap, 1.0 - share)
+        of_reference -= tl.sum(tl.where(inside, mixed, 0.0))
+    tl.store(out + row, of_policy)
+    tl.store(out + rows + row, of_reference)
+
+
+@triton.jit
 def _write_rows(
     logits: Any,
     reference: Any,
@@ -107,19 +148,24 @@ def _write_rows(
     stride: Any,
     reference_stride: Any,
     temperature: Any,
+    share: Any,
     FORWARD: tl.constexpr,
     REVERSE: tl.constexpr,
+    MIXTURE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Overwrites a block of logits; `terms` `[7, rows]` are GradientTerms' fields."""
+    """Overwrites a block of logits; `terms` `[9, rows]` are GradientTerms' fields."""
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     z = _load(logits, row, stride, column, columns, temperature) - tl.load(terms + row)
     factor = tl.load(terms + rows + row) + tl.load(terms + 2 * rows + row) * z
-    if FORWARD or REVERSE:
+    if FORWARD or REVERSE or MIXTURE:
         ell = _load(reference, row, reference_stride, column, columns, temperature)
     if REVERSE:
         factor += tl.load(terms + 6 * rows + row) * (ell - tl.load(terms + 5 * rows + row))
+    if MIXTURE:
+        gap = ell - tl.load(terms + 5 * rows + row) - z + tl.load(terms + 8 * rows + row)
+        factor -= tl.load(terms + 7 * rows + row) * _log_mixture(gap, share)
     gradient = factor * tl.exp(z)
     if FORWARD:
         phi = tl.load(flattening + row).to(tl.float32)
@@ -131,7 +177,7 @@ def _write_rows(
 def row_sums(logits: Tensor, temperature: float, pull: Pull | None) -> RowSums:
     """As `rows.row_sums`."""
     rows, columns = logits.shape
-    forward, reverse = pull is not None and pull.forward, pull is not None and pull.reverse
+    forward, reverse = pull is not None and pull.forward, pull is not None and pull.normalises
     out = torch.empty(len(RowSums._fields), rows, dtype=torch.float32, device=logits.device)
     reference, flattening = _pointers(logits, pull)
     if rows:
@@ -141,6 +187,22 @@ def row_sums(logits: Tensor, temperature: float, pull: Pull | None) -> RowSums:
         )  # fmt: skip
     kept = [True] * 3 + [forward] * 4 + [reverse] * 3
     return RowSums._make(out[field] if wanted else None for field, wanted in enumerate(kept))
+
+
+def mixture_sums(logits: Tensor, temperature: float, pull: Pull, sums: RowSums) -> MixtureSums:
+    """As `rows.mixture_sums`."""
+    assert sums.reference_maximum is not None and sums.reference_total is not None
+    rows, columns = logits.shape
+    out = torch.empty(len(MixtureSums._fields), rows, dtype=torch.float32, device=logits.device)
+    normalisers = torch.stack(
+        [sums.maximum + sums.total.log(), sums.reference_maximum + sums.reference_total.log()]
+    ).float()
+    if rows:
+        _mix_rows[(rows,)](
+            logits, pull.logits, normalisers, out, rows, columns, logits.stride(0), pull.logits.stride(0),
+            temperature, pull.mixture, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+    return MixtureSums._make(out)
 
 
 def write_gradient(logits: Tensor, temperature: float, pull: Pull | None, terms: GradientTerms) -> None:
@@ -153,8 +215,9 @@ def write_gradient(logits: Tensor, temperature: float, pull: Pull | None, terms:
     stacked = torch.stack([nothing if term is None else term for term in terms]).float()
     _write_rows[(rows, triton.cdiv(columns, BLOCK))](
         logits, reference, flattening, stacked, rows, columns, logits.stride(0), reference.stride(0),
-        temperature, FORWARD=terms.pull is not None, REVERSE=terms.reference_slope is not None,
-        BLOCK=BLOCK, num_warps=WARPS,
+        temperature, 0.0 if pull is None or pull.mixture is None else pull.mixture,
+        FORWARD=terms.pull is not None, REVERSE=terms.reference_slope is not None,
+        MIXTURE=terms.mixture_slope is not None, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 
 

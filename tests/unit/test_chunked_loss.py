@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,8 @@ from megatron_rapo.testing.ranks import on_ranks
 from tests.unit.one_rank import one_rank
 
 TOKENS, HIDDEN, ROWS, VOCABULARY, TEMPERATURE = 11, 6, 23, 19, 0.7
-FIELDS = ("log_prob", "entropy", "forward_kl", "reverse_kl")
+FIELDS = ("log_prob", "entropy", "forward_kl", "reverse_kl", "jensen_shannon")
+SHARE = 0.3  # of the reference in the mixture
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,6 +37,7 @@ def inputs(dtype=torch.float64):
         torch.rand(TOKENS, dtype=dtype),
         forward=True,
         reverse=True,
+        mixture=SHARE,
     )
     coefficients = torch.randn(len(FIELDS), TOKENS, dtype=dtype)
     return hidden, weight, targets, reference, coefficients
@@ -53,6 +56,7 @@ def plain(hidden, weight, targets, reference, vocabulary=VOCABULARY):
     flattened = (reference.flattening[:, None] * log_reference).log_softmax(-1)
     at = targets[:, None]
     return {
+        "jensen_shannon": jensen_shannon(log_policy, log_reference),
         "log_prob": log_policy.gather(1, at).squeeze(1),
         "entropy": -(log_policy.exp() * log_policy).sum(-1),
         "forward_kl": (flattened.exp() * (flattened - log_policy)).sum(-1),
@@ -62,6 +66,13 @@ def plain(hidden, weight, targets, reference, vocabulary=VOCABULARY):
     }
 
 
+def jensen_shannon(log_policy, log_reference):
+    """(1 − β) KL(π ‖ M) + β KL(q ‖ M), M = (1 − β) π + β q (arXiv 2306.13649, eq. 2)."""
+    mixture = torch.logaddexp(log_policy + math.log(1 - SHARE), log_reference + math.log(SHARE))
+    shares = ((1 - SHARE, log_policy), (SHARE, log_reference))
+    return sum(share * (own.exp() * (own - mixture).nan_to_num(0.0)).sum(-1) for share, own in shares)
+
+
 def test_statistics_equal_full_logits():
     hidden, weight, targets, reference, _ = inputs()
     found = chunked_statistics(hidden, targets, head_of(weight), reference)
@@ -69,7 +80,9 @@ def test_statistics_equal_full_logits():
         torch.testing.assert_close(getattr(found, name), expected.detach(), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("used", [FIELDS[:1], FIELDS[1:2], FIELDS[2:3], FIELDS[3:], FIELDS[:3], FIELDS])
+@pytest.mark.parametrize(
+    "used", [FIELDS[:1], FIELDS[1:2], FIELDS[2:3], FIELDS[3:4], FIELDS[4:], FIELDS[:3], FIELDS]
+)
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 100])
 def test_gradients_equal_autograd(used, chunk_tokens):
     hidden, weight, targets, reference, coefficients = inputs()
@@ -109,7 +122,7 @@ def test_extreme_logits_are_finite_and_right(kind):
     if kind == "masked":
         logits[:, 3], reference_logits[:, 3] = -torch.inf, -torch.inf
         phi = phi.clamp(min=0.5)
-    pull = Pull(reference_logits.clone(), phi, forward=True, reverse=True)
+    pull = Pull(reference_logits.clone(), phi, forward=True, reverse=True, mixture=SHARE)
     chunk = ChunkDistribution(logits.clone(), targets, shard, 1.0, pull)
 
     log_policy = logits[:, :vocabulary].log_softmax(-1)
@@ -121,11 +134,12 @@ def test_extreme_logits_are_finite_and_right(kind):
         "entropy": -(log_policy.exp() * log_policy.clamp(min=-1e30)).sum(-1),
         "forward_kl": (flattened.exp() * differences[0]).sum(-1),
         "reverse_kl": (log_policy.exp() * differences[1]).sum(-1),
+        "jensen_shannon": jensen_shannon(log_policy, log_reference),
     }
     for name, value in expected.items():
         torch.testing.assert_close(getattr(chunk.statistics, name), value, rtol=1e-9, atol=1e-9)
     ones = torch.ones(3, dtype=torch.float64)
-    gradient = chunk.gradient(Upstream(ones, ones, ones, ones))
+    gradient = chunk.gradient(Upstream(ones, ones, ones, ones, ones))
     assert gradient.isfinite().all()
     assert not gradient[:, vocabulary:].any()
     torch.testing.assert_close(gradient.sum(-1), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-9)
@@ -140,7 +154,10 @@ def test_a_vocabulary_over_several_ranks_is_one_vocabulary(rows, scale):
     hidden = torch.randn(TOKENS, HIDDEN, dtype=torch.float64)
     weight, other = (scale * torch.randn(ranks * rows, HIDDEN, dtype=torch.float64) for _ in "ab")
     reference = ReferenceStates(
-        torch.randn(TOKENS, HIDDEN, dtype=torch.float64), other, torch.rand(TOKENS).double(), True, True
+        *(torch.randn(TOKENS, HIDDEN, dtype=torch.float64), other, torch.rand(TOKENS).double()),
+        forward=True,
+        reverse=True,
+        mixture=SHARE,
     )
     targets = torch.arange(TOKENS) % vocabulary
     coefficients = torch.randn(len(FIELDS), TOKENS, dtype=torch.float64)

@@ -24,7 +24,18 @@ def errors() -> dict[str, float]:
         del os.environ["TRITON_INTERPRET"]
 
 
-CASES = ["none", "forward", "reverse", "both", "bfloat16", "masked", "rising", "no columns", "no rows"]
+CASES = [
+    "none",
+    "forward",
+    "reverse",
+    "both",
+    "mixture",
+    "bfloat16",
+    "masked",
+    "rising",
+    "no columns",
+    "no rows",
+]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -48,7 +59,7 @@ def measure() -> dict[str, float]:
     """In a process whose Triton interprets: each case's largest relative difference."""
     from megatron_rapo.loss import triton_rows
 
-    for name in ("_sum_rows", "_write_rows"):
+    for name in ("_sum_rows", "_mix_rows", "_write_rows"):
         setattr(triton_rows, name, Launched(getattr(triton_rows, name)))
     return {case: _difference(case) for case in CASES}
 
@@ -70,15 +81,20 @@ def _difference(case: str) -> float:
     if case == "no rows":
         logits, reference = logits[:0], reference[:0]
     forward, reverse = (
-        case not in ("none", "reverse"),
-        case not in ("none", "forward", "no columns", "no rows"),
+        case not in ("none", "reverse", "mixture"),
+        case not in ("none", "forward", "mixture", "no columns", "no rows"),
     )
+    mixture = None if case in ("none", "forward", "reverse", "no columns") else 0.3
     phi = torch.tensor([0.3, 0.7, 1.0])[: len(logits)]
-    pull = rows.Pull(reference, phi, forward, reverse) if forward or reverse else None
+    pull = None if case == "none" else rows.Pull(reference, phi, forward, reverse, mixture)
 
     expected, found = (module.row_sums(logits, 0.8, pull) for module in (rows, triton_rows))
     worst = [_relative(a, b) for a, b in zip(found, expected, strict=True) if b is not None]
     assert all((a is None) == (b is None) for a, b in zip(found, expected, strict=True))
+
+    if mixture is not None and pull is not None:
+        sums = [module.mixture_sums(logits, 0.8, pull, expected) for module in (rows, triton_rows)]
+        worst += [_relative(a, b) for a, b in zip(*sums[::-1], strict=True)]
 
     one = torch.tensor([0.5, -1.0, 2.0])[: len(logits)]
     terms = rows.GradientTerms(expected.maximum, one, 0.1 * one)
@@ -86,6 +102,10 @@ def _difference(case: str) -> float:
         terms = terms._replace(powers_maximum=expected.powers_maximum, pull=0.2 * one)
     if reverse:
         terms = terms._replace(reference_maximum=expected.reference_maximum, reference_slope=0.3 * one)
+    if mixture is not None:
+        terms = terms._replace(
+            reference_maximum=expected.reference_maximum, mixture_slope=0.4 * one, gap=0.5 * one
+        )
     written = [logits.clone(), logits.clone()]
     for module, target in zip((rows, triton_rows), written, strict=True):
         module.write_gradient(target, 0.8, pull, terms)
