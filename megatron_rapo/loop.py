@@ -43,6 +43,7 @@ def train(config: RunConfig) -> None:
                         weigh(minibatches, job.method, job.placement)
                     with phase("update"):
                         updated = job.policy.update(minibatches, job.objective, job.reference)
+                        job.method.learn(updated)
                 with phase("publish"):
                     published = job.publisher.publish(step)
                 state = job.state_after(step)

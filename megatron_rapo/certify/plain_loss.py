@@ -84,6 +84,7 @@ def _token_loss(
         advantage=_of_tokens(sample.advantage, old),
         phi=phi,
         position=torch.arange(len(old)),
+        marks={name: _of_tokens(value, old) for name, value in sample.marks.items()},
         **{need.value: everything[need] for need in method.needs},
     )
     return torch.stack([coefficient * term(at_token)[0] for coefficient, term in method.terms()]).sum(0)

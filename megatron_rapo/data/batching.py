@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,8 @@ class Sample:
         advantage: of all its sampled tokens, or one of each, `[sampled tokens]`.
         token_weight: weight of a sampled token in the minibatch's loss, or one of each; 0: it is masked out.
         has_probability: whether all its tokens exist; where not, it is not even measured.
+        off_policy: whether its log-probs are of another distribution than the policy's.
+        marks: the method's numbers by name, of all its sampled tokens or one of each; every sample has all.
     """
 
     sequence: TokenSequence | BriefSequence
@@ -36,6 +39,8 @@ class Sample:
     advantage: float | npt.NDArray[np.floating]
     token_weight: float | npt.NDArray[np.floating]
     has_probability: bool = True
+    off_policy: bool = False
+    marks: Mapping[str, float | npt.NDArray[np.floating]] = field(default_factory=dict)
 
 
 @dataclass
@@ -51,6 +56,8 @@ class Microbatch:
         response_positions: int64, of the predicted token among its sequence's sampled ones; −1 where it is
             none of them.
         sequences: int64, which of the packed sequences the position belongs to.
+        off_policy: bool, whether the predicted token's log-prob is of another distribution than the policy's.
+        marks: fp32, the method's numbers of the predicted token by name.
         lengths: padded length of each sequence, over all CP ranks.
         old_log_probs: fp32, under the policy that starts the step; None: the policy has not moved yet.
         old_entropies: fp32, of its distributions; None where no method asks for them.
@@ -69,6 +76,8 @@ class Microbatch:
     engine_log_probs: Tensor
     response_positions: Tensor
     sequences: Tensor
+    off_policy: Tensor
+    marks: dict[str, Tensor]
     lengths: list[int]
     old_log_probs: Tensor | None = None
     old_entropies: Tensor | None = None
@@ -162,6 +171,7 @@ def pack(
     *,
     sequence_multiple: int,
     total_tokens: int | None = None,
+    mark_names: Iterable[str] = (),
     context_rank: int = 0,
     context_ranks: int = 1,
     device: torch.device | None = None,
@@ -173,6 +183,7 @@ def pack(
         sequence_multiple: each is padded to a multiple of this.
         total_tokens: sequences of padding fill the microbatch up to this many tokens (pipeline stages
             exchange tensors of one shape). Default: none.
+        mark_names: of the samples' marks.
         context_rank, context_ranks: whose tokens to keep.
         device: where the tensors go.
     """
@@ -186,6 +197,8 @@ def pack(
     integers = {name: np.zeros(total, np.int64) for name in _INTEGERS}
     integers["response_positions"] -= 1
     floats = {name: np.zeros(total, np.float32) for name in _FLOATS}
+    marks = {name: np.zeros(total, np.float32) for name in mark_names}
+    off_policy = np.zeros(total, bool)
     sequences = np.repeat(np.arange(len(lengths)), lengths)
     start = 0
     for sample, length in zip(samples, lengths, strict=False):
@@ -202,8 +215,19 @@ def pack(
         floats["phi"][predicting] = sample.phi
         floats["advantages"][predicting] = sample.advantage
         floats["engine_log_probs"][predicting] = sequence.log_probs[chosen]
+        off_policy[predicting] = sample.off_policy
+        for name, values in sample.marks.items():
+            marks[name][predicting] = values
         start += length
     mine = rank_major_order(lengths, context_ranks)[context_rank].numpy()
-    arrays: dict[str, np.ndarray] = {**integers, **floats, "sequences": sequences}
-    tensors = {name: torch.from_numpy(array[mine]).to(device) for name, array in arrays.items()}
-    return Microbatch(lengths=lengths, **tensors)
+
+    def of_this_rank(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(array[mine]).to(device) for name, array in arrays.items()}
+
+    fields: dict[str, npt.NDArray[Any]] = {
+        **integers,
+        **floats,
+        "sequences": sequences,
+        "off_policy": off_policy,
+    }
+    return Microbatch(lengths=lengths, marks=of_this_rank(marks), **of_this_rank(fields))

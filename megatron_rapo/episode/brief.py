@@ -22,18 +22,23 @@ class BriefSequence:
 
     Attributes:
         tokens: how many it has (`len`).
-        sampled_tokens: how many of them were sampled.
+        turns: tokens of each stretch that was sampled without a token given between.
         highest_sampled: the highest id of a sampled token; −1 where none was.
         oldest_version: the lowest version of the weights that sampled a token; None where none was.
     """
 
     tokens: int
-    sampled_tokens: int
+    turns: tuple[int, ...]
     highest_sampled: int
     oldest_version: int | None
 
     def __len__(self) -> int:
         return self.tokens
+
+    @property
+    def sampled_tokens(self) -> int:
+        """How many of its tokens were sampled."""
+        return sum(self.turns)
 
     def leaves(self, vocabulary: int) -> bool:
         """See `Sequence.leaves`."""

@@ -72,6 +72,12 @@ class Sequence:
         return int(self.sampled.sum())
 
     @property
+    def turns(self) -> tuple[int, ...]:
+        """Tokens of each stretch that was sampled without a token given between."""
+        edges = np.flatnonzero(np.diff(self.sampled, prepend=False, append=False))
+        return tuple(int(length) for length in edges[1::2] - edges[::2])
+
+    @property
     def oldest_version(self) -> int | None:
         """The lowest version of the weights that sampled a token; None where none was sampled."""
         return int(self.versions[self.sampled].min()) if self.sampled.any() else None
@@ -86,4 +92,4 @@ class Sequence:
     def brief(self) -> BriefSequence:
         """What planning needs of it, without the tokens."""
         highest = int(self.token_ids[self.sampled].max(initial=-1))
-        return BriefSequence(len(self), self.sampled_tokens, highest, self.oldest_version)
+        return BriefSequence(len(self), self.turns, highest, self.oldest_version)

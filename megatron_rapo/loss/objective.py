@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rapo.data.batching import Microbatch
+from megatron_rapo.errors import RapoError
 from megatron_rapo.loss.chunked import Head, ReferenceStates, chunked_loss, chunked_statistics
 from megatron_rapo.loss.importance import importance_weight
 from megatron_rapo.loss.mismatch import Mismatch
@@ -39,7 +40,7 @@ class HeadStates:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """A microbatch's response tokens; every field `[tokens]` or None."""
+    """A microbatch's response tokens; every field `[tokens]`, by name the marks, or None."""
 
     weights: Tensor
     advantages: Tensor
@@ -51,10 +52,13 @@ class _Tokens:
     reference_log_probs: Tensor | None
     sequence_log_ratios: Tensor | None
     sequence_importance: Tensor | None
+    off_policy: Tensor
+    marks: Mapping[str, Tensor]
 
     def rows(self, rows: slice) -> _Tokens:
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: value[rows] for name, value in parts.items() if value is not None})
+        parts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "marks"}
+        cut = {name: value[rows] for name, value in parts.items() if value is not None}
+        return replace(self, **cut, marks={name: values[rows] for name, values in self.marks.items()})
 
 
 class Objective:
@@ -86,6 +90,7 @@ class Objective:
         self.group = group
         self.context_group = context_group
         self.needs = method.needs
+        self._reads = frozenset(name for _, term in method.terms() for name in term.reads)
         self._reported = reported_names(method)
         self.parts = OF_EVERY_UPDATE + tuple(name for names in self._reported for name in names)
 
@@ -121,8 +126,17 @@ class Objective:
 
         Returns:
             The loss (a sum), `[len(parts)]` sums in fp64, and how far engine and trainer are apart.
+
+        Raises:
+            RapoError: a term reads a mark that there is not.
         """
         chosen = microbatch.is_response
+        if lacking := self._reads - microbatch.marks.keys():
+            raise RapoError(
+                f'terms of method "{self.method.options.method}" read the marks '
+                f"{', '.join(sorted(lacking))}, which neither mark_responses nor mark_tokens gives; let one "
+                "of them"
+            )
         sequence_log_ratios, sequence_importance = self._of_responses(microbatch, policy)
         tokens = _Tokens(
             weights=microbatch.weights[chosen],
@@ -135,6 +149,8 @@ class Objective:
             reference_log_probs=microbatch.reference_log_probs,
             sequence_log_ratios=sequence_log_ratios,
             sequence_importance=sequence_importance,
+            off_policy=microbatch.off_policy[chosen],
+            marks={name: values[chosen] for name, values in microbatch.marks.items()},
         )
         sums = torch.zeros(len(self.parts), dtype=torch.float64, device=chosen.device)
         mismatch = Mismatch(chosen.device)
@@ -144,8 +160,9 @@ class Objective:
             loss, parts = self._token_loss(statistics, chunk)
             with torch.no_grad():
                 sums.add_(torch.stack([parts[name].sum(dtype=torch.float64) for name in self.parts]))
+                own = ~chunk.off_policy
                 old = _old_log_prob(statistics, chunk)
-                mismatch.add(old, chunk.engine_log_probs, chunk.response_positions)
+                mismatch.add(old[own], chunk.engine_log_probs[own], chunk.response_positions[own])
             return chunk.weights * loss
 
         states = None
@@ -182,7 +199,8 @@ class Objective:
     def _token_loss(self, statistics: TokenStatistics, tokens: _Tokens) -> tuple[Tensor, dict[str, Tensor]]:
         """Each token's loss without its weight, and what is reported of it, `[tokens]` each."""
         old = _old_log_prob(statistics, tokens)
-        correction = self._importance(old, tokens.engine_log_probs)
+        sampled = torch.where(tokens.off_policy, old, tokens.engine_log_probs)  # of a ratio of 1
+        correction = self._importance(old, sampled)
         at_token = AtToken(
             log_prob=statistics.log_prob,
             entropy=statistics.entropy,
@@ -198,6 +216,7 @@ class Objective:
             sequence_log_ratio=tokens.sequence_log_ratios,
             importance=correction,
             sequence_importance=tokens.sequence_importance,
+            marks=tokens.marks,
         )
         loss = torch.zeros_like(statistics.log_prob)
         parts: dict[str, Tensor] = {}
@@ -206,7 +225,7 @@ class Objective:
             loss = loss + coefficient * value
             parts.update(reported)
         with torch.no_grad():
-            uncorrected = (old - tokens.engine_log_probs).exp()
+            uncorrected = (old - sampled).exp()
             parts |= {
                 "total": tokens.weights * loss,
                 "entropy": statistics.entropy,
@@ -248,7 +267,7 @@ class Objective:
         head = self.head(policy.weight)
         log_prob = chunked_statistics(policy.hidden, microbatch.targets[chosen], head).log_prob
         old = log_prob if microbatch.old_log_probs is None else microbatch.old_log_probs[chosen]
-        importance = self._importance(old, engine)
+        importance = self._importance(old, torch.where(microbatch.off_policy[chosen], old, engine))
         sequence = microbatch.sequences[chosen]
         totals = log_prob.new_zeros(3, len(microbatch.lengths))
         values = torch.stack([log_prob - old, importance, torch.ones_like(log_prob)])

@@ -78,7 +78,8 @@ def _reported(term: Term, what: str) -> list[str]:
     except Exception as error:  # whatever a user's code raises
         raise RapoError(
             f"term {name} of {what} fails on {_TOKENS} tokens: {type(error).__name__}: {error}. It says that "
-            f"it needs {needed}, beside what every token has; mend it, or its `needs`"
+            f"it needs {needed}, and reads {', '.join(sorted(term.reads)) or 'no marks'}, beside what every "
+            "token has; mend it, or its `needs` and `reads`"
         ) from error
     for called, of_tokens in {"its value": value, **reported}.items():
         shape = tuple(of_tokens.shape) if isinstance(of_tokens, Tensor) else type(of_tokens).__name__
@@ -103,5 +104,6 @@ def _tokens(term: Term) -> AtToken:
         advantage=torch.tensor([1.0, -1.0, 0.0]),
         phi=torch.tensor([1.0, 0.5, 0.5]),
         position=torch.arange(_TOKENS),
+        marks={name: torch.tensor([0.5, 1.0, 0.0]) for name in term.reads},
         **needed,
     )

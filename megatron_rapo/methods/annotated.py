@@ -1,8 +1,8 @@
-"""The tokens of a minibatch, with what is known of them before the step's first update."""
+"""The tokens of a minibatch, with what is known of them before an update."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,12 @@ class Annotated:
         engine_log_probs: as sampled, in nats.
         old_log_probs, old_entropies: of the policy that starts the step, in nats.
         reference_log_probs: None where no term needs them, or its whole distribution.
-        of_all_ranks: gathers values `[tokens]` of all ranks that share the minibatch, in an order that
-            depends on the layout: for quantiles and means. All of them must call it alike.
+        marks: of `Method.mark_responses`, by name.
+        log_probs, entropies: of the policy as it now is, which an update before this one may have moved;
+            in `weigh`, and where the method does not set `follows_policy`, the old ones.
+        of_all_ranks: gathers values `[any]` of all ranks that share the minibatch, one rank's after the
+            other's, in an order that depends on the layout: for quantiles and means. All of them must call it
+            alike.
     """
 
     weights: Tensor
@@ -33,4 +37,7 @@ class Annotated:
     old_log_probs: Tensor
     old_entropies: Tensor
     reference_log_probs: Tensor | None
+    marks: Mapping[str, Tensor]
+    log_probs: Tensor
+    entropies: Tensor
     of_all_ranks: Callable[[Tensor], Tensor]

@@ -30,10 +30,12 @@ class Method:
 
     - `sampling` says how the step's responses are sampled;
     - `teaches` says which groups dynamic sampling replaces;
-    - `choose`, `advantages` and `flatten` look at all groups of the step;
+    - `choose`, `advantages`, `flatten`, `mark_responses` and `off_policy` look at all groups of the step;
     - `aggregate` makes the weights of tokens, of each minibatch's responses that are in the loss;
     - `weigh` may change them, token by token, once old log-probs and entropies are known;
+    - `mark_tokens` makes numbers of each token of a minibatch for its terms, before each update;
     - `terms` is the loss: Σ coefficient · term, token by token;
+    - `learn` hears what the step's updates measured;
     - `metrics` tells numbers of the step;
     - `state` and `restore` carry over checkpoints what the object learnt of the run.
 
@@ -46,12 +48,15 @@ class Method:
         reads_responses: whether hooks read tokens or texts of responses. Where not, groups have all else of
             them: rewards, facts, outcomes, lengths, and each problem with all its columns. Tokens and texts
             of a step are many, and all ranks hold those of all responses if it is set.
+        follows_policy: whether `mark_tokens` reads log-probs and entropies of the policy as each update
+            finds it: the policy is then run once more for each update of a step but its first.
     """
 
     Options = common.Options
     reward_range: tuple[float, float] = (-np.inf, np.inf)
     aggregation: Aggregation = "token_mean"
     reads_responses: bool = False
+    follows_policy: bool = False
 
     def __init__(self, options: common.Options, configured: Sampling) -> None:
         """
@@ -101,6 +106,21 @@ class Method:
         """φ ≥ 0 of each response, the power that flattens the reference there. Here: 1, not at all."""
         return [[1.0] * len(group.episodes) for group in groups]
 
+    def mark_responses(self, groups: Sequence[Group]) -> Mapping[str, OfEpisodes]:
+        """Numbers of each response by name, or `[tokens]` of them, for terms and for the hooks below.
+
+        The names may not change from step to step. Here: none.
+        """
+        return {}
+
+    def off_policy(self, groups: Sequence[Group]) -> OfEpisodes:
+        """Which responses the policy did not sample after these very tokens at its temperature, bools.
+
+        Their engine's log-probs are not compared with the trainer's: they take no part in the mismatch of the
+        two, and their importance weights are 1. Here: none of them.
+        """
+        return [[False] * len(group.episodes) for group in groups]
+
     def aggregate(self, response_tokens: Sequence[int]) -> npt.NDArray[np.float64]:
         """The weight of each token of each of a minibatch's responses that are in the loss, `[responses]`."""
         return token_weights(response_tokens, self.aggregation, self.configured.max_response_tokens)
@@ -122,6 +142,19 @@ class Method:
         """Whether it has a `weigh` of its own."""
         return type(self).weigh is not Method.weigh
 
+    def mark_tokens(self, tokens: Annotated) -> Mapping[str, Tensor]:
+        """Numbers of each token of a minibatch by name, `[tokens]`, that its terms read: marks.
+
+        It is called before each update, on the ranks that have tokens, under the rules of `weigh`. Here:
+        none.
+        """
+        return {}
+
+    @property
+    def marks_tokens(self) -> bool:
+        """Whether it has a `mark_tokens` of its own."""
+        return type(self).mark_tokens is not Method.mark_tokens
+
     def terms(self) -> Sequence[tuple[float, Term]]:
         """The loss's coefficients and terms.
 
@@ -129,6 +162,12 @@ class Method:
         may not.
         """
         raise NotImplementedError(f"{type(self).__name__} has no terms")
+
+    def learn(self, measured: Mapping[str, float]) -> None:
+        """Hears the metrics of the step's updates, `loss/entropy` for example; the same on all ranks.
+
+        What a controller needs to know, and may keep in its state. Here: nothing is done.
+        """
 
     def metrics(self) -> Mapping[str, float]:
         """Numbers of the step by name, which are logged as `method/<name>`.

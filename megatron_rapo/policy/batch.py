@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -12,10 +12,11 @@ import numpy.typing as npt
 
 from megatron_rapo.config import RunConfig
 from megatron_rapo.data.batching import Microbatch, Plan, Sample, pack, padded_length, plan_microbatches
-from megatron_rapo.episode.episode import ScoredEpisode
+from megatron_rapo.episode.brief import BriefEpisode
+from megatron_rapo.episode.episode import Episode, ScoredEpisode
 from megatron_rapo.episode.group import Group
 from megatron_rapo.errors import RapoError
-from megatron_rapo.methods.method import Method
+from megatron_rapo.methods.method import Method, OfEpisodes
 from megatron_rapo.parallel.device import device
 from megatron_rapo.parallel.placement import Placement
 
@@ -32,14 +33,27 @@ def make_samples(
         RapoError: the method does not take a reward, or does not say what it must of an episode.
     """
     _check_rewards(groups, method)
-    asked = [_ask(method, hook, groups) for hook in ("choose", "advantages", "flatten")]
+    asked = {
+        hook: _checked(getattr(method, hook)(groups), hook, groups, method)
+        for hook in ("choose", "advantages", "flatten", "off_policy")
+    }
+    marks = {
+        name: _checked(said, f"mark_responses, of {name!r}", groups, method)
+        for name, said in method.mark_responses(groups).items()
+    }
     judged = [
         [
-            _Judged(scored, bool(chosen) and scored.reward is not None, advantage, phi)
-            # An array's rows may be longer than the group.
-            for scored, chosen, advantage, phi in zip(group.episodes, *said, strict=False)
+            _Judged(
+                scored,
+                in_loss=bool(asked["choose"][place][number]) and scored.reward is not None,
+                advantage=asked["advantages"][place][number],
+                phi=asked["flatten"][place][number],
+                off_policy=bool(asked["off_policy"][place][number]),
+                marks={name: said[place][number] for name, said in marks.items()},
+            )
+            for number, scored in enumerate(group.episodes)
         ]
-        for group, *said in zip(groups, *asked, strict=True)
+        for place, group in enumerate(groups)
     ]
     starts = range(0, len(groups), minibatch_prompts)
     minibatches = [list(chain(*judged[start : start + minibatch_prompts])) for start in starts]
@@ -54,6 +68,8 @@ class _Judged:
     in_loss: bool
     advantage: Any
     phi: Any
+    off_policy: bool
+    marks: Mapping[str, Any]
 
 
 def plan_minibatches(minibatches: Sequence[Sequence[Sample]], config: RunConfig) -> list[Plan]:
@@ -89,6 +105,7 @@ def build_minibatches(
                 [samples[index] for index in chosen],
                 sequence_multiple=config.sequence_multiple,
                 total_tokens=total_tokens,
+                mark_names=samples[0].marks,
                 context_rank=placement.context_rank,
                 context_ranks=config.parallel.context_parallel,
                 device=device(),
@@ -111,9 +128,8 @@ def _check_rewards(groups: Sequence[Group], method: Method) -> None:
                 )
 
 
-def _ask(method: Method, hook: str, groups: Sequence[Group]) -> Sequence[Sequence[Any]]:
+def _checked(said: OfEpisodes, hook: str, groups: Sequence[Group], method: Method) -> OfEpisodes:
     """What a hook says of each episode, `[groups][episodes]`; an array's rows may be longer."""
-    said = getattr(method, hook)(groups)
     found, wanted = [len(row) for row in said], [len(group.episodes) for group in groups]
     padded = isinstance(said, np.ndarray) and found == [max(wanted)] * len(wanted)
     if found != wanted and not padded:
@@ -149,12 +165,12 @@ def _minibatch(judged: Sequence[_Judged], method: Method, vocabulary: int) -> li
 def _samples(judged: _Judged, weight: float, method: Method, vocabulary: int) -> Iterator[Sample]:
     """An episode's sequences, each with its part of what the method says of the episode."""
     episode, known = judged.scored.episode, judged.scored.reward is not None
-    advantage, phi = _numbers(judged.advantage if known else 0.0), _numbers(judged.phi)
-    if advantage.shape not in ((), (episode.sampled_tokens,)) or not np.isfinite(advantage).all():
-        raise RapoError(
-            f"advantages of {_named(method)} returned {judged.advantage!r} for an episode of "
-            f"{episode.sampled_tokens} sampled tokens; return a finite number, or one for each of them"
-        )
+    advantage = _of_tokens(judged.advantage if known else 0.0, "advantages", episode, method)
+    marks = {
+        name: _of_tokens(value, f"mark_responses, of {name!r}", episode, method)
+        for name, value in judged.marks.items()
+    }
+    phi = _numbers(judged.phi)
     if phi.shape != () or not (np.isfinite(phi) and phi >= 0):
         raise RapoError(
             f"flatten of {_named(method)} returned {judged.phi!r}; return a finite number that is not "
@@ -166,11 +182,30 @@ def _samples(judged: _Judged, weight: float, method: Method, vocabulary: int) ->
         yield Sample(
             sequence=sequence,
             phi=float(phi),
-            advantage=advantage[start:end] if advantage.shape else float(advantage),
+            advantage=_part(advantage, start, end),
             token_weight=weight,
             has_probability=not sequence.leaves(vocabulary),
+            off_policy=judged.off_policy,
+            marks={name: _part(values, start, end) for name, values in marks.items()},
         )
         start = end
+
+
+def _of_tokens(
+    value: Any, hook: str, episode: Episode | BriefEpisode, method: Method
+) -> npt.NDArray[np.float64]:
+    """A finite number of an episode, or one of each of its sampled tokens."""
+    found = _numbers(value)
+    if found.shape not in ((), (episode.sampled_tokens,)) or not np.isfinite(found).all():
+        raise RapoError(
+            f"{hook} of {_named(method)} returned {value!r} for an episode of {episode.sampled_tokens} "
+            "sampled tokens; return a finite number, or one for each of them"
+        )
+    return found
+
+
+def _part(values: npt.NDArray[np.float64], start: int, end: int) -> float | npt.NDArray[np.float64]:
+    return values[start:end] if values.shape else float(values)
 
 
 def _numbers(value: Any) -> npt.NDArray[np.float64]:

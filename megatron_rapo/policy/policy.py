@@ -30,6 +30,7 @@ from megatron_rapo.policy.hidden_states import whole_tokens
 from megatron_rapo.policy.learning_rate import LearningRate
 from megatron_rapo.policy.pipeline import run_forward
 from megatron_rapo.policy.reference import Reference
+from megatron_rapo.policy.weighing import mark
 from megatron_rapo.weights.load import load_weights
 
 # Times the largest weight at the start. No training comes near; far beyond, activations overflow unseen: an
@@ -84,15 +85,17 @@ class Policy:
         """Records the log-probs under the policy as it is now, wherever it will have moved before their use.
 
         A step's only minibatch needs none, as its update starts from the very policy, unless the
-        method weighs tokens by them.
+        method weighs or marks tokens by them.
         """
-        if len(minibatches) == 1 and not objective.method.weighs:
+        method = objective.method
+        reads = method.weighs or method.marks_tokens
+        if len(minibatches) == 1 and not reads:
             return
         microbatches = [microbatch for minibatch in minibatches for microbatch in minibatch]
         found = self._statistics(microbatches, objective.head)
         for microbatch, statistics in zip(microbatches, found, strict=False):
             microbatch.old_log_probs = statistics.log_prob
-            if objective.method.weighs:
+            if reads:
                 microbatch.old_entropies = statistics.entropy
 
     def log_probs(self, microbatches: Sequence[Microbatch], head: Callable[[Tensor], Head]) -> list[Tensor]:
@@ -131,7 +134,8 @@ class Policy:
         """
         sums = torch.zeros(len(objective.parts), dtype=torch.float64, device=device())
         mismatch, norms, rates = Mismatch(device()), [], []
-        for minibatch in minibatches:
+        for number, minibatch in enumerate(minibatches):
+            self._mark(minibatch, objective, moved=number > 0)
             of_minibatch, apart = self._accumulate(minibatch, objective, reference)
             sums += of_minibatch
             mismatch.merge(apart)
@@ -149,6 +153,13 @@ class Policy:
             "optimizer/gradient_norm": sum(norms) / len(norms),
             "optimizer/learning_rate": sum(rates) / len(rates),
         }
+
+    def _mark(self, minibatch: Sequence[Microbatch], objective: Objective, *, moved: bool) -> None:
+        """What the method makes of a minibatch's tokens before its update (`Method.mark_tokens`)."""
+        method, now = objective.method, None
+        if moved and method.marks_tokens and method.follows_policy:
+            now = self._statistics(minibatch, objective.head)
+        mark(minibatch, method, self.placement, now)
 
     def _accumulate(
         self, minibatch: Sequence[Microbatch], objective: Objective, reference: Reference | None

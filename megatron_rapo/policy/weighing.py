@@ -1,8 +1,8 @@
-"""Tokens' weights as a method sees fit once their old log-probs and entropies are known."""
+"""What a method makes of tokens, once their log-probs and entropies are known: their weights, and marks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_rapo.data.batching import Microbatch
 from megatron_rapo.errors import RapoError
+from megatron_rapo.loss.statistics import TokenStatistics
 from megatron_rapo.methods.annotated import Annotated
 from megatron_rapo.methods.method import Method
 from megatron_rapo.parallel.placement import Placement
@@ -27,38 +28,91 @@ def weigh(minibatches: Sequence[Sequence[Microbatch]], method: Method, placement
         return
     for minibatch in minibatches:
         weights = method.weigh(_annotated(minibatch, placement))
-        counts = [int(microbatch.is_response.sum()) for microbatch in minibatch]
-        if not isinstance(weights, Tensor) or weights.shape != (sum(counts),):
-            raise _wrong(method, weights, f"for {sum(counts)} tokens")
-        if not (weights.isfinite() & (weights >= 0)).all():
-            raise _wrong(method, weights, "some of which are negative or not finite")
-        for microbatch, own in zip(minibatch, weights.split(counts), strict=True):
+        _check(weights, minibatch, f'weigh of method "{method.options.method}"', "weight", from_0=True)
+        for microbatch, own in _split(weights, minibatch):
             microbatch.weights[microbatch.is_response] = own.to(microbatch.weights.dtype)
 
 
-def _wrong(method: Method, weights: object, what: str) -> RapoError:
-    found = f"{tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
-    return RapoError(
-        f'weigh of method "{method.options.method}" returned {found}, {what}; return a tensor of one weight '
-        "of each, from 0 up"
-    )
+def mark(
+    minibatch: Sequence[Microbatch],
+    method: Method,
+    placement: Placement,
+    now: Sequence[TokenStatistics] | None = None,
+) -> None:
+    """Gives the tokens of an annotated minibatch the marks of `Method.mark_tokens`, where a method has it.
+
+    Before each update, on the last pipeline stage alone.
+
+    Args:
+        minibatch: this rank's microbatches.
+        method: makes the marks.
+        placement: this rank's.
+        now: of each microbatch's tokens under the policy as it is; None: it has not moved in this step, or
+            the method does not ask.
+
+    Raises:
+        RapoError: what it returns are no marks.
+    """
+    if not (method.marks_tokens and placement.is_last_stage):
+        return
+    marks = method.mark_tokens(_annotated(minibatch, placement, now))
+    for name, values in marks.items():
+        _check(values, minibatch, f'mark_tokens of method "{method.options.method}", {name!r}', "number")
+        for microbatch, own in _split(values, minibatch):
+            whole = torch.zeros_like(microbatch.weights)
+            whole[microbatch.is_response] = own.to(whole.dtype)
+            microbatch.marks[name] = whole
 
 
-def _annotated(minibatch: Sequence[Microbatch], placement: Placement) -> Annotated:
-    def joined(name: str) -> Tensor:
-        return torch.cat([getattr(microbatch, name)[microbatch.is_response] for microbatch in minibatch])
+def _check(
+    values: object, minibatch: Sequence[Microbatch], what: str, wanted: str, from_0: bool = False
+) -> None:
+    count = sum(int(microbatch.is_response.sum()) for microbatch in minibatch)
+    found = f"{tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+    wrong = ""
+    if not isinstance(values, Tensor) or values.shape != (count,):
+        wrong = f"for {count} tokens"
+    elif not values.isfinite().all() or (from_0 and not (values >= 0).all()):
+        wrong = f"some of which are {'negative or ' if from_0 else ''}not finite"
+    if wrong:
+        bound = ", from 0 up" if from_0 else ", finite"
+        raise RapoError(f"{what} returned {found}, {wrong}; return a tensor of one {wanted} of each{bound}")
+
+
+def _split(values: Tensor, minibatch: Sequence[Microbatch]) -> Iterator[tuple[Microbatch, Tensor]]:
+    """Each microbatch, with the values of its response tokens."""
+    counts = [int(microbatch.is_response.sum()) for microbatch in minibatch]
+    return zip(minibatch, values.split(counts), strict=True)
+
+
+def _annotated(
+    minibatch: Sequence[Microbatch], placement: Placement, now: Sequence[TokenStatistics] | None = None
+) -> Annotated:
+    chosen = [microbatch.is_response for microbatch in minibatch]
+
+    def joined(values: Sequence[Tensor]) -> Tensor:
+        return torch.cat([own[where] for own, where in zip(values, chosen, strict=True)])
+
+    def field(name: str) -> Tensor:
+        return joined([getattr(microbatch, name) for microbatch in minibatch])
 
     reference = [microbatch.reference_log_probs for microbatch in minibatch]
     known = [values for values in reference if values is not None]
+    old_log_probs, old_entropies = field("old_log_probs"), field("old_entropies")
     return Annotated(
-        weights=joined("weights"),
-        advantages=joined("advantages"),
-        phi=joined("phi"),
-        positions=joined("response_positions"),
-        engine_log_probs=joined("engine_log_probs"),
-        old_log_probs=joined("old_log_probs"),
-        old_entropies=joined("old_entropies"),
+        weights=field("weights"),
+        advantages=field("advantages"),
+        phi=field("phi"),
+        positions=field("response_positions"),
+        engine_log_probs=field("engine_log_probs"),
+        old_log_probs=old_log_probs,
+        old_entropies=old_entropies,
         reference_log_probs=torch.cat(known) if known else None,
+        marks={
+            name: joined([microbatch.marks[name] for microbatch in minibatch]) for name in minibatch[0].marks
+        },
+        log_probs=old_log_probs if now is None else joined([each.log_prob for each in now]),
+        entropies=old_entropies if now is None else joined([each.entropy for each in now]),
         of_all_ranks=lambda values: _gathered(values, placement.gradient_group),
     )
 

@@ -112,14 +112,28 @@ def _of_state(new: Callable[[], Method], groups: Sequence[Group]) -> Iterator[st
 
 def _said(method: Method, groups: Sequence[Group]) -> dict[str, list[Any]]:
     """What a method says of a step, plainly."""
+    from megatron_rapo.loss.trial import reported_names
     from megatron_rapo.testing.toy import samples_of
 
     sampling = method.sampling()
     samples = samples_of(method, groups, _vocabulary(groups))
+    reported = [
+        (term, names) for (_, term), names in zip(method.terms(), reported_names(method), strict=True)
+    ]
+    method.learn(
+        {"loss/entropy": 0.5}
+        | {
+            metric: value
+            for term, names in reported
+            for metric, value in term.metrics(dict.fromkeys(names, 0.5)).items()
+        }
+    )
     return {
         "sampling": [sampling],
         "advantages": [_plain(sample.advantage) for sample in samples],
         "flatten": [sample.phi for sample in samples],
+        "mark_responses": [{n: _plain(v) for n, v in sample.marks.items()} for sample in samples],
+        "off_policy": [sample.off_policy for sample in samples],
         "choose or aggregate": [_plain(sample.token_weight) for sample in samples],
         "terms": [(coefficient, type(term).__name__) for coefficient, term in method.terms()],
     }

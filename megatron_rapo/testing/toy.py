@@ -20,10 +20,11 @@ from megatron_rapo.data.batching import Microbatch, Sample, pack, padded_length,
 from megatron_rapo.episode.group import Group
 from megatron_rapo.loss.chunked import chunked_statistics
 from megatron_rapo.loss.objective import HeadStates, Objective
+from megatron_rapo.loss.statistics import TokenStatistics
 from megatron_rapo.methods.method import Method
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.batch import make_samples
-from megatron_rapo.policy.weighing import weigh
+from megatron_rapo.policy.weighing import mark, weigh
 from megatron_rapo.testing.ranks import alone, on_ranks
 
 HIDDEN = 8
@@ -120,6 +121,7 @@ class Step:
             pack(
                 [samples[index] for index in chosen],
                 sequence_multiple=MULTIPLE,
+                mark_names=samples[0].marks,
                 context_rank=everyone.rank() if layout.context > 1 else 0,
                 context_ranks=layout.context,
             )
@@ -143,6 +145,8 @@ class Step:
             host_group=gradient_group,
         )
         weigh([self.microbatches], method, placement)
+        now = self._statistics(self.policy()) if method.follows_policy else None
+        mark(self.microbatches, method, placement, now)
 
     def loss(self, policy: Toy, objective: Objective | None = None) -> Tensor:
         """This rank's part of the loss; by default, of the method's objective."""
@@ -168,16 +172,22 @@ class Step:
     def _annotate(self, old: Toy) -> None:
         """As policy and reference do before a step's first update."""
         old, self._reference = (toy.shard(self._tensor_group) for toy in (old, self._reference))
-        for microbatch in self.microbatches:
-            states = old.states(microbatch, self._likely)
-            head = self.objective.head(states.weight)
-            statistics = chunked_statistics(states.hidden, microbatch.targets, head)
+        for microbatch, statistics in zip(self.microbatches, self._statistics(old), strict=True):
             microbatch.old_log_probs, microbatch.old_entropies = statistics.log_prob, statistics.entropy
             if self.objective.method.wants_reference and not self.objective.wants_reference_hidden:
                 plain, flattened = self.objective.reference_log_probs(
                     self._of_responses(self._reference, microbatch), microbatch
                 )
                 microbatch.reference_log_probs, microbatch.flattened_log_probs = plain, flattened
+
+    def _statistics(self, toy: Toy) -> list[TokenStatistics]:
+        """Of all tokens of each microbatch; the toy has this rank's rows of the head."""
+        found = []
+        for microbatch in self.microbatches:
+            states = toy.states(microbatch, self._likely)
+            head = self.objective.head(states.weight)
+            found.append(chunked_statistics(states.hidden, microbatch.targets, head))
+        return found
 
 
 def samples_of(method: Method, groups: Sequence[Group], vocabulary: int) -> list[Sample]:

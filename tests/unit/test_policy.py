@@ -457,6 +457,32 @@ def test_old_entropies_are_there_for_methods_that_weigh(
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("follows", [False, True])
+def test_marks_are_made_before_each_update(models: Path, placement: Placement, follows: bool) -> None:
+    """Of the policy as the update finds it, where the method wants to follow it; else as the step began."""
+    seen: list[Annotated] = []
+
+    class Marking(DAPO):
+        follows_policy = follows
+
+        def mark_tokens(self, tokens: Annotated) -> dict[str, torch.Tensor]:
+            seen.append(tokens)
+            return {"entropy": tokens.entropies}
+
+    method = Marking(DAPO.Options(), Sampling(1.0, 2, 64))
+    policy = make_policy(models, placement, learning_rate=1e-2)
+    objective = Objective(method, temperature=1.0, vocabulary=VOCABULARY, group=placement.tensor_group)
+    batches = make_minibatches(placement, [0, 1])
+    policy.annotate(batches, objective)
+    policy.update(batches, objective, None)
+    first, last = seen
+    assert torch.equal(first.log_probs, first.old_log_probs)
+    assert torch.equal(last.log_probs, last.old_log_probs) != follows
+    assert torch.equal(last.entropies, last.old_entropies) != follows
+    marks = torch.cat([one.marks["entropy"][one.is_response] for one in batches[1]])
+    torch.testing.assert_close(marks, last.entropies)
+
+
 @pytest.mark.parametrize("divergence", ["forward_exact", "reverse_exact", "k3"])
 def test_a_reference_leaves_what_the_divergence_needs_and_nothing_else(
     models: Path, placement: Placement, divergence: Any

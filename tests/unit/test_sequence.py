@@ -46,6 +46,8 @@ def test_a_sequence_that_cannot_be_trained_on_is_refused(sampled, changes, messa
 def test_only_sampled_tokens_count():
     several = sequence([False, True, True, False, True], token_ids=[99, 1, 2, 99, 3])
     assert (len(several), several.sampled_tokens) == (5, 3)
+    assert several.turns == several.brief().turns == (2, 1)
+    assert (sequence([False]).turns, several.brief().sampled_tokens) == ((), 3)
     assert not several.leaves(4), "a given token outside the tokenizer is no sample's fault"
     assert several.leaves(3)
 

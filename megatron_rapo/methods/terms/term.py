@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class AtToken(NamedTuple):
         importance: the weight of the token for having been sampled by μ, not π_old
             (`algorithm.importance_correction`).
         sequence_importance: the mean of these weights over the token's response.
+        marks: the method's own numbers by name (`Method.mark_responses`, `Method.mark_tokens`); constants.
     """
 
     log_prob: Tensor
@@ -75,6 +77,7 @@ class AtToken(NamedTuple):
     sequence_log_ratio: Tensor | None = None
     importance: Tensor | None = None
     sequence_importance: Tensor | None = None
+    marks: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Term:
@@ -82,9 +85,11 @@ class Term:
 
     Attributes:
         needs: what it reads beyond what every token has.
+        reads: the marks of its method that it reads.
     """
 
     needs: frozenset[Need] = frozenset()
+    reads: frozenset[str] = frozenset()
 
     def __call__(self, token: AtToken) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The term's value at each token, and what is reported of it.
