@@ -60,7 +60,7 @@ def test_the_policy_calls_the_tool_and_sees_what_it_returned(
     assert stops == [[tiny().eos_token_id, *tiny().encode("=")]] * 2, "a call ends the policy's turn"
 
 
-def test_the_tool_s_own_tests_pass() -> None:
+def test_the_examples_own_tests_pass() -> None:
     command = [
         sys.executable,
         "-m",
@@ -69,8 +69,9 @@ def test_the_tool_s_own_tests_pass() -> None:
         "-p",
         "no:cacheprovider",
         "--rootdir",
+        "examples",
         "examples/tools",
-        "examples/tools",
+        "examples/rebuilt",
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout
