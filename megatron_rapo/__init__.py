@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from megatron_rapo.episode.environment import Transcript as Transcript
     from megatron_rapo.episode.environment import Turn as Turn
     from megatron_rapo.episode.episode import Episode as Episode
+    from megatron_rapo.episode.guide import Guide as Guide
     from megatron_rapo.episode.problem import Problem as Problem
     from megatron_rapo.episode.score import Score as Score
     from megatron_rapo.episode.sequence import Sequence as Sequence
@@ -35,6 +36,7 @@ _PUBLIC = {
     "Transcript": "megatron_rapo.episode.environment",
     "Turn": "megatron_rapo.episode.environment",
     "Episode": "megatron_rapo.episode.episode",
+    "Guide": "megatron_rapo.episode.guide",
     "Problem": "megatron_rapo.episode.problem",
     "Score": "megatron_rapo.episode.score",
     "Sequence": "megatron_rapo.episode.sequence",

@@ -17,6 +17,7 @@ from megatron_rapo.checkpoint.store import CheckpointStore
 from megatron_rapo.config import RunConfig
 from megatron_rapo.config.date import with_date
 from megatron_rapo.data.batching import Sample
+from megatron_rapo.data.guided import GuidedPrompts
 from megatron_rapo.data.load import load_training_prompts
 from megatron_rapo.data.order import MixedOrder, PromptOrder, order_of
 from megatron_rapo.data.prompts import Prompt, TrainingPrompts
@@ -27,6 +28,7 @@ from megatron_rapo.environments.running import EpisodeRunner
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluation.evaluator import Evaluator
 from megatron_rapo.evaluation.held_out import load_held_out
+from megatron_rapo.experience.asking import ask
 from megatron_rapo.experience.batch import Batch, collect
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import SharedEngines, open_engines
@@ -130,7 +132,8 @@ class Job:
         self.objective.temperature = sampling.temperature
 
         def score(prompts: Sequence[Prompt]) -> Shared:
-            return self.collector.collect(
+            collected = partial(
+                self.collector.collect,
                 prompts,
                 chosen=sampling,
                 weight_version=step - 1,
@@ -138,6 +141,7 @@ class Job:
                 phase=self.observer.phase,
                 whole=self.method.reads_responses,
             )
+            return ask(self.method, prompts, lambda tries: collected(tries=tries))
 
         rollout = self.config.rollout
         batch = collect(
@@ -356,6 +360,7 @@ def _open_runner(
         tokenizer,
         config.reward.correct_at,
         architecture.vocabulary,
+        GuidedPrompts(config, tokenizer),
     )
     return stack.enter_context(Runner(episodes, engines.pool))
 

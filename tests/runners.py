@@ -13,7 +13,10 @@ from megatron_rapo.environments.single_turn import SingleTurn
 from megatron_rapo.rollout.pool import EnginePool
 
 
-def single_turns(pool: EnginePool, text_of: Callable[[Sequence[int]], str] = str) -> Runner:
+def single_turns(
+    pool: EnginePool, text_of: Callable[[Sequence[int]], str] = str, guided: Any = None
+) -> Runner:
     """Runs one response to each prompt, whose tokens `text_of` makes text of."""
     tokenizer: Any = SimpleNamespace(decode=lambda ids, skip_special_tokens: text_of(ids))
-    return Runner(EpisodeRunner(SingleTurn(), EnvironmentOptions(), tokenizer, 1.0, vocabulary=2**31), pool)
+    episodes = EpisodeRunner(SingleTurn(), EnvironmentOptions(), tokenizer, 1.0, 2**31, guided)
+    return Runner(episodes, pool)

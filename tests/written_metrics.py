@@ -18,6 +18,7 @@ from megatron_rapo.environments.countdown_turns import CountdownTurns
 from megatron_rapo.environments.tool_use import ToolUse
 from megatron_rapo.episode.environment import Environment, Generate, Turn
 from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.guide import Guide
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.evaluation.evaluator import _as_metrics
@@ -40,8 +41,13 @@ NO_GROUP: Any = None  # of ranks: nothing is computed
 
 
 def of_rollouts() -> set[str]:
-    """Of a mixture with dynamic sampling, whose rewards and environment tell nothing of their own."""
-    return set(summarise(Batch([_group()], Shared([_group()]), rounds=1), 61, ["sums", "words"]))
+    """Of a mixture with dynamic sampling, whose rewards and environment tell nothing of their own.
+
+    Of the group a method has guided an episode.
+    """
+    first, *others = _group().episodes
+    group = replace(_group(), episodes=(first, *others, replace(first, guide=Guide(question="?"))))
+    return set(summarise(Batch([group], Shared([group]), rounds=1), 61, ["sums", "words"]))
 
 
 def of_users_own() -> set[str]:

@@ -40,7 +40,7 @@ def plain_loss(
     losses = []
     for sample in samples:
         token_ids = torch.from_numpy(sample.sequence.token_ids).long()
-        predicting = torch.from_numpy(sample.sequence.sampled).roll(-1)
+        predicting = torch.from_numpy(sample.sequence.trained).roll(-1)
 
         def distribution(
             weights: Weights, token_ids: Tensor = token_ids, predicting: Tensor = predicting
@@ -63,7 +63,7 @@ def _token_loss(
         return log_probs.gather(1, chosen[:, None]).squeeze(1)
 
     log_prob = of_chosen(log_policy)
-    engine = sample.sequence.log_probs[sample.sequence.sampled]
+    engine = np.nan_to_num(sample.sequence.log_probs[sample.sequence.trained])
     old = torch.from_numpy(engine).to(log_prob.dtype)
     phi = _of_tokens(sample.phi, old)  # in fp32, as the product has it: its rounding is no matter of layouts
     log_flattened = (phi[:, None] * log_reference).log_softmax(-1)

@@ -25,13 +25,13 @@ class Sample:
     """One sequence with what the loss needs of it.
 
     Attributes:
-        sequence: tokens, of which those that were sampled are trained on; brief where it is planned with.
+        sequence: tokens, of which some are trained on (`Sequence.trained`); brief where it is planned with.
         phi: the power that flattens the reference.
-        advantage: of all its sampled tokens, or one of each, `[sampled tokens]`.
-        token_weight: weight of a sampled token in the minibatch's loss, or one of each; 0: it is masked out.
+        advantage: of all its trained tokens, or one of each, `[trained tokens]`.
+        token_weight: weight of a trained token in the minibatch's loss, or one of each; 0: it is masked out.
         has_probability: whether all its tokens exist; where not, it is not even measured.
         off_policy: whether its log-probs are of another distribution than the policy's.
-        marks: the method's numbers by name, of all its sampled tokens or one of each; every sample has all.
+        marks: the method's numbers by name, of all its trained tokens or one of each; every sample has all.
     """
 
     sequence: TokenSequence | BriefSequence
@@ -52,8 +52,8 @@ class Microbatch:
     Attributes:
         token_ids, position_ids, targets: int64.
         weights: fp32, of the token in the minibatch's loss; 0 where it takes no part.
-        phi, advantages, engine_log_probs: fp32, of the predicted token.
-        response_positions: int64, of the predicted token among its sequence's sampled ones; −1 where it is
+        phi, advantages, engine_log_probs: fp32, of the predicted token; log-probs are 0 of given ones.
+        response_positions: int64, of the predicted token among its sequence's trained ones; −1 where it is
             none of them.
         sequences: int64, which of the packed sequences the position belongs to.
         off_policy: bool, whether the predicted token's log-prob is of another distribution than the policy's.
@@ -87,7 +87,7 @@ class Microbatch:
 
     @property
     def is_response(self) -> Tensor:
-        """`[tokens / CP]` bool: whether a sampled token is predicted, be it masked out of the loss."""
+        """`[tokens / CP]` bool: whether a trained token is predicted, be it masked out of the loss."""
         return self.response_positions >= 0
 
 
@@ -207,14 +207,14 @@ def pack(
         integers["token_ids"][start : start + tokens] = sequence.token_ids
         integers["targets"][start : start + tokens - 1] = sequence.token_ids[1:]
         integers["position_ids"][start : start + length] = np.arange(length)
-        chosen = np.flatnonzero(sequence.sampled)
-        predicting = start + chosen - 1  # a sampled token is never its sequence's first
+        chosen = np.flatnonzero(sequence.trained)
+        predicting = start + chosen - 1  # a trained token is never its sequence's first
         if sample.has_probability:
             integers["response_positions"][predicting] = np.arange(len(chosen))
         floats["weights"][predicting] = sample.token_weight
         floats["phi"][predicting] = sample.phi
         floats["advantages"][predicting] = sample.advantage
-        floats["engine_log_probs"][predicting] = sequence.log_probs[chosen]
+        floats["engine_log_probs"][predicting] = np.nan_to_num(sequence.log_probs[chosen])
         off_policy[predicting] = sample.off_policy
         for name, values in sample.marks.items():
             marks[name][predicting] = values

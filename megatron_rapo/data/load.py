@@ -81,6 +81,7 @@ def load_prompts(
             name=row.name,
             source=data.name,
             columns=row.columns,
+            messages=row.messages,
         )
         for row, token_ids in zip(usable, encoded, strict=True)
         if len(token_ids) <= max_prompt_tokens
@@ -160,8 +161,9 @@ def load_training_prompts(
         load_source(config, source, tokenizer, table, split="train", count=None, judge=judge)
         for source, table in zip(sources, config.training_tables, strict=True)
     )
-    for prompts, share in zip(sets, shares, strict=True):
+    for prompts, share, table in zip(sets, shares, config.training_tables, strict=True):
         _require_enough(config, prompts, share)
+        _require_columns(config, prompts, table)
     return TrainingPrompts(sets, shares, tuple(getattr(source, "shuffle", True) for source in sources))
 
 
@@ -185,6 +187,17 @@ def _require_enough(config: RunConfig, prompts: PromptSet, share: float) -> None
         f"{prompts.report.source}{drawn}, and a step would have copies of them; lower it to {most} "
         "or less, or give more data"
     )
+
+
+def _require_columns(config: RunConfig, prompts: PromptSet, table: str) -> None:
+    """That what the method reads of problems is there, in one of them at least."""
+    for column in config.new_method().columns:
+        if not any(prompt.columns.get(column) for prompt in prompts):
+            there = ", ".join(prompts[0].columns) or "none"
+            raise RapoError(
+                f'method "{config.algorithm.method}" reads the column {column!r} of problems, which no row '
+                f"of {table} has (its columns: {there}); give the data one, or name another in [algorithm]"
+            )
 
 
 def _duplicates(rows: Sequence[Row]) -> tuple[tuple[int, ...], ...]:

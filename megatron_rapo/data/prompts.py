@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_rapo.data.messages import Message
 from megatron_rapo.episode.problem import Problem
 
 _SHOWN = 5  # rows of a finding
@@ -25,6 +26,7 @@ class Prompt:
         name: what its source calls it; None where it has no name.
         source: the name of its data set (`data.label`).
         columns: all columns of its row, as plain Python values.
+        messages: the chat that its row is, where it is one; `question` is its last user's turn then.
     """
 
     index: int
@@ -35,6 +37,7 @@ class Prompt:
     name: str | None = None
     source: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    messages: tuple[Message, ...] | None = field(default=None, hash=False)
 
     @property
     def id(self) -> str:

@@ -39,6 +39,8 @@ def encode_template(
     option: str = "data",
     date: str | None = None,
     tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    all_rows: bool = True,
 ) -> list[list[int]]:
     """The rows' prompts, by the template that the configuration names.
 
@@ -50,6 +52,7 @@ def encode_template(
         date: the day that a chat template is told where it asks for the time, at midnight: a run that goes on
             later has the same prompts. None: today (UTC).
         tools: JSON schemas that a chat template is to describe; a plain text has none.
+        all_rows: whether these are the data: options that none of them takes are refused then.
 
     Raises:
         RapoError: the tokenizer has no chat template, or none by default; the template fails, refuses a
@@ -57,7 +60,8 @@ def encode_template(
             each other.
     """
     shots = _shots(data, option)
-    _refuse_contradictions(rows, data, option, has_shots=bool(shots))
+    if all_rows:
+        _refuse_contradictions(rows, data, option, has_shots=bool(shots))
     if data.template == "plain":
         before = "".join(f"{_text(data, shot.question)}{shot.answer}\n\n" for shot in shots)
         return encode_plain([before + _text(data, row.question) for row in rows], tokenizer)

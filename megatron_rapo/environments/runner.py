@@ -10,17 +10,19 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
+from itertools import accumulate
 from types import TracebackType
 from typing import Any, Self
 
 from megatron_rapo.background import BackgroundLoop, all_of
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.environments.bundle import Bundle
-from megatron_rapo.environments.running import Attempt, EpisodeRunner, Judge
+from megatron_rapo.environments.running import Attempt, EpisodeRunner, Judge, Tries
 from megatron_rapo.environments.times import Times
 from megatron_rapo.episode.environment import close
 from megatron_rapo.episode.episode import Episode
 from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.guide import PLAIN
 from megatron_rapo.episode.outcome import Verification
 from megatron_rapo.errors import RapoError
 from megatron_rapo.rollout.dispatch import TooFewEngines
@@ -99,15 +101,29 @@ class Runner:
         return self._pool.one_request_at_a_time()
 
     @contextmanager
-    def begin(self, prompts: Sequence[Prompt], sampling: Sampling, judge: Judge) -> Iterator[Rollout]:
-        """Begins the episodes of the prompts, `sampling.responses_per_prompt` of each.
+    def begin(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        judge: Judge,
+        tries: Sequence[Tries] | None = None,
+    ) -> Iterator[Rollout]:
+        """Begins the episodes of the prompts.
 
         What is not done when it is left is given up.
+
+        Args:
+            prompts: of each, a group.
+            sampling: of all.
+            judge: the configured reward.
+            tries: of each prompt, its episodes; default: `sampling.responses_per_prompt` of its own.
         """
+        tries = tries or [Tries(0, (PLAIN,) * sampling.responses_per_prompt)] * len(prompts)
+        asked = list(zip(prompts, tries, strict=True))
         size, gather_all = self._pool.requests(len(prompts)), self._gather_all
         sampled: Future[None] = Future()
         times = Times()
-        sampling_still = len(prompts) * sampling.responses_per_prompt  # episodes
+        sampling_still = sum(len(one.guides) for one in tries)  # episodes
 
         def ended() -> None:
             nonlocal sampling_still
@@ -118,17 +134,17 @@ class Runner:
         with ExitStack() as stack:
             round_ = stack.enter_context(self._pool.round())
 
-            async def part(prompts: Sequence[Prompt]) -> list[Group | None]:
-                episodes = len(prompts) * sampling.responses_per_prompt
-                bundle = Bundle(round_, sampling, episodes, gather_all=gather_all, times=times)
+            async def part(asked: Sequence[tuple[Prompt, Tries]]) -> list[Group | None]:
+                firsts = [0, *accumulate(len(tries.guides) for _, tries in asked)]
+                bundle = Bundle(round_, sampling, firsts[-1], gather_all=gather_all, times=times)
                 play = partial(self._episodes.play, bundle=bundle, sampling=sampling, times=times)
                 return await all_of(
-                    self._group(prompt, place, sampling.responses_per_prompt, play, judge, ended)
-                    for place, prompt in enumerate(prompts)
+                    self._group(prompt, tries, first, play, judge, ended)
+                    for (prompt, tries), first in zip(asked, firsts, strict=False)
                 )
 
             async def every() -> list[Group | None]:
-                parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+                parts = [asked[start : start + size] for start in range(0, len(asked), size)]
                 try:
                     return [group for groups in await all_of(map(part, parts)) for group in groups]
                 finally:
@@ -160,10 +176,12 @@ class Runner:
         future.result()
 
     async def _group(
-        self, prompt: Prompt, place: int, count: int, play: Play, judge: Judge, ended: Callable[[], None]
+        self, prompt: Prompt, tries: Tries, first: int, play: Play, judge: Judge, ended: Callable[[], None]
     ) -> Group | None:
-        async def episode(number: int) -> Any:
-            attempt = Attempt(prompt, number, place * count + number)
+        """`first` is the place of the prompt's first episode in the bundle."""
+
+        async def episode(place: int) -> Any:
+            attempt = Attempt(prompt, tries.first + place, first + place, tries.guides[place])
             try:
                 found = await play(attempt)
             finally:
@@ -171,7 +189,8 @@ class Runner:
             return await self._episodes.judge(found, prompt.problem, judge)
 
         try:
-            return Group(prompt.problem, tuple(await all_of(episode(number) for number in range(count))))
+            places = range(len(tries.guides))
+            return Group(prompt.problem, tuple(await all_of(episode(place) for place in places)))
         except TooFewEngines:
             return None
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_rapo.config.environment import EnvironmentOptions
 from megatron_rapo.config.reward import TAKEN
+from megatron_rapo.data.guided import Guided, TooLong
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.environments.bundle import Bundle
 from megatron_rapo.environments.generating import EnvironmentFault, Generating
@@ -17,9 +18,11 @@ from megatron_rapo.environments.times import Times
 from megatron_rapo.episode.environment import Environment
 from megatron_rapo.episode.episode import Episode, ScoredEpisode
 from megatron_rapo.episode.facts import checked_facts, finite_number, shown
+from megatron_rapo.episode.guide import PLAIN, Guide
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.episode.score import Score
+from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.errors import RapoError
 from megatron_rapo.rollout.requests import Sampling, name_of
 from megatron_rapo.user_code import own_traceback
@@ -32,11 +35,20 @@ _OWN_DRAWS = -1  # the "turn" that seeds what an environment itself draws
 
 @dataclass(frozen=True)
 class Attempt:
-    """The number-th episode of a prompt, and its place in a bundle."""
+    """The number-th episode of a prompt, its place in a bundle, and what it is given."""
 
     prompt: Prompt
     number: int
     place: int
+    guide: Guide = PLAIN
+
+
+@dataclass(frozen=True)
+class Tries:
+    """Episodes that are wanted of a prompt: what each is given, and the number of the first."""
+
+    first: int
+    guides: tuple[Guide, ...]
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,7 @@ class EpisodeRunner:
     Attributes:
         correct_at: the reward from which an environment's own score counts as correct.
         vocabulary: tokens that the model has.
+        guided: makes tokens of guides; None: there are none.
     """
 
     environment: Environment
@@ -53,6 +66,7 @@ class EpisodeRunner:
     tokenizer: PreTrainedTokenizerBase
     correct_at: float
     vocabulary: int
+    guided: Callable[[Prompt, Guide], Guided] | None = None
 
     async def play(
         self, attempt: Attempt, bundle: Bundle, sampling: Sampling, times: Times
@@ -65,12 +79,45 @@ class EpisodeRunner:
             TooFewEngines: too few engines are left to go on with it.
             RapoError: an engine refused, or the environment does what the protocol does not allow.
         """
-        problem, own_time = attempt.prompt.problem, OwnTime(self.options.time_limit_s)
+        if attempt.guide == PLAIN:
+            return await self._play(attempt, attempt.prompt.problem, bundle, sampling, times)
+        assert self.guided is not None, "only training prompts are guided"
+        try:
+            guided = self.guided(attempt.prompt, attempt.guide)
+        except TooLong as error:
+            bundle.end(attempt.place)
+            return Verification(Outcome.CRASH, why=str(error))
+        if guided.response is not None:
+            bundle.end(attempt.place)
+            given = TokenSequence.of_text(guided.trained_under, guided.response)
+            return Episode((given,), answer=str(attempt.guide.response))
+        asked = replace(attempt.prompt.problem, token_ids=guided.prompt + guided.begins)
+        found = await self._play(attempt, asked, bundle, sampling, times, len(guided.prompt))
+        if isinstance(found, Verification) or guided.trained_under == guided.prompt:
+            return found
+        try:
+            under = [one.under(guided.prompt, guided.trained_under) for one in found.sequences]
+        except ValueError as error:
+            raise RapoError(f"{self._told(asked)}: {error}") from error
+        return replace(found, sequences=tuple(under))
+
+    async def _play(
+        self,
+        attempt: Attempt,
+        problem: Problem,
+        bundle: Bundle,
+        sampling: Sampling,
+        times: Times,
+        prompt_tokens: int | None = None,
+    ) -> Episode | Verification:
+        """The episode of a problem whose first `prompt_tokens` are the prompt; default: all."""
+        prompt = problem.token_ids[:prompt_tokens]
+        own_time = OwnTime(self.options.time_limit_s)
         generate = Generating(
             bundle,
             self.tokenizer,
             episode=attempt.place,
-            prompt=problem.token_ids,
+            prompt=prompt,
             name_of=lambda turn: name_of(attempt.prompt, turn),
             seed_of=lambda turn: sampling.seed_of(attempt.prompt, attempt.number, turn),
             max_tokens=sampling.max_response_tokens,
@@ -93,7 +140,7 @@ class EpisodeRunner:
             if generate.failure is not None:
                 raise generate.failure
             if isinstance(found, Episode):
-                self._check(found, generate, len(problem.token_ids) + sampling.max_response_tokens)
+                self._check(found, generate, len(prompt) + sampling.max_response_tokens)
             elif not isinstance(found, Verification):
                 raise EnvironmentFault(f"run returned {found!r:.100}, no Episode")
         except EnvironmentFault as fault:

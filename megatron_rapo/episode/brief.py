@@ -25,12 +25,14 @@ class BriefSequence:
         turns: tokens of each stretch that was sampled without a token given between.
         highest_sampled: the highest id of a sampled token; −1 where none was.
         oldest_version: the lowest version of the weights that sampled a token; None where none was.
+        trained_tokens: how many a loss may count: those sampled, and those taught.
     """
 
     tokens: int
     turns: tuple[int, ...]
     highest_sampled: int
     oldest_version: int | None
+    trained_tokens: int
 
     def __len__(self) -> int:
         return self.tokens
@@ -61,6 +63,11 @@ class BriefEpisode:
     def sampled_tokens(self) -> int:
         """Tokens that were sampled, of all sequences."""
         return sum(sequence.sampled_tokens for sequence in self.sequences)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that a loss may count, of all sequences."""
+        return sum(sequence.trained_tokens for sequence in self.sequences)
 
     @property
     def tokens(self) -> int:

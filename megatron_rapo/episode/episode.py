@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_rapo.episode.brief import BriefEpisode
+from megatron_rapo.episode.guide import PLAIN, Guide
 from megatron_rapo.episode.outcome import Verification
 from megatron_rapo.episode.score import Score
 from megatron_rapo.episode.sequence import Sequence
@@ -35,6 +36,11 @@ class Episode:
         return sum(sequence.sampled_tokens for sequence in self.sequences)
 
     @property
+    def trained_tokens(self) -> int:
+        """Tokens that a loss may count, of all sequences."""
+        return sum(sequence.trained_tokens for sequence in self.sequences)
+
+    @property
     def tokens(self) -> int:
         """Tokens that the trainer sees."""
         return sum(len(sequence) for sequence in self.sequences)
@@ -51,10 +57,15 @@ class Episode:
 
 @dataclass(frozen=True)
 class ScoredEpisode:
-    """An episode with what judging it came to; brief where all ranks have it (`episode.brief`)."""
+    """An episode with what judging it came to; brief where all ranks have it (`episode.brief`).
+
+    Attributes:
+        guide: what it was given beside the problem's prompt (`Method.ask`).
+    """
 
     episode: Episode | BriefEpisode
     verification: Verification
+    guide: Guide = PLAIN
 
     @property
     def reward(self) -> float | None:
@@ -64,4 +75,4 @@ class ScoredEpisode:
     def brief(self) -> ScoredEpisode:
         """It without tokens and text."""
         brief = self.episode.brief() if isinstance(self.episode, Episode) else self.episode
-        return ScoredEpisode(brief, self.verification)
+        return ScoredEpisode(brief, self.verification, self.guide)

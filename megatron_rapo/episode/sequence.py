@@ -10,6 +10,9 @@ import numpy.typing as npt
 
 from megatron_rapo.episode.brief import BriefSequence
 
+TAUGHT = -2
+"""The version of a token that was given, not sampled, and is trained on."""
+
 
 @dataclass(frozen=True)
 class Sequence:
@@ -20,7 +23,8 @@ class Sequence:
         sampled: `[tokens]` bool; False: prompt, what a tool answered, or a template's tokens.
         log_probs: `[tokens]` float32, the engine's, in nats, of the temperature-scaled distribution; NaN
             where not sampled.
-        versions: `[tokens]` int32, of the weights that sampled the token; −1 where not sampled.
+        versions: `[tokens]` int32, of the weights that sampled the token; −1 where not sampled; `TAUGHT`
+            where not sampled, but trained on.
 
     Raises:
         ValueError: the fields are not of one length, a sampled token has no finite log-prob or no version, or
@@ -36,7 +40,7 @@ class Sequence:
         lengths = {len(self.token_ids), len(self.sampled), len(self.log_probs), len(self.versions)}
         if len(lengths) > 1:
             raise ValueError(f"a sequence's fields have lengths {sorted(lengths)}; give each one a token")
-        if not len(self.token_ids) or self.sampled[0]:
+        if not len(self.token_ids) or self.trained[0]:
             raise ValueError("a sequence must begin with a token that was given, not sampled")
         if not np.isfinite(self.log_probs[self.sampled]).all():
             raise ValueError("a sampled token has no finite log-prob; pass on what the engine returned")
@@ -63,8 +67,45 @@ class Sequence:
             versions=np.repeat(np.array([-1, version], np.int32), lengths),
         )
 
+    @classmethod
+    def of_text(cls, prompt: Iterable[int], token_ids: Iterable[int]) -> Sequence:
+        """A prompt and a response that was given, to be trained on."""
+        given, response = np.fromiter(prompt, np.int32), np.fromiter(token_ids, np.int32)
+        tokens = np.concatenate([given, response])
+        return cls(
+            token_ids=tokens,
+            sampled=np.zeros(len(tokens), bool),
+            log_probs=np.full(len(tokens), np.nan, np.float32),
+            versions=np.repeat(np.array([-1, TAUGHT], np.int32), [len(given), len(response)]),
+        )
+
+    def under(self, prompt: Iterable[int], other: Iterable[int]) -> Sequence:
+        """It with another prompt in place of the one that it begins with.
+
+        Raises:
+            ValueError: it does not begin with that prompt, all given.
+        """
+        old, new = np.fromiter(prompt, np.int32), np.fromiter(other, np.int32)
+        size = len(old)
+        if self.trained[:size].any() or not np.array_equal(self.token_ids[:size], old):
+            raise ValueError(
+                "a sequence does not begin with the prompt that its episode was given, so no other can take "
+                "its place; begin each with the problem's token_ids"
+            )
+        return Sequence(
+            token_ids=np.concatenate([new, self.token_ids[size:]]),
+            sampled=np.concatenate([np.zeros(len(new), bool), self.sampled[size:]]),
+            log_probs=np.concatenate([np.full(len(new), np.nan, np.float32), self.log_probs[size:]]),
+            versions=np.concatenate([np.full(len(new), -1, np.int32), self.versions[size:]]),
+        )
+
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens a loss may count."""
+        return int(self.trained.sum())
 
     @property
     def sampled_tokens(self) -> int:
@@ -76,6 +117,11 @@ class Sequence:
         """Tokens of each stretch that was sampled without a token given between."""
         edges = np.flatnonzero(np.diff(self.sampled, prepend=False, append=False))
         return tuple(int(length) for length in edges[1::2] - edges[::2])
+
+    @property
+    def trained(self) -> npt.NDArray[np.bool_]:
+        """`[tokens]`: those that a loss may count, sampled or taught."""
+        return self.sampled | (self.versions == TAUGHT)
 
     @property
     def oldest_version(self) -> int | None:
@@ -92,4 +138,4 @@ class Sequence:
     def brief(self) -> BriefSequence:
         """What planning needs of it, without the tokens."""
         highest = int(self.token_ids[self.sampled].max(initial=-1))
-        return BriefSequence(len(self), self.turns, highest, self.oldest_version)
+        return BriefSequence(len(self), self.turns, highest, self.oldest_version, self.trained_tokens)

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.environments.runner import Runner
-from megatron_rapo.environments.running import Judge
+from megatron_rapo.environments.running import Judge, Tries
 from megatron_rapo.environments.times import Times
 from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.guide import PLAIN
 from megatron_rapo.experience.engines import SharedEngines
 from megatron_rapo.experience.sharing import Shared, share
 from megatron_rapo.methods.sampling import Sampling as Chosen
@@ -60,6 +61,7 @@ class Collector:
         seed: int,
         phase: Phase,
         whole: bool = False,
+        tries: Sequence[Tries] | None = None,
     ) -> Shared:
         """The prompts' groups, in order; all ranks call it.
 
@@ -72,12 +74,20 @@ class Collector:
             seed: of this batch of samples.
             phase: times sampling (`rollout`), and what verifying takes after it (`reward`).
             whole: whether all ranks get tokens and texts (`Method.reads_responses`).
+            tries: of each prompt, the episodes that its group is to have; default: as `chosen` says.
 
         Raises:
             RapoError: engines refused, or too few are left; or environment or reward are at fault.
         """
-        mine = list(prompts[self.placement.data_rank :: self.placement.layout.data_parallel])
-        groups: dict[int, Group] = {}
+        own = slice(self.placement.data_rank, None, self.placement.layout.data_parallel)
+        mine = list(prompts[own])
+        tries = tries or [Tries(0, (PLAIN,) * chosen.responses_per_prompt)] * len(prompts)
+        wanted = list(tries[own])
+        groups = {
+            place: Group(prompt.problem, ())
+            for place, prompt in enumerate(mine)
+            if not wanted[place].guides and self.runner is not None
+        }
         times = Times()
         sampling = Sampling(
             chosen.responses_per_prompt,
@@ -92,7 +102,8 @@ class Collector:
             if self.runner is None or self._judge is None:
                 return 0
             missing = [place for place in range(len(mine)) if place not in groups]
-            with self.runner.begin([mine[place] for place in missing], sampling, self._judge) as rollout:
+            asked, each = [mine[place] for place in missing], [wanted[place] for place in missing]
+            with self.runner.begin(asked, sampling, self._judge, each) as rollout:
                 with phase("rollout"):
                     rollout.wait_until_sampled()
                 with phase("reward"):

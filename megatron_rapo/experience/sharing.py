@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_rapo.environments.times import Times
 from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.guide import Guide
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.parallel.placement import Placement
 
@@ -34,11 +35,32 @@ class Shared:
         self.heads += other.heads
         self.times.extend(other.times)
 
+    def join(self, other: Shared) -> None:
+        """Appends to each group the further episodes of the same problem, that another one has."""
+        self.groups = [_joined(*pair) for pair in zip(self.groups, other.groups, strict=True)]
+        self.whole = {place: _joined(group, other.whole[place]) for place, group in self.whole.items()}
+        self.times.extend(other.times)
+
+    def guided(self, guides: Sequence[Sequence[Guide]]) -> Shared:
+        """With the guides by which the episodes were asked for, `[groups][episodes]`."""
+        whole = {place: _guided(group, guides[place]) for place, group in self.whole.items()}
+        groups = [_guided(group, own) for group, own in zip(self.groups, guides, strict=True)]
+        return replace(self, groups=groups, whole=whole)
+
     def answer(self, place: int, number: int, placement: Placement) -> str:
         """The text of an episode, on all ranks, which all call it."""
         here = self.whole.get(place)
         mine = "" if here is None else here.episodes[number].episode.answer
         return placement.share_from_heads(mine)[self.heads[place]]
+
+
+def _joined(group: Group, further: Group) -> Group:
+    return Group(group.problem, group.episodes + further.episodes)
+
+
+def _guided(group: Group, guides: Sequence[Guide]) -> Group:
+    pairs = zip(group.episodes, guides, strict=True)
+    return Group(group.problem, tuple(replace(one, guide=guide) for one, guide in pairs))
 
 
 def share(problems: Sequence[Problem], mine: Sequence[Group], placement: Placement, *, whole: bool) -> Shared:

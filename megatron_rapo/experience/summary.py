@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
 
 from megatron_rapo.episode.group import Group, known_rewards
+from megatron_rapo.episode.guide import PLAIN
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.experience.batch import Batch
 from megatron_rapo.methods.advantages import varies
@@ -19,14 +22,15 @@ def summarise(batch: Batch, vocabulary: int, sources: Sequence[str] = ()) -> Map
     """Rewards, outcomes as shares of all responses, lengths, and how many groups can teach by comparison.
 
     Of the groups that the step trains on; `sampling/…` and `time/…` tell of all that were drawn. Means of
-    rewards are of the known ones, NaN where there are none.
+    rewards are of the known ones, NaN where there are none. What was guided (`Method.ask`) is told apart,
+    unless all was.
 
     Args:
         batch: of the step.
         vocabulary: the tokenizer's size.
         sources: of the training data, by name; where there are several, each has metrics of its own.
     """
-    groups = batch.groups
+    groups, guided = _plain(batch.groups)
     rewards = known_rewards(groups)
     scored = [one for group in groups for one in group.episodes]
     episodes = [one.episode for one in scored]
@@ -47,9 +51,27 @@ def summarise(batch: Batch, vocabulary: int, sources: Sequence[str] = ()) -> Map
         "rollout/truncated": sum(episode.truncated for episode in episodes) / len(episodes),
         "rollout/weight_version": float(min((v for v in versions if v is not None), default=math.nan)),
         "rollout/outside_vocabulary": sum(episode.leaves(vocabulary) for episode in episodes) / len(episodes),
+        **guided,
         **batch.metrics(),
         **batch.sampled.times.metrics(),
     }
+
+
+def _plain(groups: Sequence[Group]) -> tuple[Sequence[Group], Mapping[str, float]]:
+    """The groups without what was guided, and metrics of that; as they are where all was, or nothing."""
+    apart = [[one.guide != PLAIN for one in group.episodes] for group in groups]
+    if len({flag for flags in apart for flag in flags}) < 2:
+        return groups, {}
+
+    def only(guided: bool) -> list[Group]:
+        return [
+            replace(group, episodes=tuple(compress(group.episodes, [flag is guided for flag in flags])))
+            for group, flags in zip(groups, apart, strict=True)
+        ]
+
+    share = float(np.mean([flag for flags in apart for flag in flags]))
+    guided_mean = _mean(known_rewards(only(True)))
+    return only(False), {"rollout/guided_reward": guided_mean, "rollout/guided": share}
 
 
 def _mean(rewards: Any) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_rapo.episode.group import Group, known_rewards
+from megatron_rapo.episode.guide import PLAIN, Guide
 from megatron_rapo.methods import options as common
 from megatron_rapo.methods.advantages import varies
 from megatron_rapo.methods.aggregation import Aggregation, token_weights
@@ -29,6 +30,7 @@ class Method:
     A run makes one object of it. In the order of a step:
 
     - `sampling` says how the step's responses are sampled;
+    - `ask` says what of each problem is sampled, once and after what came of it;
     - `teaches` says which groups dynamic sampling replaces;
     - `choose`, `advantages`, `flatten`, `mark_responses` and `off_policy` look at all groups of the step;
     - `aggregate` makes the weights of tokens, of each minibatch's responses that are in the loss;
@@ -72,6 +74,25 @@ class Method:
         At most `max_response_tokens` of the configuration, and two responses a prompt or more.
         """
         return self.configured
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Columns of problems that it reads. Data of which no row has one are refused before a run starts."""
+        return ()
+
+    def ask(self, groups: Sequence[Group]) -> Sequence[Sequence[Guide]]:
+        """Which episodes are wanted of each problem, beside those that it has.
+
+        It is asked at first with groups without episodes, then with what has come of it, until it wants
+        nothing more. With dynamic sampling it is asked so for the prompts of each round. A text that is too
+        long gives an episode of unknown reward. What it wants must hang on the groups and its state alone:
+        then a run that goes on asks the same. Here: `responses_per_prompt` answers to the problem's prompt.
+
+        Returns:
+            `[groups]`, a guide for each further episode; `PLAIN` is the problem's prompt alone.
+        """
+        wanted = [PLAIN] * self.sampling().responses_per_prompt
+        return [[] if group.episodes else wanted for group in groups]
 
     def teaches(self, group: Group) -> bool:
         """Whether a group teaches; dynamic sampling replaces it if not. Here: its known rewards differ."""
@@ -117,9 +138,9 @@ class Method:
         """Which responses the policy did not sample after these very tokens at its temperature, bools.
 
         Their engine's log-probs are not compared with the trainer's: they take no part in the mismatch of the
-        two, and their importance weights are 1. Here: none of them.
+        two, and their importance weights are 1. Here: those that were asked for so (`Guide.is_off_policy`).
         """
-        return [[False] * len(group.episodes) for group in groups]
+        return [[one.guide.is_off_policy for one in group.episodes] for group in groups]
 
     def aggregate(self, response_tokens: Sequence[int]) -> npt.NDArray[np.float64]:
         """The weight of each token of each of a minibatch's responses that are in the loss, `[responses]`."""
@@ -154,6 +175,11 @@ class Method:
     def marks_tokens(self) -> bool:
         """Whether it has a `mark_tokens` of its own."""
         return type(self).mark_tokens is not Method.mark_tokens
+
+    @property
+    def asks(self) -> bool:
+        """Whether it has an `ask` of its own."""
+        return type(self).ask is not Method.ask
 
     def terms(self) -> Sequence[tuple[float, Term]]:
         """The loss's coefficients and terms.

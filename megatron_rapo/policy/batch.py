@@ -143,7 +143,7 @@ def _checked(said: OfEpisodes, hook: str, groups: Sequence[Group], method: Metho
 
 def _minibatch(judged: Sequence[_Judged], method: Method, vocabulary: int) -> list[Sample]:
     """The sequences of a minibatch's episodes, with token weights over all of it."""
-    lengths = [one.scored.episode.sampled_tokens for one in judged]
+    lengths = [one.scored.episode.trained_tokens for one in judged]
     in_loss = [one.in_loss and not one.scored.episode.leaves(vocabulary) for one in judged]
     kept = [place for place, keep in enumerate(in_loss) if keep]
     weights = np.zeros(len(judged))
@@ -178,7 +178,7 @@ def _samples(judged: _Judged, weight: float, method: Method, vocabulary: int) ->
         )
     start = 0
     for sequence in episode.sequences:
-        end = start + sequence.sampled_tokens
+        end = start + sequence.trained_tokens
         yield Sample(
             sequence=sequence,
             phi=float(phi),
@@ -194,12 +194,12 @@ def _samples(judged: _Judged, weight: float, method: Method, vocabulary: int) ->
 def _of_tokens(
     value: Any, hook: str, episode: Episode | BriefEpisode, method: Method
 ) -> npt.NDArray[np.float64]:
-    """A finite number of an episode, or one of each of its sampled tokens."""
+    """A finite number of an episode, or one of each of its trained tokens."""
     found = _numbers(value)
-    if found.shape not in ((), (episode.sampled_tokens,)) or not np.isfinite(found).all():
+    if found.shape not in ((), (episode.trained_tokens,)) or not np.isfinite(found).all():
         raise RapoError(
-            f"{hook} of {_named(method)} returned {value!r} for an episode of {episode.sampled_tokens} "
-            "sampled tokens; return a finite number, or one for each of them"
+            f"{hook} of {_named(method)} returned {value!r} for an episode of {episode.trained_tokens} "
+            "trained tokens; return a finite number, or one for each of them"
         )
     return found
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.environments.running import Tries
 from megatron_rapo.episode.episode import Episode, ScoredEpisode
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.outcome import Outcome, Verification
@@ -39,6 +40,7 @@ class Replay:
         seed: int,
         phase: Phase,
         whole: bool = False,
+        tries: Sequence[Tries] | None = None,
     ) -> Shared:
         """The prompts' groups as the run recorded them; see `Collector.collect`.
 
@@ -47,13 +49,16 @@ class Replay:
         """
         del seed  # they are drawn already
         placement = self._placement
-        mine = prompts[placement.data_rank :: placement.layout.data_parallel] if placement.is_head else []
+        own = slice(placement.data_rank, None, placement.layout.data_parallel)
+        mine = prompts[own] if placement.is_head else []
         with phase("rollout"):
-            groups = self._groups(weight_version + 1, mine, chosen)
+            groups = self._groups(weight_version + 1, mine, chosen, None if tries is None else tries[own])
         with phase("reward"):  # known already
             return share([prompt.problem for prompt in prompts], groups, placement, whole=whole)
 
-    def _groups(self, step: int, prompts: Sequence[Prompt], chosen: Sampling) -> list[Group]:
+    def _groups(
+        self, step: int, prompts: Sequence[Prompt], chosen: Sampling, tries: Sequence[Tries] | None
+    ) -> list[Group]:
         if step not in self._files:
             raise RapoError(f"rollout.replay = {self._run} has no samples of step {step}; lower run.steps")
         draws = {prompt.draw for prompt in prompts}
@@ -62,10 +67,24 @@ class Replay:
         rows: dict[int, list[dict[str, Any]]] = {}
         for row in read_step(self._files[step], only=keys):
             rows.setdefault(row["draw"], []).append(row)
-        return [self._group(step, prompt, rows.get(prompt.draw, []), chosen) for prompt in prompts]
+        return [
+            self._group(step, prompt, rows.get(prompt.draw, []), chosen, tries[place] if tries else None)
+            for place, prompt in enumerate(prompts)
+        ]
 
-    def _group(self, step: int, prompt: Prompt, rows: Sequence[dict[str, Any]], chosen: Sampling) -> Group:
+    def _group(
+        self,
+        step: int,
+        prompt: Prompt,
+        rows: Sequence[dict[str, Any]],
+        chosen: Sampling,
+        tries: Tries | None,
+    ) -> Group:
+        """All that was recorded; or the episodes of these tries, of which a method asks several."""
         responses = chosen.responses_per_prompt
+        if tries is not None:
+            responses = tries.first + len(tries.guides)
+            rows = rows[:responses]
         if len(rows) != responses or any(row["problem"] != prompt.id for row in rows):
             found = f"{len(rows)} responses to problem {rows[0]['problem']}" if rows else "nothing"
             raise RapoError(
@@ -79,7 +98,7 @@ class Replay:
                 f"{temperature:g}, where this run needs {chosen.temperature:g}: their log-probs would be of "
                 "another distribution; let rollout.temperature, and the method's own, be the same"
             )
-        return Group(prompt.problem, tuple(map(_scored, rows)))
+        return Group(prompt.problem, tuple(map(_scored, rows[tries.first if tries else 0 :])))
 
 
 class Unpublished:

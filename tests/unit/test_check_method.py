@@ -29,7 +29,7 @@ def test_the_pages_method_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_pages_test_of_it_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own(tmp_path, monkeypatch)
-    [_, block] = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    [_, block, _] = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     exec(block, {})
 
 

@@ -112,7 +112,7 @@ def test_what_is_no_number_of_a_response_is_told(mark: Any) -> None:
             return {"learnt": [[mark, 0.0], [0.0, 0.0]]}
 
     with pytest.raises(
-        RapoError, match=r"mark_responses, of 'learnt' of method .* of 2 sampled tokens; return"
+        RapoError, match=r"mark_responses, of 'learnt' of method .* of 2 trained tokens; return"
     ):
         make_samples(GROUPS, a(Wrong), VOCABULARY, 2)
 

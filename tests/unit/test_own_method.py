@@ -165,9 +165,9 @@ def test_what_works_passes(tmp_path: Path, name: str) -> None:
     ("advantages", "told"),
     [
         ("rewards[:1]", r"advantages of method .* returned 1 groups of \[4\] values, for 2 groups of \[4\]"),
-        ("rewards * math.nan", r"returned .*nan.* for an episode of 3 sampled tokens; return a finite"),
-        ("[[[1.0]] * 4] * 2", r"returned \[1\.0\] for an episode of 3 sampled tokens"),
-        ("[['good'] * 4] * 2", r"returned 'good' for an episode of 3 sampled tokens"),
+        ("rewards * math.nan", r"returned .*nan.* for an episode of 3 trained tokens; return a finite"),
+        ("[[[1.0]] * 4] * 2", r"returned \[1\.0\] for an episode of 3 trained tokens"),
+        ("[['good'] * 4] * 2", r"returned 'good' for an episode of 3 trained tokens"),
     ],
 )
 def test_advantages_that_are_none_end_the_run(tmp_path: Path, advantages: str, told: str) -> None:

@@ -36,7 +36,10 @@ RUN_BY = {
     "environments.md": ({"python", "toml"}, "test_testing.py, test_tool_use.py, test_pages.py"),
     "evaluation.md": ({"python"}, "test_pages.py"),
     "families.md": ({"python"}, "test_families.py"),
-    "methods.md": ({"python", "toml"}, "test_own_method.py, test_check_method.py, test_pages.py"),
+    "methods.md": (
+        {"python", "toml"},
+        "test_own_method.py, test_check_method.py, test_asking.py, test_pages.py",
+    ),
     "python.md": ({"python"}, "tests/end_to_end/test_init.py"),
     "rewards.md": ({"python", "toml"}, "test_rewards_page.py"),
     "samples.md": ({"python"}, "test_pages.py"),
