@@ -47,8 +47,9 @@ from megatron_rapo.observe.observer import Observer
 from megatron_rapo.observe.versions import software_versions
 from megatron_rapo.parallel.device import peak_memory
 from megatron_rapo.parallel.placement import Placement, process_groups
+from megatron_rapo.policy.beside import open_frozen
+from megatron_rapo.policy.frozen import FrozenModel
 from megatron_rapo.policy.policy import Policy
-from megatron_rapo.policy.reference import Reference
 from megatron_rapo.publish.opening import open_publisher
 from megatron_rapo.publish.publisher import Publisher
 from megatron_rapo.record.identity import Identity, prompts_fingerprint
@@ -80,12 +81,17 @@ class Job:
     recorder: SampleRecorder
     evaluator: Evaluator | None
     policy: Policy
-    reference: Reference | None
+    frozen: Sequence[FrozenModel]
     method: Method
     objective: Objective
     publisher: Publisher | Unpublished
     checkpoints: CheckpointStore
     stop_signal: int = 0  # that asked to stop; a step's end agrees on it, on all ranks
+
+    @property
+    def distribution(self) -> FrozenModel | None:
+        """The frozen model whose whole distribution the loss may need: the teacher, else the reference."""
+        return self.frozen[-1] if self.frozen else None
 
     def begin(self) -> TrainState:
         """Takes up the newest checkpoint, or starts; the engines then serve these weights."""
@@ -254,7 +260,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             total_updates = config.decay_steps * config.updates_per_step
             policy = Policy(config.model, config.optimizer, architecture, placement, total_updates)
             method = config.new_method()
-            reference = Reference(config.model, architecture, placement) if method.wants_reference else None
+            frozen = open_frozen(config, architecture, method, placement)
         collector, publisher = _open_collector(config, engines, runner, verifiers, policy, prompts)
         if placement.is_main:
             print(prompts.report)
@@ -272,7 +278,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             recorder=stack.enter_context(SampleRecorder(config, placement)),
             evaluator=_open_evaluator(config, tokenizer, collector, verifiers),
             policy=policy,
-            reference=reference,
+            frozen=frozen,
             method=method,
             objective=Objective(
                 method,

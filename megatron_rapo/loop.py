@@ -38,11 +38,11 @@ def train(config: RunConfig) -> None:
                             with_tokens(samples, plans, batch, job.placement), plans, config, job.placement
                         )
                         job.policy.annotate(minibatches, job.objective)
-                        if job.reference is not None:
-                            job.reference.annotate(minibatches, job.objective)
+                        for frozen in job.frozen:
+                            frozen.annotate(minibatches, job.objective)
                         weigh(minibatches, job.method, job.placement)
                     with phase("update"):
-                        updated = job.policy.update(minibatches, job.objective, job.reference)
+                        updated = job.policy.update(minibatches, job.objective, job.distribution)
                         job.method.learn(updated)
                 with phase("publish"):
                     published = job.publisher.publish(step)

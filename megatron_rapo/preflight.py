@@ -18,7 +18,7 @@ from megatron_rapo.data.load import Judge, load_training_prompts
 from megatron_rapo.data.rows import Row
 from megatron_rapo.data.sources import read_source
 from megatron_rapo.data.tasks.problem import Split
-from megatron_rapo.data.tokenizer import load_tokenizer, vocabulary_size
+from megatron_rapo.data.tokenizer import load_tokenizer, require_same_tokens, vocabulary_size
 from megatron_rapo.environments.opening import needs_tokenizer, open_environment
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
@@ -56,6 +56,7 @@ def check(config: RunConfig) -> Architecture:
         if not path.is_dir():
             raise RapoError(f"model directory {path} does not exist; download the model there")
     _check_models(config, architecture)
+    planned_teacher(config)
     check_method(config)
     open_environment(config)
     check_recorded(config)
@@ -84,6 +85,28 @@ def planned_architecture(config: RunConfig) -> Architecture:
     return architecture
 
 
+def planned_teacher(config: RunConfig) -> Architecture | None:
+    """The teacher's architecture, checked against layout and lengths, its weights, and the policy's tokens.
+
+    None where there is no teacher, or where it is not on this machine.
+    """
+    if config.teacher is None or not config.teacher.path.is_dir():
+        return None
+    path, checkpoint = config.teacher.path, config.teacher.checkpoint
+    architecture = read_architecture(path)
+    architecture.check_layout(config.parallel, "the teacher's")
+    architecture.check_lengths(config.rollout, "the teacher's")
+    if checkpoint is None:
+        with HFTensors(path) as tensors:
+            check_tensors(tensors, architecture)
+    elif checkpoint.exists():
+        MegatronTensors(checkpoint, architecture)
+    if config.model.path.is_dir():
+        policy, teacher = load_tokenizer(config.model.path), load_tokenizer(path)
+        require_same_tokens(policy, teacher, architecture.vocabulary)
+    return architecture
+
+
 def describe_plan(config: RunConfig) -> str:
     """The resolved configuration, the layout, data, the memory of a rank, and what is not on this machine.
 
@@ -92,6 +115,7 @@ def describe_plan(config: RunConfig) -> str:
     """
     architecture = planned_architecture(config)
     _check_models(config, architecture)
+    teacher = planned_teacher(config)
     check_method(config)
     if config.model.path.is_dir() or not needs_tokenizer(config):
         open_environment(config)
@@ -100,7 +124,7 @@ def describe_plan(config: RunConfig) -> str:
     responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
     data = list(_load_data(config, gold_judge(config)))
     rewards = list(map(str, _try_rewards(config, data)))
-    memory = estimate_memory(config, architecture)
+    memory = estimate_memory(config, architecture, teacher)
     missing = [path for path in [*_model_paths(config), *_data_paths(config)] if not path.exists()]
     lines = [
         to_toml(config),
@@ -111,6 +135,7 @@ def describe_plan(config: RunConfig) -> str:
         + (", sequence parallel" if layout.sequence_parallel else ""),
         f"{architecture.family} of {count_parameters(architecture):,} parameters in "
         f"{architecture.layers} layers",
+        *([_described_teacher(teacher)] if teacher else []),
         f"{responses} responses a step in {config.updates_per_step} updates; {updates} updates in all",
         "",
         *(["# Data", *(f"{one.table}: {one.report}" for one in data), ""] if data else []),
@@ -129,6 +154,10 @@ def describe_plan(config: RunConfig) -> str:
     return "\n".join(lines)
 
 
+def _described_teacher(teacher: Architecture) -> str:
+    return f"teacher: {teacher.family} of {count_parameters(teacher):,} parameters in {teacher.layers} layers"
+
+
 def check_method(config: RunConfig) -> None:
     """That the method's terms work on a few tokens, and that its state comes back from a checkpoint.
 
@@ -141,9 +170,9 @@ def check_method(config: RunConfig) -> None:
 
 
 def _check_models(config: RunConfig, architecture: Architecture) -> None:
-    """The weights that are on this machine, by their headers."""
-    for path in _model_paths(config):
-        if not path.is_dir():
+    """The weights of the architecture that are on this machine, by their headers."""
+    for path in (config.model.path, config.model.reference_path):
+        if path is None or not path.is_dir():
             continue
         if read_architecture(path) != architecture:
             raise RapoError(
@@ -231,6 +260,7 @@ def _without_host_memory(config: RunConfig) -> Iterator[str]:
     """Options that move tensors from GPU to host memory, where there is no GPU."""
     options = {
         "model.reference_in_host_memory": config.model.reference_in_host_memory,
+        "teacher.in_host_memory": config.teacher is not None and config.teacher.in_host_memory,
         "optimizer.in_host_memory_during_rollouts": config.optimizer.in_host_memory_during_rollouts,
     }
     for option, chosen in options.items():
@@ -268,10 +298,8 @@ def _weight_routes(config: RunConfig, architecture: Architecture) -> list[str]:
 
 
 def _model_paths(config: RunConfig) -> list[Path]:
-    paths = [config.model.path]
-    if config.model.reference_path is not None:
-        paths.append(config.model.reference_path)
-    return paths
+    teacher = None if config.teacher is None else config.teacher.path
+    return [path for path in (config.model.path, config.model.reference_path, teacher) if path is not None]
 
 
 def _data_tables(config: RunConfig) -> list[tuple[str, Data]]:

@@ -86,6 +86,28 @@ def small(architecture: Architecture) -> Architecture:
     )
 
 
+def other_than(architecture: Architecture) -> Architecture:
+    """A small teacher for a small policy: of another family, deeper and narrower, with more spare rows.
+
+    Any of the layouts divides it.
+    """
+    is_qwen3 = architecture.family == "qwen3"
+    return replace(
+        architecture,
+        family="qwen2" if is_qwen3 else "qwen3",
+        attention_bias=is_qwen3,
+        query_key_norm=not is_qwen3,
+        layers_without_rope=(),
+        tied=not architecture.tied,
+        layers=8,
+        hidden=32,
+        heads=4,
+        head_dim=8,
+        feed_forward=48,
+        vocabulary=ROWS + 5,
+    )
+
+
 def batch(seed: int = 0) -> list[Group]:
     """Groups of random tokens, with both outcomes in each: of mixed lengths down to one sampled token.
 

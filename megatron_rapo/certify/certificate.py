@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from megatron_rapo.certify.cases import MAX_RESPONSE_TOKENS, RANKS, TEMPERATURE, small
+from megatron_rapo.certify.cases import MAX_RESPONSE_TOKENS, RANKS, TEMPERATURE, other_than, small
 from megatron_rapo.certify.measure import BARS, Result, measure
 from megatron_rapo.config import RunConfig, validate
+from megatron_rapo.config.algorithm import find_method
 from megatron_rapo.launch.local import run_local
 from megatron_rapo.methods.options import Options
+from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.parameters import model_rules
 
@@ -42,6 +44,8 @@ DEFAULT = Architecture(
 
 def certify(algorithm: Options, architecture: Architecture = DEFAULT) -> list[Result]:
     """Certifies a method's loss on a small model of a family, in RANKS processes of this machine.
+
+    A teacher is of another family, depth, width and number of spare rows than the policy.
 
     Args:
         algorithm: the method and its options.
@@ -84,11 +88,14 @@ def as_json(results: list[Result]) -> str:
 
 
 def configuration(directory: Path, algorithm: Options) -> RunConfig:
-    """Of a method's certificate, for the two small models in `directory`."""
+    """Of a method's certificate, for the small models in `directory`."""
     own = algorithm.model_dump(exclude_none=True)
     own.pop("minibatch_prompts", None)
+    method = find_method(algorithm.method)(algorithm, Sampling(TEMPERATURE, 4, MAX_RESPONSE_TOKENS))
+    teacher = {"teacher": {"path": str(directory / "teacher")}} if method.wants_teacher else {}
     return validate(
         {
+            **teacher,
             "run": {"directory": str(directory), "steps": 1},
             "model": {
                 "path": str(directory / "policy"),
@@ -110,9 +117,13 @@ def configuration(directory: Path, algorithm: Options) -> RunConfig:
 
 
 def write_models(directory: Path, architecture: Architecture) -> None:
-    """Random policy and reference, small ones of the architecture's kind, as `configuration` finds them."""
-    for seed, model in enumerate(("policy", "reference"), FIRST_SEED):
-        _write_model(directory / model, small(architecture), seed)
+    """Random policy and reference, small ones of the architecture's kind, and a teacher of another, as
+    `configuration` finds them.
+    """
+    own = small(architecture)
+    models = {"policy": own, "reference": own, "teacher": other_than(own)}
+    for seed, (model, its) in enumerate(models.items(), FIRST_SEED):
+        _write_model(directory / model, its, seed)
 
 
 def _write_model(directory: Path, architecture: Architecture, seed: int) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_rapo.certify.cases import CASES, RANKS, TEMPERATURE, VOCABULARY, Case, batch
-from megatron_rapo.certify.plain_loss import plain_loss
+from megatron_rapo.certify.plain_loss import PlainModel, plain_loss
 from megatron_rapo.config import Optimizer, Parallel, RunConfig
 from megatron_rapo.episode.group import Group
 from megatron_rapo.experience.batch import Batch
@@ -26,8 +26,8 @@ from megatron_rapo.model.dtypes import DTYPES
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.parallel.placement import Placement, arrange, process_groups
 from megatron_rapo.policy.batch import build_minibatches, make_samples, plan_minibatches
+from megatron_rapo.policy.beside import open_frozen
 from megatron_rapo.policy.gradients import accumulate_gradients, main_gradient, wrap
-from megatron_rapo.policy.reference import Reference
 from megatron_rapo.weights.export import hf_tensors
 from megatron_rapo.weights.load import load_weights
 
@@ -81,22 +81,24 @@ def compare(config: RunConfig, cases: Sequence[Case], *, is_main: bool) -> list[
 
 def _expected(config: RunConfig, dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:
     assert config.model.reference_path is not None
-    architecture = read_architecture(config.model.path)
-    policy, reference = (
-        {name: tensor.to(dtype) for name, tensor in load_file(path / "model.safetensors").items()}
-        for path in (config.model.path, config.model.reference_path)
-    )
-    for tensor in policy.values():
+    policy, reference = (_plain(path, dtype) for path in (config.model.path, config.model.reference_path))
+    teacher = None if config.teacher is None else _plain(config.teacher.path, dtype)
+    for tensor in policy.weights.values():
         tensor.requires_grad_()
     groups = batch()
     method = config.new_method()
     [samples] = make_samples(groups, method, VOCABULARY, config.minibatch_prompts)
     loss = plain_loss(
-        policy, reference, architecture, samples, method, temperature=TEMPERATURE, vocabulary=VOCABULARY
+        policy, reference, teacher, samples, method, temperature=TEMPERATURE, vocabulary=VOCABULARY
     )
     loss.backward()
-    gradients = {name: tensor.grad for name, tensor in policy.items() if tensor.grad is not None}
+    gradients = {name: tensor.grad for name, tensor in policy.weights.items() if tensor.grad is not None}
     return float(loss.detach()), gradients
+
+
+def _plain(path: Path, dtype: torch.dtype) -> PlainModel:
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(path / "model.safetensors").items()}
+    return PlainModel(weights, read_architecture(path))
 
 
 def _computed(config: RunConfig, case: Case, dtype: str) -> tuple[float, dict[str, Tensor]]:
@@ -107,7 +109,7 @@ def _computed(config: RunConfig, case: Case, dtype: str) -> tuple[float, dict[st
     model = config.model.model_copy(update={"dtype": dtype})
     budget = case.token_budget or _longest(config, case.layout)
     algorithm = config.algorithm.model_copy(update={"max_tokens_per_microbatch": budget})
-    config = config.model_copy(update={"parallel": case.layout, "algorithm": algorithm})
+    config = config.model_copy(update={"model": model, "parallel": case.layout, "algorithm": algorithm})
     method = config.new_method()
 
     chunks = build_chunks(architecture, model, case.layout)
@@ -127,10 +129,11 @@ def _computed(config: RunConfig, case: Case, dtype: str) -> tuple[float, dict[st
     minibatches = build_minibatches(with_tokens(samples, plans, shared, placement), plans, config, placement)
     for microbatch in minibatches[0]:
         microbatch.old_log_probs = microbatch.engine_log_probs
-    reference = Reference(model, architecture, placement) if method.wants_reference else None
-    if reference is not None:
-        reference.annotate(minibatches, objective)
-    sums, _ = accumulate_gradients(wrapped, minibatches[0], objective, reference, placement)
+    frozen = open_frozen(config, architecture, method, placement)
+    for one in frozen:
+        one.annotate(minibatches, objective)
+    distribution = frozen[-1] if frozen else None
+    sums, _ = accumulate_gradients(wrapped, minibatches[0], objective, distribution, placement)
     gradient = dict(hf_tensors(chunks, architecture, placement, value=main_gradient))
     return objective.metrics(sums)["loss/total"], _collected(gradient, placement)
 

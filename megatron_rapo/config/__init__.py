@@ -16,7 +16,7 @@ from megatron_rapo.config.reward import Reward, RewardFunction
 from megatron_rapo.config.running import Checkpoint, Observe, Run
 from megatron_rapo.config.sampling import Rollout
 from megatron_rapo.config.schema import RunConfig
-from megatron_rapo.config.training import Model, Optimizer, Parallel
+from megatron_rapo.config.training import Model, Optimizer, Parallel, Teacher
 from megatron_rapo.config.weights import Weights
 from megatron_rapo.config.write import to_toml
 
@@ -41,6 +41,7 @@ __all__ = [
     "RunConfig",
     "Setting",
     "Slurm",
+    "Teacher",
     "Weights",
     "load_config",
     "to_toml",

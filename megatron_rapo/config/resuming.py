@@ -31,6 +31,7 @@ CLASSES: Mapping[Change, tuple[str, ...]] = {
     Change.FREE: (
         *("run.directory", "run.steps", "run.code", "parallel", "weights", "checkpoint", "observe", "slurm"),
         *("model.config", "model.recompute", "model.reference_in_host_memory", "model.vocabulary_multiple"),
+        "teacher.in_host_memory",
         *("rollout.engine", "rollout.colocated", "rollout.restarts"),
         *("rollout.prompts_per_request", "rollout.requests_per_engine", "rollout.minimum_engines"),
         *("rollout.startup_timeout_s", "rollout.request_timeout_s", "rollout.health_interval_s"),
@@ -42,7 +43,7 @@ CLASSES: Mapping[Change, tuple[str, ...]] = {
     ),
     # Weights, tokenizer, prompts: identity.json has their fingerprints.
     Change.CONTENT: (
-        *("model.path", "model.checkpoint", "model.reference_path", "data", "run.date"),
+        *("model.path", "model.checkpoint", "model.reference_path", "teacher", "data", "run.date"),
         "rollout.max_prompt_tokens",
     ),
     # What is learnt, and how fast; what is measured.

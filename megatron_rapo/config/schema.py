@@ -22,7 +22,7 @@ from megatron_rapo.config.reward import Reward
 from megatron_rapo.config.running import Checkpoint, Observe, Run
 from megatron_rapo.config.sampling import Rollout
 from megatron_rapo.config.templates import Templated
-from megatron_rapo.config.training import Model, Optimizer, Parallel
+from megatron_rapo.config.training import Model, Optimizer, Parallel, Teacher
 from megatron_rapo.config.verifiers import RewardPlan, built_in
 from megatron_rapo.config.weights import Weights
 from megatron_rapo.engines.kind import EngineKind
@@ -50,6 +50,7 @@ class RunConfig(Section):
 
     run: Run
     model: Model
+    teacher: Teacher | None = None
     parallel: Parallel = Parallel()
     data: TrainingData
     rollout: Annotated[Rollout, BeforeValidator(load_own_kind)]
@@ -224,7 +225,8 @@ class RunConfig(Section):
 
     def _check_method(self) -> None:
         try:
-            needs = self.new_method().needs
+            method = self.new_method()
+            needs = method.needs
         except RapoError:
             raise
         except ValueError as error:
@@ -239,6 +241,16 @@ class RunConfig(Section):
             raise ValueError(
                 f'algorithm.importance_correction = "{correction}" would have no effect: no term of method '
                 f"{self.algorithm.method} reads importance weights; remove it"
+            )
+        if method.wants_teacher and self.teacher is None:
+            raise ValueError(
+                f"teacher is missing: method {self.algorithm.method} learns from one; name its model in "
+                "teacher.path"
+            )
+        if self.teacher is not None and not method.wants_teacher:
+            raise ValueError(
+                f"[teacher] would have no effect: no term of method {self.algorithm.method} reads a teacher; "
+                "remove it"
             )
 
     def _check_warmup(self) -> None:

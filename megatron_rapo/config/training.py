@@ -54,6 +54,28 @@ class Model(Section):
     )
 
 
+class Teacher(Section):
+    """A frozen model that methods distil from: any size of any family, of the policy's tokenizer.
+
+    It is computed under the policy's layout and in its `dtype`. Its final hidden states of a batch are kept,
+    from which its head makes logits over the whole vocabulary where the loss needs them.
+    """
+
+    path: PathOption = Field(
+        description="HF model directory: config.json, safetensors, and the policy's tokenizer."
+    )
+    checkpoint: PathOption | None = Field(
+        None,
+        description="Megatron checkpoint (torch_dist) of its weights; `path` then gives configuration and "
+        "tokenizer. Default: the weights of `path`.",
+    )
+    in_host_memory: bool = Field(
+        False,
+        description="Keep its body, and its hidden states of the batch, in host memory between their uses: "
+        "frees GPU memory for some copying.",
+    )
+
+
 class Parallel(Section):
     """The layout of the trainer. Its ranks number TP × PP × CP × DP."""
 

@@ -63,6 +63,7 @@ class Microbatch:
         old_entropies: fp32, of its distributions; None where no method asks for them.
         reference_hidden: `[tokens / CP (/ TP under sequence parallelism), hidden]`, the reference's final
             hidden states, from which its head makes logits.
+        teacher_hidden: of the teacher, likewise; its own hidden size.
         reference_log_probs, flattened_log_probs: `[response tokens]` fp32, under the reference as it is, and
             flattened by φ.
     """
@@ -82,6 +83,7 @@ class Microbatch:
     old_log_probs: Tensor | None = None
     old_entropies: Tensor | None = None
     reference_hidden: Tensor | None = None
+    teacher_hidden: Tensor | None = None
     reference_log_probs: Tensor | None = None
     flattened_log_probs: Tensor | None = None
 

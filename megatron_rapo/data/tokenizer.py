@@ -52,3 +52,39 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase, rows: int) -> int:
             f"has {rows} rows; use the tokenizer that the model was trained with"
         )
     return min(max(tokenizer.get_vocab().values()) + 1, rows)
+
+
+def require_same_tokens(policy: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, rows: int) -> None:
+    """Refuses a teacher that would take the policy's ids for other tokens.
+
+    Its tokens are never made by its own tokenizer: ids alone must mean the same. So merges, chat template and
+    which token ends a text may be others.
+
+    Args:
+        policy: the policy's tokenizer.
+        teacher: the teacher's.
+        rows: of the teacher's head.
+
+    Raises:
+        RapoError: an id is of different tokens, or of one tokenizer alone; or the teacher has no row for one.
+    """
+    own, other = (
+        {number: token for token, number in tokenizer.get_vocab().items()} for tokenizer in (policy, teacher)
+    )
+    differing = sorted(number for number in own.keys() | other.keys() if own.get(number) != other.get(number))
+    if differing:
+        first = differing[0]
+        told = [
+            f"{whose} {tokens[first]!r}" if first in tokens else f"{whose} nothing"
+            for whose, tokens in (("the policy's", own), ("the teacher's", other))
+        ]
+        more = f", and {len(differing) - 1:,} more differ" if len(differing) > 1 else ""
+        raise RapoError(
+            f"the teacher {teacher.name_or_path} has other tokens than the policy {policy.name_or_path}: id "
+            f"{first} is {' and '.join(told)}{more}; choose a teacher of the same tokenizer"
+        )
+    if (highest := max(own)) >= rows:
+        raise RapoError(
+            f"the teacher {teacher.name_or_path} has a head of {rows} rows, none for token id {highest} of "
+            "the tokenizer; choose a teacher that was trained with it"
+        )

@@ -99,6 +99,11 @@ class Objective:
         """Whether the loss needs the reference's whole distribution, so its hidden states."""
         return self.method.wants_reference_hidden
 
+    @property
+    def wants_distribution(self) -> bool:
+        """Whether the loss needs a frozen model's whole distribution: the teacher's, else the reference's."""
+        return self.method.wants_teacher or self.method.wants_reference_hidden
+
     def head(self, weight: Tensor) -> Head:
         """How a head's logits are read."""
         shard = VocabularyShard.of(weight.size(0), self.vocabulary, self.group)
@@ -107,7 +112,8 @@ class Objective:
     def reference_log_probs(self, states: HeadStates, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
         """The reference's log-probs of a microbatch's response tokens: as it is, and flattened."""
         chosen = microbatch.is_response
-        reference = self._reference_states(states, microbatch, forward=True, reverse=True)
+        phi = microbatch.phi[chosen]
+        reference = ReferenceStates(states.hidden, states.weight, phi, forward=True, reverse=True)
         statistics = chunked_statistics(
             states.hidden, microbatch.targets[chosen], self.head(states.weight), reference
         )
@@ -115,14 +121,14 @@ class Objective:
         return statistics.reference_log_prob, statistics.flattened_log_prob
 
     def __call__(
-        self, microbatch: Microbatch, policy: HeadStates, reference: HeadStates | None
+        self, microbatch: Microbatch, policy: HeadStates, frozen: HeadStates | None
     ) -> tuple[Tensor, Tensor, Mismatch]:
         """The microbatch's share of the loss.
 
         Args:
             microbatch: its response tokens are what counts.
             policy: at these tokens; the loss is differentiable in both of its tensors.
-            reference: at these tokens, if `wants_reference_hidden`.
+            frozen: the teacher, else the reference, at these tokens, if `wants_distribution`.
 
         Returns:
             The loss (a sum), `[len(parts)]` sums in fp64, and how far engine and trainer are apart.
@@ -166,13 +172,8 @@ class Objective:
             return chunk.weights * loss
 
         states = None
-        if reference is not None and self.wants_reference_hidden:
-            states = self._reference_states(
-                reference,
-                microbatch,
-                forward=bool(self.needs & {Need.FORWARD_KL, Need.FLATTENED_LOG_PROB}),
-                reverse=bool(self.needs & {Need.REVERSE_KL, Need.REFERENCE_LOG_PROB}),
-            )
+        if frozen is not None and self.wants_distribution:
+            states = self._frozen_states(frozen, tokens.phi)
         head = self.head(policy.weight)
         loss = chunked_loss(policy.hidden, microbatch.targets[chosen], head, token_loss, states)
         return loss, sums, mismatch
@@ -209,15 +210,14 @@ class Objective:
             advantage=tokens.advantages,
             phi=tokens.phi,
             position=tokens.response_positions,
-            forward_kl=statistics.forward_kl,
-            reverse_kl=statistics.reverse_kl,
-            flattened_log_prob=_first(statistics.flattened_log_prob, tokens.flattened_log_probs),
-            reference_log_prob=_first(statistics.reference_log_prob, tokens.reference_log_probs),
+            flattened_log_prob=tokens.flattened_log_probs,
+            reference_log_prob=tokens.reference_log_probs,
             sequence_log_ratio=tokens.sequence_log_ratios,
             importance=correction,
             sequence_importance=tokens.sequence_importance,
             marks=tokens.marks,
         )
+        at_token = self._with_distribution(at_token, statistics)
         loss = torch.zeros_like(statistics.log_prob)
         parts: dict[str, Tensor] = {}
         for coefficient, term in self.method.terms():
@@ -244,11 +244,41 @@ class Objective:
             old_log_probs, engine_log_probs, options.importance_correction, options.importance_cap
         )
 
-    def _reference_states(
-        self, states: HeadStates, microbatch: Microbatch, *, forward: bool, reverse: bool
-    ) -> ReferenceStates:
-        phi = microbatch.phi[microbatch.is_response]
-        return ReferenceStates(states.hidden, states.weight, phi, forward, reverse)
+    def _frozen_states(self, states: HeadStates, phi: Tensor) -> ReferenceStates:
+        """The model whose distribution the loss needs, and what is wanted of it. No teacher is flattened."""
+        if self.method.wants_teacher:
+            return ReferenceStates(
+                states.hidden,
+                states.weight,
+                torch.ones_like(phi),
+                forward=Need.TEACHER_FORWARD_KL in self.needs,
+                reverse=Need.TEACHER_REVERSE_KL in self.needs,
+                mixture=self.method.mixture if Need.TEACHER_JENSEN_SHANNON in self.needs else None,
+            )
+        return ReferenceStates(
+            states.hidden,
+            states.weight,
+            phi,
+            forward=bool(self.needs & {Need.FORWARD_KL, Need.FLATTENED_LOG_PROB}),
+            reverse=bool(self.needs & {Need.REVERSE_KL, Need.REFERENCE_LOG_PROB}),
+        )
+
+    def _with_distribution(self, at_token: AtToken, statistics: TokenStatistics) -> AtToken:
+        """With what terms read of the frozen model's distribution, where the loss needs one."""
+        if self.method.wants_teacher:
+            return at_token._replace(
+                teacher_forward_kl=statistics.forward_kl,
+                teacher_reverse_kl=statistics.reverse_kl,
+                teacher_jensen_shannon=statistics.jensen_shannon,
+            )
+        if not self.method.wants_reference_hidden:
+            return at_token
+        return at_token._replace(
+            forward_kl=statistics.forward_kl,
+            reverse_kl=statistics.reverse_kl,
+            flattened_log_prob=statistics.flattened_log_prob,
+            reference_log_prob=statistics.reference_log_prob,
+        )
 
     def _of_responses(
         self, microbatch: Microbatch, policy: HeadStates
@@ -285,7 +315,3 @@ def _old_log_prob(statistics: TokenStatistics, tokens: _Tokens) -> Tensor:
 
 def _chosen(values: Tensor | None, chosen: Tensor) -> Tensor | None:
     return None if values is None else values[chosen]
-
-
-def _first(*values: Tensor | None) -> Tensor | None:
-    return next((value for value in values if value is not None), None)

@@ -43,6 +43,13 @@ def reported_names(method: Method) -> list[tuple[str, ...]]:
     terms = method.terms()
     if not terms:
         raise RapoError(f"{what} has no terms, so no loss; return some from terms()")
+    if method.wants_teacher and method.wants_reference_hidden:
+        raise RapoError(
+            f"{what} needs the whole distributions of both teacher and reference, and a loss has room for "
+            "one: let terms read the reference at the sampled token alone (Need.REFERENCE_LOG_PROB)"
+        )
+    if not 0.0 < method.mixture < 1.0:
+        raise RapoError(f"{what} has mixture = {method.mixture}; let it be above 0 and below 1")
     names = [tuple(_reported(term, what)) for _, term in terms]
     every = Counter([*OF_EVERY_UPDATE, *(name for own in names for name in own)])
     if twice := [name for name, count in every.items() if count > 1]:

@@ -15,7 +15,13 @@ from megatron_rapo.methods.advantages import varies
 from megatron_rapo.methods.aggregation import Aggregation, token_weights
 from megatron_rapo.methods.annotated import Annotated
 from megatron_rapo.methods.sampling import Sampling
-from megatron_rapo.methods.terms.term import OF_ITS_DISTRIBUTION, OF_THE_REFERENCE, Need, Term
+from megatron_rapo.methods.terms.term import (
+    OF_ITS_DISTRIBUTION,
+    OF_THE_REFERENCE,
+    OF_THE_TEACHER,
+    Need,
+    Term,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +58,7 @@ class Method:
             of a step are many, and all ranks hold those of all responses if it is set.
         follows_policy: whether `mark_tokens` reads log-probs and entropies of the policy as each update
             finds it: the policy is then run once more for each update of a step but its first.
+        mixture: β, the teacher's share in the mixture of the Jensen–Shannon divergence; above 0, below 1.
     """
 
     Options = common.Options
@@ -59,6 +66,7 @@ class Method:
     aggregation: Aggregation = "token_mean"
     reads_responses: bool = False
     follows_policy: bool = False
+    mixture: float = 0.5
 
     def __init__(self, options: common.Options, configured: Sampling) -> None:
         """
@@ -227,3 +235,8 @@ class Method:
     def wants_reference_hidden(self) -> bool:
         """Whether the loss needs the reference's whole distribution, so its hidden states."""
         return bool(self.needs & OF_ITS_DISTRIBUTION)
+
+    @property
+    def wants_teacher(self) -> bool:
+        """Whether there is a teacher, whose whole distribution the loss then needs."""
+        return bool(self.needs & OF_THE_TEACHER)

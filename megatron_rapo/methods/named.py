@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from megatron_rapo.methods.dapo import DAPO
 from megatron_rapo.methods.dgpo import DGPO
+from megatron_rapo.methods.distill import Distill
 from megatron_rapo.methods.dr_grpo import DrGRPO
 from megatron_rapo.methods.grpo import GRPO
 from megatron_rapo.methods.gspo import GSPO
@@ -23,5 +24,6 @@ METHODS: Mapping[str, type[Method]] = {
     "lite_ppo": LitePPO,
     "rloo": RLOO,
     "dgpo": DGPO,
+    "distill": Distill,
 }
 """By what `algorithm.method` calls them."""

@@ -44,8 +44,8 @@ class Architecture:
         unit = multiple * tensor_parallel
         return -(-self.vocabulary // unit) * unit
 
-    def check_layout(self, layout: Parallel) -> None:
-        """Raises RapoError where TP or PP × VPP does not divide the model."""
+    def check_layout(self, layout: Parallel, whose: str = "the model's") -> None:
+        """Raises RapoError where TP or PP × VPP does not divide the model; `whose` calls it."""
         tensor = layout.tensor_parallel
         for what, count in (
             ("attention heads", self.heads),
@@ -54,17 +54,17 @@ class Architecture:
         ):
             if count % tensor:
                 raise RapoError(
-                    f"parallel.tensor_parallel = {tensor} does not divide the model's {count} {what}; "
+                    f"parallel.tensor_parallel = {tensor} does not divide {whose} {count} {what}; "
                     f"choose a divisor of {count}"
                 )
         chunks = layout.pipeline_parallel * (layout.virtual_pipeline_parallel or 1)
         if self.layers % chunks:
             raise RapoError(
-                f"pipeline_parallel × virtual_pipeline_parallel = {chunks} does not divide the model's "
+                f"pipeline_parallel × virtual_pipeline_parallel = {chunks} does not divide {whose} "
                 f"{self.layers} layers; choose a divisor of {self.layers}"
             )
 
-    def check_lengths(self, rollout: Rollout) -> None:
+    def check_lengths(self, rollout: Rollout, whose: str = "the model's") -> None:
         """Raises RapoError where prompt and response can be longer than the model has positions."""
         longest = rollout.max_prompt_tokens + rollout.max_response_tokens
         if longest > self.max_positions:
@@ -75,6 +75,6 @@ class Architecture:
                 else "lower rollout.max_prompt_tokens"
             )
             raise RapoError(
-                f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds the model's "
+                f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds {whose} "
                 f"max_position_embeddings = {self.max_positions}; {remedy}"
             )

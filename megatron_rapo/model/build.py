@@ -75,26 +75,37 @@ class Body(GPTModel):
         return self.output_layer.weight
 
 
-def build_chunks(architecture: Architecture, model: Model, layout: Parallel) -> list[Body]:
+def build_chunks(
+    architecture: Architecture, model: Model, layout: Parallel, vocabulary_rows: int | None = None
+) -> list[Body]:
     """This rank's model chunks (one, or VPP of them), on its device, with uninitialised weights.
 
     All ranks of the layout must call it together.
+
+    Args:
+        architecture: of the model.
+        model: type, recomputation and padding.
+        layout: of all ranks.
+        vocabulary_rows: of embedding and head over all TP ranks; default: the architecture's, padded.
     """
     architecture.check_layout(layout)
     config = transformer_config(
         architecture, layout, dtype=DTYPES[model.dtype], recompute=model.recompute == "full"
     )
     stages = range(layout.virtual_pipeline_parallel) if layout.virtual_pipeline_parallel else [None]
-    return [_build_chunk(architecture, config, model.vocabulary_multiple, stage) for stage in stages]
+    rows = vocabulary_rows or architecture.padded_vocabulary(
+        model.vocabulary_multiple, layout.tensor_parallel
+    )
+    return [_build_chunk(architecture, config, rows, stage) for stage in stages]
 
 
 def _build_chunk(
-    architecture: Architecture, config: TransformerConfig, vocabulary_multiple: int, vp_stage: int | None
+    architecture: Architecture, config: TransformerConfig, vocabulary_rows: int, vp_stage: int | None
 ) -> Body:
     chunk = Body(
         config=config,
         transformer_layer_spec=block_spec(config, vp_stage),
-        vocab_size=architecture.padded_vocabulary(vocabulary_multiple, config.tensor_model_parallel_size),
+        vocab_size=vocabulary_rows,
         max_sequence_length=architecture.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),

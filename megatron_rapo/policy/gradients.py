@@ -19,9 +19,9 @@ from megatron_rapo.loss.mismatch import Mismatch
 from megatron_rapo.loss.objective import HeadStates, Objective
 from megatron_rapo.model.build import Body
 from megatron_rapo.parallel.placement import Placement
+from megatron_rapo.policy.frozen import FrozenModel
 from megatron_rapo.policy.hidden_states import shared_tokens
 from megatron_rapo.policy.pipeline import run_forward_backward
-from megatron_rapo.policy.reference import Reference
 
 
 def wrap(chunks: Sequence[Body], optimizer: Optimizer) -> list[DistributedDataParallel]:
@@ -54,7 +54,7 @@ def accumulate_gradients(
     wrapped: Sequence[DistributedDataParallel],
     minibatch: Sequence[Microbatch],
     objective: Objective,
-    reference: Reference | None,
+    frozen: FrozenModel | None,
     placement: Placement,
 ) -> tuple[Tensor, Mismatch]:
     """Forward and backward of one minibatch into the gradient buffers.
@@ -63,7 +63,7 @@ def accumulate_gradients(
         wrapped: this rank's chunks, gradient buffers zeroed.
         minibatch: annotated with what the objective wants.
         objective: the loss.
-        reference: which annotated it.
+        frozen: whose whole distribution the objective may want, which annotated it.
         placement: of this rank.
 
     Returns:
@@ -75,8 +75,8 @@ def accumulate_gradients(
         chosen = shared_tokens(hidden, placement)[microbatch.is_response]
         policy = HeadStates(chosen, wrapped[-1].module.head_weight)
         pull = None
-        if reference is not None and objective.wants_reference_hidden:
-            pull = reference.states(microbatch)
+        if frozen is not None and objective.wants_distribution:
+            pull = frozen.states(microbatch)
         value, sums, mismatch = objective(microbatch, policy, pull)
         return value, (sums, mismatch)
 

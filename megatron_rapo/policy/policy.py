@@ -25,11 +25,11 @@ from megatron_rapo.model.dtypes import DTYPES
 from megatron_rapo.parallel.device import device
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.finite import DIVERGED, check_finite, named_parameters
+from megatron_rapo.policy.frozen import FrozenModel
 from megatron_rapo.policy.gradients import accumulate_gradients, main_gradient, wrap
 from megatron_rapo.policy.hidden_states import whole_tokens
 from megatron_rapo.policy.learning_rate import LearningRate
 from megatron_rapo.policy.pipeline import run_forward
-from megatron_rapo.policy.reference import Reference
 from megatron_rapo.policy.weighing import mark
 from megatron_rapo.weights.load import load_weights
 
@@ -120,9 +120,11 @@ class Policy:
         return self.chunks[-1].head_weight
 
     def update(
-        self, minibatches: Sequence[Sequence[Microbatch]], objective: Objective, reference: Reference | None
+        self, minibatches: Sequence[Sequence[Microbatch]], objective: Objective, frozen: FrozenModel | None
     ) -> Mapping[str, float]:
         """One optimizer update a minibatch.
+
+        `frozen` is the model whose whole distribution the objective may want; it has annotated them.
 
         Returns:
             Metrics, means over all response tokens; loss, gradient norm and learning rate are means over the
@@ -136,7 +138,7 @@ class Policy:
         mismatch, norms, rates = Mismatch(device()), [], []
         for number, minibatch in enumerate(minibatches):
             self._mark(minibatch, objective, moved=number > 0)
-            of_minibatch, apart = self._accumulate(minibatch, objective, reference)
+            of_minibatch, apart = self._accumulate(minibatch, objective, frozen)
             sums += of_minibatch
             mismatch.merge(apart)
             self.learning_rate.begin_update()
@@ -162,13 +164,13 @@ class Policy:
         mark(minibatch, method, self.placement, now)
 
     def _accumulate(
-        self, minibatch: Sequence[Microbatch], objective: Objective, reference: Reference | None
+        self, minibatch: Sequence[Microbatch], objective: Objective, frozen: FrozenModel | None
     ) -> tuple[Tensor, Mismatch]:
         """The minibatch's gradients, which are finite, in the buffers; the sums that metrics are made of."""
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        found = accumulate_gradients(self.wrapped, minibatch, objective, reference, self.placement)
+        found = accumulate_gradients(self.wrapped, minibatch, objective, frozen, self.placement)
         _check_metrics(objective.metrics(found[0]))
         gradients = {name: main_gradient(parameter) for name, parameter in named_parameters(self.chunks)}
         check_finite("gradients", gradients, self.placement, DIVERGED)

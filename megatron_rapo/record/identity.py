@@ -67,16 +67,19 @@ class Identity:
             prompts: all that it may train on, as they became: rows that are dropped are not among them.
             evaluation: the fingerprint of each evaluation data set, by name.
         """
-        model = config.model
+        model, teacher = config.model, config.teacher
         contents = {
             "weights of model.path": weights_fingerprint(model.path),
             "tokenizer or chat template of model.path": tokenizer_fingerprint(model.path),
         }
         if model.checkpoint is not None:
-            files = [file for file in model.checkpoint.rglob("*") if file.is_file()]
-            contents["weights of model.checkpoint"] = files_fingerprint(files)
+            contents["weights of model.checkpoint"] = _checkpoint_fingerprint(model.checkpoint)
         if model.reference_path is not None:
             contents["weights of model.reference_path"] = weights_fingerprint(model.reference_path)
+        if teacher is not None and teacher.checkpoint is None:
+            contents["weights of the teacher"] = weights_fingerprint(teacher.path)
+        elif teacher is not None and teacher.checkpoint is not None:
+            contents["weights of the teacher"] = _checkpoint_fingerprint(teacher.checkpoint)
         if isinstance(config.data, MixtureData):
             order = [(one.name, one.weight, getattr(one, "shuffle", True)) for one in config.data.sources]
             contents["weights or shuffling of data.sources"] = fingerprint(order)
@@ -121,6 +124,10 @@ class Identity:
             *(f"other problems to evaluate on in {name}" for name in _other(self.evaluation, now.evaluation)),
         ]
         return [*_row_differences(self.prompts, now.prompts), *others]
+
+
+def _checkpoint_fingerprint(path: Path) -> str:
+    return files_fingerprint([file for file in path.rglob("*") if file.is_file()])
 
 
 def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:

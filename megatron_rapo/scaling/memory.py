@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from megatron_rapo.config import RunConfig
+from megatron_rapo.config import Parallel, RunConfig
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.parameters import count_layer_parameters
 
@@ -18,21 +18,25 @@ class MemoryEstimate:
     Attributes:
         weights: policy parameters.
         reference: the frozen reference's parameters.
+        teacher: the teacher's.
         gradients: fp32 gradient buffer.
         optimizer: fp32 main weights (beside bf16 ones) and two Adam moments.
         activations: of the microbatches in flight.
         loss: a chunk's logits (and the reference's), fp32 work on them, and the head's fp32 gradient.
         reference_hidden: the reference's final hidden states of this rank's share of the rollout batch,
             if every sequence had its full length.
+        teacher_hidden: the teacher's, likewise.
     """
 
     weights: int
     reference: int
+    teacher: int
     gradients: int
     optimizer: int
     activations: int
     loss: int
     reference_hidden: int
+    teacher_hidden: int
 
     @property
     def total(self) -> int:
@@ -45,12 +49,16 @@ class MemoryEstimate:
         return [f"{name:<18}{size / GIB:9.2f} GiB" for name, size in [*parts, ("total", self.total)]]
 
 
-def estimate_memory(config: RunConfig, architecture: Architecture) -> MemoryEstimate:
+def estimate_memory(
+    config: RunConfig, architecture: Architecture, teacher: Architecture | None = None
+) -> MemoryEstimate:
     """Estimates the rank with the most: the last pipeline stage, which holds the head and the loss.
 
     Activations follow Korthikanti et al. (arXiv 2205.05198), without the attention matrix, which fused
     attention does not keep: 34·h bytes a token and layer in bf16, 10 of which only sequence parallelism
     shards. Buffers of CUDA, NCCL and the allocator come on top.
+
+    `teacher` is the teacher's architecture, where there is one.
     """
     layout, method = config.parallel, config.new_method()
     element = 2 if config.model.dtype == "bfloat16" else 4
@@ -58,8 +66,7 @@ def estimate_memory(config: RunConfig, architecture: Architecture) -> MemoryEsti
     layers = architecture.layers // stages
     vocabulary_rows = architecture.padded_vocabulary(config.model.vocabulary_multiple, tensor) // tensor
     table = vocabulary_rows * architecture.hidden
-    tables = 1 if architecture.tied or stages > 1 else 2
-    parameters = layers * count_layer_parameters(architecture) // tensor + tables * table
+    parameters = _parameters(layout, architecture, vocabulary_rows)
 
     shards = layout.data_parallel * layout.context_parallel if config.optimizer.distributed else 1
     main_weights = 4 if element == 2 else 0
@@ -68,15 +75,31 @@ def estimate_memory(config: RunConfig, architecture: Architecture) -> MemoryEsti
     in_host_memory = config.model.reference_in_host_memory
     reference = table if in_host_memory else parameters
     hidden_kept = method.wants_reference_hidden and not in_host_memory
+    of_teacher, teacher_hidden = 0, 0
+    if teacher is not None and config.teacher is not None:
+        of_teacher = vocabulary_rows * teacher.hidden * element
+        if not config.teacher.in_host_memory:
+            of_teacher = _parameters(layout, teacher, vocabulary_rows) * element
+            teacher_hidden = _frozen_hidden(config, teacher, element)
     return MemoryEstimate(
         weights=parameters * element,
         reference=reference * element if method.wants_reference else 0,
+        teacher=of_teacher,
         gradients=parameters * 4,
         optimizer=parameters * (8 + main_weights) // shards,
         activations=_activations(config, architecture, tokens, layers, element),
         loss=_loss(config, tokens, vocabulary_rows, element) + table * 4,
-        reference_hidden=_reference_hidden(config, architecture, element) if hidden_kept else 0,
+        reference_hidden=_frozen_hidden(config, architecture, element) if hidden_kept else 0,
+        teacher_hidden=teacher_hidden,
     )
+
+
+def _parameters(layout: Parallel, architecture: Architecture, vocabulary_rows: int) -> int:
+    """Numbers of a rank's part of the model, with so many rows of the vocabulary a rank."""
+    layers = architecture.layers // layout.pipeline_parallel
+    tables = 1 if architecture.tied or layout.pipeline_parallel > 1 else 2
+    of_layers = layers * count_layer_parameters(architecture) // layout.tensor_parallel
+    return of_layers + tables * vocabulary_rows * architecture.hidden
 
 
 def _activations(
@@ -95,11 +118,12 @@ def _activations(
 
 def _loss(config: RunConfig, tokens: int, vocabulary_rows: int, element: int) -> int:
     chunk = min(config.algorithm.loss_chunk_tokens, tokens)
-    both = config.new_method().wants_reference_hidden
+    method = config.new_method()
+    both = method.wants_reference_hidden or method.wants_teacher
     return chunk * vocabulary_rows * ((2 if both else 1) * element + (5 if both else 3) * 4)
 
 
-def _reference_hidden(config: RunConfig, architecture: Architecture, element: int) -> int:
+def _frozen_hidden(config: RunConfig, architecture: Architecture, element: int) -> int:
     layout, rollout = config.parallel, config.rollout
     sequences = rollout.prompts_per_step * rollout.responses_per_prompt
     tokens = sequences * (rollout.max_prompt_tokens + rollout.max_response_tokens)

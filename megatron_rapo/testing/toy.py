@@ -154,7 +154,7 @@ class Step:
         total = torch.zeros((), dtype=torch.float64)
         for microbatch in self.microbatches:
             reference = None
-            if objective.wants_reference_hidden:
+            if objective.wants_distribution:
                 reference = self._of_responses(self._reference, microbatch)
             total = total + objective(microbatch, self._of_responses(policy, microbatch), reference)[0]
         return total

@@ -21,6 +21,7 @@ from megatron_rapo.methods.named import METHODS
 from megatron_rapo.methods.rapo import RAPO
 from megatron_rapo.parallel.placement import process_groups
 from megatron_rapo.policy import gradients
+from megatron_rapo.policy.frozen import FrozenModel
 from tests.distributed.jobs import run_job
 
 FEW = tuple(
@@ -67,6 +68,21 @@ def short_normaliser() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def rows_of_its_own() -> Iterator[None]:
+    """The teacher's head is cut by its own number of rows, so that a rank's are not the policy's tokens."""
+    own = FrozenModel.__init__
+
+    def cut(self: FrozenModel, *given: Any, vocabulary_rows: int | None = None, **options: Any) -> None:
+        if vocabulary_rows is not None:
+            options["vocabulary_rows"] = vocabulary_rows + 4
+        own(self, *given, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FrozenModel, "__init__", cut)
+        yield
+
+
 @dataclass(frozen=True)
 class Certified:
     """What is certified, on which model, at which layouts, and with which fault."""
@@ -83,10 +99,16 @@ OBJECTIVES = {
     "forward_sampled": Certified(
         {"method": "rapo", "divergence": "forward_sampled", "audit_estimators": True}, "smollm3"
     ),
+    "distill": Certified(
+        {"method": "distill", "divergence": "jensen_shannon", "mixture": 0.3, "policy_coefficient": 0.5},
+        "qwen3",
+    ),
+    "distill_reverse": Certified({"method": "distill"}, "smollm3"),
     "k2": Certified({"method": "grpo", "divergence": "k2", "loss_aggregation": "constant"}, "smollm3"),
 }
 FAULTS = {
     "plain collective": Certified({"method": "rapo"}, "qwen3", TENSOR, plain_collective),
+    "teacher's own rows": Certified({"method": "distill"}, "qwen3", TENSOR, rows_of_its_own),
     "short normaliser": Certified({"method": "rapo"}, "qwen3", TENSOR, short_normaliser),
 }
 
@@ -128,6 +150,7 @@ def test_other_objectives_and_families_are_certified(certified: dict[str, list[R
         # Without its own backward, hidden states' gradients lack the other ranks' vocabulary.
         ("plain collective", {"TP 2"}),
         ("short normaliser", {"DP 4", "TP 2"}),
+        ("teacher's own rows", {"TP 2"}),
     ],
 )
 def test_a_planted_fault_is_reported(

@@ -55,8 +55,10 @@ GROUPS = [scored(number) for number in range(4)]
 
 def config(parallel: dict[str, Any] | None = None, **algorithm: Any) -> RunConfig:
     options = {"minibatch_prompts": 2, "max_tokens_per_microbatch": 16, **algorithm}
+    teacher = {"teacher": {"path": "teacher"}} if algorithm.get("method") == "distill" else {}
     return validate(
         {
+            **teacher,
             "run": {"directory": "run", "steps": 2},
             "model": {"path": "model"},
             "parallel": parallel or {},

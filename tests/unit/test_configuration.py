@@ -186,8 +186,8 @@ def test_default_takes_an_option_back(minimal_file: Path, tmp_path: Path) -> Non
             'algorithm.flatten_floor = 0.5 is not an option of method = "grpo"; rapo has it: ',
         ),
         (
-            {"divergence": "k3", "method": "dapo"},
-            'algorithm.divergence = "k3" is not an option of method = "dapo"; rapo and grpo have it: ',
+            {"entropy_coefficient": 0.5, "method": "dapo"},
+            'algorithm.entropy_coefficient = 0.5 is not an option of method = "dapo"; rapo and grpo have it',
         ),
         (
             {"clip_hihg": 0.5},

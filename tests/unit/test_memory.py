@@ -33,7 +33,11 @@ QWEN2_7B = Architecture(
 
 
 def estimate(
-    architecture: Architecture = QWEN2_7B, dtype: str = "bfloat16", recompute: str = "none", **sections: Any
+    architecture: Architecture = QWEN2_7B,
+    dtype: str = "bfloat16",
+    recompute: str = "none",
+    of_teacher: Architecture | None = None,
+    **sections: Any,
 ) -> MemoryEstimate:
     options: dict[str, Any] = {
         "run": {"directory": "run", "steps": 1},
@@ -42,7 +46,7 @@ def estimate(
         "rollout": {"prompts_per_step": 64, "max_prompt_tokens": 1024, "max_response_tokens": 3072},
         **sections,
     }
-    return estimate_memory(validate(options, source="test"), architecture)
+    return estimate_memory(validate(options, source="test"), architecture, of_teacher)
 
 
 def test_the_7b_model_has_its_published_size() -> None:
@@ -109,6 +113,21 @@ def test_a_reference_in_host_memory_leaves_its_head_alone() -> None:
     found = estimate(model={"path": "model", "reference_in_host_memory": True})
     assert found.reference == 2 * QWEN2_7B.vocabulary * QWEN2_7B.hidden
     assert found.reference_hidden == 0
+
+
+def test_a_teacher_is_counted_with_the_policys_rows() -> None:
+    """Parameters and hidden states; in host memory its head alone is left."""
+    small = replace(QWEN2_7B, layers=14, hidden=1792, vocabulary=QWEN2_7B.vocabulary + 128)
+    distill, teacher = {"method": "distill"}, {"path": "teacher"}
+    alone = estimate(algorithm={"method": "dapo"})
+    found = estimate(of_teacher=small, algorithm=distill, teacher=teacher)
+    rows = replace(small, vocabulary=QWEN2_7B.vocabulary)
+    assert found.teacher == 2 * (count_parameters(rows) - small.hidden)  # less the last norm
+    assert found.teacher_hidden == 64 * 8 * 4096 * 1792 * 2
+    assert (found.weights, found.reference, found.reference_hidden) == (alone.weights, 0, 0)
+    assert found.loss > alone.loss
+    away = estimate(of_teacher=small, algorithm=distill, teacher={**teacher, "in_host_memory": True})
+    assert (away.teacher, away.teacher_hidden) == (2 * QWEN2_7B.vocabulary * 1792, 0)
 
 
 def test_padded_rows_are_counted() -> None:

@@ -59,6 +59,7 @@ PAPERS: dict[str, tuple[np.ndarray, np.ndarray, Any]] = {
     "lite_ppo": (CENTRED / REWARDS.std(ddof=1), EVERY, lambda length, n, N: 1 / N),
     "rloo": (CENTRED * 4 / 3, EVERY, lambda length, n, N: 1 / (n * LIMIT)),
     "dgpo": (of_difficulty(), EVERY & [[True], [True], [False]], lambda length, n, N: 1 / N),
+    "distill": (STANDARDISED, EVERY, lambda length, n, N: 1 / N),
 }
 
 
@@ -96,6 +97,7 @@ LOSSES = {
     "lite_ppo": clipped(0.2, 0.2),
     "rloo": clipped(0.2, 0.2),
     "dgpo": clipped(0.2, 0.2),
+    "distill": KL,
 }
 
 
@@ -110,6 +112,7 @@ def loss_at(subject: Method) -> np.ndarray:
         Need.SEQUENCE_LOG_RATIO: LOG_RATIO,
         Need.IMPORTANCE: np.ones(8),
         Need.SEQUENCE_IMPORTANCE: np.ones(8),
+        Need.TEACHER_REVERSE_KL: KL,
     }
     token = AtToken(
         **at,
@@ -163,6 +166,7 @@ def test_options_are_the_losss_numbers(subject: Method, loss: np.ndarray) -> Non
         (a_method("rapo", loss_aggregation="constant"), np.full((3, 4), 1 / 120)),
         (a_method("grpo", loss_aggregation="token_mean"), np.full((3, 4), 1 / 41)),
         (a_method("dapo", mask_truncated=False), np.full((3, 4), 1 / 41)),
+        (a_method("distill", loss_aggregation="constant"), np.full((3, 4), 1 / 120)),
         (a_method("dgpo", groups_without_variance="keep"), np.full((3, 4), 1 / 41)),
     ],
     ids=lambda value: value.options.method if isinstance(value, Method) else "",
@@ -250,7 +254,7 @@ def test_entropy_and_mismatch_of_the_same_samples_are_the_same(
         if subject.wants_reference and not objective.wants_reference_hidden:
             plain, flattened = objective.reference_log_probs(reference, batch)
             batch.reference_log_probs, batch.flattened_log_probs = plain, flattened
-        pull = reference if objective.wants_reference_hidden else None
+        pull = reference if objective.wants_distribution else None
         _, sums, mismatch = objective(batch, policy, pull)
     log_policy = log_distribution(policy)
     entropy = -(log_policy.exp() * log_policy).sum(-1)

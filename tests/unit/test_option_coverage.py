@@ -103,6 +103,7 @@ _TABLES = {
     "Optimizer": "optimizer",
     "Model": "model",
     "Parallel": "parallel",
+    "TeacherOptions": "teacher",
     "SGLangOptions": "engine",
     "EmbeddedOptions": "engine",
     "with_slurm": "slurm",

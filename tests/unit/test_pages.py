@@ -32,6 +32,7 @@ PAGES = [
 RUN_BY = {
     "configuration.md": ({"toml"}, "test_configuration.py"),
     "data.md": ({"toml", "jsonl", "python"}, "test_data_page.py"),
+    "distillation.md": ({"toml"}, "test_pages.py"),
     "engines.md": ({"toml", "python"}, "test_pages.py, test_own_engine.py"),
     "environments.md": ({"python", "toml"}, "test_testing.py, test_tool_use.py, test_pages.py"),
     "evaluation.md": ({"python"}, "test_pages.py"),
@@ -111,7 +112,7 @@ def test_a_command_in_a_block_is_taken_as_it_stands(page: str, command: str) -> 
 # Configurations
 
 
-@pytest.mark.parametrize("page", ["engines.md", "environments.md", "methods.md"])
+@pytest.mark.parametrize("page", ["distillation.md", "engines.md", "environments.md", "methods.md"])
 def test_configurations_of_a_page_are_valid(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,7 +135,8 @@ def test_configurations_of_a_page_are_valid(
             chosen = getattr(config, section)
             for name, value in options.items():
                 if not isinstance(value, dict):
-                    assert getattr(chosen, name) == value
+                    read = getattr(chosen, name)
+                    assert (str(read) if isinstance(read, Path) else read) == value
     sys.modules.pop("my_method", None)
 
 

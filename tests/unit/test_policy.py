@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_rapo.config import Model, Optimizer
+from megatron_rapo.config import Teacher as TeacherOptions
+from megatron_rapo.convert.to_megatron import convert_to_megatron
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import RapoError
 from megatron_rapo.loss.objective import HeadStates, Objective
@@ -28,6 +31,7 @@ from megatron_rapo.policy.finite import check_finite, named_parameters
 from megatron_rapo.policy.learning_rate import LearningRate
 from megatron_rapo.policy.policy import Policy, _connect
 from megatron_rapo.policy.reference import Reference
+from megatron_rapo.policy.teacher import Teacher
 from megatron_rapo.policy.weighing import weigh
 from megatron_rapo.publish.proof import check_policy
 from megatron_rapo.testing.ranks import on_ranks
@@ -314,7 +318,7 @@ def test_a_reference_in_host_memory_is_on_the_device_only_to_annotate(
 
     GPU = Gpu()
     monkeypatch.setattr(torch.nn.Module, "to", move)
-    monkeypatch.setattr("megatron_rapo.policy.reference.device", lambda: GPU)
+    monkeypatch.setattr("megatron_rapo.policy.frozen.device", lambda: GPU)
     monkeypatch.setattr(
         "megatron_rapo.policy.reference.Reference.states",
         lambda self, microbatch: HeadStates(microbatch.reference_hidden[microbatch.is_response], self._head),
@@ -323,6 +327,62 @@ def test_a_reference_in_host_memory_is_on_the_device_only_to_annotate(
     kept = updated(model, placement, a_method())[1]
     assert moves == ["cpu", "device", "cpu"]
     assert kept == plain
+
+
+@pytest.fixture(scope="module")
+def teachers(models: Path) -> Path:
+    """A teacher of another family, depth and width, as a HF directory and as a Megatron checkpoint."""
+    shape = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 67}
+    make_hf_model(models / "teacher", family="qwen3", seed=3, **{**modes.SMALL, **shape})
+    convert_to_megatron(models / "teacher", models / "teacher-checkpoint")
+    return models
+
+
+def distilled(
+    models: Path, placement: Placement, method: Method, options: TeacherOptions
+) -> dict[str, float]:
+    """The metrics of an update towards the teacher."""
+    model = Model(path=models / "policy", dtype="float32")
+    own = read_architecture(model.path)
+    policy = Policy(model, Optimizer(learning_rate=1e-3), own, placement, 3)
+    its = Teacher(options, read_architecture(options.path), model, own, placement)
+    assert not any(parameter.requires_grad for parameter in its.chunks[0].parameters())
+    objective = Objective(method, temperature=1.0, vocabulary=VOCABULARY, group=placement.tensor_group)
+    minibatches = make_minibatches(placement, [0])
+    policy.annotate(minibatches, objective)
+    its.annotate(minibatches, objective)
+    return dict(policy.update(minibatches, objective, its))
+
+
+@pytest.mark.parametrize("form", ["HF", "Megatron"])
+def test_the_divergence_from_a_teacher_is_that_of_plain_pytorch(
+    teachers: Path, placement: Placement, form: str
+) -> None:
+    path, options = teachers / "teacher", TeacherOptions(path=teachers / "teacher")
+    if form == "Megatron":
+        options = TeacherOptions(path=path, checkpoint=teachers / "teacher-checkpoint")
+    subject = a_method("distill", divergence="forward", divergence_coefficient=0.5)
+    found = distilled(teachers, placement, subject, options)
+    networks = [
+        AutoModelForCausalLM.from_pretrained(teachers / name, dtype=torch.float32)
+        for name in ("policy", "teacher")
+    ]
+    values = []
+    for sample in make_samples():
+        ids = torch.from_numpy(np.asarray(sample.sequence.token_ids)).long()
+        predicting = slice(prompt_tokens(sample.sequence) - 1, -1)
+        with torch.no_grad():
+            of_policy, of_teacher = (
+                network(ids[None]).logits[0, predicting, :VOCABULARY].log_softmax(-1) for network in networks
+            )
+        values.append((of_teacher.exp() * (of_teacher - of_policy)).sum(-1))
+    assert found["loss/distillation"] == pytest.approx(float(torch.cat(values).mean()), rel=1e-5)
+
+
+def test_a_teacher_in_host_memory_needs_another_one(teachers: Path, placement: Placement) -> None:
+    with pytest.raises(RapoError, match=r"teacher.in_host_memory = true has no effect .* CPU; remove it"):
+        options = TeacherOptions(path=teachers / "teacher", in_host_memory=True)
+        distilled(teachers, placement, a_method("distill"), options)
 
 
 @pytest.mark.parametrize("divergence", ["k3", "forward_printed"])

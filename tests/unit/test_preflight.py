@@ -150,6 +150,46 @@ def test_a_reference_of_another_shape_is_refused(tmp_path: Path, model: Path) ->
         preflight.check(config(tmp_path, model, model={"reference_path": str(other)}))
 
 
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of the policy's tokens with spare rows of its own, and such as will not do."""
+    base = tmp_path_factory.mktemp("teachers")
+    make_hf_model(base / "deep", family="qwen3", num_hidden_layers=6, vocab_size=61)
+    make_hf_model(base / "odd", num_hidden_layers=3)
+    make_hf_model(base / "short", max_position_embeddings=64)
+    make_hf_model(base / "other", vocab_size=59)
+    return base
+
+
+def with_teacher(base: Path, model: Path, teacher: Path, **sections: dict[str, Any]) -> RunConfig:
+    method = {"algorithm": {"method": "distill"}, "teacher": {"path": str(teacher)}}
+    return config(base, model, **{**method, **sections})
+
+
+def test_a_teacher_of_another_shape_is_planned_with(tmp_path: Path, model: Path, teachers: Path) -> None:
+    run = with_teacher(tmp_path, model, teachers / "deep")
+    preflight.check(run)
+    plan = preflight.describe_plan(run)
+    assert "teacher: qwen3 of " in plan
+    assert re.search(r"^teacher +0\.\d\d GiB$", plan, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "layout", "wrong"),
+    [
+        ("odd", {"pipeline_parallel": 2}, "= 2 does not divide the teacher's 3 layers"),
+        ("short", {}, "= 96 exceeds the teacher's max_position_embeddings = 64"),
+        ("other", {}, "id 59 is the policy's 'J' and the teacher's nothing, and 1 more differ"),
+        ("nowhere", {}, "nowhere does not exist; download the model there"),
+    ],
+)
+def test_a_teacher_that_will_not_do_is_refused(
+    tmp_path: Path, model: Path, teachers: Path, teacher: str, layout: dict[str, Any], wrong: str
+) -> None:
+    with pytest.raises(RapoError, match=re.escape(wrong)):
+        preflight.check(with_teacher(tmp_path, model, teachers / teacher, parallel=layout))
+
+
 def test_weights_that_are_not_there_are_refused(tmp_path: Path, model: Path) -> None:
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare/config.json").write_text((model / "config.json").read_text())

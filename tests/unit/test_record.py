@@ -403,6 +403,23 @@ def test_reference_and_initial_checkpoint_must_not_change(tmp_path: Path) -> Non
         check_identity(run, identity(run))
 
 
+@pytest.mark.parametrize("changed", ["model.safetensors", "checkpoint/__0_0.distcp"])
+def test_the_teacher_must_not_change(tmp_path: Path, changed: str) -> None:
+    """Its checkpoint, where its weights are of one."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(MODEL, teacher)
+    (teacher / "checkpoint").mkdir()
+    (teacher / "checkpoint/__0_0.distcp").write_bytes(b"weights")
+    options = {"path": str(teacher)}
+    if changed.startswith("checkpoint"):
+        options["checkpoint"] = str(teacher / "checkpoint")
+    run = config(tmp_path / "run", teacher=options, algorithm={"method": "distill"})
+    run_until(run, 5)
+    (teacher / changed).write_bytes(b"Weights")
+    with pytest.raises(RapoError, match="was begun with other weights of the teacher; it goes on with"):
+        check_identity(run, identity(run))
+
+
 def test_other_problems_under_the_same_options_are_refused(tmp_path: Path) -> None:
     run = config(tmp_path, evaluate={"problems": 4})
     run_until(run, 5, countdown="one", held_out="two")

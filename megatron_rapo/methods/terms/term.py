@@ -21,12 +21,18 @@ class Need(Enum):
     SEQUENCE_LOG_RATIO = "sequence_log_ratio"
     IMPORTANCE = "importance"
     SEQUENCE_IMPORTANCE = "sequence_importance"
+    TEACHER_FORWARD_KL = "teacher_forward_kl"
+    TEACHER_REVERSE_KL = "teacher_reverse_kl"
+    TEACHER_JENSEN_SHANNON = "teacher_jensen_shannon"
 
 
 OF_THE_REFERENCE = frozenset(
     {Need.FORWARD_KL, Need.REVERSE_KL, Need.FLATTENED_LOG_PROB, Need.REFERENCE_LOG_PROB}
 )
 """For which there must be a reference model."""
+
+OF_THE_TEACHER = frozenset({Need.TEACHER_FORWARD_KL, Need.TEACHER_REVERSE_KL, Need.TEACHER_JENSEN_SHANNON})
+"""For which there must be a teacher (`[teacher]`)."""
 
 OF_IMPORTANCE = frozenset({Need.IMPORTANCE, Need.SEQUENCE_IMPORTANCE})
 """On which `algorithm.importance_correction` has an effect."""
@@ -41,8 +47,8 @@ OF_ITS_DISTRIBUTION = frozenset({Need.FORWARD_KL, Need.REVERSE_KL})
 class AtToken(NamedTuple):
     """What a term is made of, `[tokens]` each, of response tokens; log-probs and entropies in nats.
 
-    With π the policy, π_old that with which the step began, μ the engine's, q the reference, and p the
-    reference flattened by φ. What a term does not need may be None.
+    With π the policy, π_old that with which the step began, μ the engine's, q the reference, p the reference
+    flattened by φ, and τ the teacher. What a term does not need may be None.
 
     Attributes:
         log_prob: log π of the sampled token; differentiable.
@@ -61,6 +67,10 @@ class AtToken(NamedTuple):
             (`algorithm.importance_correction`).
         sequence_importance: the mean of these weights over the token's response.
         marks: the method's own numbers by name (`Method.mark_responses`, `Method.mark_tokens`); constants.
+        teacher_forward_kl: KL(τ ‖ π), exact over the vocabulary; differentiable.
+        teacher_reverse_kl: KL(π ‖ τ), likewise.
+        teacher_jensen_shannon: (1 − β) KL(π ‖ M) + β KL(τ ‖ M), M = (1 − β) π + β τ, β `Method.mixture`;
+            likewise.
     """
 
     log_prob: Tensor
@@ -78,6 +88,9 @@ class AtToken(NamedTuple):
     importance: Tensor | None = None
     sequence_importance: Tensor | None = None
     marks: Mapping[str, Tensor] = MappingProxyType({})
+    teacher_forward_kl: Tensor | None = None
+    teacher_reverse_kl: Tensor | None = None
+    teacher_jensen_shannon: Tensor | None = None
 
 
 class Term:
