@@ -45,6 +45,13 @@ class Episode:
         """Tokens that the trainer sees."""
         return sum(len(sequence) for sequence in self.sequences)
 
+    @property
+    def given_tokens(self) -> int:
+        """Tokens that were given after the prompt: between turns, and as contexts of further sequences."""
+        if not self.sequences:
+            return 0
+        return self.tokens - self.sampled_tokens - self.sequences[0].prompt_tokens
+
     def leaves(self, vocabulary: int) -> bool:
         """Whether a sampled token is no token of a tokenizer of that size."""
         return any(sequence.leaves(vocabulary) for sequence in self.sequences)

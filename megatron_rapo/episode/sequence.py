@@ -124,6 +124,11 @@ class Sequence:
         return self.sampled | (self.versions == TAUGHT)
 
     @property
+    def prompt_tokens(self) -> int:
+        """Tokens before the first sampled one; all, where none was sampled."""
+        return int(self.sampled.argmax()) if self.sampled.any() else len(self)
+
+    @property
     def oldest_version(self) -> int | None:
         """The lowest version of the weights that sampled a token; None where none was sampled."""
         return int(self.versions[self.sampled].min()) if self.sampled.any() else None

@@ -144,12 +144,12 @@ def diagnose(store: SampleStore, setting: SettingRecord, pair: Pair, *, limit: i
 
 
 def _choose(store: SampleStore, limit: int, vocabulary: int) -> list[_Row]:
-    """Correct responses, first one of every problem, then a second one, and so on."""
-    narrow = store.read(["problem", "sample", "outcome"])
+    """Correct responses in one piece, first one of every problem, then a second one, and so on."""
+    narrow = store.read(["problem", "sample", "outcome", "given"])
     correct: dict[str, list[int]] = {}
-    columns = (narrow[name].to_pylist() for name in ("problem", "sample", "outcome"))
-    for problem, sample, outcome in zip(*columns, strict=True):
-        if outcome == Outcome.CORRECT:
+    columns = (narrow[name].to_pylist() for name in ("problem", "sample", "outcome", "given"))
+    for problem, sample, outcome, given in zip(*columns, strict=True):
+        if outcome == Outcome.CORRECT and not given:
             correct.setdefault(problem, []).append(sample)
     turns = sorted(
         (turn, problem, sample)

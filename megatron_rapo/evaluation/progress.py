@@ -33,7 +33,7 @@ class SampleProgress:
     def add(self, samples: Sequence[StoredSample], what: str) -> None:
         """These are on disk now; tells so if it is time to."""
         self._done += len(samples)
-        self._tokens += sum(len(sample.token_ids) for sample in samples)
+        self._tokens += sum(sample.length for sample in samples)
         self._outcomes.update(sample.outcome for sample in samples)
         now = time.monotonic()
         if now - self._told >= EVERY_S:

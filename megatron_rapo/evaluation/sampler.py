@@ -106,12 +106,12 @@ class Sampler:
         )
 
     def _stored(self, problem: str, number: int, seed: int, scored: ScoredEpisode) -> StoredSample:
-        """As rows are stored: of several sequences the last, from its first sampled token on."""
+        """As rows are stored."""
         episode, verification = scored.episode, scored.verification
         token_ids, log_probs = np.zeros(0, np.int32), np.zeros(0, np.float32)
         if episode.sequences:
             last = episode.sequences[-1]
-            response = slice(int(last.sampled.argmax()), None)
+            response = slice(last.prompt_tokens, None)
             token_ids, log_probs = last.token_ids[response], last.log_probs[response]
         return StoredSample(
             problem=problem,
@@ -124,4 +124,8 @@ class Sampler:
             text=episode.answer,
             token_ids=token_ids,
             log_probs=log_probs,
+            given=episode.given_tokens,
+            sequences=[{"token_ids": one.token_ids, "log_probs": one.log_probs} for one in episode.sequences]
+            if len(episode.sequences) > 1
+            else None,
         )

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,9 @@ from megatron_rapo.evaluation.counts import COUNTED, Counts, count
 from megatron_rapo.evaluation.manifest import FILE, Manifest
 
 _LABEL = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
+_SEQUENCE = pyarrow.struct(
+    [("token_ids", pyarrow.list_(pyarrow.int32())), ("log_probs", pyarrow.list_(pyarrow.float32()))]
+)
 SAMPLES = pyarrow.schema(
     [
         ("problem", _LABEL),
@@ -41,9 +45,11 @@ SAMPLES = pyarrow.schema(
         ("text", pyarrow.string()),
         ("token_ids", pyarrow.list_(pyarrow.int32())),
         ("log_probs", pyarrow.list_(pyarrow.float32())),
+        ("given", pyarrow.int32()),
+        ("sequences", pyarrow.list_(_SEQUENCE)),
     ]
 )
-"""The columns of a part."""
+"""The columns of a part; the last two are null in those of earlier versions."""
 
 PROBLEMS = pyarrow.schema(
     [
@@ -82,8 +88,10 @@ class StoredSample:
         reward: None where it is unknown; also read of parts that were written before rewards were kept.
         extracted: the final answer that the verifier found; None where it found none, or did not finish.
         text: without special tokens.
-        token_ids: `[length]` int32.
-        log_probs: `[length]` float32, the engine's, in nats.
+        token_ids: int32, of the last sequence, from its first sampled token on.
+        log_probs: float32, the engine's, in nats; NaN where a token was given.
+        given: tokens that were given after the prompt.
+        sequences: `token_ids` and `log_probs` of each sequence, whole, where there are several; else None.
     """
 
     problem: str
@@ -96,11 +104,14 @@ class StoredSample:
     token_ids: npt.NDArray[np.int32]
     log_probs: npt.NDArray[np.float32]
     reward: float | None = None
+    given: int = 0
+    sequences: Sequence[Mapping[str, npt.NDArray[Any]]] | None = None
 
     @property
     def length(self) -> int:
-        """Response tokens."""
-        return len(self.token_ids)
+        """Sampled tokens, of all sequences."""
+        parts = [self.log_probs] if self.sequences is None else [one["log_probs"] for one in self.sequences]
+        return sum(len(part) - int(np.isnan(part).sum()) for part in parts)
 
 
 class SampleStore:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from math import isnan
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +18,9 @@ from megatron_rapo.evaluation.store import Problem, SampleStore
 from megatron_rapo.report.selection import Integers, Rule, Samples, choose_rule
 
 OUTCOMES = {outcome.value: place for place, outcome in enumerate(Outcome)}
-_SHOWN = ["problem", "sample", "outcome", "reward", "truncated", "text", "token_ids", "log_probs"]
+_SHOWN = [
+    *("problem", "sample", "outcome", "reward", "truncated", "text", "token_ids", "log_probs", "sequences")
+]
 
 
 class Source(Protocol):
@@ -32,8 +36,8 @@ class Source(Protocol):
     def read(self, rows: Integers) -> list[dict[str, Any]]:
         """The samples of these numbers in that order.
 
-        They have `problem`, `sample`, `outcome`, `reward`, `truncated`, `text`, `token_ids`, and `log_probs`,
-        None where a token was given, not sampled.
+        They have `problem`, `sample`, `outcome`, `reward`, `truncated`, `text`, and `sequences`: the
+        `token_ids` and `log_probs` of each, None where a token was given, not sampled.
         """
 
 
@@ -50,13 +54,13 @@ class EvaluatedSamples:
 
     def narrow(self) -> Samples:
         """See `Source`: in the order of the parts' rows."""
-        table = self.store.read(["problem", "sample", "outcome", "length"]).unify_dictionaries()
+        table = self.store.read(["problem", "sample", "outcome", "length", "given"]).unify_dictionaries()
         places = {problem.id: place for place, problem in enumerate(self.problems)}
         return Samples(
             problem=codes(table["problem"], places),
             number=table["sample"].to_numpy(),
             outcome=codes(table["outcome"], OUTCOMES),
-            length=table["length"].to_numpy(),
+            length=table["length"].to_numpy() + table["given"].fill_null(0).to_numpy(),
         )
 
     def read(self, rows: Integers) -> list[dict[str, Any]]:
@@ -72,7 +76,7 @@ class EvaluatedSamples:
                     if len(inside):
                         found += part.read_row_group(group, columns=_SHOWN).take(inside).to_pylist()
                     first = stop
-        return [row | {"reward": _reward(row)} for row in found]
+        return [row | {"reward": _reward(row), "sequences": _sequences(row)} for row in found]
 
 
 @dataclass(frozen=True)
@@ -98,12 +102,14 @@ class Browser:
     Attributes:
         rule: how the responses were chosen.
         shown, sampled: responses in the page, and on disk.
+        has_given: whether some have tokens that were given after the prompt.
         data: as `responses.js` reads it.
     """
 
     rule: Rule
     shown: int
     sampled: int
+    has_given: bool
     data: dict[str, Any]
 
 
@@ -140,6 +146,7 @@ def browse(parts: Sequence[Sampled]) -> Browser:
         rule=rule,
         shown=sum(len(entry["responses"]) for entry in shown),
         sampled=sum(len(narrow.number) for narrow in samples),
+        has_given=any("given" in response for entry in shown for response in entry["responses"]),
         data={"models": models, "problems": shown},
     )
 
@@ -150,23 +157,51 @@ def _reward(row: dict[str, Any]) -> float | None:
     return reward_of(Outcome(row["outcome"])) if earned is None else earned
 
 
+def _sequences(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of an evaluation's row, where NaN marks what was given."""
+    return [
+        {
+            "token_ids": one["token_ids"],
+            "log_probs": [None if isnan(value) else value for value in one["log_probs"]],
+        }
+        for one in row.get("sequences") or [row]
+    ]
+
+
 def _response(row: dict[str, Any], rule: Rule, token_texts: TokenTexts | None) -> dict[str, Any]:
-    length = len(row["token_ids"])
-    texts = None if token_texts is None else token_texts(row["token_ids"])
+    """What the page holds of one; `starts` tells where each of several sequences begins."""
+    parts = [_from_first_sampled(one) if n == 0 else one for n, one in enumerate(row["sequences"])]
+    log_probs = [value for part in parts for value in part["log_probs"]]
+    length, given = len(log_probs), log_probs.count(None)
+    sampled = [[value is not None for value in part["log_probs"]] for part in parts]
     response: dict[str, Any] = {
         "sample": row["sample"],
         "outcome": row["outcome"],
         "reward": row["reward"],
-        "length": length,
+        "length": length - given,
         "truncated": row["truncated"],
     }
+    if given:
+        turns = sum(sum(now and not before for before, now in pairwise([False, *one])) for one in sampled)
+        response |= {"given": given, "turns": turns}
     start, left_out = rule.gap(length)
-    if texts is None:  # the text is cut where the tokens would be, in proportion
+    if token_texts is None:  # the text is cut where the tokens would be, in proportion
         text = row["text"]
         head, tail = (len(text) * place // max(length, 1) for place in (start, start + left_out))
         response |= {"tokens": [text[:head], text[tail:]], "log_probs": []}
         return response | ({"cut_at": 1, "cut": left_out} if left_out else {})
-    log_probs = [None if value is None else round(value, 2) for value in row["log_probs"]]
+    texts = [text for part in parts for text in token_texts(part["token_ids"])]
+    values = [None if value is None else round(value, 2) for value in log_probs]
     end = start + left_out
-    response |= {"tokens": texts[:start] + texts[end:], "log_probs": log_probs[:start] + log_probs[end:]}
+    response |= {"tokens": texts[:start] + texts[end:], "log_probs": values[:start] + values[end:]}
+    if len(parts) > 1:
+        begins = [0, *accumulate(len(part["token_ids"]) for part in parts[:-1])]
+        response["starts"] = [min(place, start) if place < end else place - left_out for place in begins]
     return response | ({"cut_at": start, "cut": left_out} if left_out else {})
+
+
+def _from_first_sampled(sequence: dict[str, Any]) -> dict[str, Any]:
+    """Without its prompt, which the page shows apart."""
+    values = sequence["log_probs"]
+    first = next((place for place, value in enumerate(values) if value is not None), len(values))
+    return {"token_ids": sequence["token_ids"][first:], "log_probs": values[first:]}

@@ -16,7 +16,7 @@ from megatron_rapo.report.responses import OUTCOMES, Sampled
 from megatron_rapo.report.selection import Integers, Samples
 from megatron_rapo.samples.store import read_step, steps_of
 
-_NARROW = ["draw", "number", "problem", "source", "question", "gold", "outcome", "length"]
+_NARROW = ["draw", "number", "problem", "source", "question", "gold", "outcome", "length", "given"]
 
 
 def trained_samples(runs: Sequence[Path]) -> list[Sampled]:
@@ -57,21 +57,21 @@ class TrainedSamples:
             problem=np.array([places[row["problem"]] for row in self._rows]),
             number=np.array([row["number"] for row in self._rows]),
             outcome=np.array([OUTCOMES[row["outcome"]] for row in self._rows]),
-            length=np.array([row["length"] for row in self._rows]),
+            length=np.array([row["length"] + (row.get("given") or 0) for row in self._rows]),
         )
 
     def read(self, rows: Integers) -> list[dict[str, Any]]:
-        """Of several turns, what was given between them is there as well."""
+        """See `Source`."""
         keys = {(self._rows[row]["draw"], self._rows[row]["number"]) for row in rows}
-        return [row | {"sample": row["number"], **_tokens(row)} for row in read_step(self.paths, only=keys)]
+        return [
+            row | {"sample": row["number"], "sequences": list(map(_shown, row["sequences"]))}
+            for row in read_step(self.paths, only=keys)
+        ]
 
 
-def _tokens(row: dict[str, Any]) -> dict[str, Any]:
-    """Those of all sequences, each from its first sampled token on."""
-    token_ids, log_probs = [], []
-    for sequence in row["sequences"]:
-        start = sequence["sampled"].index(True) if True in sequence["sampled"] else len(sequence["sampled"])
-        token_ids += sequence["token_ids"][start:]
-        flags, values = sequence["sampled"][start:], sequence["log_probs"][start:]
-        log_probs += [value if flag else None for flag, value in zip(flags, values, strict=True)]
-    return {"token_ids": token_ids, "log_probs": log_probs}
+def _shown(sequence: dict[str, Any]) -> dict[str, Any]:
+    pairs = zip(sequence["sampled"], sequence["log_probs"], strict=True)
+    return {
+        "token_ids": sequence["token_ids"],
+        "log_probs": [value if sampled else None for sampled, value in pairs],
+    }

@@ -9,11 +9,20 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page
+from transformers import AutoTokenizer
 
+from megatron_rapo.episode.environment import Transcript, Turn
+from megatron_rapo.episode.episode import Episode, ScoredEpisode
+from megatron_rapo.episode.outcome import Outcome, Verification
+from megatron_rapo.episode.problem import Problem
 from megatron_rapo.record.versions import record_versions
+from megatron_rapo.samples.store import Recorded, write_part
+from tests.dialogues import TINY
 from tests.end_to_end.chromium import browser, needs_chromium, opened
 from tests.end_to_end.command import COMMAND
 from tests.stored_evaluations import store_benchmarks, store_evaluation
@@ -323,6 +332,71 @@ class TestPage:
         assert width == 400
         assert paper == ("rgb(20, 23, 27)" if dark else "rgb(255, 254, 251)")
         assert found.complaints == []
+
+
+@pytest.fixture(scope="module")
+def trajectories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run that sampled an episode of two turns, and one of two sequences."""
+    run = tmp_path_factory.mktemp("trajectories") / "run"
+    run.mkdir()
+    (run / "config.toml").write_text(f'[run]\nsteps = 1\n[model]\npath = "{TINY}"\n')
+    (run / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n')
+    encode = AutoTokenizer.from_pretrained(TINY).encode
+    turns = Transcript(encode("3 4="))
+    turns.add_turn(said(encode("3+4=")))
+    turns.add_given(encode("7\n"))
+    turns.add_turn(said(encode("7")))
+    rounds = []
+    for context, text in (("3 4=", "10\n"), ("3 4=10\n", "7")):
+        rounds.append(Transcript(encode(context)))
+        rounds[-1].add_turn(said(encode(text)))
+    episodes = [(turns.sequence(),), tuple(one.sequence() for one in rounds)]
+    problem, right = Problem("0", "3 4=", "7", "sums"), Verification(Outcome.CORRECT)
+    rows = [
+        Recorded(0, number, 1.0, problem, ScoredEpisode(Episode(sequences, "7"), right), trained=True)
+        for number, sequences in enumerate(episodes)
+    ]
+    write_part(run, 1, 0, rows)
+    command = report(run)
+    assert command.returncode == 0, command.stderr
+    return run / "report/report.html"
+
+
+def said(token_ids: list[int]) -> Turn:
+    log_probs = np.full(len(token_ids), -0.5, np.float32)
+    return Turn(np.array(token_ids, np.int32), log_probs, np.zeros(len(token_ids), np.int32), "stop", "")
+
+
+@needs_chromium
+class TestTrajectories:
+    def test_what_was_given_is_told_apart(self, chromium: Browser, trajectories: Path) -> None:
+        with opened(chromium, trajectories) as found:
+            one, other = found.page.locator(".response").all()
+            told = one.locator("header").inner_text().split("\n")
+            assert told[2:] == ["sample 0", "reward 1", "5 tokens", "2 given", "2 turns"]
+            assert one.locator(".tokens").inner_text() == "3+4=7\n7"
+            assert one.locator(".given").all_inner_texts() == ["7\n"]
+            assert "framed was given" in found.page.locator(".heat").inner_text()
+            told = other.locator("header").inner_text().split("\n")
+            assert told[2:] == ["sample 1", "reward 1", "4 tokens", "7 given", "2 turns", "2 sequences"]
+            assert other.locator(".sequence").all_inner_texts() == ["sequence 1 of 2", "sequence 2 of 2"]
+            assert other.locator(".given").all_inner_texts() == ["3 4=10\n"]
+        assert found.complaints == []
+
+    @pytest.mark.parametrize("media", [{"media": "print"}, {"forced_colors": "active"}])
+    def test_it_is_also_without_colours(
+        self, chromium: Browser, trajectories: Path, media: dict[str, Any]
+    ) -> None:
+        """A frame in print, and where the system chooses the colours."""
+        with opened(chromium, trajectories) as found:
+            found.page.emulate_media(**media)
+            frames = [
+                span.evaluate("e => [getComputedStyle(e).borderTopWidth, getComputedStyle(e).borderTopStyle]")
+                for span in found.page.locator(".tokens .given").all()
+            ]
+            sampled = found.page.locator(".tokens > span:not(.given)").first
+            assert frames == [["1px", "solid"]] * 2
+            assert sampled.evaluate("e => getComputedStyle(e).borderTopWidth") == "0px"
 
 
 SEVERAL = {

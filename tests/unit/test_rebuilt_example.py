@@ -155,9 +155,17 @@ def test_an_evaluation_counts_episodes(tmp_path: Path, monkeypatch: pytest.Monke
         out = ["--out", str(tmp_path / "out"), "--samples", "4", "--k", "1", "4"]
         assert main(["evaluate", "examples/rebuilt/run.toml", *out, "--set", *settings]) == 0
         asked = sum(len(body["input_ids"]) for path, body in server.asked if path == "/generate")
-    counts = Evaluation.open(tmp_path / "out").samples("countdown", "t1").counts()
+    stored = Evaluation.open(tmp_path / "out").samples("countdown", "t1")
+    counts = stored.counts()
     assert counts.samples.tolist() == [4] * 3
-    assert asked > 12, "some episodes have several sequences"
+    rows = stored.read(["sequences", "token_ids", "length", "given"]).to_pylist()
+    assert sum(len(row["sequences"] or [row]) for row in rows) == asked > len(rows) == 12
+    for row in rows:
+        parts = [np.array(one["log_probs"]) for one in row["sequences"] or []]
+        assert row["length"] == (sum(np.isfinite(one).sum() for one in parts) or len(row["token_ids"]))
+        assert row["given"] == sum(np.isnan(one).sum() for one in parts) - sum(
+            np.isnan(parts[0]) if parts else []
+        )
 
 
 def samples(groups: list[Group], **options: Any) -> list[Sample]:

@@ -23,6 +23,7 @@ from megatron_rapo.episode.episode import Episode, ScoredEpisode
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
+from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.batch import Batch
 from megatron_rapo.experience.sharing import Shared
@@ -92,6 +93,17 @@ def tool_episode() -> ScoredEpisode:
     return ScoredEpisode(episode, Verification(W, "41", reward=-0.5, facts={"format": 0.1}))
 
 
+def rebuilt_episode() -> ScoredEpisode:
+    """Two sequences; the second's context is the prompt and part of what the first one sampled."""
+    one, other = (
+        TokenSequence.of_response(
+            prompt, np.array(tokens, np.int32), np.array([-1.0] * 2, np.float32), version=0
+        )
+        for prompt, tokens in (([5, 6], [7, 8]), ([5, 6, 8], [9, 10]))
+    )
+    return ScoredEpisode(Episode((one, other), "the answer"), Verification(W))
+
+
 # What is kept
 
 
@@ -125,6 +137,7 @@ def test_an_episode_is_kept_token_for_token(tmp_path: Path) -> None:
         "why": None,
         "trace": None,
         "length": 3,
+        "given": 2,
         "truncated": True,
         "trained": True,
         "text": "the answer",
@@ -352,6 +365,14 @@ def test_the_report_has_the_first_and_newest_step(run: Path) -> None:
     assert [one["sample"] for one in second["responses"]] == [1, 2, 0] * 2
 
 
+def test_the_report_reads_samples_of_earlier_versions(run: Path) -> None:
+    """They have no column of what was given."""
+    for path in (path for paths in steps_of(run).values() for path in paths):
+        pyarrow.parquet.write_table(pyarrow.parquet.read_table(path).drop_columns(["given"]), path)
+    browser, _ = browser_of(Sources((run,), ()))
+    assert browser is not None and browser.shown == 12
+
+
 def test_the_report_keeps_data_sets_apart(tmp_path: Path) -> None:
     """Whose problems may have the same names."""
     groups = [replace(of(C, W), problem=Problem("0", f"{source}?", source=source)) for source in ("x", "y")]
@@ -370,7 +391,38 @@ def test_the_report_tells_given_tokens_from_sampled_ones(tmp_path: Path, texts: 
     [response] = browser.data["problems"][0]["responses"]
     assert response["tokens"] == texts([7, 8, 11, 9, 11])
     assert response["log_probs"] == [-0.25, -0.25, None, -0.25, None]
-    assert (response["length"], response["reward"]) == (5, -0.5)
+    told = [response[name] for name in ("length", "given", "turns", "reward")]
+    assert told == [3, 2, 2, -0.5]
+    assert browser.has_given and "starts" not in response
+
+
+def test_the_report_has_the_context_of_each_further_sequence(tmp_path: Path, texts: TokenTexts) -> None:
+    (tmp_path / "config.toml").write_text(f'[model]\npath = "{MODEL}"\n')
+    write_part(tmp_path, 3, 0, [Recorded(3, 1, 0.7, Problem("p7", "?"), rebuilt_episode(), True)])
+    browser, _ = browser_of(Sources((tmp_path,), ()))
+    assert browser is not None
+    [response] = browser.data["problems"][0]["responses"]
+    assert response["tokens"] == texts([7, 8, 5, 6, 8, 9, 10])
+    assert response["log_probs"] == [-1, -1, None, None, None, -1, -1]
+    assert [response[name] for name in ("starts", "length", "given", "turns")] == [[0, 2], 4, 3, 2]
+
+
+def test_the_report_shows_no_more_tokens_than_its_rule_says(tmp_path: Path, texts: TokenTexts) -> None:
+    """What was given counts as well; a sequence that begins in the gap begins behind it."""
+    scored = rebuilt_episode()
+    many = replace(scored, episode=replace(scored.episode, sequences=scored.episode.sequences * 400))
+    write_part(tmp_path, 3, 0, [Recorded(3, 1, 0.7, Problem("p7", "?"), many, True)])
+    (tmp_path / "config.toml").write_text(f'[model]\npath = "{MODEL}"\n')
+    browser, _ = browser_of(Sources((tmp_path,), ()))
+    assert browser is not None
+    [response] = browser.data["problems"][0]["responses"]
+    shown, gap = len(response["tokens"]), response["cut_at"]
+    assert (shown, response["cut"]) == (1024, many.episode.tokens - 2 - 1024)
+    lengths = [len(one) - (2 if n == 0 else 0) for n, one in enumerate(many.episode.sequences)]
+    begins = np.cumsum([0, *lengths[:-1]])
+    behind = begins[begins >= gap + response["cut"]] - response["cut"]
+    assert response["starts"][-len(behind) :] == behind.tolist()
+    assert max(response["starts"][: -len(behind)]) == gap
 
 
 # What is shown

@@ -373,7 +373,7 @@ def test_progress_tells_now_and_then_what_came_out(
     assert told.line() == "1,000/1,200 samples ·  · 0 tok/s · elapsed 0:00:00 · left 0:00:00"
 
     def sample(outcome: Outcome, tokens: int) -> Any:
-        return type("Sample", (), {"outcome": outcome, "token_ids": range(tokens)})()
+        return type("Sample", (), {"outcome": outcome, "length": tokens})()
 
     clock.now += 9
     told.add([sample(Outcome.CORRECT, 300), sample(Outcome.WRONG, 600)] * 20, "sums t1")

@@ -39,16 +39,31 @@
 
   function tokens(response) {
     const text = element("pre", "tokens");
+    const starts = response.starts ?? [];
+    let given = null; // the stretch of given tokens that the last one belongs to
     response.tokens.forEach((token, index) => {
       if (index === response.cut_at) {
+        given = null;
         text.append(element("span", "gap", `\n… ${response.cut.toLocaleString("en")} tokens left out …\n`));
       }
-      const span = element("span", "", token);
+      const sequence = starts.lastIndexOf(index) + 1;
+      if (sequence) {
+        given = null;
+        text.append(element("span", "sequence", `sequence ${sequence} of ${starts.length}`));
+      }
       const nats = response.log_probs[index];
       if (nats === null) {
-        span.className = "given";
-        span.title = "given, not sampled";
-      } else if (nats !== undefined) {
+        if (!given) {
+          given = element("span", "given");
+          given.title = "given, not sampled";
+          text.append(given);
+        }
+        given.append(token);
+        return;
+      }
+      given = null;
+      const span = element("span", "", token);
+      if (nats !== undefined) {
         span.style.setProperty("--h", ((Math.min(DEEPEST, -nats) / DEEPEST) * 75).toFixed(1));
         span.title = `log-prob ${nats.toFixed(2)} nats, probability ${Math.exp(nats).toPrecision(2)}`;
       }
@@ -63,6 +78,9 @@
       `sample ${response.sample}`,
       `reward ${response.reward ?? "unknown"}`,
       `${response.length.toLocaleString("en")} tokens`,
+      ...(response.given ? [`${response.given.toLocaleString("en")} given`] : []),
+      ...(response.turns > 1 ? [`${response.turns} turns`] : []),
+      ...(response.starts ? [`${response.starts.length} sequences`] : []),
       ...(response.truncated ? ["truncated"] : []),
     ];
     const heading = element(
