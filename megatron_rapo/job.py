@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,7 @@ from megatron_rapo.policy.frozen import FrozenModel
 from megatron_rapo.policy.policy import Policy
 from megatron_rapo.publish.opening import open_publisher
 from megatron_rapo.publish.publisher import Publisher
+from megatron_rapo.record.answers import AnswerLog, drop_until
 from megatron_rapo.record.identity import Identity, prompts_fingerprint
 from megatron_rapo.record.replaying import check_recorded_identity
 from megatron_rapo.record.standing import finish
@@ -86,6 +87,7 @@ class Job:
     objective: Objective
     publisher: Publisher | Unpublished
     checkpoints: CheckpointStore
+    answers: AnswerLog | None  # of code outside: this head's own
     stop_signal: int = 0  # that asked to stop; a step's end agrees on it, on all ranks
 
     @property
@@ -146,6 +148,7 @@ class Job:
                 seed=self.sampling_seed(step),
                 phase=self.observer.phase,
                 whole=self.method.reads_responses,
+                answers=self.answers.of_step(step) if self.answers is not None else None,
             )
             return ask(self.method, prompts, lambda tries: collected(tries=tries))
 
@@ -179,6 +182,8 @@ class Job:
             with self.observer.phase("checkpoint"):
                 self.recorder.finish()  # what the checkpoint goes on after is not sampled again
                 self.checkpoints.save(self.policy, state)
+            if self.placement.is_main:
+                drop_until(self.config.run.directory, state.step)
         self.observer.finish_step(metrics)
 
     def end(self, state: TrainState) -> None:
@@ -289,6 +294,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             ),
             publisher=publisher,
             checkpoints=CheckpointStore(config, identity.fingerprints()),
+            answers=stack.enter_context(closing(AnswerLog(config, placement.data_rank))) if runner else None,
         )
 
 

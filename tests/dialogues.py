@@ -152,6 +152,9 @@ class SamplingIds:
             self.decode(sampled),
         )
 
+    async def recorded(self, question: object, ask: Any, *, again: bool = False) -> Any:
+        return await ask()
+
     def tokens_left(self, token_ids: Sequence[int]) -> int:
         return self._most - (len(token_ids) - self._prompt)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, Self
 
 from pydantic import Field
@@ -78,13 +79,20 @@ class Conversation:
             if said.turn.truncated:
                 ending = Ending.OUT_OF_TOKENS
                 break
-            reply = _value(await self._workers.call("user", {"messages": messages, "problem": problem}))
+            reply = _value(await self._reply(messages, problem, generate))
             if isinstance(reply, str):
                 messages.append({"role": "user", "content": reply})
                 ending = dialogue.say(messages[-1:])
             else:
                 ending, score = Ending.ANSWERED, reply
         return dialogue.episode(ending, {}, score)
+
+    async def _reply(self, messages: list[Message], problem: Problem, generate: Generate) -> Reply:
+        async def ask() -> dict[str, Any]:
+            return asdict(await self._workers.call("user", {"messages": messages, "problem": problem}))
+
+        heard = await generate.recorded("user", ask)
+        return Reply(**{**heard, "outcome": CallOutcome(heard["outcome"])})
 
     async def aclose(self) -> None:
         """Ends the function's processes."""

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_rapo.environments.bundle import Bundle
+from megatron_rapo.environments.fault import EnvironmentFault
+from megatron_rapo.environments.recorded import Recorded
 from megatron_rapo.episode.environment import Turn
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.errors import RapoError
 from megatron_rapo.rollout.requests import Ask
-
-
-class EnvironmentFault(Exception):
-    """An environment did what the protocol does not allow: the run ends, and says what."""
 
 
 class Generating:
@@ -39,6 +38,7 @@ class Generating:
         max_tokens: int,
         max_turns: int,
         on_waiting: Callable[[bool], None],
+        recorded: Recorded,
     ) -> None:
         """
         Args:
@@ -51,6 +51,7 @@ class Generating:
             max_tokens: most tokens after the prompt, sampled or given.
             max_turns: most calls.
             on_waiting: is told when the episode begins and ends to wait for an engine.
+            recorded: answers of code outside.
         """
         self.turns: list[tuple[list[int], Turn]] = []
         self.failure: Exception | None = None
@@ -63,6 +64,7 @@ class Generating:
         self._max_tokens = max_tokens
         self._max_turns = max_turns
         self._on_waiting = on_waiting
+        self._recorded = recorded
         self._numbers: set[int] = set()
 
     async def __call__(
@@ -105,7 +107,18 @@ class Generating:
             text=self.decode(response.token_ids.tolist()),
         )
         self.turns.append((given, sampled))
+        self._recorded.hear(given, sampled)
         return sampled
+
+    async def recorded(
+        self, question: object, ask: Callable[[], Awaitable[Any]], *, again: bool = False
+    ) -> Any:
+        """See `Generate`."""
+        try:
+            return await self._recorded(question, ask, again=again)
+        except (RapoError, EnvironmentFault) as error:
+            self.failure = error
+            raise
 
     def tokens_left(self, token_ids: Sequence[int]) -> int:
         """See `Generate`."""

@@ -17,7 +17,8 @@ from typing import Any, Self
 from megatron_rapo.background import BackgroundLoop, all_of
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.environments.bundle import Bundle
-from megatron_rapo.environments.running import Attempt, EpisodeRunner, Judge, Tries
+from megatron_rapo.environments.recorded import Answers
+from megatron_rapo.environments.running import Attempt, Common, EpisodeRunner, Judge, Tries
 from megatron_rapo.environments.times import Times
 from megatron_rapo.episode.environment import close
 from megatron_rapo.episode.episode import Episode
@@ -107,6 +108,7 @@ class Runner:
         sampling: Sampling,
         judge: Judge,
         tries: Sequence[Tries] | None = None,
+        answers: Answers | None = None,
     ) -> Iterator[Rollout]:
         """Begins the episodes of the prompts.
 
@@ -117,6 +119,7 @@ class Runner:
             sampling: of all.
             judge: the configured reward.
             tries: of each prompt, its episodes; default: `sampling.responses_per_prompt` of its own.
+            answers: where what code outside answers is kept; default: nowhere.
         """
         tries = tries or [Tries(0, (PLAIN,) * sampling.responses_per_prompt)] * len(prompts)
         asked = list(zip(prompts, tries, strict=True))
@@ -137,7 +140,7 @@ class Runner:
             async def part(asked: Sequence[tuple[Prompt, Tries]]) -> list[Group | None]:
                 firsts = [0, *accumulate(len(tries.guides) for _, tries in asked)]
                 bundle = Bundle(round_, sampling, firsts[-1], gather_all=gather_all, times=times)
-                play = partial(self._episodes.play, bundle=bundle, sampling=sampling, times=times)
+                play = partial(self._episodes.play, common=Common(bundle, sampling, times, answers))
                 return await all_of(
                     self._group(prompt, tries, first, play, judge, ended)
                     for (prompt, tries), first in zip(asked, firsts, strict=False)

@@ -12,8 +12,10 @@ from megatron_rapo.config.reward import TAKEN
 from megatron_rapo.data.guided import Guided, TooLong
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.environments.bundle import Bundle
-from megatron_rapo.environments.generating import EnvironmentFault, Generating
+from megatron_rapo.environments.fault import EnvironmentFault
+from megatron_rapo.environments.generating import Generating
 from megatron_rapo.environments.own_time import OwnTime
+from megatron_rapo.environments.recorded import Answers, Recorded
 from megatron_rapo.environments.times import Times
 from megatron_rapo.episode.environment import Environment
 from megatron_rapo.episode.episode import Episode, ScoredEpisode
@@ -52,6 +54,23 @@ class Tries:
 
 
 @dataclass(frozen=True)
+class Common:
+    """What episodes have in common.
+
+    Attributes:
+        bundle: sends what they ask engines.
+        sampling: of all turns.
+        times: count them.
+        answers: of code outside, in this step; None: none are kept.
+    """
+
+    bundle: Bundle
+    sampling: Sampling
+    times: Times
+    answers: Answers | None
+
+
+@dataclass(frozen=True)
 class EpisodeRunner:
     """Runs episodes of an environment.
 
@@ -68,31 +87,27 @@ class EpisodeRunner:
     vocabulary: int
     guided: Callable[[Prompt, Guide], Guided] | None = None
 
-    async def play(
-        self, attempt: Attempt, bundle: Bundle, sampling: Sampling, times: Times
-    ) -> Episode | Verification:
+    async def play(self, attempt: Attempt, common: Common) -> Episode | Verification:
         """The episode; or why there is none, where the environment took too long or raised.
-
-        `times` count it.
 
         Raises:
             TooFewEngines: too few engines are left to go on with it.
             RapoError: an engine refused, or the environment does what the protocol does not allow.
         """
         if attempt.guide == PLAIN:
-            return await self._play(attempt, attempt.prompt.problem, bundle, sampling, times)
+            return await self._play(attempt, attempt.prompt.problem, common)
         assert self.guided is not None, "only training prompts are guided"
         try:
             guided = self.guided(attempt.prompt, attempt.guide)
         except TooLong as error:
-            bundle.end(attempt.place)
+            common.bundle.end(attempt.place)
             return Verification(Outcome.CRASH, why=str(error))
         if guided.response is not None:
-            bundle.end(attempt.place)
+            common.bundle.end(attempt.place)
             given = TokenSequence.of_text(guided.trained_under, guided.response)
             return Episode((given,), answer=str(attempt.guide.response))
         asked = replace(attempt.prompt.problem, token_ids=guided.prompt + guided.begins)
-        found = await self._play(attempt, asked, bundle, sampling, times, len(guided.prompt))
+        found = await self._play(attempt, asked, common, len(guided.prompt))
         if isinstance(found, Verification) or guided.trained_under == guided.prompt:
             return found
         try:
@@ -102,16 +117,10 @@ class EpisodeRunner:
         return replace(found, sequences=tuple(under))
 
     async def _play(
-        self,
-        attempt: Attempt,
-        problem: Problem,
-        bundle: Bundle,
-        sampling: Sampling,
-        times: Times,
-        prompt_tokens: int | None = None,
+        self, attempt: Attempt, problem: Problem, common: Common, prompt_tokens: int | None = None
     ) -> Episode | Verification:
         """The episode of a problem whose first `prompt_tokens` are the prompt; default: all."""
-        prompt = problem.token_ids[:prompt_tokens]
+        prompt, sampling, bundle = problem.token_ids[:prompt_tokens], common.sampling, common.bundle
         own_time = OwnTime(self.options.time_limit_s)
         generate = Generating(
             bundle,
@@ -123,18 +132,19 @@ class EpisodeRunner:
             max_tokens=sampling.max_response_tokens,
             max_turns=self.options.max_turns,
             on_waiting=own_time.wait,
+            recorded=Recorded(common.answers, f"{sampling.seed}/{attempt.prompt.draw}/{attempt.number}"),
         )
         seed = sampling.seed_of(attempt.prompt, attempt.number, _OWN_DRAWS)
         found: Episode | Verification | None = None
         try:
-            with times.open.one_more():
+            with common.times.open.one_more():
                 found = await own_time.run(self.environment.run(problem, generate, seed))
         except RapoError as error:  # of the engines, or of an environment of ours: the run cannot go on
             generate.failure = generate.failure or error
         except Exception as error:  # the user's own code raises what it likes
             found = self._unknown(error, late=own_time.is_up)
         finally:
-            times.add(own_time)
+            common.times.add(own_time)
             bundle.end(attempt.place)
         try:
             if generate.failure is not None:

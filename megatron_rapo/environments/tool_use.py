@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from dataclasses import asdict
 from typing import Any, Self
 
 from pydantic import Field
@@ -76,7 +77,7 @@ class ToolUse:
                     ending = Ending.ANSWERED
                 else:
                     began = time.monotonic()
-                    answers = await self._answers(tools, calls)
+                    answers = await self._answers(generate, tools, calls)
                     seconds += time.monotonic() - began
                     counts.update(f"calls_{answer.outcome}" for answer in answers)
                     ending = dialogue.say(list(map(_message, range(len(calls)), calls, answers)))
@@ -86,9 +87,9 @@ class ToolUse:
         """Ends the processes of tools."""
         await self._toolbox.aclose()
 
-    async def _answers(self, tools: EpisodeTools, calls: list[Any]) -> list[Answer]:
+    async def _answers(self, generate: Generate, tools: EpisodeTools, calls: list[Any]) -> list[Answer]:
         most = self._options.calls_per_turn
-        answered = [_answer(tools, call) for call in calls[:most]]
+        answered = [_answer(generate, tools, call) for call in calls[:most]]
         if self._options.parallel:
             found = await asyncio.gather(*answered)
         else:
@@ -99,13 +100,23 @@ class ToolUse:
         return [*found, *[refused] * len(calls[most:])]
 
 
-async def _answer(tools: EpisodeTools, call: Any) -> Answer:
+async def _answer(generate: Generate, tools: EpisodeTools, call: Any) -> Answer:
     """Of one call, as the family's parser read it."""
-    if call.status == "unknown_tool" or (call.status == "ok" and call.name is not None):
-        return await tools.call(str(call.name), call.arguments or {})
-    return refusal(
-        CallOutcome.MALFORMED, f"this is no call that can be read ({call.status}): {call.raw[:200]}"
-    )
+    if call.status != "unknown_tool" and (call.status != "ok" or call.name is None):
+        return refusal(
+            CallOutcome.MALFORMED, f"this is no call that can be read ({call.status}): {call.raw[:200]}"
+        )
+    name, arguments = str(call.name), call.arguments or {}
+
+    async def ask() -> dict[str, Any]:
+        return asdict(await tools.call(name, arguments))
+
+    # What keeps its state is called again, so that later calls find it.
+    heard = await generate.recorded([name, arguments], ask, again=tools.keeps_state(name))
+    answer = Answer(CallOutcome(heard["outcome"]), heard["text"], heard["lost"])
+    if answer.lost:
+        tools.forget(name)
+    return answer
 
 
 def _message(number: int, call: Any, answer: Answer) -> Message:

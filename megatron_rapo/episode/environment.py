@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,25 @@ class Generate(Protocol):
             turn: the number of the call within the episode; it seeds the sample, so each call has its own.
             max_tokens: at most; never more than is left of `rollout.max_response_tokens`.
             stop: token ids that end the turn, besides the model's own end of sequence.
+        """
+        ...
+
+    async def recorded(
+        self, question: object, ask: Callable[[], Awaitable[Any]], *, again: bool = False
+    ) -> Any:
+        """What `ask` comes to: of what may answer otherwise when it is asked again, such as a search.
+
+        Where a step is done again after the run was killed, the answer is the one that was heard first, so
+        that the episode has the same tokens. Evaluations keep no answers.
+
+        Args:
+            question: what is asked, as JSON has it; with what was sampled so far it names the answer.
+            ask: gives an answer that JSON can write; what it raises is not kept.
+            again: whether `ask` is called also where the answer is known, since it changes what later ones
+                hang on.
+
+        Returns:
+            The answer as JSON has it: lists for tuples, say.
         """
         ...
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.environments.recorded import Answers
 from megatron_rapo.environments.runner import Runner
 from megatron_rapo.environments.running import Judge, Tries
 from megatron_rapo.environments.times import Times
@@ -62,6 +63,7 @@ class Collector:
         phase: Phase,
         whole: bool = False,
         tries: Sequence[Tries] | None = None,
+        answers: Answers | None = None,
     ) -> Shared:
         """The prompts' groups, in order; all ranks call it.
 
@@ -75,6 +77,7 @@ class Collector:
             phase: times sampling (`rollout`), and what verifying takes after it (`reward`).
             whole: whether all ranks get tokens and texts (`Method.reads_responses`).
             tries: of each prompt, the episodes that its group is to have; default: as `chosen` says.
+            answers: of code outside, in this step; this head's own.
 
         Raises:
             RapoError: engines refused, or too few are left; or environment or reward are at fault.
@@ -103,7 +106,7 @@ class Collector:
                 return 0
             missing = [place for place in range(len(mine)) if place not in groups]
             asked, each = [mine[place] for place in missing], [wanted[place] for place in missing]
-            with self.runner.begin(asked, sampling, self._judge, each) as rollout:
+            with self.runner.begin(asked, sampling, self._judge, each, answers) as rollout:
                 with phase("rollout"):
                     rollout.wait_until_sampled()
                 with phase("reward"):

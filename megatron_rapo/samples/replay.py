@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.environments.recorded import Answers
 from megatron_rapo.environments.running import Tries
 from megatron_rapo.episode.episode import Episode, ScoredEpisode
 from megatron_rapo.episode.group import Group
@@ -41,13 +42,14 @@ class Replay:
         phase: Phase,
         whole: bool = False,
         tries: Sequence[Tries] | None = None,
+        answers: Answers | None = None,
     ) -> Shared:
         """The prompts' groups as the run recorded them; see `Collector.collect`.
 
         Raises:
             RapoError: the run has not recorded these prompts at this step.
         """
-        del seed  # they are drawn already
+        del seed, answers  # they are drawn already
         placement = self._placement
         own = slice(placement.data_rank, None, placement.layout.data_parallel)
         mine = prompts[own] if placement.is_head else []

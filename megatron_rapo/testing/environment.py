@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +60,12 @@ class ScriptedGenerate:
             finish="length" if cut else "stop",
             text=self.decode(sampled),
         )
+
+    async def recorded(
+        self, question: object, ask: Callable[[], Awaitable[Any]], *, again: bool = False
+    ) -> Any:
+        """See `Generate`; asks each time."""
+        return json.loads(json.dumps(await ask()))
 
     def tokens_left(self, token_ids: Sequence[int]) -> int:
         """See `Generate`."""

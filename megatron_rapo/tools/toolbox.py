@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,15 @@ from megatron_rapo.tools.workers import Workers
 
 @dataclass(frozen=True)
 class Answer:
-    """What the policy is told of one call."""
+    """What the policy is told of one call.
+
+    Attributes:
+        lost: whether the state that the function kept is gone.
+    """
 
     outcome: CallOutcome
     text: str
+    lost: bool = False
 
 
 class Toolbox:
@@ -107,6 +112,15 @@ class EpisodeTools:
             return refusal(CallOutcome.BAD_ARGUMENTS, str(error))
         return self._answer(await self._reply(tool, checked), tool)
 
+    def keeps_state(self, name: str) -> bool:
+        """Whether the tool of that name keeps its state; not where there is none."""
+        return name in self._plans
+
+    def forget(self, name: str) -> None:
+        """Ends the process that keeps the tool's state, where there still is one."""
+        if (process := self._own.pop(name, None)) is not None:
+            process.close()
+
     def close(self) -> None:
         """Ends the episode's own processes."""
         while self._own:
@@ -123,8 +137,9 @@ class EpisodeTools:
 
     def _answer(self, reply: Reply, tool: Tool) -> Answer:
         if reply.outcome is not CallOutcome.RESULT:
-            lost = "; its variables are lost" if tool.keeps_state and tool.name not in self._alive() else ""
-            return refusal(reply.outcome, f"{tool.name}: {reply.why}{lost}")
+            lost = tool.keeps_state and tool.name not in self._alive()
+            told = "; its variables are lost" if lost else ""
+            return replace(refusal(reply.outcome, f"{tool.name}: {reply.why}{told}"), lost=lost)
         if reply.value is None:
             return refusal(CallOutcome.BAD_RESULT, f"{tool.name}: it returned None, which is no text")
         value = reply.value

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from megatron_rapo.samples.store import read_step, steps_of
 from tests.end_to_end.command import (
+    MODEL,
     Command,
     checkpoints,
     heartbeats,
@@ -50,6 +55,61 @@ def test_a_killed_run_goes_on_bit_for_bit(finished: Finished, tmp_path: Path) ->
     assert list(map(without_times, metrics(directory))) == list(map(without_times, metrics(finished[0])))
     for written in (finished[0] / "model").iterdir():
         assert (directory / "model" / written.name).read_bytes() == written.read_bytes(), written.name
+
+
+ROLL = """
+import random
+import time
+
+
+def roll(expression: str) -> str:
+    \"\"\"Rolls a die that no two calls have alike.
+
+    Args:
+        expression: is not looked at.
+    \"\"\"
+    time.sleep(0.2)
+    return str(random.SystemRandom().randrange(10**9, 10**10))
+"""
+
+
+def test_a_step_that_was_killed_among_its_tools_hears_the_same_answers(tmp_path: Path) -> None:
+    """The policy's calls are those before an `=`; what it was told of them stands in its episodes."""
+    (tmp_path / "my_dice.py").write_text(ROLL)
+    directory = tmp_path / "run"
+    config = write_config(
+        tmp_path / "run.toml",
+        directory,
+        run={"steps": 2},
+        rollout={"prompts_per_step": 8, "responses_per_prompt": 8, "max_response_tokens": 64},
+        environment={"use": "tool_use", "tools": ["my_dice:roll"], "max_turns": 3},
+        **{
+            "environment.options": {"renderer": "plain", "workers": 1, "call_time_limit_s": 60},
+            "environment.options.renderer_options": {"call": ["", "="], "answer": ["", "\n"]},
+        },
+    )
+    answers = directory / "answers/step_000002-000.jsonl"
+
+    def kept() -> list[str]:
+        whole = answers.read_bytes().rpartition(b"\n")[0] if answers.exists() else b""
+        return [json.loads(line)[1]["text"] for line in whole.splitlines()[1:]]
+
+    with started(config) as command:
+        command.wait_until(lambda: len(kept()) >= 4)
+        command.kill()
+    assert command.left_processes() == []
+    assert checkpoints(directory)[-1] == "step_000001"
+    before = kept()
+
+    resumed = run(config)
+    assert resumed.process.returncode == 0, resumed.stderr
+    assert not answers.exists(), "a checkpoint has the step"
+    rows = read_step(steps_of(directory)[2])
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    said = tokenizer.batch_decode([one["sequences"][0]["token_ids"] for one in rows])
+    heard = [text for one in said for text in re.findall(r"\d{10}", one)]
+    assert set(before) <= set(heard)
+    assert len(heard) == len(set(heard)) > len(before)
 
 
 def test_another_layout_goes_on_with_the_same_losses(finished: Finished, tmp_path: Path) -> None:

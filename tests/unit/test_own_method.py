@@ -301,6 +301,7 @@ class Step:
         self.prompts = SimpleNamespace(size=100, draw=lambda count: [None] * count)
         self.objective = SimpleNamespace(temperature=None)
         self.unknown_rewards = SimpleNamespace(check=lambda *_: None)
+        self.answers = None
         self.asked: list[Any] = []
         engines = SimpleNamespace(rest=lambda: None)
         self.collector: Any = SimpleNamespace(collect=self.sample, engines=engines)

@@ -54,6 +54,9 @@ class Scripted:
     async def episode(self) -> AsyncIterator[Scripted]:
         yield self
 
+    def keeps_state(self, name: str) -> bool:
+        return False
+
     async def call(self, name: str, arguments: Any) -> Any:
         self.calls.append((name, arguments))
         if name == "user":
