@@ -187,7 +187,7 @@ def test_default_takes_an_option_back(minimal_file: Path, tmp_path: Path) -> Non
         ),
         (
             {"entropy_coefficient": 0.5, "method": "dapo"},
-            'algorithm.entropy_coefficient = 0.5 is not an option of method = "dapo"; rapo and grpo have it',
+            'algorithm.entropy_coefficient = 0.5 is not an option of method = "dapo"; rapo, grpo',
         ),
         (
             {"clip_hihg": 0.5},

@@ -17,7 +17,6 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.methods.advantages import varies
 from megatron_rapo.methods.method import Method
-from megatron_rapo.methods.named import METHODS
 from megatron_rapo.methods.terms.term import AtToken, Need
 from megatron_rapo.policy.batch import make_samples
 from tests.episodes import group_of, scored_response
@@ -63,7 +62,7 @@ PAPERS: dict[str, tuple[np.ndarray, np.ndarray, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PAPERS)
 def test_what_a_method_makes_of_groups_is_its_papers(name: str) -> None:
     advantages, in_loss, weight = PAPERS[name]
     (samples,) = make_samples(GROUPS, a_method(name), VOCABULARY, len(GROUPS))
@@ -127,7 +126,7 @@ def loss_at(subject: Method) -> np.ndarray:
     return np.sum([coefficient * term(token)[0].numpy() for coefficient, term in subject.terms()], axis=0)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PAPERS)
 def test_a_methods_loss_is_its_papers(name: str) -> None:
     assert loss_at(a_method(name)) == pytest.approx(LOSSES[name])
 
@@ -234,7 +233,7 @@ def test_phi_may_be_told_another_fact_than_the_reward() -> None:
         subject.flatten([lacking])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PAPERS)
 def test_entropy_and_mismatch_of_the_same_samples_are_the_same(
     name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

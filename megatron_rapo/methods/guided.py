@@ -1,0 +1,60 @@
+"""What methods share that ask more of a problem where its group fails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_rapo.episode.episode import ScoredEpisode
+from megatron_rapo.episode.group import Group, known_rewards
+from megatron_rapo.episode.guide import PLAIN
+from megatron_rapo.episode.outcome import Outcome
+from megatron_rapo.episode.problem import Problem
+from megatron_rapo.methods.method import OfEpisodes
+
+
+def solved(scored: ScoredEpisode) -> bool:
+    """Whether the episode is right, be it of a graded reward (`reward.correct_at`)."""
+    return scored.verification.outcome is Outcome.CORRECT
+
+
+def own(group: Group) -> list[ScoredEpisode]:
+    """The episodes of the problem's own prompt."""
+    return [one for one in group.episodes if one.guide == PLAIN]
+
+
+def success_rate(group: Group) -> float:
+    """p: the share that is right, of episodes of the problem's own prompt whose reward is known; else 0."""
+    known = [solved(one) for one in own(group) if one.reward is not None]
+    return sum(known) / max(len(known), 1)
+
+
+def all_failed(group: Group) -> bool:
+    """Whether no episode of the problem's own prompt is right."""
+    return not any(map(solved, own(group)))
+
+
+def text_of(problem: Problem, column: str) -> str | None:
+    """A text that the problem's row has; None where it is missing or blank."""
+    text = problem.columns.get(column)
+    return text if isinstance(text, str) and text.strip() else None
+
+
+def beginning(text: str, share: float) -> str:
+    """The first characters of a text, rounded."""
+    return text[: round(len(text) * share)]
+
+
+def both(first: OfEpisodes, second: OfEpisodes) -> list[list[bool]]:
+    """Where both are true."""
+    return [[bool(a and b) for a, b in zip(*pair, strict=True)] for pair in zip(first, second, strict=True)]
+
+
+def rewards_of(groups: Sequence[Group], chosen: OfEpisodes) -> Any:
+    """`known_rewards`, of the chosen episodes alone: the others' are masked, so that none is compared."""
+    rewards = known_rewards(groups)
+    for row, flags in enumerate(chosen):
+        rewards[row, : len(flags)] = np.ma.masked_where(~np.array(flags, bool), rewards[row, : len(flags)])
+    return rewards

@@ -1,0 +1,447 @@
+"""Methods that shape rewards or guide, against their papers' formulas: loss and gradient, in fp64.
+
+Each of a method's options changes the loss, and faults that are planted in its file are found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.guide import Guide
+from megatron_rapo.methods.method import Method
+from megatron_rapo.methods.named import METHODS
+from megatron_rapo.testing import check_method
+from tests.guided import BAR, LIMIT, Said, Step, a_group, a_method, an_episode, planted
+from tests.unit.one_rank import one_rank
+
+Formula = Callable[[list[list[Said]]], Tensor]
+
+SOLUTION = Guide(response="a solution", name="solution")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with one_rank(tmp_path_factory.mktemp("store")):
+        yield
+
+
+def surrogate(said: Said, advantage: float, low: float = 0.2, high: float = 0.2) -> Tensor:
+    """Of each token, to be minimised."""
+    return -torch.minimum(said.ratio * advantage, said.ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def k3(said: Said) -> Tensor:
+    return (said.reference - said.log_prob).exp() - (said.reference - said.log_prob) - 1
+
+
+def standardised(values: Sequence[float]) -> list[float]:
+    mean = sum(values) / len(values)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return [(value - mean) / deviation if deviation > 1e-9 else 0.0 for value in values]
+
+
+def mean_of_responses(losses: Sequence[Tensor]) -> Tensor:
+    """Over each response's tokens, then over responses."""
+    return torch.stack([loss.mean() for loss in losses]).mean()
+
+
+def grpo_like(
+    of_group: Callable[[list[Said]], tuple[list[Said], list[float]]], o: dict[str, Any], beta: float
+) -> Formula:
+    """GRPO's objective of the responses that count in a group, and their advantages."""
+
+    def paper(groups: list[list[Said]]) -> Tensor:
+        losses = []
+        for group in groups:
+            for said, advantage in zip(*of_group(group), strict=True):
+                value = surrogate(said, advantage, o.get("clip_low", 0.2), o.get("clip_high", 0.2))
+                losses.append(value + o.get("divergence_coefficient", beta) * k3(said))
+        return mean_of_responses(losses)
+
+    return paper
+
+
+def rewards(group: Sequence[Said]) -> list[float]:
+    return [float(said.scored.reward or 0.0) for said in group]
+
+
+# Hybrid post-training
+
+
+def hpt_groups() -> list[Group]:
+    return [
+        a_group(an_episode(1, 3), an_episode(0, 5), an_episode(1, 2), an_episode(0, 9), solution="s"),
+        a_group(*(an_episode(0, n) for n in (4, 2, 7, 3)), an_episode(0, 11, SOLUTION), number=1),
+        a_group(an_episode(0, 4), an_episode(1, 2), an_episode(0, 6), an_episode(0, 3), number=2),
+        a_group(*(an_episode(0, n) for n in (1, 5, 2, 3)), an_episode(1, 2, SOLUTION), number=3),
+    ]
+
+
+def hpt(o: dict[str, Any]) -> Formula:
+    def paper(groups: list[list[Said]]) -> Tensor:
+        losses = []
+        for group in groups:
+            if len(group) == 5:
+                losses.append(-o.get("sft_coefficient", 1.0) * group[4].log_prob.mean())
+                continue
+            mean = sum(rewards(group)) / 4
+            own = [
+                surrogate(said, r - mean, o.get("clip_low", 0.2), o.get("clip_high", 0.2)).sum()
+                for said, r in zip(group, rewards(group), strict=True)
+            ]
+            losses.append(torch.stack(own).sum() / (4 * LIMIT))
+        return torch.stack(losses).mean()
+
+    return paper
+
+
+# A share of the solution
+
+
+def hinted(ratio: float) -> Guide:
+    return Guide(question=f"1+1 hint {ratio:g}", keeps_prompt=True, name=f"hint of {ratio:g}")
+
+
+def ghpo_groups() -> list[Group]:
+    failed = [an_episode(0, n) for n in (3, 5, 2, 6)]
+    quarter = [an_episode(0, n, hinted(0.25)) for n in (2, 2, 4, 5)]
+    half = [an_episode(float(n == 4), n, hinted(0.5)) for n in (2, 4, 3, 6)]
+    return [
+        a_group(*failed, *quarter, *half, solution="s"),
+        a_group(an_episode(1, 3), an_episode(0, 5), an_episode(1, 2), an_episode(0, 9), number=1),
+        a_group(*failed, *quarter, number=2),
+    ]
+
+
+def ghpo(o: dict[str, Any]) -> Formula:
+    return grpo_like(lambda group: (group[-4:], standardised(rewards(group[-4:]))), o, 0.04)
+
+
+# Length and form
+
+
+def open_rs_groups() -> list[Group]:
+    def one(right: float, tokens: int, form: float) -> Any:
+        return an_episode(right, tokens, form=form)
+
+    return [
+        a_group(one(1, 3, 1), one(0, 5, 0), one(1, 12, 1), one(0, 16, 1)),
+        a_group(one(0, 1, 1), one(0, 9, 1), one(0, 4, 0), one(0, 2, 0), number=1),
+    ]
+
+
+def open_rs(o: dict[str, Any]) -> Formula:
+    def of_group(group: list[Said]) -> tuple[list[Said], list[float]]:
+        earned = []
+        for said in group:
+            kind = "correct" if said.scored.reward == 1 else "wrong"
+            default = {"correct_short": 1.0, "correct_long": 0.5, "wrong_short": 0.0, "wrong_long": -0.5}
+            short, long = (o.get(f"{kind}_{end}", default[f"{kind}_{end}"]) for end in ("short", "long"))
+            progress = min(len(said.log_prob) / o.get("cosine_tokens", LIMIT), 1.0)
+            cosine = long + 0.5 * (short - long) * (1 + math.cos(math.pi * progress))
+            form = said.scored.verification.facts["form"] if "format_fact" in o else 0.0
+            earned.append(o.get("cosine_weight", 2.0) * cosine + o.get("format_weight", 1.0) * form)
+        return group, standardised(earned)
+
+    return grpo_like(of_group, o, 0.04)
+
+
+# Agreement
+
+
+def empo_groups() -> list[Group]:
+    def group(*answers: str | None, number: int) -> Group:
+        return a_group(*(an_episode(0, n + 2, answer=a) for n, a in enumerate(answers)), number=number)
+
+    return [
+        group("4", "4", "5", "4 ", number=0),  # of entropy 0.56
+        group("4", "5", "4", None, number=1),  # 1.04
+        group("4", "5", "6", "7", number=2),  # ln 4
+        group("4", "4", "4", "4", number=3),  # 0
+        group("4", "5", "4", "5", number=4),  # ln 2
+    ]
+
+
+def empo(o: dict[str, Any]) -> Formula:
+    def paper(groups: list[list[Said]]) -> Tensor:
+        shares = [[0.75, 0.75, 0.25, 0.75], [0.5, 0.25, 0.5, 0.0], None, None, [0.5] * 4]
+        entropies = [0.5623, 1.0397, math.log(4), 0.0, math.log(2)]
+        low, high = o.get("entropy_low", 0.0), o.get("entropy_high", math.log(4))
+        losses = []
+        for group, own, entropy in zip(groups, shares, entropies, strict=True):
+            if own is not None and low < entropy < high:
+                for said, advantage in zip(group, standardised(own), strict=True):
+                    value = surrogate(said, advantage, o.get("clip_low", 0.2), o.get("clip_high", 0.2))
+                    losses.append(value + o.get("divergence_coefficient", 0.0) * k3(said))
+        return mean_of_responses(losses)
+
+    return paper
+
+
+# Budgets
+
+
+def hbpo_groups() -> list[Group]:
+    def one(right: float, tokens: int, budget: int) -> Any:
+        return an_episode(right, tokens, Guide(begins=f"{budget}", name=str(budget)))
+
+    return [
+        a_group(one(1, 3, 4), one(1, 7, 4), one(1, 5, 8), one(0, 12, 8)),
+        a_group(one(0, 3, 4), one(0, 4, 4), one(0, 5, 8), one(0, 2, 8), number=1),
+        a_group(one(1, 9, 4), one(0, 4, 4), one(1, 16, 8), one(1, 2, 8), number=2),
+    ]
+
+
+def hbpo(o: dict[str, Any]) -> Formula:
+    def worth(tokens: float) -> float:
+        return o.get("scale", 4.0) * math.cos(math.pi * tokens / (2 * LIMIT))
+
+    def paper(groups: list[list[Said]]) -> Tensor:
+        losses = []
+        for group in groups:
+            earned = []
+            for said in group:
+                tokens, budget = len(said.log_prob), int(said.scored.guide.name)
+                value = worth(tokens) - o.get("deviation", 1 / 4096) * abs(tokens - budget)
+                earned.append(min(value, worth(budget)) if said.scored.reward else 0.0)
+            between = standardised(earned)
+            for place, said in enumerate(group):
+                first = 2 * (place // 2)
+                within = sum(earned[first : first + 2]) / 2 - worth(int(said.scored.guide.name))
+                losses.append(surrogate(said, between[place] + within, o.get("clip_low", 0.2)))
+        return torch.cat(losses).mean()
+
+    return paper
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method's proof.
+
+    Attributes:
+        formula: of the options.
+        faults: texts of the method's file, and what stands there in a faulty one.
+        base: options that others are added to.
+        responses: to a prompt.
+    """
+
+    formula: Callable[[dict[str, Any]], Formula]
+    groups: Callable[[], list[Group]]
+    faults: Sequence[tuple[str, str]]
+    base: dict[str, Any] | None = None
+    responses: int = 4
+
+
+CLIPS: list[dict[str, Any]] = [{"clip_low": 0.02}, {"clip_high": 0.03}]
+# Each changes the loss. Named as the test of options names their sections.
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "algorithm:hpt": [{"sft_coefficient": 0.3}, *CLIPS],
+    "algorithm:ghpo": [{"divergence_coefficient": 0.1}, *CLIPS],
+    "algorithm:open_rs": [
+        {"correct_short": 0.25},
+        {"correct_long": 0.25},
+        {"wrong_short": 0.25},
+        {"wrong_long": 0.25},
+        {"cosine_tokens": 9},
+        {"format_fact": "form"},
+        {"cosine_weight": 0.5, "format_fact": "form"},
+        {"format_fact": "form", "format_weight": 3.0},
+        {"divergence_coefficient": 0.1},
+        *CLIPS,
+    ],
+    "algorithm:empo": [
+        {"entropy_low": 0.6},
+        {"entropy_high": 1.0},
+        {"divergence_coefficient": 0.1},
+        *CLIPS,
+    ],
+    "algorithm:hbpo": [{"scale": 2.0}, {"deviation": 0.1}, CLIPS[0]],
+}
+CASES = {
+    "hpt": Case(
+        hpt,
+        hpt_groups,
+        [
+            ("unit / one", "1 / one"),
+            ("0.0 if one.guide == PLAIN", "0.0 if one.guide != PLAIN"),
+            ("is flag", "is not flag"),
+            ("self._prompts * self", "self"),
+        ],
+    ),
+    "ghpo": Case(
+        ghpo,
+        ghpo_groups,
+        [
+            ("group.episodes[-1].guide", "group.episodes[0].guide"),
+            ("rewards_of(groups, self._last(groups))", "rewards_of(groups, super().choose(groups))"),
+        ],
+    ),
+    "open_rs": Case(
+        open_rs,
+        open_rs_groups,
+        [
+            ("0.5 * (short", "0.4 * (short"),
+            ("np.cos", "np.sin"),
+            ("right, o.correct_short", "~right, o.correct_short"),
+        ],
+    ),
+    "empo": Case(
+        empo,
+        empo_groups,
+        [
+            ("/ counts.total()", "- counts.total()"),
+            ("answer.strip()", "answer"),
+            ("if isinstance(answer, str) else 0.0", ""),
+        ],
+    ),
+    "hbpo": Case(
+        hbpo,
+        hbpo_groups,
+        [
+            ("- self._worth(budget)", ""),
+            ("np.minimum", "np.maximum"),
+            ("right, earned, 0.0", "right, earned, -1.0"),
+            ("2 * self.configured", "self.configured"),
+        ],
+        base={"budgets": [4, 8]},
+    ),
+}
+
+
+def the_step(name: str, options: dict[str, Any], method: type[Method] | None = None) -> Step:
+    case = CASES[name]
+    chosen = {**(case.base or {}), **options}
+    return Step(a_method(name, case.responses, method=method, **chosen), GROUPS[name])
+
+
+GROUPS = {name: case.groups() for name, case in CASES.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradient_are_the_papers_and_each_option_changes_them(name: str) -> None:
+    case, losses, changes = CASES[name], set(), OPTIONS[f"algorithm:{name}"]
+    for options in [{}, *changes]:
+        step = the_step(name, options)
+        assert step.apart(case.formula({**(case.base or {}), **options})) < BAR, options
+        losses.add(round(step.loss, 9))
+    assert len(losses) == 1 + len(changes), "an option changes nothing"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_grpo_in_its_place_is_found(name: str) -> None:
+    case = CASES[name]
+    step = Step(a_method("grpo", case.responses), GROUPS[name])
+    assert step.apart(case.formula(case.base or {})) > 1e-4
+
+
+@pytest.mark.parametrize(("name", "fault"), [(name, fault) for name in CASES for fault in CASES[name].faults])
+def test_a_fault_in_its_file_is_found(name: str, fault: tuple[str, str]) -> None:
+    case = CASES[name]
+    step = the_step(name, {}, planted(name, *fault))
+    assert not step.apart(case.formula(case.base or {})) < 1e-6
+
+
+# What is asked for, and what is made of it where a group is odd
+
+
+def wanted(method: Method, *groups: Group) -> list[list[str]]:
+    """The guides' names, "plain", or what they begin with."""
+    return [[guide.name or guide.begins or "plain" for guide in guides] for guides in method.ask(groups)]
+
+
+def failed(*guides: Guide, count: int = 4, **columns: Any) -> Group:
+    """A group in which all failed: so many plain ones, and those of the guides."""
+    return a_group(
+        *(an_episode(0, 3) for _ in range(count)), *(an_episode(0, 3, g) for g in guides), **columns
+    )
+
+
+def test_hpt_asks_for_the_solution_where_too_few_are_right() -> None:
+    half = a_group(an_episode(1, 3), an_episode(1, 3), an_episode(0, 3), an_episode(None, 3), solution="s")
+    groups = [a_group(solution="s"), failed(solution="s"), failed(), failed(solution=" "), half]
+    assert wanted(a_method("hpt"), *groups) == [["plain"] * 4, ["solution"], [], [], []]
+    assert wanted(a_method("hpt", gate=0.7), half) == [["solution"]]
+    assert wanted(a_method("hpt", gate=0.6), half) == [[]], "an unknown reward is not a failure"
+    assert wanted(a_method("hpt"), failed(SOLUTION, solution="s")) == [[]]
+    other = a_method("hpt", solution_field="proof")
+    assert other.columns == ["proof"]
+    assert other.ask([failed(proof="QED")])[0] == [Guide(response="QED", name="solution")]
+
+
+def test_ghpo_tells_more_of_the_solution_as_long_as_all_fail() -> None:
+    method = a_method("ghpo", hint_ratios=[0.25, 1.0], hint_prompt="|")
+    text = "12345678"
+    first, second = (
+        Guide(question=f"1+1|{hint}", keeps_prompt=True, name=name)
+        for hint, name in (("12", "hint of 0.25"), (text, "hint of 1"))
+    )
+    assert method.ask([a_group(solution=text)])[0] == [Guide()] * 4
+    assert method.ask([failed(solution=text)])[0] == [first] * 4
+    assert method.ask([failed(*[first] * 4, solution=text)])[0] == [second] * 4
+    assert method.ask([failed(*[first] * 4, *[second] * 4, solution=text)])[0] == []
+    right = a_group(an_episode(1, 3), *(an_episode(0, 3) for _ in range(3)), solution=text)
+    assert wanted(method, right, failed()) == [[], []]
+    assert a_method("ghpo", solution_field="proof").columns == ["proof"]
+
+
+def test_hbpo_announces_each_budget_to_as_many() -> None:
+    method = a_method("hbpo", budgets=[4, 8], announcement="<think> {budget}:")
+    assert [guide.begins for guide in method.ask([a_group()])[0]] == ["<think> 4:"] * 2 + ["<think> 8:"] * 2
+    assert method.ask([failed()])[0] == []
+    for options, said in (
+        ({"budgets": [4, 8, 9]}, "does not divide"),
+        ({"announcement": "x"}, "has no {budget}"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            a_method("hbpo", **options)
+
+
+def test_empo_calls_for_other_groups_in_place_of_those_it_leaves_out() -> None:
+    groups = GROUPS["empo"]
+    assert [a_method("empo").teaches(group) for group in groups] == [True, True, False, False, True]
+    assert not a_method("empo").teaches(failed(count=1)), "one answer agrees with itself"
+
+
+ODD: dict[str, Group] = {
+    "one response": a_group(an_episode(0, 3)),
+    "all right": a_group(*(an_episode(1, n) for n in (1, 2, 3, 4))),
+    "all wrong": failed(),
+    "one empty": a_group(an_episode(0, 1, answer=None), *(an_episode(1, 3, answer="2") for _ in range(3))),
+    "one truncated": a_group(an_episode(0, LIMIT, truncated=True), *(an_episode(1, 3) for _ in range(3))),
+    "one unknown": a_group(an_episode(None, 3), *(an_episode(float(n), 3) for n in (0, 1, 1))),
+    "all unknown": a_group(*(an_episode(None, 3) for _ in range(4))),
+    "rewards beyond 0 and 1": a_group(*(an_episode(r, 3) for r in (-1.0, 0.5, 1.0, 2.5))),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_groups_give_finite_losses(name: str, odd: str) -> None:
+    """A group that cannot be compared teaches nothing by comparison, beside one that does."""
+    case = CASES[name]
+    step = Step(a_method(name, case.responses, **(case.base or {})), [ODD[odd], GROUPS[name][0]])
+    assert math.isfinite(step.loss)
+    own = step.samples[: len(ODD[odd].episodes)]
+    for sample, reward in zip(own, ODD[odd].rewards, strict=True):
+        assert math.isfinite(float(sample.advantage))
+        assert reward is not None or (sample.token_weight, sample.advantage) == (0.0, 0.0)
+    if odd == "all unknown" or (odd in ("one response", "all right", "all wrong") and name not in PAID_ALONE):
+        assert all(sample.advantage == 0.0 for sample in own)
+
+
+# Their rewards hang on more than whether a response is right, or compare a group with something else.
+PAID_ALONE = {"open_rs", "hbpo"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_sound_under_every_layout(name: str) -> None:
+    case = CASES[name]
+    check_method(METHODS[name], case.base, groups=GROUPS[name])
