@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from megatron_rapo.environments.countdown_turns import CountdownTurns
+from megatron_rapo.environments.program import episode_of
 from megatron_rapo.environments.tool_use import ToolUse
 from megatron_rapo.episode.environment import Environment, Generate, Turn
+from megatron_rapo.episode.episode import Episode
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.guide import Guide
 from megatron_rapo.episode.outcome import Outcome, Verification
@@ -27,6 +29,7 @@ from megatron_rapo.evaluation.statistics import summarise as summarise_samples
 from megatron_rapo.experience.batch import Batch
 from megatron_rapo.experience.sharing import Shared
 from megatron_rapo.experience.summary import summarise
+from megatron_rapo.gateway.route import Route
 from megatron_rapo.loss.mismatch import STRETCHES, Mismatch
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.methods.named import METHODS
@@ -100,7 +103,14 @@ def of_environments() -> set[str]:
     problem = Problem("0", "5=5:", '{"numbers":[5],"target":5}', token_ids=(1,))
     asked = cast(Generate, generate)
     episodes = [asyncio.run(environment.run(problem, asked, 0)) for environment in environments]
+    episodes.append(asyncio.run(_of_a_program(asked)))
     return {f"environment/{name}" for episode in episodes for name in episode.facts}
+
+
+async def _of_a_program(generate: Generate) -> Episode:
+    route = Route(generate, vocabulary=10, max_turns=1)
+    route.record.add("", [1], await generate([1]))
+    return episode_of(1.0, route)
 
 
 class _Own(Term):

@@ -11,11 +11,23 @@ import sys
 from collections.abc import Sequence
 
 from megatron_rapo import __version__
-from megatron_rapo.cli import certify, compare, convert, doctor, evaluate, init, report, samples, train, try_
+from megatron_rapo.cli import (
+    certify,
+    compare,
+    convert,
+    doctor,
+    evaluate,
+    init,
+    report,
+    samples,
+    tasks,
+    train,
+    try_,
+)
 from megatron_rapo.cli.overrides import take_configuration
 from megatron_rapo.errors import RapoError
 
-COMMANDS = (init, try_, train, certify, evaluate, compare, report, samples, doctor, convert)
+COMMANDS = (init, try_, train, certify, evaluate, compare, report, samples, doctor, convert, tasks)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,8 +14,8 @@ class EnvironmentOptions(Section):
 
     use: str = Field(
         "single_turn",
-        description="`single_turn`, `tool_use`, `conversation`, `countdown_turns`, or a class of your own as "
-        "`module:Name` (docs/environments.md).",
+        description="`single_turn`, `tool_use`, `conversation`, `countdown_turns`, `program`, `verifiers`, "
+        "or a class of your own as `module:Name` (docs/environments.md).",
     )
     tools: list[str] = Field(
         [],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -15,11 +16,15 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.section import Section
 from megatron_rapo.user_code import ours_or_own
 
+S = TypeVar("S", bound=Section)
+
 ENVIRONMENTS: dict[str, str] = {
     "single_turn": "megatron_rapo.environments.single_turn:SingleTurn",
     "tool_use": "megatron_rapo.environments.tool_use:ToolUse",
     "conversation": "megatron_rapo.environments.conversation:Conversation",
     "countdown_turns": "megatron_rapo.environments.countdown_turns:CountdownTurns",
+    "program": "megatron_rapo.environments.program:Program",
+    "verifiers": "megatron_rapo.environments.verifiers:Verifiers",
 }
 """Ours by name; imported where they are used, as some need libraries that the others do not."""
 
@@ -73,20 +78,30 @@ def _made(kind: type[Any], config: RunConfig) -> Environment:
     declared = getattr(kind, "Options", None)
     try:
         if isinstance(declared, type) and issubclass(declared, Section):
-            checked = declared.model_validate(options)
+            checked = checked_options(declared, use, options)
             return kind(checked) if use not in ENVIRONMENTS else kind.configured(config, checked)
         inspect.signature(kind).bind(**options)
         return kind(**options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, ("environment.options", *first["loc"])))
-        has = f"{use} has the options {', '.join(declared.model_fields) or 'none'}"  # type: ignore[union-attr]
-        told = f"{key} is not an option" if first["type"] == "extra_forbidden" else explain_value(first, key)
-        raise RapoError(f"{told}; {has}") from error
     except TypeError as error:
         raise RapoError(
             f'environment.options does not fit environment.use = "{use}": {error}; {_place(kind)}'
         ) from error
+
+
+def checked_options(declared: type[S], use: str, options: Mapping[str, Any]) -> S:
+    """The options of an environment, typed.
+
+    Raises:
+        RapoError: one is none of them, or has a value that it cannot have.
+    """
+    try:
+        return declared.model_validate(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("environment.options", *first["loc"])))
+        has = f"{use} has the options {', '.join(declared.model_fields) or 'none'}"
+        told = f"{key} is not an option" if first["type"] == "extra_forbidden" else explain_value(first, key)
+        raise RapoError(f"{told}; {has}") from error
 
 
 def _place(kind: Any) -> str:

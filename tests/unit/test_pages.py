@@ -37,6 +37,7 @@ RUN_BY = {
     "environments.md": ({"python", "toml"}, "test_testing.py, test_tool_use.py, test_pages.py"),
     "evaluation.md": ({"python"}, "test_pages.py"),
     "families.md": ({"python"}, "test_families.py"),
+    "gateway.md": ({"python", "toml"}, "test_program.py, test_pages.py"),
     "methods.md": (
         {"python", "toml"},
         "test_own_method.py, test_check_method.py, test_asking.py, test_pages.py",
@@ -112,7 +113,9 @@ def test_a_command_in_a_block_is_taken_as_it_stands(page: str, command: str) -> 
 # Configurations
 
 
-@pytest.mark.parametrize("page", ["distillation.md", "engines.md", "environments.md", "methods.md"])
+@pytest.mark.parametrize(
+    "page", ["distillation.md", "engines.md", "environments.md", "gateway.md", "methods.md"]
+)
 def test_configurations_of_a_page_are_valid(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,1 @@
+"""Programs that are not ours, in interpreters of their own: started, asked to play, ended."""

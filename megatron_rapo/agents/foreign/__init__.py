@@ -1,0 +1,1 @@
+"""What runs in the other interpreter, which need not have this package: files that import nothing of it."""
