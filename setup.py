@@ -18,10 +18,11 @@ setup(
         "httpx",
         "jinja2",
         "matplotlib",
-        # No other: megatron_repairs/ names its internals.
-        "megatron-core==0.16.1",
+        # No other: megatron_repairs/ names its internals. From 0.17 on it takes Python 3.12.
+        "megatron-core>=0.16.1,<0.20",
         "latex2sympy2_extended[antlr4_13_2]",
         "numpy",
+        "packaging",
         "psutil",  # also: without it megatron's dist_checkpointing.save waits for ever
         "pyarrow",
         "pydantic>=2.7",

@@ -1,9 +1,9 @@
 """Repairs checkpoints of Megatron's DistributedOptimizer over torch's Adam (no Transformer Engine, no Apex).
 
-megatron-core 0.16.1 (megatron/core/optimizer/distrib_optimizer.py) trips over torch's per-parameter `step`
-three times: saving a fresh optimizer asserts that a step exists (line 642); loading copies `step` like a
-moment and fails (line 940); and the loaded `step` is one tensor shared by all parameters (line 825), so that
-each of them advances it.
+megatron/core/optimizer/distrib_optimizer.py trips over torch's per-parameter `step` three times (lines of
+0.16.1, of 0.19.2): saving a fresh optimizer asserts that a step exists (642, 839); loading copies `step` like
+a moment and fails (940, 1225); and the loaded `step` is one tensor shared by all parameters (825, 1032), so
+that each of them advances it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+
+VERSIONS = ">=0.16.1,<0.20"
 
 
 def repair() -> None:

@@ -1,10 +1,10 @@
 """Repairs checkpoints of Megatron's DistributedOptimizer where gradients lie in several padded buckets.
 
-megatron-core 0.16.1 (megatron/core/optimizer/distrib_optimizer.py): `get_parameter_state_dp_zero` strings the
-buckets together without the padding at their ends, but `sharded_param_state_fully_reshardable` cuts each
-parameter out at an offset that counts it (line 1497: "can lead to data corruption"). Parameters and moments
-behind a padded bucket are saved shifted, in silence. There are several buckets with tied embeddings in a
-pipeline, and with overlapped communication.
+megatron/core/optimizer/distrib_optimizer.py: `get_parameter_state_dp_zero` strings the buckets together
+without the padding at their ends, but `sharded_param_state_fully_reshardable` cuts each parameter out at an
+offset that counts it (line 1497 of 0.16.1, 1790 of 0.19.2). Parameters and moments behind a padded bucket are
+saved shifted, in silence. There are several buckets with tied embeddings in a pipeline, and with overlapped
+communication.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
+
+VERSIONS = ">=0.16.1,<0.20"
 
 
 def repair() -> None:

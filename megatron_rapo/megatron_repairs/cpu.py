@@ -1,7 +1,7 @@
 """Lets Megatron-Core run without CUDA.
 
-megatron-core 0.16.1 asks for CUDA in a few places (device strings, generator states, tensor type names), and
-is answered with the CPU. That changes where tensors live, never what is computed.
+megatron-core asks for CUDA in a few places (device strings, generator states, tensor type names, the current
+stream), and is answered with the CPU. That changes where tensors live, never what is computed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+VERSIONS = ">=0.16.1,<0.20"
 
 
 def _names_cuda(value: Any) -> bool:
@@ -68,6 +70,7 @@ def repair() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.synchronize = lambda *_, **__: None
+    cuda.current_stream = lambda *_, **__: None
     cuda.get_rng_state = cuda.random.get_rng_state = get_state
     cuda.set_rng_state = cuda.random.set_rng_state = set_state
     cuda.manual_seed = manual_seed

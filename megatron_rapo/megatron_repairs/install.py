@@ -1,27 +1,32 @@
-"""Installs all repairs of megatron-core, of a version that they are known for."""
+"""Installs the repairs that the installed megatron-core needs, if it is a release that they are known for."""
 
 from __future__ import annotations
 
 from functools import cache
 from importlib.metadata import version
 
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
 from megatron_rapo.errors import RapoError
 
-KNOWN = ("0.16.1",)  # the repairs name internals of these, and their tests have passed with them
+# Repairs name internals of these. `make test` runs the oldest, `make test-newest` the newest.
+SUPPORTED = ">=0.16.1,<0.20"
 
 
-def check_version() -> None:
-    """Whether the repairs fit the megatron-core that is installed; Megatron is not imported for it.
+def check_version() -> Version:
+    """The release of megatron-core that is installed; Megatron is not imported for it.
 
     Raises:
-        RapoError: they are not known to.
+        RapoError: the repairs are not known to fit it.
     """
-    found = version("megatron-core")
-    if found.split("+")[0] not in KNOWN:
+    found = Version(version("megatron-core"))
+    if not SpecifierSet(SUPPORTED).contains(found, prereleases=False):
         raise RapoError(
-            f"megatron-core {found} is installed, and this package mends internals of {', '.join(KNOWN)} "
-            f"alone: pip install megatron-core=={KNOWN[-1]}"
+            f"megatron-core {found} is installed, and this package mends internals of {SUPPORTED} alone: "
+            f"pip install 'megatron-core{SUPPORTED}'"
         )
+    return found
 
 
 @cache
@@ -31,11 +36,10 @@ def install() -> None:
     Raises:
         RapoError: the repairs are not known to fit the version that is installed.
     """
-    check_version()
+    found = check_version()
     # They import Megatron, which takes seconds.
-    from megatron_rapo.megatron_repairs import adam, buckets, cpu, results_queue
+    from megatron_rapo.megatron_repairs import adam, buckets, cpu, pickles, results_queue
 
-    cpu.repair()
-    adam.repair()
-    buckets.repair()
-    results_queue.repair()
+    for module in (cpu, adam, buckets, pickles, results_queue):
+        if found in SpecifierSet(module.VERSIONS):
+            module.repair()

@@ -1,4 +1,4 @@
-"""megatron-core 0.16.1 starts a process for a queue that a synchronous save needs in one process alone.
+"""megatron-core starts a process for a queue that a synchronous save needs in one process alone.
 
 It is a multiprocessing manager (strategies/filesystem_async.py), which nothing ends where its rank is killed:
 it stays behind and holds the job's output open, for whose end a launcher then waits.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import queue
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+VERSIONS = ">=0.16.1,<0.20"
 
 
 def repair() -> None:

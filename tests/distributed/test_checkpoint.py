@@ -300,6 +300,7 @@ def _failed_saves(base: Path) -> dict[str, Any]:
         checkpoint = _copy(base, run)
         trainer = Trainer(config(base, "untied", layout("tp2-pp2"), run=run))
         trainer.store.load(checkpoint, trainer.policy)
+        dist.barrier()  # Others may still be reading: not every release of Megatron ends a load in step.
         reason = _obstruct(base / run / "checkpoints", how)
         dist.barrier()
         began = time.monotonic()

@@ -1,8 +1,14 @@
-"""What is mended in Megatron: its optimizer, on a stand-in for it, once, and of a known version alone."""
+"""What is mended in Megatron: its optimizer, on a stand-in for it, once, and of releases with the fault."""
 
 from __future__ import annotations
 
+import importlib.util
 import queue
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +16,16 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from megatron_rapo.errors import RapoError
-from megatron_rapo.megatron_repairs import adam, buckets
+from megatron_rapo.megatron_repairs import adam, buckets, cpu, pickles, results_queue
 from megatron_rapo.megatron_repairs import install as installing
-from megatron_rapo.megatron_repairs.install import check_version, install
+from megatron_rapo.megatron_repairs.install import SUPPORTED, check_version, install
+from tests.unit.test_examples import setup_arguments
+
+REPAIRS = (cpu, adam, buckets, pickles, results_queue)
 
 
 class Optimizer:
@@ -127,7 +138,7 @@ def test_repairs_are_made_once() -> None:
         assert torch.zeros(1, device="cuda").device.type == "cpu"
 
 
-@pytest.mark.parametrize("found", ["0.16.0", "0.16.10", "0.17.0", "0.16.1rc1"])
+@pytest.mark.parametrize("found", ["0.16.0", "0.16.1rc1", "0.19.2rc1", "0.20.0"])
 def test_another_version_is_refused_before_anything_is_mended(
     found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,11 +146,102 @@ def test_another_version_is_refused_before_anything_is_mended(
     monkeypatch.setattr(adam, "repair", lambda: pytest.fail("mended all the same"))
     for refuse in (check_version, install.__wrapped__):
         with pytest.raises(
-            RapoError, match=rf"megatron-core {found} is .*pip install megatron-core==0\.16\.1"
+            RapoError, match=rf"megatron-core {found} is .*pip install 'megatron-core>=0\.16\.1,<0\.20'"
         ):
             refuse()
 
 
-def test_a_build_of_a_known_version_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installing, "version", {"megatron-core": "0.16.1+cpu"}.get)
-    check_version()
+@pytest.mark.parametrize("found", ["0.16.1", "0.16.1+cpu", "0.17.1", "0.19.2"])
+def test_a_release_gets_the_repairs_that_name_it(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mended = []
+    monkeypatch.setattr(installing, "version", {"megatron-core": found}.get)
+    for module in REPAIRS:
+        monkeypatch.setattr(module, "repair", partial(mended.append, module))
+    install.__wrapped__()
+    assert set(mended) == set(REPAIRS) - ({pickles} if found.startswith("0.16") else set())
+
+
+def test_what_is_supported_is_what_is_installed_with_the_package() -> None:
+    requirements = map(Requirement, setup_arguments()["install_requires"])
+    (needed,) = (str(one.specifier) for one in requirements if one.name == "megatron-core")
+    assert SpecifierSet(needed) == SpecifierSet(SUPPORTED)
+
+
+# Whether the release that is installed still has each fault: where it has not, its VERSIONS end before it.
+
+
+@pytest.fixture
+def original() -> Callable[[str], Any]:
+    """A module of Megatron as it is shipped, whatever has been mended in this process."""
+
+    def load(name: str) -> Any:
+        spec = importlib.util.find_spec(name)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def has_fault(module: Any) -> bool:
+    return check_version() in SpecifierSet(module.VERSIONS)
+
+
+def test_loading_still_takes_step_for_a_moment(original: Callable[[str], Any]) -> None:
+    shipped = original("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
+    main = torch.nn.Parameter(torch.zeros(1))
+    state = {name: torch.zeros(1) for name in ("exp_avg", "exp_avg_sq", "step")}
+    optimizer = SimpleNamespace(
+        config=SimpleNamespace(use_precision_aware_optimizer_no_fp8_or_ds_fp8=False),
+        model_param_group_index_map={"parameter": (0, 0)},
+        optimizer=SimpleNamespace(param_groups=[{"params": [main]}], state={main: state}),
+    )
+    saved = {name: torch.ones(1) for name in ("param", "exp_avg", "exp_avg_sq")}
+    with (
+        torch.no_grad(),
+        pytest.raises(KeyError, match="step") if has_fault(adam) else nullcontext(),
+    ):
+        shipped._set_main_param_and_optimizer_states(optimizer, "parameter", saved)
+
+
+def test_what_is_gathered_still_lacks_the_padding(
+    original: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = original("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
+    monkeypatch.setattr(torch.distributed, "get_process_group_ranks", lambda _: [0])
+    optimizer = SimpleNamespace(
+        data_parallel_group=SimpleNamespace(size=lambda: 1, rank=lambda: 0),
+        optimizer_state_keys=("exp_avg", "exp_avg_sq"),
+        gbuf_ranges=[{"float32": []}],
+        buffers=[SimpleNamespace(numel=8, numel_unpadded=5)],
+    )
+    state = shipped.get_parameter_state_dp_zero(optimizer, use_gloo_comm=False, empty_data=True)
+    assert (state[0]["float32"]["param"].numel() == 5) == has_fault(buckets)
+
+
+def test_a_queue_of_results_still_starts_a_process(
+    original: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = original("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    started = []
+    context = SimpleNamespace(Manager=lambda: started.append("manager") or SimpleNamespace(Queue=queue.Queue))
+    monkeypatch.setattr(shipped.mp, "get_context", lambda _: context)
+    (name,) = {"get_write_results_queue", "_get_write_results_queue"} & vars(shipped).keys()
+    getattr(shipped, name)()
+    assert bool(started) == has_fault(results_queue)
+
+
+def test_a_pickled_tensor_still_names_megatron_where_it_is_not_mended() -> None:
+    """In processes of their own: the function in question is torch's, and stays as it is put."""
+    imported = pickled_after("import megatron.core")
+    assert (b"megatron" in imported) == has_fault(pickles)
+    mended = pickled_after(f"from {installing.__name__} import install; install()")
+    assert b"megatron" not in mended and b"_load_from_bytes" in mended
+
+
+def pickled_after(statement: str) -> bytes:
+    """A tensor's pickle in a process that has run `statement`."""
+    program = f"import pickle, sys, torch; {statement}; sys.stdout.buffer.write(pickle.dumps(torch.ones(1)))"
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=120).stdout
