@@ -61,6 +61,7 @@ class Microbatch:
         lengths: padded length of each sequence, over all CP ranks.
         old_log_probs: fp32, under the policy that starts the step; None: the policy has not moved yet.
         old_entropies: fp32, of its distributions; None where no method asks for them.
+        tempered_log_probs: fp32, as old_log_probs at another temperature; None where no method asks.
         reference_hidden: `[tokens / CP (/ TP under sequence parallelism), hidden]`, the reference's final
             hidden states, from which its head makes logits.
         teacher_hidden: of the teacher, likewise; its own hidden size.
@@ -82,6 +83,7 @@ class Microbatch:
     lengths: list[int]
     old_log_probs: Tensor | None = None
     old_entropies: Tensor | None = None
+    tempered_log_probs: Tensor | None = None
     reference_hidden: Tensor | None = None
     teacher_hidden: Tensor | None = None
     reference_log_probs: Tensor | None = None

@@ -20,6 +20,7 @@ class Annotated:
         positions: int64, of the token in its response.
         engine_log_probs: as sampled, in nats.
         old_log_probs, old_entropies: of the policy that starts the step, in nats.
+        tempered_log_probs: of that policy at the temperature `Method.tempered`; None where it has none.
         reference_log_probs: None where no term needs them, or its whole distribution.
         marks: of `Method.mark_responses`, by name.
         log_probs, entropies: of the policy as it now is, which an update before this one may have moved;
@@ -36,6 +37,7 @@ class Annotated:
     engine_log_probs: Tensor
     old_log_probs: Tensor
     old_entropies: Tensor
+    tempered_log_probs: Tensor | None
     reference_log_probs: Tensor | None
     marks: Mapping[str, Tensor]
     log_probs: Tensor

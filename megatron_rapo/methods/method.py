@@ -59,6 +59,8 @@ class Method:
         follows_policy: whether `mark_tokens` reads log-probs and entropies of the policy as each update
             finds it: the policy is then run once more for each update of a step but its first.
         mixture: β, the teacher's share in the mixture of the Jensen–Shannon divergence; above 0, below 1.
+        tempered: a temperature, in multiples of the rollouts', at which `weigh` and `mark_tokens` read old
+            log-probs too; None where they don't.
     """
 
     Options = common.Options
@@ -67,6 +69,7 @@ class Method:
     reads_responses: bool = False
     follows_policy: bool = False
     mixture: float = 0.5
+    tempered: float | None = None
 
     def __init__(self, options: common.Options, configured: Sampling) -> None:
         """

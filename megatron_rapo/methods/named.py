@@ -4,21 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from megatron_rapo.methods.aspo import ASPO
+from megatron_rapo.methods.bapo import BAPO
+from megatron_rapo.methods.c_grpo import CGRPO
+from megatron_rapo.methods.copg import CoPG
+from megatron_rapo.methods.d3s import D3S
 from megatron_rapo.methods.dapo import DAPO
+from megatron_rapo.methods.dcpo import DCPO
 from megatron_rapo.methods.dgpo import DGPO
 from megatron_rapo.methods.distill import Distill
+from megatron_rapo.methods.dph_rl import DPHRL
 from megatron_rapo.methods.dr_grpo import DrGRPO
+from megatron_rapo.methods.eapo import EAPO
 from megatron_rapo.methods.empo import EMPO
+from megatron_rapo.methods.epo import EPO
 from megatron_rapo.methods.ghpo import GHPO
 from megatron_rapo.methods.grpo import GRPO
 from megatron_rapo.methods.gspo import GSPO
+from megatron_rapo.methods.hapo import HAPO
 from megatron_rapo.methods.hbpo import HBPO
 from megatron_rapo.methods.hpt import HPT
 from megatron_rapo.methods.lite_ppo import LitePPO
+from megatron_rapo.methods.mara import MARA
+from megatron_rapo.methods.matched_entropy import MatchedEntropy
+from megatron_rapo.methods.matched_kl import MatchedKL
 from megatron_rapo.methods.method import Method
 from megatron_rapo.methods.open_rs import OpenRS
+from megatron_rapo.methods.otc import OTC
+from megatron_rapo.methods.polychromic import Polychromic
 from megatron_rapo.methods.rapo import RAPO
+from megatron_rapo.methods.riskpo import RiskPO
 from megatron_rapo.methods.rloo import RLOO
+from megatron_rapo.methods.sage import SAGE
+from megatron_rapo.methods.tapo import TAPO
+from megatron_rapo.methods.zero_success import ZeroSuccess
 
 METHODS: Mapping[str, type[Method]] = {
     "rapo": RAPO,
@@ -35,5 +54,24 @@ METHODS: Mapping[str, type[Method]] = {
     "open_rs": OpenRS,
     "empo": EMPO,
     "hbpo": HBPO,
+    "bapo": BAPO,
+    "hapo": HAPO,
+    "d3s": D3S,
+    "dcpo": DCPO,
+    "riskpo": RiskPO,
+    "polychromic": Polychromic,
+    "copg": CoPG,
+    "zero_success": ZeroSuccess,
+    "epo": EPO,
+    "dph_rl": DPHRL,
+    "sage": SAGE,
+    "mara": MARA,
+    "matched_entropy": MatchedEntropy,
+    "matched_kl": MatchedKL,
+    "aspo": ASPO,
+    "otc": OTC,
+    "tapo": TAPO,
+    "eapo": EAPO,
+    "c_grpo": CGRPO,
 }
 """By what `algorithm.method` calls them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -92,11 +93,18 @@ class Policy:
         if len(minibatches) == 1 and not reads:
             return
         microbatches = [microbatch for minibatch in minibatches for microbatch in minibatch]
-        found = self._statistics(microbatches, objective.head)
-        for microbatch, statistics in zip(microbatches, found, strict=False):
+
+        def collect(microbatch: Microbatch, hidden: Tensor) -> None:
+            states, head = whole_tokens(hidden, self.placement), objective.head(self.head_weight)
+            statistics = chunked_statistics(states, microbatch.targets, head)
             microbatch.old_log_probs = statistics.log_prob
             if reads:
                 microbatch.old_entropies = statistics.entropy
+            if method.tempered is not None:
+                head = replace(head, temperature=head.temperature * method.tempered)
+                microbatch.tempered_log_probs = chunked_statistics(states, microbatch.targets, head).log_prob
+
+        run_forward(self.wrapped, microbatches, collect)
 
     def log_probs(self, microbatches: Sequence[Microbatch], head: Callable[[Tensor], Head]) -> list[Tensor]:
         """`[tokens / CP]` log-probs of each microbatch's targets, on the last stage; nothing elsewhere.

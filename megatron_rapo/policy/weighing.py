@@ -27,7 +27,7 @@ def weigh(minibatches: Sequence[Sequence[Microbatch]], method: Method, placement
     if not (method.weighs and placement.is_last_stage):
         return
     for minibatch in minibatches:
-        weights = method.weigh(_annotated(minibatch, placement))
+        weights = method.weigh(_annotated(minibatch, method, placement))
         _check(weights, minibatch, f'weigh of method "{method.options.method}"', "weight", from_0=True)
         for microbatch, own in _split(weights, minibatch):
             microbatch.weights[microbatch.is_response] = own.to(microbatch.weights.dtype)
@@ -55,7 +55,7 @@ def mark(
     """
     if not (method.marks_tokens and placement.is_last_stage):
         return
-    marks = method.mark_tokens(_annotated(minibatch, placement, now))
+    marks = method.mark_tokens(_annotated(minibatch, method, placement, now))
     for name, values in marks.items():
         _check(values, minibatch, f'mark_tokens of method "{method.options.method}", {name!r}', "number")
         for microbatch, own in _split(values, minibatch):
@@ -86,7 +86,10 @@ def _split(values: Tensor, minibatch: Sequence[Microbatch]) -> Iterator[tuple[Mi
 
 
 def _annotated(
-    minibatch: Sequence[Microbatch], placement: Placement, now: Sequence[TokenStatistics] | None = None
+    minibatch: Sequence[Microbatch],
+    method: Method,
+    placement: Placement,
+    now: Sequence[TokenStatistics] | None = None,
 ) -> Annotated:
     chosen = [microbatch.is_response for microbatch in minibatch]
 
@@ -107,6 +110,7 @@ def _annotated(
         engine_log_probs=field("engine_log_probs"),
         old_log_probs=old_log_probs,
         old_entropies=old_entropies,
+        tempered_log_probs=None if method.tempered is None else field("tempered_log_probs"),
         reference_log_probs=torch.cat(known) if known else None,
         marks={
             name: joined([microbatch.marks[name] for microbatch in minibatch]) for name in minibatch[0].marks

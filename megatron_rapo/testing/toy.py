@@ -174,18 +174,25 @@ class Step:
         old, self._reference = (toy.shard(self._tensor_group) for toy in (old, self._reference))
         for microbatch, statistics in zip(self.microbatches, self._statistics(old), strict=True):
             microbatch.old_log_probs, microbatch.old_entropies = statistics.log_prob, statistics.entropy
+        if (tempered := self.objective.method.tempered) is not None:
+            for microbatch, statistics in zip(
+                self.microbatches, self._statistics(old, tempered), strict=True
+            ):
+                microbatch.tempered_log_probs = statistics.log_prob
+        for microbatch in self.microbatches:
             if self.objective.method.wants_reference and not self.objective.wants_reference_hidden:
                 plain, flattened = self.objective.reference_log_probs(
                     self._of_responses(self._reference, microbatch), microbatch
                 )
                 microbatch.reference_log_probs, microbatch.flattened_log_probs = plain, flattened
 
-    def _statistics(self, toy: Toy) -> list[TokenStatistics]:
-        """Of all tokens of each microbatch; the toy has this rank's rows of the head."""
+    def _statistics(self, toy: Toy, tempered: float = 1.0) -> list[TokenStatistics]:
+        """Of all tokens of each microbatch, at a multiple of the temperature; the toy has a rank's rows."""
         found = []
         for microbatch in self.microbatches:
             states = toy.states(microbatch, self._likely)
             head = self.objective.head(states.weight)
+            head = replace(head, temperature=head.temperature * tempered)
             found.append(chunked_statistics(states.hidden, microbatch.targets, head))
         return found
 

@@ -16,9 +16,9 @@ from megatron_rapo.data.batching import Microbatch, Sample
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
-from megatron_rapo.methods.named import METHODS
 from megatron_rapo.policy.batch import build_minibatches, make_samples, plan_minibatches
 from tests.episodes import group_of, scored_response
+from tests.methods import OF_REWARDS
 
 VOCABULARY = 1000
 LENGTHS = [[3, 7], [5, 1], [2, 8], [6, 4]]
@@ -306,7 +306,7 @@ def test_an_overlong_penalty_lowers_what_is_compared() -> None:
     assert without == pytest.approx(np.array([1, 1, -1, -1]) * 0.75**0.5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_REWARDS)
 def test_groups_may_be_of_different_sizes(method: str) -> None:
     """Each compares its own episodes: those of the smaller group as if it were alone."""
     small, large = responses((3, C), (2, W)), responses((1, W), (4, C), (2, C), (1, W))

@@ -24,9 +24,9 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.batch import Batch
 from megatron_rapo.experience.delivery import with_tokens
 from megatron_rapo.experience.sharing import Shared, share
-from megatron_rapo.methods.named import METHODS
 from megatron_rapo.parallel.placement import Placement, replica_ranks
 from megatron_rapo.policy.batch import build_minibatches, make_samples, plan_minibatches
+from tests.methods import OF_REWARDS
 from tests.ranks import Ranks
 from tests.unit.test_batch import GROUPS as SCORED
 from tests.unit.test_batch import VOCABULARY, config
@@ -140,7 +140,7 @@ def test_each_replica_has_the_tokens_that_it_trains_on(
                 assert one == other.brief()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_REWARDS)
 def test_microbatches_are_those_of_whole_groups(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the last bit: planning needs nothing that brief groups have not."""
     run = config({"data_parallel": 2, "context_parallel": 2, "pipeline_parallel": 2}, method=method)

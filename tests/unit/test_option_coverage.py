@@ -20,6 +20,7 @@ from megatron_rapo.config.options import sections_of
 from megatron_rapo.methods.named import METHODS
 from megatron_rapo.methods.options import Options
 from megatron_rapo.section import Section
+from tests.papers import PAPERS
 
 TESTS = Path(__file__).parents[1]
 # They ask what is refused, whatever the option does.
@@ -145,6 +146,10 @@ def all_settings() -> dict[str, list[tuple[str | None, Any]]]:
     for file in sorted(TESTS.rglob("*.py")):
         if file.name not in OF_CONFIGURATION:
             settings.visit(ast.parse(file.read_text(encoding="utf-8")))
+    for method, paper in PAPERS.items():
+        for options in (paper.base, *paper.options):
+            for name, value in options.items():
+                settings.found[name].append((f"algorithm:{method}", value))
     return settings.found
 
 

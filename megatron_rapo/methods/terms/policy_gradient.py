@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_rapo.methods.terms.term import OF_SEQUENCES, AtToken, Need, Term, present
 
@@ -23,17 +23,18 @@ def clipped_surrogate(
     log_ratio: Tensor,
     advantages: Tensor,
     *,
-    clip_low: float,
-    clip_high: float,
+    clip_low: float | Tensor,
+    clip_high: float | Tensor,
     clip_dual: float | None = None,
 ) -> Surrogate:
     """min(w A, clip(w, 1 − clip_low, 1 + clip_high) A), w = exp(log_ratio) (PPO, arXiv 1707.06347, eq. 7).
 
-    With `clip_dual` = c, the surrogate of a negative advantage is at least c A (arXiv 1912.09729).
+    Bounds are numbers, or `[tokens]`. With `clip_dual` = c, the surrogate of a negative advantage is at least
+    c A (arXiv 1912.09729).
     """
     ratio = log_ratio.exp()
     advantages = advantages.to(ratio.dtype)
-    bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    bounded = ratio.clamp(min=1.0 - clip_low).clamp(max=1.0 + clip_high)
     unclipped, limited = ratio * advantages, bounded * advantages
     value, clipped = unclipped.minimum(limited), limited < unclipped
     if clip_dual is not None:
@@ -84,10 +85,42 @@ class PolicyGradient(Term):
             importance = present(token.importance)
         surrogate = clipped_surrogate(
             log_ratio,
-            token.advantage,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
+            self._advantage(token),
+            **self._bounds(token),
             clip_dual=self.clip_dual,
         )
         policy = -importance * surrogate.value
         return policy, {"policy": policy, "clipped": surrogate.clipped}
+
+    def _advantage(self, token: AtToken) -> Tensor:
+        return token.advantage
+
+    def _bounds(self, token: AtToken) -> dict[str, Any]:
+        return {"clip_low": self.clip_low, "clip_high": self.clip_high}
+
+
+@dataclass(frozen=True)
+class AdvantageOfMark(PolicyGradient):
+    """The same, with the mark `advantage` of a token: one that is known once its log-probs are."""
+
+    reads = frozenset({"advantage"})
+
+    def _advantage(self, token: AtToken) -> Tensor:
+        return token.marks["advantage"]
+
+
+@dataclass(frozen=True)
+class BoundsOfMarks(PolicyGradient):
+    """The same, with bounds of the ratio that are the marks `clip_low` and `clip_high` of a token."""
+
+    clip_low: float = 0.0  # not read
+    clip_high: float = 0.0
+    reads = frozenset({"clip_low", "clip_high"})
+
+    def __call__(self, token: AtToken) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Reports the bounds too."""
+        policy, reported = super().__call__(token)
+        return policy, {**reported, **self._bounds(token)}
+
+    def _bounds(self, token: AtToken) -> dict[str, Any]:
+        return {name: token.marks[name] for name in ("clip_low", "clip_high")}
