@@ -19,7 +19,7 @@ class ProcessOptions(Section):
     )
     memory_limit_gib: PositiveFloat = Field(1.0, description="Address space of a process.")
     output_characters: PositiveInt = Field(4000, description="Of a result; the rest is cut off.")
-    file_limit_mib: PositiveInt = Field(64, description="Of files that a process writes in its folder.")
+    file_limit_mib: PositiveInt = Field(64, description="Of a file, and of all that a process keeps on disk.")
     workers: PositiveInt = Field(4, description="Processes of each head for functions without state.")
     allow: list[Literal["network", "processes", "files"]] = Field(
         [], description="What your own functions may do besides: by default none of it."

@@ -20,7 +20,7 @@ class Limits:
         cpu_s: seconds of CPU that a process which keeps its state may take in all.
         memory_gib: address space of a process.
         output_characters: of a result that is a text; the rest is cut off.
-        file_mib: the size of a file that is written, and of all that is in a process's folder after a call.
+        file_mib: the size of a file that is written, and of all that a process keeps on disk.
         network: whether functions may open sockets.
         processes: whether they may start processes.
         files: whether they may read and write any file that the user may.

@@ -11,13 +11,13 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_rapo.errors import RapoError
 from megatron_rapo.processes.interpreter import end_process, start_interpreter
 from megatron_rapo.tools import frames
+from megatron_rapo.tools.disk import MOST_ENTRIES, is_larger, outgrown
 from megatron_rapo.tools.outcome import CallOutcome, Reply
 from megatron_rapo.tools.plan import Plan
 from megatron_rapo.tools.worker import STARTUP_LIMIT_S
@@ -25,7 +25,6 @@ from megatron_rapo.tools.worker import STARTUP_LIMIT_S
 _OUTPUT = ".output"  # in the folder of the process: what it printed past the functions
 _KEPT = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH")  # variables of a clean environment
 _REMOVE_LIMIT_S = 60.0
-_MOST_ENTRIES = 10_000  # files and folders in a process's own
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +49,7 @@ class ToolProcess:
             )
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
+        self._outgrown = False
 
     @property
     def alive(self) -> bool:
@@ -80,6 +80,7 @@ class ToolProcess:
     async def call(self, function: str, arguments: Mapping[str, Any]) -> Reply:
         """What the function makes of the arguments. After a timeout, or want of memory, it is closed."""
         assert self._reader is not None and self._writer is not None
+        watch = asyncio.create_task(self._watch())
         try:
             self._writer.write(frames.request(function, dict(arguments)))
             async with asyncio.timeout(self._plan.limits.call_s):
@@ -99,6 +100,8 @@ class ToolProcess:
         except BaseException:  # whoever asked gave up: what it says later is no answer to another
             self.close()
             raise
+        finally:
+            watch.cancel()
         if reply.outcome is CallOutcome.RAISED:
             logger.info("%s raised:\n%s", function, said.get("trace"))
         if reply.outcome is CallOutcome.OUT_OF_MEMORY:
@@ -106,7 +109,10 @@ class ToolProcess:
             return Reply(
                 reply.outcome, why=f"it needs more than {self._plan.limits.memory_gib:g} GiB of memory"
             )
-        return self._within_its_folder(reply)
+        if is_larger(self._folder, self._process.pid, self._most_bytes):
+            self.close()
+            return self._too_large()
+        return reply
 
     def close(self) -> int:
         """Ends the process, and removes its folder; its status."""
@@ -120,6 +126,22 @@ class ToolProcess:
         threading.Thread(target=_remove, args=[self._folder], name="tool folder").start()
         return status
 
+    @property
+    def _most_bytes(self) -> int:
+        return self._plan.limits.file_mib * 2**20
+
+    async def _watch(self) -> None:
+        """Ends a process that outgrows its folder, in the middle of a call."""
+        await outgrown(self._folder, self._process.pid, self._most_bytes)
+        self._outgrown = True
+        await asyncio.to_thread(end_process, self._process)
+
+    def _too_large(self) -> Reply:
+        limit = self._plan.limits.file_mib
+        return Reply(
+            CallOutcome.DIED, why=f"its files are more than {limit} MiB or {MOST_ENTRIES:,}, or too deep"
+        )
+
     async def _died(self, error: Exception) -> Reply:
         try:
             status: int | None = await asyncio.to_thread(self._process.wait, 1.0)
@@ -127,6 +149,8 @@ class ToolProcess:
             status = None
         printed = self._printed()
         self.close()
+        if self._outgrown:
+            return self._too_large()
         if status == -signal.SIGXCPU:
             return Reply(CallOutcome.TIMEOUT, why=f"more than {self._plan.limits.cpu_s} s of CPU")
         logger.info("a tool's process ended with status %s (%r); it printed: %s", status, error, printed)
@@ -136,14 +160,6 @@ class ToolProcess:
             else f"its process ended with status {status}"
         )
         return Reply(CallOutcome.DIED, why=told)
-
-    def _within_its_folder(self, reply: Reply) -> Reply:
-        """Ends a process whose folder holds more than it may."""
-        limit = self._plan.limits.file_mib
-        if not _is_larger(self._folder, limit * 2**20):
-            return reply
-        self.close()
-        return Reply(CallOutcome.DIED, why=f"its files are more than {limit} MiB, or {_MOST_ENTRIES:,}")
 
     def _printed(self) -> str:
         """The end of what it printed."""
@@ -181,20 +197,3 @@ def _environment(folder: Path, *, clean: bool) -> dict[str, str]:
     own = {"HOME": str(folder)} if clean else {}
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return {**kept, **own, **threads, "TMPDIR": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-
-
-def _is_larger(folder: Path, limit: int) -> bool:
-    """Whether the files below take more bytes than that, or are so many that counting them takes long."""
-    size = entries = 0
-    folders = [str(folder)]
-    while folders:
-        with suppress(OSError), os.scandir(folders.pop()) as found:  # what cannot be listed is not counted
-            for entry in found:
-                entries += 1
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                else:
-                    size += entry.stat(follow_symlinks=False).st_size
-                if size > limit or entries > _MOST_ENTRIES:
-                    return True
-    return False

@@ -335,7 +335,7 @@ FORBIDDEN = {
     "os.memfd_create('memory')": "PermissionError",
     "1 / (libc.prctl(1, 0, 0, 0, 0) + 1)": "ZeroDivisionError",  # −1: refused
     "os.environ['SECRET']": "KeyError",
-    "f = open('f', 'wb', 0); os.remove('f'); f.write(b'x' * 2**20); f.write(b'x')": "File too large",
+    "with open('f', 'wb', 0) as f: os.remove('f'); f.write(b'x' * 2**20); f.write(b'x')": "File too large",
 }
 
 
@@ -384,6 +384,26 @@ def test_a_python_tool_that_is_lost_says_so_and_begins_anew(code: Path) -> None:
     found = answers(toolbox(code, "python", limits=limits), *(("python", {"code": s}) for s in sources))
     for (source, (outcome, text)), answer in zip(sources.items(), found, strict=True):
         assert (answer.outcome, text in answer.text) == (outcome, True), (source, answer)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "n = 0\nwhile True:\n  n += 1\n  open(f'f{n}', 'wb').write(b'x' * 2**19)",
+        "n = 0\nwhile True:\n  n += 1\n  open(f'f{n}', 'wb').close()",
+        "import os, time\nkept = []\nfor n in range(9):\n  kept.append(open('f', 'wb'))\n"
+        "  kept[-1].write(b'x' * 2**19)\n  kept[-1].flush()\n  os.unlink('f')\ntime.sleep(600)",
+        "import os\nwhile True:\n  os.mkdir('d')\n  os.chdir('d')",
+    ],
+    ids=["many files", "empty files", "removed files", "folders"],
+)
+def test_a_disk_is_not_filled_within_a_call(code: Path, source: str) -> None:
+    limits = Limits(call_s=60.0, file_mib=1)
+    began = time.monotonic()
+    [answer] = answers(toolbox(code, "python", limits=limits), ("python", {"code": source}))
+    assert time.monotonic() - began < 30
+    assert (answer.outcome, answer.lost) == (CallOutcome.DIED, True)
+    assert "its files are more than 1 MiB or 10,000, or too deep" in answer.text
 
 
 def test_a_reply_that_is_none_ends_the_process(code: Path) -> None:
