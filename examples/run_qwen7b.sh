@@ -16,6 +16,7 @@ SETTINGS=()                                      # single options over them: run
 MODEL=/models/Qwen2.5-7B
 RUN_DIRECTORY=runs/qwen2.5-7b
 REQUEUE_BEFORE_S=120                             # seconds before --time is up
+RELAUNCHES=0                                     # of the trainer after it hung
 
 TRAINER_NODES=2
 RANKS_PER_NODE=8                                 # times TRAINER_NODES: the ranks of [parallel]
@@ -83,6 +84,7 @@ OVERLAY=(
     "slurm.gpus_per_engine=$( ((GPUS_PER_NODE)) && echo "$GPUS_PER_ENGINE" || echo @default)"
     "slurm.master_port=$MASTER_PORT"
     "slurm.requeue_before_s=$REQUEUE_BEFORE_S"
+    "run.relaunches=$RELAUNCHES"
     "${SETTINGS[@]}"
 )
 
@@ -219,8 +221,25 @@ for node in "${ENGINES[@]}"; do
         start_engine "$node" "$number"
     done
 done
-srun "${STEP[@]}" --nodes="$TRAINER_NODES" --ntasks=$((TRAINER_NODES * RANKS_PER_NODE)) \
-    --ntasks-per-node="$RANKS_PER_NODE" --distribution=block --nodelist="$(join , "${TRAINERS[@]}")" \
-    "${RAPO[@]}" train "${CONFIGS[@]}" --set "${OVERLAY[@]}" "rollout.engine.urls=$(toml_urls "${addresses[@]}")" &
-TRAINER=$!
-wait "$TRAINER" # here, where a signal interrupts it
+
+train() {
+    srun "${STEP[@]}" --nodes="$TRAINER_NODES" --ntasks=$((TRAINER_NODES * RANKS_PER_NODE)) \
+        --ntasks-per-node="$RANKS_PER_NODE" --distribution=block --nodelist="$(join , "${TRAINERS[@]}")" \
+        "${RAPO[@]}" train "${CONFIGS[@]}" --set "${OVERLAY[@]}" "rollout.engine.urls=$(toml_urls "${addresses[@]}")" &
+    TRAINER=$!
+    wait "$TRAINER" # here, where a signal interrupts it
+}
+
+hangs() { # reports of hangs so far
+    local reports=("$RUN_DIRECTORY"/hangs/*/report.txt)
+    [[ -e ${reports[0]} ]] || reports=()
+    echo "${#reports[@]}"
+}
+
+for ((restarts = 0; ; restarts++)); do
+    HANGS=$(hangs)
+    train && exit
+    status=$?
+    ((restarts < RELAUNCHES && $(hangs) > HANGS)) || exit "$status"
+    echo "the trainer is started again, $((restarts + 1)) of $RELAUNCHES times"
+done

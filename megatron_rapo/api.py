@@ -157,29 +157,45 @@ def _sources(configurations: Sequence[Configuration]) -> list[Path | Mapping[str
 
 
 def _start(config: RunConfig, environment: RankEnvironment | None) -> None:
-    from megatron_rapo.launch.local import run_local
     from megatron_rapo.launch.stop import requests
     from megatron_rapo.observe.closing import closing_summary
-    from megatron_rapo.observe.heartbeat import describe
 
-    world_size = config.parallel.world_size
     if environment is None:
-        run_local(
-            _train_rank,
-            (config,),
-            world_size,
-            diagnose=partial(describe, config.run.directory),
-            defers_stops=True,
-            imports=["megatron_rapo.loop"],
-        )
+        _run_ranks(config)
         print(closing_summary(config.run.directory))
         return
-    environment.check_world_size(world_size)
+    environment.check_world_size(config.parallel.world_size)
     os.environ.update(environment.variables())
     with requests.noted():
         _train_rank(config)
     if environment.rank == 0:
         print(closing_summary(config.run.directory))
+
+
+def _run_ranks(config: RunConfig) -> None:
+    """The ranks as processes of this machine, started again where that may help."""
+    from megatron_rapo.launch.failure import Kind, WorkerFailed
+    from megatron_rapo.launch.local import run_local
+    from megatron_rapo.observe.heartbeat import describe
+
+    restarted = 0
+    while True:
+        try:
+            run_local(
+                _train_rank,
+                (config,),
+                config.parallel.world_size,
+                diagnose=partial(describe, config.run.directory),
+                defers_stops=True,
+                imports=["megatron_rapo.loop"],
+            )
+        except WorkerFailed as failed:
+            if failed.failure.kind is Kind.USER or restarted == config.run.relaunches:
+                raise
+            restarted += 1
+            print(f"error: {failed}\nstarted again, {restarted} of {config.run.relaunches} times", flush=True)
+        else:
+            return
 
 
 def _train_rank(config: RunConfig) -> None:

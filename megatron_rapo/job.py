@@ -35,6 +35,7 @@ from megatron_rapo.experience.engines import SharedEngines, open_engines
 from megatron_rapo.experience.sharing import Shared
 from megatron_rapo.experience.summary import count_tokens
 from megatron_rapo.experience.unknown import UnknownRewards
+from megatron_rapo.hangs.opening import open_watch
 from megatron_rapo.launch.stop import requests
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.methods.method import Method
@@ -248,6 +249,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
         if placement.is_main:
             requests.last_words = partial(_tell_loss, config.run.directory)
         observer = stack.enter_context(Observer(config, placement.rank, placement.layout.world_size))
+        observer.listen(stack.enter_context(open_watch(config, placement)).beat)
         with observer.phase("load"):
             architecture = read_architecture(config.model.path)
             tokenizer = load_tokenizer(config.model.path)

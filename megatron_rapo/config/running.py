@@ -45,6 +45,12 @@ class Run(Section):
         "later files first.",
     )
 
+    relaunches: NonNegativeInt = Field(
+        0,
+        description="How often the ranks are started again by themselves, from the newest checkpoint, after "
+        "one was killed, failed or hung. What the user must mend (an option, data, a reward) ends the run.",
+    )
+
     @field_validator("code")
     @classmethod
     def _from_anywhere(cls, code: list[Path]) -> list[Path]:
@@ -112,6 +118,22 @@ class Observe(Section):
         "same throughout, though divergence or entropy has a gradient.",
     )
 
+    hang_factor: float = Field(
+        5.0,
+        gt=1,
+        description="A rank hangs once it is in a phase for this many times the longest that the phase took "
+        "it of late (docs/reliability.md). One that it is in for the first time has parallel.timeout_s.",
+    )
+    hang_least_s: PositiveFloat = Field(
+        60.0,
+        description="Seconds within which no phase counts as a hang; where engines are waited for, beyond "
+        "rollout.request_timeout_s.",
+    )
+    hang_action: Literal["end", "tell"] = Field(
+        "end",
+        description="What then happens: the report of where all ranks are and the end of the job, which "
+        "`run.relaunches` may start again; or the report alone, once.",
+    )
     samples_every: NonNegativeInt = Field(
         1,
         description="Steps between those whose samples are kept in `<run>/samples` (docs/samples.md); "

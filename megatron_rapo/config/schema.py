@@ -279,6 +279,11 @@ class RunConfig(Section):
                 f"checkpoint.every = {every} is beyond run.steps = {self.run.steps} and would have no "
                 "effect; lower or remove it"
             )
+        if self.run.relaunches and not self.checkpoint.resume:
+            raise ValueError(
+                f"run.relaunches = {self.run.relaunches} needs checkpoint.resume = true, to go on from the "
+                "newest checkpoint; set it, or remove run.relaunches"
+            )
 
     def _check_samples(self) -> None:
         if self.observe.samples_every > self.run.steps:

@@ -24,9 +24,10 @@ class Kind(enum.IntEnum):
 
     USER = 0  # RapoError: meant for the user
     KILLED = 1  # a signal that no collective raises
-    ERROR = 2  # any other exception, or exit status
-    COLLECTIVE = 3  # a peer was lost or late
-    ABORTED = 4  # native code gave up: mostly a collective's watchdog
+    HUNG = 2  # no progress for too long
+    ERROR = 3  # any other exception, or exit status
+    COLLECTIVE = 4  # a peer was lost or late
+    ABORTED = 5  # native code gave up: mostly a collective's watchdog
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class WorkerFailed(RapoError):
 
     def __init__(self, failure: Failure, diagnosis: str = "") -> None:
         # Where the ranks were when it happened helps with every failure but one that explains itself.
-        parts = [failure.text] if failure.kind is Kind.USER else [failure.text, diagnosis]
+        explained = failure.kind in (Kind.USER, Kind.HUNG)
+        parts = [failure.text] if explained else [failure.text, diagnosis]
         super().__init__("\n".join(part for part in parts if part))
         self.failure = failure
 

@@ -8,7 +8,9 @@ import os
 import pickle
 import signal
 import sys
+import time
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_rapo.launch.environment import RankEnvironment
 from megatron_rapo.launch.failure import Failure, Kind
@@ -17,6 +19,10 @@ from megatron_rapo.launch.stop import ASKING, AT_ONCE, requests
 # Blocked as the process begins, until it can heed them.
 HEEDED = {*ASKING, AT_ONCE}
 _PR_SET_PDEATHSIG = 1
+# The exit status of a rank that gives up: to start again may help (sysexits.h, EX_TEMPFAIL).
+GIVEN_UP = 75
+
+_report: Path | None = None  # where the launcher of this process looks for why it ended
 
 
 def run_rank(call: bytes, place: RankEnvironment, report: Path, parent: int) -> None:
@@ -24,6 +30,8 @@ def run_rank(call: bytes, place: RankEnvironment, report: Path, parent: int) -> 
 
     The process leads a group of its own, so that all it starts can be ended with it, and dies with `parent`.
     """
+    global _report
+    _report = report
     os.setpgid(0, 0)
     die_with(parent)
     os.environ.update(place.variables())
@@ -41,6 +49,20 @@ def run_rank(call: bytes, place: RankEnvironment, report: Path, parent: int) -> 
                 sys.exit(128 + requests.number)
             failure.write(report)
             sys.exit(1)
+
+
+def give_up(rank: int, text: str) -> NoReturn:
+    """Ends this process at once, from any thread, as one that hangs; its launcher ends the others.
+
+    Args:
+        rank: this one.
+        text: why, for people. Under torchrun and srun it is printed.
+    """
+    if _report is not None:
+        Failure(rank, Kind.HUNG, time.time(), text).write(_report)
+    else:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    os._exit(GIVEN_UP)
 
 
 def die_with(parent: int) -> None:

@@ -99,6 +99,7 @@ def _settings(config: RunConfig, configs: Sequence[Path], settings: Sequence[str
         _value("MODEL", str(config.model.path)),
         _value("RUN_DIRECTORY", str(config.run.directory)),
         _value("REQUEUE_BEFORE_S", slurm.requeue_before_s, "seconds before --time is up"),
+        _value("RELAUNCHES", config.run.relaunches, "of the trainer after it hung"),
         "",
         _value("TRAINER_NODES", slurm.trainer_nodes),
         _value("RANKS_PER_NODE", slurm.ranks_per_node, "times TRAINER_NODES: the ranks of [parallel]"),
@@ -135,7 +136,7 @@ def _beside_the_block(settings: Sequence[str]) -> Iterator[str]:
     """The settings that the block's own variables do not hold."""
     for setting in settings:
         key = setting.partition("=")[0].strip()
-        if key not in ("model.path", "run.directory") and not key.startswith("slurm."):
+        if key not in ("model.path", "run.directory", "run.relaunches") and not key.startswith("slurm."):
             yield setting
 
 

@@ -63,6 +63,7 @@ OVERLAY=(
     "slurm.gpus_per_engine=$( ((GPUS_PER_NODE)) && echo "$GPUS_PER_ENGINE" || echo @default)"
     "slurm.master_port=$MASTER_PORT"
     "slurm.requeue_before_s=$REQUEUE_BEFORE_S"
+    "run.relaunches=$RELAUNCHES"
     "${SETTINGS[@]}"
 )
 
@@ -190,8 +191,25 @@ for node in "${ENGINES[@]}"; do
         start_engine "$node" "$number"
     done
 done
-srun "${STEP[@]}" --nodes="$TRAINER_NODES" --ntasks=$((TRAINER_NODES * RANKS_PER_NODE)) \
-    --ntasks-per-node="$RANKS_PER_NODE" --distribution=block --nodelist="$(join , "${TRAINERS[@]}")" \
-    "${RAPO[@]}" train "${CONFIGS[@]}" --set "${OVERLAY[@]}" "rollout.engine.urls=$(toml_urls "${addresses[@]}")" &
-TRAINER=$!
-wait "$TRAINER" # here, where a signal interrupts it
+
+train() {
+    srun "${STEP[@]}" --nodes="$TRAINER_NODES" --ntasks=$((TRAINER_NODES * RANKS_PER_NODE)) \
+        --ntasks-per-node="$RANKS_PER_NODE" --distribution=block --nodelist="$(join , "${TRAINERS[@]}")" \
+        "${RAPO[@]}" train "${CONFIGS[@]}" --set "${OVERLAY[@]}" "rollout.engine.urls=$(toml_urls "${addresses[@]}")" &
+    TRAINER=$!
+    wait "$TRAINER" # here, where a signal interrupts it
+}
+
+hangs() { # reports of hangs so far
+    local reports=("$RUN_DIRECTORY"/hangs/*/report.txt)
+    [[ -e ${reports[0]} ]] || reports=()
+    echo "${#reports[@]}"
+}
+
+for ((restarts = 0; ; restarts++)); do
+    HANGS=$(hangs)
+    train && exit
+    status=$?
+    ((restarts < RELAUNCHES && $(hangs) > HANGS)) || exit "$status"
+    echo "the trainer is started again, $((restarts + 1)) of $RELAUNCHES times"
+done

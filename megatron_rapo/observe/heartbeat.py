@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def describe(run_directory: Path, now: float | None = None) -> str:
     groups.sort(key=lambda alike: (alike[0]["step"], min(beat["since"] for beat in alike)))
     lines = [_line(alike, time.time() if now is None else now) for alike in groups]
     if missing:
-        lines.insert(0, f"{_ranks(missing)}: no heartbeat yet")
+        lines.insert(0, f"{name_ranks(missing)}: no heartbeat yet")
     return "\n  ".join([f"where the ranks are ({folder}):", *lines, *unreadable])
 
 
@@ -81,14 +82,13 @@ def _line(alike: list[dict[str, Any]], now: float) -> str:
     span = longest if shortest == longest else f"{shortest} to {longest}"
     first = alike[0]
     where = f" ({first['host']}, pid {first['pid']})" if len(alike) == 1 else ""
-    ranks = _ranks([beat["rank"] for beat in alike])
+    ranks = name_ranks([beat["rank"] for beat in alike])
     return f"{ranks}: step {first['step']}, {first['phase']}, for {span} s{where}"
 
 
-def _ranks(ranks: list[int]) -> str:
+def name_ranks(ranks: Sequence[int]) -> str:
     """`rank 3`, `ranks 0-2, 5`."""
-    runs = [
-        [rank for _, rank in run] for _, run in groupby(enumerate(ranks), key=lambda pair: pair[1] - pair[0])
-    ]
+    pairs = enumerate(sorted(ranks))
+    runs = [[rank for _, rank in run] for _, run in groupby(pairs, key=lambda pair: pair[1] - pair[0])]
     text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
     return f"rank{'s' if len(ranks) > 1 else ''} {text}"

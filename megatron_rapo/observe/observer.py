@@ -12,7 +12,7 @@ from megatron_rapo.observe.heartbeat import Heartbeat
 from megatron_rapo.observe.idle_alarm import IdleAlarm
 from megatron_rapo.observe.metrics import MetricsLog
 from megatron_rapo.observe.mismatch_alarm import MismatchAlarm
-from megatron_rapo.observe.phases import Phases
+from megatron_rapo.observe.phases import Listener, Phases
 from megatron_rapo.observe.progress import Progress
 
 
@@ -39,6 +39,10 @@ class Observer:
         self._metrics = self._logs.enter_context(MetricsLog(self._config, resume_step))
         self._progress = self._logs.enter_context(Progress(self._config.run.steps, self._metrics.history))
         self._phases.listen(self._progress.show_phase)
+
+    def listen(self, listener: Listener) -> None:
+        """Tells one more listener of each change of phase from now on."""
+        self._phases.listen(listener)
 
     def begin_step(self, step: int) -> None:
         """`step` begins; 0 is what comes before the first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,6 +130,8 @@ def process_groups(layout: Parallel, seed: int) -> Iterator[Placement]:
     """
     install()
     choose_device()
+    # So that a hang can be told by who waits for whom (hangs/): PyTorch does it by itself for NCCL alone.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     timeout = timedelta(seconds=layout.timeout_s)
     dist.init_process_group(communication_backend(), timeout=timeout)
     try:

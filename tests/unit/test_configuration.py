@@ -620,6 +620,10 @@ def test_an_option_without_effect_is_refused(values: dict[str, Any], option: str
             "checkpoint.every = 4 is beyond run.steps = 3 and would have no effect; lower or remove it",
         ),
         (
+            with_options(run__relaunches=2, checkpoint__resume=False),
+            "run.relaunches = 2 needs checkpoint.resume = true, to go on from the newest checkpoint",
+        ),
+        (
             with_options(data={"source": "countdown", "problems": 1_000_001}),
             "data.problems = 1000001: must be less than or equal to 1000000",
         ),

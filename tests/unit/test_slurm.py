@@ -166,6 +166,7 @@ echo >>"$NOTES/srun"
 case "$*" in
 *" train "*)
     [[ ! -e $NOTES/saves ]] || trap 'mkdir -p "$NOTES/../run/checkpoints/step_000003"; exit 138' USR1
+    [[ ! -e $NOTES/hangs ]] || { mkdir -p "$NOTES/../run/hangs/$$"; : >"$NOTES/../run/hangs/$$/report.txt"; }
     until [[ -e $NOTES/go ]]; do sleep 0.05; done; exit "$(cat "$NOTES/go")" ;;
 *) [[ -e $NOTES/no_engines ]] || exec sleep 60 ;;
 esac
@@ -249,6 +250,19 @@ def test_the_trainers_status_is_the_jobs(notes: Path) -> None:
     (notes / "go").write_text("3")
     finish(job)
     assert job.returncode == 3
+
+
+@pytest.mark.parametrize(("hangs", "starts"), [(True, 3), (False, 1)])
+def test_a_trainer_that_hung_is_started_again(notes: Path, hangs: bool, starts: int) -> None:
+    if hangs:
+        (notes / "hangs").touch()
+    (notes / "go").write_text("75")
+    job = start(notes, RELAUNCHES="2", ENGINE_PORTS="(30000)")
+    output = finish(job)
+    assert job.returncode == 75
+    assert len([call for call in calls(notes) if " train " in call]) == starts
+    assert output.count("the trainer is started again") == starts - 1
+    assert ("2 of 2 times" in output) == hangs
 
 
 def test_an_engine_that_cannot_be_started_ends_the_job(notes: Path) -> None:
