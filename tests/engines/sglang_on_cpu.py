@@ -2,14 +2,16 @@
 
     .venv-sglang/bin/python tests/engines/sglang_on_cpu.py --model-path MODEL --port PORT
 
-It takes `sglang.launch_server`'s options, and adds those that a CPU needs. Two things of PyPI's wheels need
-CUDA just to be imported; both are replaced before SGLang is imported, at module level, so that the processes
+It takes `sglang.launch_server`'s options, and adds those that a CPU needs. Three things need CUDA where
+nothing is done on it; they are replaced before SGLang is imported, at module level, so that the processes
 that SGLang spawns replace them too (they run this file as `__mp_main__`):
 
-1. `torchvision` registers kernels for operators that its CUDA library would have defined. Operators of
-   those names are defined here, so that the registration passes; no language model calls them.
+1. PyPI's `torchvision` registers kernels for operators that its CUDA library defines, which does not load
+   beside a CPU build of torch. Operators of those names are then defined here, so that the registration
+   passes; no language model calls them.
 2. `sgl_kernel` is CUDA code. One of its functions is called on CPU, and is written in PyTorch below; any
    other raises if it is ever called.
+3. `torch.cuda.synchronize` is called without a look at the device: there is nothing to wait for.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import os
 import sys
 import types
 from collections.abc import Callable
+from importlib.metadata import version
 
 # What SGLang reads at import.
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
@@ -57,8 +60,10 @@ def assign_req_to_token_pool_cpu(
         taken += end - start
 
 
-def define_vision_operators() -> torch.library.Library:
-    """See 1. above; the operators exist for as long as the result does."""
+def define_vision_operators() -> torch.library.Library | None:
+    """See 1. above; the operators exist for as long as the result does. None: torchvision's library loads."""
+    if torch.version.cuda or version("torchvision").endswith("+cpu"):
+        return None
     library = torch.library.Library("torchvision", "DEF")
     for name in VISION_OPERATORS:
         library.define(f"{name}(Tensor x) -> Tensor")
@@ -87,6 +92,7 @@ def install_kernel_stand_in() -> None:
 
 _vision_library = define_vision_operators()
 install_kernel_stand_in()
+torch.cuda.synchronize = lambda *_: None
 
 if __name__ == "__main__":
     from sglang.launch_server import run_server
