@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import types
@@ -115,7 +116,7 @@ class Step:
     def __post_init__(self) -> None:
         method, groups = self.method, self.groups
         seen = groups if method.reads_responses else [group.brief() for group in groups]
-        (brief,) = make_samples(seen, method, VOCABULARY, len(groups))
+        (brief,) = make_samples(seen, copy.deepcopy(method), VOCABULARY, len(groups))
         (whole,) = make_samples(groups, method, VOCABULARY, len(groups))
         assert [s.token_weight for s in brief] == [s.token_weight for s in whole]
         self.samples = whole

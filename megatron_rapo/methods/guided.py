@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def beginning(text: str, share: float) -> str:
     return text[: round(len(text) * share)]
 
 
-def both(first: OfEpisodes, second: OfEpisodes) -> list[list[bool]]:
+def both(first: Iterable[Sequence[bool]], second: OfEpisodes) -> list[list[bool]]:
     """Where both are true."""
     return [[bool(a and b) for a, b in zip(*pair, strict=True)] for pair in zip(first, second, strict=True)]
 
@@ -58,3 +59,13 @@ def rewards_of(groups: Sequence[Group], chosen: OfEpisodes) -> Any:
     for row, flags in enumerate(chosen):
         rewards[row, : len(flags)] = np.ma.masked_where(~np.array(flags, bool), rewards[row, : len(flags)])
     return rewards
+
+
+def filled(template: str, **texts: str) -> str:
+    """The template with each `{name}` replaced by its text; other braces, and those in texts, stay."""
+    return re.sub(r"\{(\w+)\}", lambda found: texts.get(found[1], found[0]), template)
+
+
+def off_policy_marks(groups: Sequence[Group]) -> list[list[float]]:
+    """1 for episodes that were sampled under another prompt, or given; 0 for the others."""
+    return [[float(one.guide.is_off_policy) for one in group.episodes] for group in groups]

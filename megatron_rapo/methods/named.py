@@ -8,6 +8,7 @@ from megatron_rapo.methods.aspo import ASPO
 from megatron_rapo.methods.bapo import BAPO
 from megatron_rapo.methods.c_grpo import CGRPO
 from megatron_rapo.methods.copg import CoPG
+from megatron_rapo.methods.critique_grpo import CritiqueGRPO
 from megatron_rapo.methods.d3s import D3S
 from megatron_rapo.methods.dapo import DAPO
 from megatron_rapo.methods.dcpo import DCPO
@@ -18,12 +19,14 @@ from megatron_rapo.methods.dr_grpo import DrGRPO
 from megatron_rapo.methods.eapo import EAPO
 from megatron_rapo.methods.empo import EMPO
 from megatron_rapo.methods.epo import EPO
+from megatron_rapo.methods.expo import ExPO
 from megatron_rapo.methods.ghpo import GHPO
 from megatron_rapo.methods.grpo import GRPO
 from megatron_rapo.methods.gspo import GSPO
 from megatron_rapo.methods.hapo import HAPO
 from megatron_rapo.methods.hbpo import HBPO
 from megatron_rapo.methods.hpt import HPT
+from megatron_rapo.methods.icpo import ICPO
 from megatron_rapo.methods.lite_ppo import LitePPO
 from megatron_rapo.methods.mara import MARA
 from megatron_rapo.methods.matched_entropy import MatchedEntropy
@@ -36,6 +39,7 @@ from megatron_rapo.methods.rapo import RAPO
 from megatron_rapo.methods.riskpo import RiskPO
 from megatron_rapo.methods.rloo import RLOO
 from megatron_rapo.methods.sage import SAGE
+from megatron_rapo.methods.scaf_grpo import ScafGRPO
 from megatron_rapo.methods.tapo import TAPO
 from megatron_rapo.methods.zero_success import ZeroSuccess
 
@@ -73,5 +77,9 @@ METHODS: Mapping[str, type[Method]] = {
     "tapo": TAPO,
     "eapo": EAPO,
     "c_grpo": CGRPO,
+    "scaf_grpo": ScafGRPO,
+    "critique_grpo": CritiqueGRPO,
+    "expo": ExPO,
+    "icpo": ICPO,
 }
 """By what `algorithm.method` calls them."""

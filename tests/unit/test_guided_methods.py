@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -222,6 +222,124 @@ def hbpo(o: dict[str, Any]) -> Formula:
     return paper
 
 
+# The weakest hint that helps
+
+
+def scaf_groups() -> list[Group]:
+    def told(name: str) -> Guide:
+        return Guide(question=f"1+1 {name}", keeps_prompt=True, name=name)
+
+    failed = [an_episode(0, n) for n in (3, 5, 2, 6)]
+    hints = [an_episode(float(n > 3), n, told(f"h {n}")) for n in (2, 4, 7)]
+    return [
+        a_group(*failed, *hints),
+        a_group(*failed, an_episode(0, 4, told("h")), number=1),
+        a_group(an_episode(1, 3), an_episode(0, 5), an_episode(1, 2), an_episode(0, 9), number=2),
+    ]
+
+
+def scaf_grpo(o: dict[str, Any]) -> Formula:
+    def of_group(group: list[Said]) -> tuple[list[Said], list[float]]:
+        chosen = [*group[:3], group[5]] if len(group) == 7 else group[:4]
+        return chosen, standardised(rewards(chosen))
+
+    return grpo_like(of_group, o, 0.0)
+
+
+# Refinements under a critique
+
+
+REFINED = Guide(question="refine", name="refinement")
+
+
+def critique_groups() -> list[Group]:
+    return [
+        a_group(
+            *(an_episode(float(n > 4), n, text=f"r{n}") for n in (3, 5, 2, 6)),
+            *(an_episode(float(n > 2), n, REFINED) for n in (2, 4, 7, 1)),
+        ),
+        a_group(
+            *(an_episode(0, n) for n in (3, 5, 2, 6)),
+            *(an_episode(0, n, REFINED) for n in (2, 4, 7, 1)),
+            number=1,
+        ),
+    ]
+
+
+def critique_grpo(o: dict[str, Any]) -> Formula:
+    def paper(groups: list[list[Said]]) -> Tensor:
+        (first, second), gamma = groups, o.get("shaping", 0.1)
+        k = o.get("refinements", 1)
+        losses = []
+        for initial, refined in (
+            (first[:4], [first[5], first[6], first[4]][:k]),
+            (second[:4], second[4 : 4 + k]),
+        ):
+            mean = sum(rewards([*initial, *refined])) / (4 + k)
+            losses += [-(s.ratio * (r - mean)).sum() for s, r in zip(initial, rewards(initial), strict=True)]
+            for said, r in zip(refined, rewards(refined), strict=True):
+                x = said.log_prob.exp()
+                losses.append(-(x / (x + gamma) * (r - mean)).sum())
+        return torch.stack(losses).sum() / (len(losses) * LIMIT)
+
+    return paper
+
+
+# Explanations
+
+
+def expo_groups() -> list[Group]:
+    explained = Guide(question="explain", name="explanation")
+    return [
+        a_group(
+            *(an_episode(0, n) for n in (3, 5, 2, 6)),
+            *(an_episode(float(n == 4), n, explained) for n in (2, 4)),
+        ),
+        a_group(an_episode(1, 3), an_episode(0, 5), an_episode(1, 2), an_episode(0, 9), number=1),
+    ]
+
+
+def expo(o: dict[str, Any]) -> Formula:
+    def paper(groups: list[list[Said]]) -> Tensor:
+        beta, losses = o.get("divergence_coefficient", 0.04), []
+        for group in groups:
+            for said, advantage in zip(group[:4], standardised(rewards(group[:4])), strict=True):
+                value = surrogate(said, advantage, o.get("clip_low", 0.2), o.get("clip_high", 0.2))
+                losses.append(value + beta * k3(said))
+        explanation = groups[0][5]
+        likelihood = -o.get("explanation_coefficient", 0.1) * explanation.log_prob
+        return mean_of_responses([*losses, likelihood + beta * k3(explanation)])
+
+    return paper
+
+
+# Behind examples
+
+
+def icpo_groups() -> list[Group]:
+    steered = Guide(question="examples", name="behind examples")
+    return [
+        a_group(an_episode(1, 3), an_episode(0, 5), an_episode(0, 2), an_episode(1, 9, steered)),
+        a_group(an_episode(1, 4), an_episode(0, 3), an_episode(0, 2), an_episode(0, 6, steered), number=1),
+    ]
+
+
+def icpo(o: dict[str, Any]) -> Formula:
+    def paper(groups: list[list[Said]]) -> Tensor:
+        losses = []
+        earned = [[1.0, 0.0, 0.0, 1.0 + o.get("bonus", 0.1)], [1.0, 0.0, 0.0]]
+        for group, own in zip(groups, earned, strict=True):
+            for said, advantage in zip(group, standardised(own), strict=False):
+                if said.scored.guide.question is None:
+                    losses.append(surrogate(said, advantage, o.get("clip_low", 0.2), o.get("clip_high", 0.2)))
+                    continue
+                x = (said.log_prob - said.engine).exp()
+                losses.append(-x / (x + o.get("shaping", 0.01)) * advantage)
+        return mean_of_responses(losses)
+
+    return paper
+
+
 @dataclass(frozen=True)
 class Case:
     """A method's proof.
@@ -264,6 +382,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         *CLIPS,
     ],
     "algorithm:hbpo": [{"scale": 2.0}, {"deviation": 0.1}, CLIPS[0]],
+    "algorithm:scaf_grpo": [{"divergence_coefficient": 0.1}, *CLIPS],
+    "algorithm:critique_grpo": [{"shaping": 0.5}, {"refinements": 2}, {"refinements": 3}],
+    "algorithm:expo": [{"explanation_coefficient": 0.7}, {"divergence_coefficient": 0.1}, *CLIPS],
+    "algorithm:icpo": [{"shaping": 0.5}, {"bonus": 0.6}, *CLIPS],
 }
 CASES = {
     "hpt": Case(
@@ -312,6 +434,44 @@ CASES = {
             ("2 * self.configured", "self.configured"),
         ],
         base={"budgets": [4, 8]},
+    ),
+    "scaf_grpo": Case(
+        scaf_grpo,
+        scaf_groups,
+        [
+            ("flags[helped[0]]", "flags[helped[-1]]"),
+            ("flags[sum(flags) - 1], ", "_, "),
+            ("and solved(one)]", "]"),
+        ],
+    ),
+    "critique_grpo": Case(
+        critique_grpo,
+        critique_groups,
+        [
+            ("centred(", "0.5 * centred("),
+            ("key=lambda place: not solved", "key=lambda place: solved"),
+            ("PolicyGradient(1.0, math.inf)", "PolicyGradient(0.02, 0.02)"),
+            ('aggregation = "constant"', 'aggregation = "token_mean"'),
+        ],
+    ),
+    "expo": Case(
+        expo,
+        expo_groups,
+        [
+            ("one.guide == PLAIN or solved(one)", "True"),
+            ("float(one.guide != PLAIN)", "1.0"),
+            ("[[one.guide == PLAIN for one in g.episodes] for g in groups]", "self.choose(groups)"),
+        ],
+    ),
+    "icpo": Case(
+        icpo,
+        icpo_groups,
+        [
+            ("over_engine=True", "over_engine=False"),
+            ("or solved(one)", "or True"),
+            ("bonus * np.array", "0.5 * bonus * np.array"),
+            ("1.0 - self._steps", "0.5 - self._steps"),
+        ],
     ),
 }
 
@@ -402,6 +562,61 @@ def test_hbpo_announces_each_budget_to_as_many() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             a_method("hbpo", **options)
+
+
+def test_scaf_grpo_tells_each_part_of_each_hint_after_the_exemption() -> None:
+    method = a_method(
+        "scaf_grpo", hint_fields=["weak", "strong"], hint_parts=2, hint_prompt="|", exemption_steps=1
+    )
+    group = failed(weak="1234", strong="abcd")
+    assert wanted(method, a_group(), group) == [["plain"] * 4, []]
+    method.advantages([group])
+    names = ["weak 1/2", "weak 2/2", "strong 1/2", "strong 2/2"]
+    assert wanted(method, group, failed(strong="ab"), failed()) == [names, names[2:], []]
+    asked = method.ask([group])[0]
+    assert [guide.question for guide in asked] == ["1+1|12", "1+1|1234", "1+1|ab", "1+1|abcd"]
+    assert all(guide.keeps_prompt for guide in asked)
+    right = a_group(an_episode(1, 3), *(an_episode(0, 3) for _ in range(3)), weak="1234")
+    assert wanted(method, right, failed(*asked, weak="1234")) == [[], []]
+    assert method.columns == ["weak", "strong"]
+    assert method.state() == {"steps": 1}
+
+
+def test_critique_grpo_refines_each_response_under_a_critique() -> None:
+    options: dict[str, Any] = {"refine_prompt": "{question}/{solution}/{critique}{x}"}
+    group = a_group(an_episode(1, 3, text="{critique}"), an_episode(0, 3, text="b"), an_episode(None, 3))
+    asked = a_method("critique_grpo", **options).ask([group])[0]
+    assert [guide.question for guide in asked] == [
+        "1+1/{critique}/The generated solution is correct, the ground truth is 2.{x}",
+        "1+1/b/The generated solution is incorrect, the ground truth is 2.{x}",
+    ]
+    assert not any(guide.keeps_prompt for guide in asked)
+    simple = a_method("critique_grpo", critique="simple", refine_prompt="{critique}").ask([group])[0]
+    assert simple[1].question == "The generated solution is incorrect."
+    assert a_method("critique_grpo").ask([failed(REFINED)]) == [[]]
+    assert a_method("critique_grpo").reads_responses
+
+
+def test_expo_has_answers_explained_that_all_missed() -> None:
+    method = a_method("expo", explanations=2, explain_prompt="{question} is {answer}")
+    right = a_group(an_episode(1, 3), an_episode(0, 3))
+    explained = Guide(question="1+1 is 2", name="explanation")
+    assert method.ask([failed(), right, failed(explained)]) == [[explained] * 2, [], []]
+    without = replace(failed(), problem=replace(failed().problem, answer=""))
+    assert method.ask([without]) == [[]]
+
+
+def test_icpo_shows_examples_to_some_and_its_bonus_fades() -> None:
+    method = a_method("icpo", examples="2+2=4;3+3=6;", guided_responses=2)
+    steered = Guide(question="2+2=4;3+3=6;1+1", name="behind examples")
+    assert method.ask([a_group()]) == [[Guide()] * 2 + [steered] * 2]
+    assert method.ask([failed()]) == [[]]
+    with pytest.raises(ValueError, match="guided_responses = 4 leaves none of"):
+        a_method("icpo", guided_responses=4)
+    fading, groups = a_method("icpo", bonus=1.0, bonus_steps=2), GROUPS["icpo"]
+    seen = [float(fading.advantages(groups)[0][3]) for _ in range(4)]
+    assert seen[0] > seen[1] > seen[2] == seen[3]
+    assert seen[:3] == pytest.approx([standardised([1, 0, 0, 1 + bonus])[3] for bonus in (1.0, 0.5, 0.0)])
 
 
 def test_empo_calls_for_other_groups_in_place_of_those_it_leaves_out() -> None:
