@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from megatron_rapo.config import RunConfig
 from megatron_rapo.experience.delivery import with_tokens
-from megatron_rapo.experience.summary import summarise
-from megatron_rapo.job import open_job
 from megatron_rapo.launch.stop import requests
+from megatron_rapo.opening import open_job
 from megatron_rapo.policy.batch import build_minibatches, make_samples, plan_minibatches
 from megatron_rapo.policy.weighing import weigh
 
@@ -45,8 +44,7 @@ def train(config: RunConfig) -> None:
                         updated = job.policy.update(minibatches, job.objective, job.distribution)
                         job.method.learn(updated)
                 with phase("publish"):
-                    published = job.publisher.publish(step)
+                    published = job.publish(step)
                 state = job.state_after(step)
-                sampled = summarise(batch, job.vocabulary, config.source_names)
-                job.finish_step(state, {**sampled, **job.throughput(batch), **updated, **published})
+                job.finish_step(state, {**job.measured(batch), **updated, **published})
         job.end(state)

@@ -121,7 +121,7 @@ def describe_plan(config: RunConfig) -> str:
         open_environment(config)
     layout = config.parallel
     updates = config.run.steps * config.updates_per_step
-    responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
+    what = "responses" if config.demonstrations is None else "given texts"
     data = list(_load_data(config, gold_judge(config)))
     rewards = list(map(str, _try_rewards(config, data)))
     memory = estimate_memory(config, architecture, teacher)
@@ -136,7 +136,8 @@ def describe_plan(config: RunConfig) -> str:
         f"{architecture.family} of {count_parameters(architecture):,} parameters in "
         f"{architecture.layers} layers",
         *([_described_teacher(teacher)] if teacher else []),
-        f"{responses} responses a step in {config.updates_per_step} updates; {updates} updates in all",
+        f"{config.responses_per_step} {what} a step in {config.updates_per_step} updates; "
+        f"{updates} updates in all",
         "",
         *(["# Data", *(f"{one.table}: {one.report}" for one in data), ""] if data else []),
         *(["# Rewards", *rewards, ""] if rewards else []),
@@ -240,13 +241,15 @@ def _problem(row: Row, data: Data) -> Problem:
 def _try_rewards(config: RunConfig, loaded: Sequence[_Loaded]) -> Iterator[Trial]:
     """Tries what rewards the data, on the problems that are here."""
     problems = {one.table: one.problem for one in loaded}
-    return try_rewards(config, [(table, data, problems.get(table)) for table, data in _data_tables(config)])
+    tables = _data_tables(config)
+    judged = tables if config.demonstrations is None else tables[len(config.training_sources) :]
+    return try_rewards(config, [(table, data, problems.get(table)) for table, data in judged])
 
 
 def _missing_here(config: RunConfig) -> Iterator[str]:
     """What the machine of rank 0 needs beside files, and this one lacks, each as an error tells it."""
     rollout = config.rollout
-    if not rollout.engine.urls and rollout.replay is None:
+    if not rollout.engine.urls and config.opens_engines:
         yield from config.engine_kind.problems()
     yield from _without_host_memory(config)
     if config.observe.wandb != "off":
@@ -284,6 +287,8 @@ def _weight_routes(config: RunConfig, architecture: Architecture) -> list[str]:
     dtype = DTYPES[config.model.dtype]
     if config.rollout.replay is not None:
         return [f"none: {config.rollout.replay} has the samples"]
+    if not config.opens_engines:
+        return ["none: texts are given, and nothing is sampled"]
     if config.weights.transport == "shard":
         sizes = [config.rollout.engine.ranks] * config.rollout.engine.count
         plan = make_plan(architecture, config.parallel, sizes, config.model.vocabulary_multiple)

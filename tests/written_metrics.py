@@ -27,6 +27,7 @@ from megatron_rapo.evaluation.evaluator import _as_metrics
 from megatron_rapo.evaluation.statistics import COLUMNS
 from megatron_rapo.evaluation.statistics import summarise as summarise_samples
 from megatron_rapo.experience.batch import Batch
+from megatron_rapo.experience.given import summarise_given
 from megatron_rapo.experience.sharing import Shared
 from megatron_rapo.experience.summary import summarise
 from megatron_rapo.gateway.route import Route
@@ -44,13 +45,18 @@ NO_GROUP: Any = None  # of ranks: nothing is computed
 
 
 def of_rollouts() -> set[str]:
-    """Of a mixture with dynamic sampling, whose rewards and environment tell nothing of their own.
+    """Of a mixture with dynamic sampling, whose rewards and environment tell nothing of their own; and of
+    texts that are given in place of rollouts.
 
     Of the group a method has guided an episode.
     """
     first, *others = _group().episodes
     group = replace(_group(), episodes=(first, *others, replace(first, guide=Guide(question="?"))))
-    return set(summarise(Batch([group], Shared([group]), rounds=1), 61, ["sums", "words"]))
+    prompts: Any = SimpleNamespace(position=1, size=2)
+    return {
+        *summarise(Batch([group], Shared([group]), rounds=1), 61, ["sums", "words"]),
+        *summarise_given(Batch([group], Shared([group]), rounds=0), prompts),
+    }
 
 
 def of_users_own() -> set[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, model_validator
@@ -25,9 +26,11 @@ from megatron_rapo.config.templates import Templated
 from megatron_rapo.config.training import Model, Optimizer, Parallel, Teacher
 from megatron_rapo.config.verifiers import RewardPlan, built_in
 from megatron_rapo.config.weights import Weights
+from megatron_rapo.config.without_samples import refuse_options_beside_replay, refuse_options_of_samples
 from megatron_rapo.engines.kind import EngineKind
 from megatron_rapo.engines.kinds import find_kind
 from megatron_rapo.errors import RapoError
+from megatron_rapo.methods.demonstrations import Demonstrations
 from megatron_rapo.methods.method import Method
 from megatron_rapo.methods.named import METHODS
 from megatron_rapo.methods.sampling import Sampling
@@ -71,6 +74,16 @@ class RunConfig(Section):
         return find_method(self.algorithm.method, self.run.code)(self.algorithm, sampling)
 
     @property
+    def demonstrations(self) -> Demonstrations | None:
+        """Which given texts are learnt from; None: engines sample what is."""
+        return self.new_method().demonstrations
+
+    @property
+    def opens_engines(self) -> bool:
+        """Whether anything is sampled: to be learnt from, or to be evaluated."""
+        return self.rollout.replay is None and (self.demonstrations is None or self.evaluate is not None)
+
+    @property
     def engine_kind(self) -> EngineKind:
         """What `rollout.engine` describes."""
         options = self.rollout.engine
@@ -85,6 +98,12 @@ class RunConfig(Section):
     def updates_per_step(self) -> int:
         """Optimizer updates of one rollout batch."""
         return self.rollout.prompts_per_step // self.minibatch_prompts
+
+    @property
+    def responses_per_step(self) -> int:
+        """Responses that a step trains on; where texts are given, one a prompt."""
+        each = self.rollout.responses_per_prompt if self.demonstrations is None else 1
+        return self.rollout.prompts_per_step * each
 
     @property
     def decay_steps(self) -> int:
@@ -191,7 +210,8 @@ class RunConfig(Section):
             self._check_evaluation,
             self._check_colocation,
             self._check_slurm,
-            self._check_replay,
+            partial(refuse_options_beside_replay, self),
+            partial(refuse_options_of_samples, self),
         ]
         for check in checks:
             check()
@@ -370,19 +390,6 @@ class RunConfig(Section):
                 f"{slurm.ranks_per_node} are {slurm.ranks} ranks, but [parallel] lays out "
                 f"{layout.world_size} (TP × PP × CP × DP); make them equal"
             )
-
-    def _check_replay(self) -> None:
-        if self.rollout.replay is None:
-            return
-        replay = f"rollout.replay = {self.rollout.replay}"
-        inert = {"evaluate": self.evaluate is not None, "weights": self.weights != Weights()}
-        inert["environment"] = self.environment != EnvironmentOptions()
-        for section, is_set in inert.items():
-            if is_set:
-                raise ValueError(
-                    f"[{section}] would have no effect: {replay} takes recorded samples, without engines; "
-                    "remove it"
-                )
 
     def resolved(self) -> dict[str, Any]:
         """All options that have an effect, with their values, as written beside a run's output.

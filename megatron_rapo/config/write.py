@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_rapo.config.schema import RunConfig
+if TYPE_CHECKING:
+    from megatron_rapo.config.schema import RunConfig
 
 
 def to_toml(config: RunConfig) -> str:

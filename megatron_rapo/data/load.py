@@ -12,13 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_rapo.config import RunConfig
 from megatron_rapo.config.data import ArithmeticData, CountdownData, Data
+from megatron_rapo.data.columns import has
+from megatron_rapo.data.demonstrations import encode_demonstrations, solution_of
 from megatron_rapo.data.prompts import LoadReport, Prompt, PromptSet, TrainingPrompts
 from megatron_rapo.data.rows import Row
 from megatron_rapo.data.sources import read_source
 from megatron_rapo.data.tasks.problem import Split
 from megatron_rapo.data.templates import encode_plain, encode_template
+from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.errors import RapoError
 from megatron_rapo.fingerprint import in_json
+from megatron_rapo.methods.demonstrations import Demonstrations
 from megatron_rapo.tools.described import load_tools
 
 Judge = Callable[[Data, Sequence[str]], Sequence[str | None]]
@@ -38,6 +42,8 @@ def load_prompts(
     needs_answers: bool = True,
     code: Sequence[Path] = (),
     tools: Sequence[Mapping[str, Any]] = (),
+    demonstrations: Demonstrations | None = None,
+    max_response_tokens: int = 0,
 ) -> PromptSet:
     """Loads prompts, drops the unusable ones, and reports them.
 
@@ -55,6 +61,8 @@ def load_prompts(
         needs_answers: whether the reward reads gold answers; if so, rows without one are dropped.
         code: folders with the user's own modules (`run.code`).
         tools: as in `encode_template`.
+        demonstrations: which texts of the rows are learnt; rows without one are dropped. None: none are.
+        max_response_tokens: rows with longer ones are dropped.
 
     Raises:
         RapoError: the source cannot be read, holds fewer usable prompts than `count` or none at all, or
@@ -63,9 +71,19 @@ def load_prompts(
     source, rows = read_source(data, option, split=split, count=count, needs_answers=needs_answers, code=code)
     if isinstance(data, CountdownData | ArithmeticData):
         usable, unmatched = rows, dict[int, str]()  # right by construction
-        encoded = encode_plain([row.question for row in usable], tokenizer)
     else:
         usable, unmatched = _judged(data, rows, judge, needs_answers)
+    taught: list[TokenSequence | None] = [None] * len(usable)
+    without_solution: tuple[int, ...] = ()
+    if demonstrations is not None:
+        usable, without_solution = _taught(usable, demonstrations, source)
+        taught = [
+            *encode_demonstrations(usable, tokenizer, data, demonstrations, source, option, date, tools)
+        ]
+        encoded = [one.token_ids[: one.trained.argmax()].tolist() for one in taught if one is not None]
+    elif isinstance(data, CountdownData | ArithmeticData):
+        encoded = encode_plain([row.question for row in usable], tokenizer)
+    else:
         encoded = encode_template(usable, tokenizer, data, option, date, tools)
     if [] in encoded:
         raise RapoError(
@@ -82,9 +100,10 @@ def load_prompts(
             source=data.name,
             columns=row.columns,
             messages=row.messages,
+            demonstration=one,
         )
-        for row, token_ids in zip(usable, encoded, strict=True)
-        if len(token_ids) <= max_prompt_tokens
+        for row, token_ids, one in zip(usable, encoded, taught, strict=True)
+        if len(token_ids) <= max_prompt_tokens and _fits(token_ids, one, max_response_tokens)
     ][:count]
     lengths = {row.index: len(token_ids) for row, token_ids in zip(usable, encoded, strict=True)}
     report = LoadReport(
@@ -97,14 +116,39 @@ def load_prompts(
         too_long=tuple(index for index, length in lengths.items() if length > max_prompt_tokens),
         max_prompt_tokens=max_prompt_tokens,
         duplicates=_duplicates(usable),
+        without_solution=without_solution,
+        solution_too_long=tuple(
+            row.index
+            for row, token_ids, one in zip(usable, encoded, taught, strict=True)
+            if not _fits(token_ids, one, max_response_tokens)
+        ),
+        max_response_tokens=max_response_tokens,
     )
     if not prompts:
-        raise RapoError(f"no prompt is usable; correct {option} or rollout.max_prompt_tokens\n{report}")
+        limits = "rollout.max_prompt_tokens" + (" or max_response_tokens" if demonstrations else "")
+        raise RapoError(f"no prompt is usable; correct {option} or {limits}\n{report}")
     if count is not None and len(prompts) < count:
         raise RapoError(
             f"{count} prompts were asked for, but {len(prompts)} are usable; ask for no more\n{report}"
         )
     return PromptSet(tuple(prompts), report)
+
+
+def _taught(rows: Sequence[Row], wanted: Demonstrations, source: str) -> tuple[list[Row], tuple[int, ...]]:
+    """Rows with a text to learn; the numbers of the others."""
+    if wanted.column is not None and not any(has(row.columns, wanted.column) for row in rows):
+        there = ", ".join(sorted({name for row in rows for name in row.columns})) or "none"
+        raise RapoError(
+            f'algorithm.solution = "{wanted.column}" is no column of {source} (its columns: {there}); name '
+            "one with what the assistant is to say"
+        )
+    kept = [row for row in rows if solution_of(row, wanted, source)]
+    indices = {row.index for row in kept}
+    return kept, tuple(row.index for row in rows if row.index not in indices)
+
+
+def _fits(prompt: Sequence[int], taught: TokenSequence | None, max_response_tokens: int) -> bool:
+    return taught is None or len(taught) - len(prompt) <= max_response_tokens
 
 
 def _judged(
@@ -128,6 +172,7 @@ def load_source(
     judge: Judge | None = None,
 ) -> PromptSet:
     """As `load_prompts`, with what the run's other options say of it."""
+    demonstrations = config.demonstrations if split == "train" else None
     return load_prompts(
         data,
         tokenizer,
@@ -137,9 +182,11 @@ def load_source(
         option=option,
         date=config.run.date,
         judge=judge,
-        needs_answers=config.needs_answers(data),
+        needs_answers=demonstrations is None and config.needs_answers(data),
         code=config.run.code,
         tools=tool_schemas(config),
+        demonstrations=demonstrations,
+        max_response_tokens=config.rollout.max_response_tokens,
     )
 
 

@@ -12,8 +12,8 @@ class Malformed(Exception):
     """What is wrong with the messages, in words."""
 
 
-def read_messages(value: Any) -> tuple[list[Message], str]:
-    """The turns up to where the assistant is to answer, and the answer that stands behind them, or "".
+def read_messages(value: Any) -> tuple[list[Message], Message | None]:
+    """The turns up to where the assistant is to answer, and the answer that stands behind them, if any.
 
     A last turn of the assistant is the answer of the data, and no part of the prompt. All other keys of a
     message (`name`, `tool_calls`) go to the chat template as they are; parts of text become one text.
@@ -24,9 +24,7 @@ def read_messages(value: Any) -> tuple[list[Message], str]:
     if not isinstance(value, list) or not value:
         raise Malformed("no list of messages")
     turns = [_turn(number, turn) for number, turn in enumerate(value)]
-    answer = ""
-    if turns[-1]["role"] == "assistant":
-        answer = turns.pop().get("content") or ""
+    answer = turns.pop() if turns[-1]["role"] == "assistant" else None
     if not turns or turns[-1]["role"] not in ("user", "tool"):
         last = turns[-1]["role"] if turns else "nothing"
         raise Malformed(f"messages that end with {last}, so that there is nothing to answer")

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_rapo.data.messages import Message
 from megatron_rapo.episode.problem import Problem
+from megatron_rapo.episode.sequence import Sequence as TokenSequence
 
 _SHOWN = 5  # rows of a finding
 
@@ -27,6 +28,7 @@ class Prompt:
         source: the name of its data set (`data.label`).
         columns: all columns of its row, as plain Python values.
         messages: the chat that its row is, where it is one; `question` is its last user's turn then.
+        demonstration: where given texts are learnt, the prompt with the text; it goes on from `token_ids`.
     """
 
     index: int
@@ -38,6 +40,14 @@ class Prompt:
     source: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
     messages: tuple[Message, ...] | None = field(default=None, hash=False)
+    demonstration: TokenSequence | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def all_token_ids(self) -> tuple[int, ...]:
+        """The prompt, and the text to learn where there is one."""
+        if self.demonstration is None:
+            return self.token_ids
+        return tuple(self.demonstration.token_ids.tolist())
 
     @property
     def id(self) -> str:
@@ -64,6 +74,10 @@ class LoadReport:
         max_prompt_tokens: the limit that `too_long` was measured against.
         duplicates: groups of rows that ask the same, but for white space; kept, so they count double.
         unmatched: rows whose answer no response can match, and why; dropped.
+        without_solution: where given texts are learnt, rows without one; dropped.
+        solution_too_long: rows whose text, from what is learnt first, has more than `max_response_tokens`
+            tokens; dropped.
+        max_response_tokens: the limit that it was measured against.
     """
 
     source: str
@@ -75,6 +89,9 @@ class LoadReport:
     max_prompt_tokens: int
     duplicates: tuple[tuple[int, ...], ...]
     unmatched: Mapping[int, str] = field(default_factory=dict)
+    without_solution: tuple[int, ...] = ()
+    solution_too_long: tuple[int, ...] = ()
+    max_response_tokens: int = 0
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.kept} prompts from {self.rows} rows"]
@@ -82,7 +99,9 @@ class LoadReport:
             "without a question": self.without_question,
             "without an answer": self.without_answer,
             "whose answer no response can match": tuple(self.unmatched),
+            "without a text to learn": self.without_solution,
             f"longer than {self.max_prompt_tokens} tokens": self.too_long,
+            f"whose text to learn is longer than {self.max_response_tokens} tokens": self.solution_too_long,
         }
         for finding, rows in dropped.items():
             if rows:

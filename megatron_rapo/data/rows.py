@@ -25,6 +25,7 @@ class Row:
         name: what the row calls itself.
         columns: all it has.
         messages: the prompt, where it is made of them; `question` is the last user's turn then.
+        solution: the assistant's turn that stands behind these.
     """
 
     index: int
@@ -33,6 +34,7 @@ class Row:
     name: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     messages: tuple[Message, ...] | None = None
+    solution: Message | None = None
 
 
 @dataclass(frozen=True)
@@ -79,17 +81,20 @@ def read_row(index: int, record: Mapping[str, Any], layout: Layout) -> Row:
     column = next((name for name in layout.prompts if find(columns, name) is not None), layout.prompts[0])
     question, messages, solution = _problem(find(columns, column), layout, f"{place}: field '{column}'")
     answer = find(columns, layout.answer)
-    gold = solution if answer is None else _gold(answer, layout, f"{place}: field '{layout.answer}'")
-    row = Row(index, question, gold, _name(columns, layout, place), columns, messages)
+    said = "" if solution is None else (solution.get("content") or "").strip()
+    gold = said if answer is None else _gold(answer, layout, f"{place}: field '{layout.answer}'")
+    row = Row(index, question, gold, _name(columns, layout, place), columns, messages, solution)
     for name, value in ((column, question), (layout.answer, gold), (layout.id or "id", row.name or "")):
         _require_unicode(value, f"{place}: field '{name}'")
     return row
 
 
-def _problem(value: Any, layout: Layout, place: str) -> tuple[str, tuple[Message, ...] | None, str]:
+def _problem(
+    value: Any, layout: Layout, place: str
+) -> tuple[str, tuple[Message, ...] | None, Message | None]:
     """The question, the messages if it is made of them, and the answer that these end with."""
     if value is None or isinstance(value, str):
-        return (value if value and value.strip() else ""), None, ""
+        return (value if value and value.strip() else ""), None, None
     if not layout.takes_messages:
         raise RapoError(f"{place} is {value!r:.200}, not text; {layout.remedies['prompt']}")
     try:
@@ -97,7 +102,7 @@ def _problem(value: Any, layout: Layout, place: str) -> tuple[str, tuple[Message
     except Malformed as error:
         raise RapoError(f"{place} is {error}; {layout.remedies['prompt']}") from error
     question = question_of(messages)
-    return (question if question.strip() else ""), tuple(messages), solution.strip()
+    return (question if question.strip() else ""), tuple(messages), solution
 
 
 def _require_unicode(text: str, place: str) -> None:

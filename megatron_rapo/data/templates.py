@@ -25,7 +25,7 @@ def encode_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
     begin texts with one (Llama's is, Qwen's is not). No end-of-sequence token, whatever its habit: the
     response goes on from here.
     """
-    encoded = _encode(texts, tokenizer)
+    encoded = encode(texts, tokenizer)
     bos = tokenizer.bos_token_id
     if bos is None or tokenizer.encode("")[:1] != [bos]:
         return encoded
@@ -61,16 +61,24 @@ def encode_template(
     """
     shots = _shots(data, option)
     if all_rows:
-        _refuse_contradictions(rows, data, option, has_shots=bool(shots))
+        refuse_contradictions(rows, data, option)
     if data.template == "plain":
         before = "".join(f"{_text(data, shot.question)}{shot.answer}\n\n" for shot in shots)
         return encode_plain([before + _text(data, row.question) for row in rows], tokenizer)
-    chat = _chat_template(data, tokenizer, option, tools)
-    system = [] if data.system_prompt is None else [{"role": "system", "content": data.system_prompt}]
-    worked = [turn for shot in shots for turn in _turns(data, shot)]
-    texts = [chat.render(_conversation(data, row, system, worked), row.columns, date) for row in rows]
+    chat = chat_template(data, tokenizer, option, tools)
+    texts = [
+        chat.render(turns, row.columns, date)
+        for row, turns in zip(rows, conversations(rows, data, option), strict=True)
+    ]
     # The template writes every special token itself; adding the tokenizer's own would double them.
-    return _encode(texts, tokenizer)
+    return encode(texts, tokenizer)
+
+
+def conversations(rows: Sequence[Row], data: Templated, option: str = "data") -> list[list[Message]]:
+    """The turns of each row up to the last user's, as a chat template is given them."""
+    system = [] if data.system_prompt is None else [{"role": "system", "content": data.system_prompt}]
+    worked = [turn for shot in _shots(data, option) for turn in _turns(data, shot)]
+    return [_conversation(data, row, system, worked) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -93,8 +101,15 @@ class ChatTemplate:
     remedy: str = "correct it"
     tools: Sequence[Mapping[str, Any]] = ()
 
-    def render(self, messages: Sequence[Message], problem: Mapping[str, Any], date: str | None) -> str:
-        """The conversation up to where the assistant's turn begins.
+    def render(
+        self,
+        messages: Sequence[Message],
+        problem: Mapping[str, Any],
+        date: str | None,
+        *,
+        opens: bool = True,
+    ) -> str:
+        """The conversation up to where the assistant's next turn begins; not `opens`, up to its own end.
 
         Raises:
             RapoError: the template refuses the conversation or fails.
@@ -105,7 +120,7 @@ class ChatTemplate:
                 list(messages),
                 chat_template=self.own,
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=opens,
                 strftime_now=datetime.combine(day, time(), UTC).strftime,
                 **({} if self.own is None else {"problem": _Columns(problem)}),
                 **({"tools": list(self.tools)} if self.tools else {}),
@@ -136,15 +151,20 @@ def encode_chat(
     Raises:
         RapoError: as `encode_template`.
     """
-    return _encode([_chat_template(data, tokenizer, option, tools).render(messages, {}, date)], tokenizer)[0]
+    return encode([chat_template(data, tokenizer, option, tools).render(messages, {}, date)], tokenizer)[0]
 
 
-def _chat_template(
+def chat_template(
     data: Templated,
     tokenizer: PreTrainedTokenizerBase,
     option: str,
     tools: Sequence[Mapping[str, Any]],
 ) -> ChatTemplate:
+    """The template that the configuration names.
+
+    Raises:
+        RapoError: there is none, or it does not mention an option or the tools.
+    """
     own = _own_template(data, option)
     if own is None:
         text, called = (
@@ -221,8 +241,12 @@ def _refuse_unknown_switches(data: Templated, template: str, option: str, called
             )
 
 
-def _refuse_contradictions(rows: Sequence[Row], data: Templated, option: str, has_shots: bool) -> None:
-    """Options of texts beside rows that are messages, of which nothing is taken away or said twice."""
+def refuse_contradictions(rows: Sequence[Row], data: Templated, option: str) -> None:
+    """Refuses options of texts beside rows that are messages, where they would have no effect or double it.
+
+    Raises:
+        RapoError: one would.
+    """
     chats = [row for row in rows if row.messages is not None]
     if not chats:
         return
@@ -232,6 +256,7 @@ def _refuse_contradictions(rows: Sequence[Row], data: Templated, option: str, ha
             f'{option}.template = "plain" cannot write a chat, and {where}; set it to "chat", or to a '
             "template of your own"
         )
+    has_shots = bool(data.few_shot or data.few_shot_file)
     if len(chats) == len(rows) and not has_shots and "template_text" in data.model_fields_set:
         raise RapoError(
             f"{option}.template_text = {data.template_text!r} would have no effect: {where}, as all are; "
@@ -291,5 +316,6 @@ def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The texts' tokens, and none around them."""
     return tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []

@@ -25,6 +25,10 @@ class Prompts(Protocol):
     def size(self) -> int:
         """Different prompts that it has."""
 
+    @property
+    def position(self) -> int:
+        """Prompts drawn so far."""
+
     def draw(self, count: int) -> list[Prompt]:
         """The next `count`."""
 

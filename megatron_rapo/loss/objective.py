@@ -188,11 +188,15 @@ class Objective:
             "loss/tokens": values["tokens_in_loss"],
             "loss/entropy": means["entropy"],
             "loss/not_finite": means["not_finite"],
-            "importance/mean": means["importance"],
-            "importance/corrected": means["importance_corrected"],
-            # Kish: (Σ w)² / (n Σ w²), the share of the samples that the reweighted ones are worth.
-            "importance/effective_samples": means["importance"] ** 2 / (means["importance_square"] or 1.0),
         }
+        if self.method.demonstrations is None:
+            metrics |= {
+                "importance/mean": means["importance"],
+                "importance/corrected": means["importance_corrected"],
+                # Kish: (Σ w)² / (n Σ w²), the share of the samples that the reweighted ones are worth.
+                "importance/effective_samples": means["importance"] ** 2
+                / (means["importance_square"] or 1.0),
+            }
         for (_, term), names in zip(self.method.terms(), self._reported, strict=True):
             metrics |= term.metrics({name: means[name] for name in names})
         return metrics

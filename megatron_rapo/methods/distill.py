@@ -1,6 +1,7 @@
-"""Distillation from a teacher, exact over the vocabulary, on the policy's own responses.
+"""Distillation from a teacher, exact over the vocabulary, on the policy's own responses or on given texts.
 
     J = E_{y ~ π} [ 1/Σ|y| Σ_t D(τ, π)(y_<t) ]        (GKD, arXiv 2306.13649, eqs. 3 and 4, with λ = 1)
+    J = E_{(x, y) ∼ data} [ … ]                       (its λ = 0: `learns_from = "solutions"`)
 
 τ is the teacher. D is the reverse divergence KL(π ‖ τ), which MiniLLM (arXiv 2306.08543) argues for, the
 forward one KL(τ ‖ π), or the generalised Jensen–Shannon divergence of GKD (eq. 2),
@@ -18,6 +19,7 @@ the reverse divergence is the default.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import Field
 
@@ -25,6 +27,7 @@ from megatron_rapo.episode.group import Group, known_rewards
 from megatron_rapo.methods.advantages import standardised
 from megatron_rapo.methods.aggregation import Aggregation
 from megatron_rapo.methods.clipping import Clipping
+from megatron_rapo.methods.demonstrations import Demonstrations, Taught
 from megatron_rapo.methods.method import Method, OfEpisodes
 from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.methods.terms.distillation import Distillation, TeacherDivergence
@@ -35,10 +38,15 @@ from megatron_rapo.section import NonNegativeFloat, PositiveFloat
 class Distill(Method):
     """A divergence from the teacher (`[teacher]`); where asked for, beside a clipped policy gradient."""
 
-    class Options(Clipping):
+    class Options(Clipping, Taught):
         """Distillation from a teacher (arXiv 2306.13649)."""
 
         method: str = "distill"
+        learns_from: Literal["samples", "solutions"] = Field(
+            "samples",
+            description="`samples`: the policy's own responses (on-policy distillation); `solutions`: texts "
+            "that the data give, so that nothing is sampled.",
+        )
         divergence: TeacherDivergence = Field(
             "reverse",
             description="From the teacher τ, exact over the vocabulary. `reverse`: KL(π ‖ τ), which seeks "
@@ -65,6 +73,11 @@ class Distill(Method):
 
         def without_effect(self) -> dict[str, str]:
             inert = super().without_effect()
+            if self.learns_from == "samples":
+                inert |= dict.fromkeys(("solution", "turns"), 'learns_from is "samples"')
+            else:
+                of_samples = ("policy_coefficient", "mask_truncated", "groups_without_variance")
+                inert |= dict.fromkeys(of_samples, 'learns_from = "solutions" samples nothing')
             if self.divergence != "jensen_shannon":
                 inert["mixture"] = f'divergence is "{self.divergence}"'
             if self.policy_coefficient == 0:
@@ -77,6 +90,10 @@ class Distill(Method):
     def __init__(self, options: Options, configured: Sampling) -> None:
         super().__init__(options, configured)
         self.mixture = options.mixture
+
+    @property
+    def demonstrations(self) -> Demonstrations | None:
+        return self.options.demonstrations if self.options.learns_from == "solutions" else None
 
     @property
     def aggregation(self) -> Aggregation:  # type: ignore[override]

@@ -14,6 +14,7 @@ from megatron_rapo.methods import options as common
 from megatron_rapo.methods.advantages import varies
 from megatron_rapo.methods.aggregation import Aggregation, token_weights
 from megatron_rapo.methods.annotated import Annotated
+from megatron_rapo.methods.demonstrations import Demonstrations
 from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.methods.terms.term import (
     OF_ITS_DISTRIBUTION,
@@ -85,6 +86,15 @@ class Method:
         At most `max_response_tokens` of the configuration, and two responses a prompt or more.
         """
         return self.configured
+
+    @property
+    def demonstrations(self) -> Demonstrations | None:
+        """Which given texts it learns from. Then engines sample nothing for it, and nothing is rewarded.
+
+        Each text is a response of its own: `advantages` and the hooks beside it see groups of one, whose
+        reward says nothing. Here: None, it learns from samples.
+        """
+        return None
 
     @property
     def columns(self) -> Sequence[str]:

@@ -40,6 +40,7 @@ from megatron_rapo.methods.riskpo import RiskPO
 from megatron_rapo.methods.rloo import RLOO
 from megatron_rapo.methods.sage import SAGE
 from megatron_rapo.methods.scaf_grpo import ScafGRPO
+from megatron_rapo.methods.sft import SFT
 from megatron_rapo.methods.tapo import TAPO
 from megatron_rapo.methods.zero_success import ZeroSuccess
 
@@ -53,6 +54,7 @@ METHODS: Mapping[str, type[Method]] = {
     "rloo": RLOO,
     "dgpo": DGPO,
     "distill": Distill,
+    "sft": SFT,
     "hpt": HPT,
     "ghpo": GHPO,
     "open_rs": OpenRS,

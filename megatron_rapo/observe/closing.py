@@ -28,6 +28,8 @@ def _rewards(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     found = (re.fullmatch(r"reward/([^/]+)/mean", name) for line in metrics for name in line)
     sources = dict.fromkeys(name[1] for name in found if name)
     of_all = {"mean reward": "reward/mean", **{f"  {name}": f"reward/{name}/mean" for name in sources}}
+    if not any("reward/mean" in line for line in metrics):  # texts were given
+        of_all = {"loss": "loss/total"}
     return [f"{what}: {told}" for what, metric in of_all.items() if (told := _ends(metrics, metric))]
 
 

@@ -26,7 +26,8 @@ class IdleAlarm:
         self._most = config.observe.idle_steps
         self._in_a_row = 0
         self._alike_in_a_row = 0
-        self._compares = config.rollout.responses_per_prompt > 1
+        self._samples = config.demonstrations is None
+        self._compares = self._samples and config.rollout.responses_per_prompt > 1
 
     def check(self, step: int, metrics: Mapping[str, float]) -> None:
         """Looks at a step's metrics; those of what comes before the first step say nothing of it.
@@ -61,6 +62,8 @@ class IdleAlarm:
             )
 
     def _cause(self, metrics: Mapping[str, float]) -> str:
+        if not self._samples:
+            return "the gradient is 0: all that the data say is certain already; take other data, or end here"
         if metrics["loss/tokens"] > 0:
             alike, mean = metrics["reward/groups_without_variance"], metrics["reward/mean"]
             return (

@@ -85,12 +85,12 @@ class Policy:
     def annotate(self, minibatches: Sequence[Sequence[Microbatch]], objective: Objective) -> None:
         """Records the log-probs under the policy as it is now, wherever it will have moved before their use.
 
-        A step's only minibatch needs none, as its update starts from the very policy, unless the
-        method weighs or marks tokens by them.
+        A step's only minibatch needs none, as its update starts from the very policy, and given texts have
+        none, unless the method weighs or marks tokens by them.
         """
         method = objective.method
         reads = method.weighs or method.marks_tokens
-        if len(minibatches) == 1 and not reads:
+        if not reads and (len(minibatches) == 1 or method.demonstrations is not None):
             return
         microbatches = [microbatch for minibatch in minibatches for microbatch in minibatch]
 
@@ -159,7 +159,7 @@ class Policy:
         self._check_parameters("after the step's updates, weights", DIVERGED, self._largest_weight)
         return {
             **objective.metrics(sums, updates=len(minibatches)),
-            **mismatch.metrics(),
+            **(mismatch.metrics() if objective.method.demonstrations is None else {}),
             "optimizer/gradient_norm": sum(norms) / len(norms),
             "optimizer/learning_rate": sum(rates) / len(rates),
         }

@@ -133,7 +133,7 @@ def _checkpoint_fingerprint(path: Path) -> str:
 def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
     """16 hex digits that differ where prompts or their columns do."""
     return fingerprint(
-        part for p in prompts for part in (p.question, p.answer, p.token_ids, in_json(p.columns))
+        part for p in prompts for part in (p.question, p.answer, p.all_token_ids, in_json(p.columns))
     )
 
 
@@ -142,7 +142,7 @@ def _other(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def _row(prompt: Prompt, source: str) -> Row:
-    parts = (prompt.question, prompt.answer, prompt.token_ids, in_json(prompt.columns))
+    parts = (prompt.question, prompt.answer, prompt.all_token_ids, in_json(prompt.columns))
     return Row(source, prompt.index, *(fingerprint([part]) for part in parts))
 
 

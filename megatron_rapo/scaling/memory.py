@@ -124,9 +124,8 @@ def _loss(config: RunConfig, tokens: int, vocabulary_rows: int, element: int) ->
 
 
 def _frozen_hidden(config: RunConfig, architecture: Architecture, element: int) -> int:
-    layout, rollout = config.parallel, config.rollout
-    sequences = rollout.prompts_per_step * rollout.responses_per_prompt
-    tokens = sequences * (rollout.max_prompt_tokens + rollout.max_response_tokens)
+    layout = config.parallel
+    tokens = config.responses_per_step * config.longest_sequence
     shards = layout.data_parallel * layout.context_parallel
     if layout.sequence_parallel:
         shards *= layout.tensor_parallel

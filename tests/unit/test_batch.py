@@ -55,7 +55,9 @@ GROUPS = [scored(number) for number in range(4)]
 
 def config(parallel: dict[str, Any] | None = None, **algorithm: Any) -> RunConfig:
     options = {"minibatch_prompts": 2, "max_tokens_per_microbatch": 16, **algorithm}
-    teacher = {"teacher": {"path": "teacher"}} if algorithm.get("method") == "distill" else {}
+    method = algorithm.get("method")
+    teacher = {"teacher": {"path": "teacher"}} if method == "distill" else {}
+    responses = {} if method == "sft" else {"responses_per_prompt": 2}
     return validate(
         {
             **teacher,
@@ -64,8 +66,8 @@ def config(parallel: dict[str, Any] | None = None, **algorithm: Any) -> RunConfi
             "parallel": parallel or {},
             "data": {"source": "arithmetic"},
             "rollout": {
+                **responses,
                 "prompts_per_step": 4,
-                "responses_per_prompt": 2,
                 "max_prompt_tokens": 4,
                 "max_response_tokens": 10,
             },

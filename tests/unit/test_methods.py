@@ -59,6 +59,7 @@ PAPERS: dict[str, tuple[np.ndarray, np.ndarray, Any]] = {
     "rloo": (CENTRED * 4 / 3, EVERY, lambda length, n, N: 1 / (n * LIMIT)),
     "dgpo": (of_difficulty(), EVERY & [[True], [True], [False]], lambda length, n, N: 1 / N),
     "distill": (STANDARDISED, EVERY, lambda length, n, N: 1 / N),
+    "sft": (np.zeros((3, 4)), EVERY, lambda length, n, N: 1 / N),
 }
 
 
@@ -97,6 +98,7 @@ LOSSES = {
     "rloo": clipped(0.2, 0.2),
     "dgpo": clipped(0.2, 0.2),
     "distill": KL,
+    "sft": -LOG_PROB,
 }
 
 
@@ -166,6 +168,7 @@ def test_options_are_the_losss_numbers(subject: Method, loss: np.ndarray) -> Non
         (a_method("grpo", loss_aggregation="token_mean"), np.full((3, 4), 1 / 41)),
         (a_method("dapo", mask_truncated=False), np.full((3, 4), 1 / 41)),
         (a_method("distill", loss_aggregation="constant"), np.full((3, 4), 1 / 120)),
+        (a_method("sft", loss_aggregation="constant"), np.full((3, 4), 1 / 120)),
         (a_method("dgpo", groups_without_variance="keep"), np.full((3, 4), 1 / 41)),
     ],
     ids=lambda value: value.options.method if isinstance(value, Method) else "",

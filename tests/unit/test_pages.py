@@ -45,6 +45,7 @@ RUN_BY = {
     "python.md": ({"python"}, "tests/end_to_end/test_init.py"),
     "rewards.md": ({"python", "toml"}, "test_rewards_page.py"),
     "samples.md": ({"python"}, "test_pages.py"),
+    "sft.md": ({"toml"}, "test_pages.py"),
 }
 LANGUAGES = {"python", "toml", "jsonl", "json", "bash", "sh", "console"}
 
@@ -114,7 +115,7 @@ def test_a_command_in_a_block_is_taken_as_it_stands(page: str, command: str) -> 
 
 
 @pytest.mark.parametrize(
-    "page", ["distillation.md", "engines.md", "environments.md", "gateway.md", "methods.md"]
+    "page", ["distillation.md", "engines.md", "environments.md", "gateway.md", "methods.md", "sft.md"]
 )
 def test_configurations_of_a_page_are_valid(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
