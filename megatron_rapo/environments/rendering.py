@@ -20,6 +20,7 @@ from megatron_rapo.user_code import ADDRESS, load
 Message = Mapping[str, Any]
 
 _OPTION = "environment.options.renderer"
+TEMPLATE = "template"
 _PROBE = "What is 2 + 3?"
 _NO_RENDERER = (
     "auto",
@@ -31,7 +32,9 @@ _NO_RENDERER = (
 class RenderingOptions(Section):
     """How messages become tokens."""
 
-    renderer: str = Field("auto", description="`auto`, a family's name, `plain`, or `module:Class`.")
+    renderer: str = Field(
+        "auto", description="`auto`, a family's name, `template`, `plain`, or `module:Class`."
+    )
     renderer_options: dict[str, Any] = Field({}, description="Options of it.")
 
 
@@ -109,7 +112,8 @@ class Rendering:
         remedy = (
             'renderer_options = { thinking_retention = "all" } is exact: all reasoning stays in the context'
             if hasattr(config, "thinking_retention") and self._name != "default"
-            else f'choose one of {_names()}, or plain text: data.template = "plain" and renderer = "plain"'
+            else f'choose one of {_names()}, "template" where the model\'s own writes turn behind turn, or '
+            'plain text: data.template = "plain" and renderer = "plain"'
         )
         raise RapoError(
             f'{_OPTION} = "{self._name}": the template rewrites what the policy said once a message of '
@@ -166,6 +170,12 @@ def open_rendering(
             f'{_OPTION} = "{name}" does not work with the tokenizer of {config.model.path}: '
             f"{type(error).__name__}: {error}; choose another"
         ) from error
+    if tools and getattr(renderer, "supports_tools", True) is False:
+        raise RapoError(
+            f'{_OPTION} = "{name}" cannot tell how {config.model.path} writes calls, as its tokenizer has no '
+            'token <tool_call>; set renderer_options = { tool_parser = "glm" } or another of the package '
+            "renderers, or renderer to a class of your own, module:Class"
+        )
     rendering = Rendering(renderer, tokenizer, tools, name)
     for table, data in _tables(config):
         _check_kind(name, table, data)
@@ -193,7 +203,7 @@ def _check_kind(name: str, table: str, data: Data) -> None:
             f'{_OPTION} = "plain" cannot continue the chats that {table}.template begins; set that to '
             f'"plain", or renderer to the model\'s family ({_names()})'
         )
-    if name in _known() and not _is_chat(data):
+    if name in (*_known(), TEMPLATE) and not _is_chat(data):
         raise RapoError(
             f'{_OPTION} = "{name}" continues chats, and {table} begins none; set it to "plain", or '
             f"{table}.template to a chat template"
@@ -209,18 +219,31 @@ def _renderer(
         from megatron_rapo.environments.plain_renderer import Markers, PlainRenderer
 
         return PlainRenderer(tokenizer, Markers.model_validate(options))
+    if name == TEMPLATE:
+        from renderers.configs import DefaultRendererConfig
+
+        from megatron_rapo.environments.template_renderer import TemplateRenderer
+
+        return TemplateRenderer(
+            tokenizer, DefaultRendererConfig.model_validate({**_switches(config), **options})
+        )
     from renderers.base import create_renderer
     from renderers.configs import config_from_name
 
     if name not in _known():
         raise RapoError(
-            f'{_OPTION} = "{name}" does not exist; choose one of {_names()}, plain, or module:Class'
+            f'{_OPTION} = "{name}" does not exist; choose one of {_names()}, template, plain, or module:Class'
         )
     kind = type(config_from_name(name))
-    first = config.training_sources[0]
-    switches = (first.template_options if isinstance(first, Templated) else None) or {}
+    switches = _switches(config)
     own = {switch: value for switch, value in switches.items() if switch in kind.template_field_names()}
     return create_renderer(tokenizer, kind.model_validate({**own, **options}))
+
+
+def _switches(config: RunConfig) -> Mapping[str, Any]:
+    """Options of the prompts' template."""
+    first = config.training_sources[0]
+    return (first.template_options if isinstance(first, Templated) else None) or {}
 
 
 def _of_model(config: RunConfig) -> str:
@@ -232,8 +255,9 @@ def _of_model(config: RunConfig) -> str:
         if known.rpartition("/")[2] == folder:
             return name
     raise RapoError(
-        f'{_OPTION} = "auto" does not know the model {folder}; set it to its family: {_names()}; or to a '
-        "class of your own, module:Class"
+        f'{_OPTION} = "auto" does not know the model {folder}; set it to its family: {_names()}; to '
+        '"template", which is exact where the model\'s own chat template writes turn behind turn, as '
+        "Qwen2.5's does, and refuses others before the run; or to a class of your own, module:Class"
     )
 
 
