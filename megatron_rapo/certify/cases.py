@@ -17,7 +17,7 @@ from megatron_rapo.model.architecture import Architecture
 RANKS = 4
 # Fewer real tokens than head rows, and an odd number: no TP divides it, and padding must be masked.
 VOCABULARY, ROWS = 59, 61
-MAX_RESPONSE_TOKENS, TEMPERATURE = 24, 0.8
+RESPONSES, MAX_RESPONSE_TOKENS, TEMPERATURE = 4, 24, 0.8
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def batch(seed: int = 0) -> list[Group]:
     groups = []
     for index in range(4):
         token_ids = tuple(int(t) for t in random.integers(0, VOCABULARY, random.integers(2, 9)))
-        outcomes = [Outcome.CORRECT if number <= index % 3 else Outcome.WRONG for number in range(4)]
+        outcomes = [Outcome.CORRECT if number <= index % 3 else Outcome.WRONG for number in range(RESPONSES)]
         episodes = [
             episode(token_ids, outcome, given=3 * (number % 2)) for number, outcome in enumerate(outcomes)
         ]

@@ -11,7 +11,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from megatron_rapo.certify.cases import MAX_RESPONSE_TOKENS, RANKS, TEMPERATURE, other_than, small
+from megatron_rapo.certify.cases import (
+    MAX_RESPONSE_TOKENS,
+    RANKS,
+    RESPONSES,
+    TEMPERATURE,
+    other_than,
+    small,
+)
 from megatron_rapo.certify.measure import BARS, Result, measure
 from megatron_rapo.config import RunConfig, validate
 from megatron_rapo.config.algorithm import find_method
@@ -91,8 +98,10 @@ def configuration(directory: Path, algorithm: Options) -> RunConfig:
     """Of a method's certificate, for the small models in `directory`."""
     own = algorithm.model_dump(exclude_none=True)
     own.pop("minibatch_prompts", None)
-    method = find_method(algorithm.method)(algorithm, Sampling(TEMPERATURE, 4, MAX_RESPONSE_TOKENS))
+    method = find_method(algorithm.method)(algorithm, Sampling(1.0, RESPONSES, MAX_RESPONSE_TOKENS))
     teacher = {"teacher": {"path": str(directory / "teacher")}} if method.wants_teacher else {}
+    # What learns from given texts may know no temperature; where it is from plays no part in the loss.
+    sampled = {"responses_per_prompt": RESPONSES, "temperature": TEMPERATURE}
     return validate(
         {
             **teacher,
@@ -105,10 +114,9 @@ def configuration(directory: Path, algorithm: Options) -> RunConfig:
             "data": {"source": "arithmetic"},
             "rollout": {
                 "prompts_per_step": 4,
-                "responses_per_prompt": 4,
                 "max_prompt_tokens": 8,
                 "max_response_tokens": MAX_RESPONSE_TOKENS,
-                "temperature": TEMPERATURE,
+                **(sampled if method.demonstrations is None else {}),
             },
             "algorithm": {**own, "max_tokens_per_microbatch": 4096, "loss_chunk_tokens": 16},
         },

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_rapo.certify.cases import CASES, RANKS, TEMPERATURE, VOCABULARY, Case, batch
+from megatron_rapo.certify.cases import CASES, RANKS, VOCABULARY, Case, batch
 from megatron_rapo.certify.plain_loss import PlainModel, plain_loss
 from megatron_rapo.config import Optimizer, Parallel, RunConfig
 from megatron_rapo.episode.group import Group
@@ -89,7 +89,13 @@ def _expected(config: RunConfig, dtype: torch.dtype) -> tuple[float, dict[str, T
     method = config.new_method()
     [samples] = make_samples(groups, method, VOCABULARY, config.minibatch_prompts)
     loss = plain_loss(
-        policy, reference, teacher, samples, method, temperature=TEMPERATURE, vocabulary=VOCABULARY
+        policy,
+        reference,
+        teacher,
+        samples,
+        method,
+        temperature=config.rollout.temperature,
+        vocabulary=VOCABULARY,
     )
     loss.backward()
     gradients = {name: tensor.grad for name, tensor in policy.weights.items() if tensor.grad is not None}
@@ -117,7 +123,7 @@ def _computed(config: RunConfig, case: Case, dtype: str) -> tuple[float, dict[st
     wrapped = wrap(chunks, Optimizer(distributed=False))
     objective = Objective(
         method,
-        temperature=TEMPERATURE,
+        temperature=config.rollout.temperature,
         vocabulary=VOCABULARY,
         group=placement.tensor_group,
         context_group=placement.context_group,

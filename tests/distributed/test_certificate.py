@@ -104,6 +104,7 @@ OBJECTIVES = {
         "qwen3",
     ),
     "distill_reverse": Certified({"method": "distill"}, "smollm3"),
+    "sft": Certified({"method": "sft"}, "smollm3"),
     "k2": Certified({"method": "grpo", "divergence": "k2", "loss_aggregation": "constant"}, "smollm3"),
 }
 FAULTS = {
