@@ -355,6 +355,10 @@ def too_few(messages):
 def returns_a_list(messages, problem):
     return [1]
 
+def hangs(messages, problem):
+    import time
+    time.sleep(600)
+
 def raises(messages, problem):
     raise LookupError("no such problem")
 
@@ -556,6 +560,8 @@ def test_a_user_s_function_that_does_no_such_thing_is_told(folder: Path) -> None
         asyncio.run(one_episode(plain_conversation(folder, "returns_a_list"), ["6"]))
     with pytest.raises(Exception, match="LookupError: no such problem"):
         asyncio.run(one_episode(plain_conversation(folder, "raises"), ["6"]))
+    with pytest.raises(Exception, match=r"not done within 0\.5 s"):
+        asyncio.run(one_episode(plain_conversation(folder, "hangs", call_time_limit_s=0.5), ["6"]))
 
 
 def test_the_calculator_is_called_in_its_process(folder: Path) -> None:

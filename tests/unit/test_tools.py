@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import subprocess
@@ -11,11 +12,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+from renderers.base import create_renderer
+from renderers.configs import config_from_name
 
+from megatron_rapo import Episode, Problem
+from megatron_rapo.environments.rendering import Rendering
+from megatron_rapo.environments.tool_use import ToolUse
 from megatron_rapo.errors import RapoError
 from megatron_rapo.processes.confine import Confinement, lacking
 from megatron_rapo.tools.calculator import calculator
@@ -23,6 +30,7 @@ from megatron_rapo.tools.described import load_tools
 from megatron_rapo.tools.outcome import CallOutcome
 from megatron_rapo.tools.plan import Limits
 from megatron_rapo.tools.toolbox import Answer, Toolbox
+from tests.dialogues import SamplingIds, byte_level
 
 LIMITS = Limits(call_s=20.0, memory_gib=0.5, output_characters=200, file_mib=1)
 
@@ -233,6 +241,46 @@ def test_whatever_a_function_does_has_one_outcome(code: Path) -> None:
         assert answer.outcome is outcome, (name, answer)
         assert text in answer.text, name
     assert not (code / "written-outside").exists()
+
+
+def test_each_is_counted_by_its_name(code: Path) -> None:
+    """Of one turn that calls them all, and a tool that is not there, and writes a call that is none."""
+    expected = {
+        CallOutcome.RESULT: ["waits"],
+        CallOutcome.RAISED: [
+            *("forks", "prints", "kills_its_parent", "opens_a_socket", "writes_outside", "raises")
+        ],
+        CallOutcome.OUT_OF_MEMORY: ["allocates"],
+        CallOutcome.BAD_RESULT: ["returns_none", "returns_bytes"],
+        CallOutcome.DIED: ["dies"],
+        CallOutcome.TIMEOUT: ["sleeps"],
+        CallOutcome.UNKNOWN_TOOL: ["is_not_there"],
+    }
+    names = [name for of_outcome in expected.values() for name in of_outcome]
+    calls = [json.dumps({"name": name, "arguments": {"x": 600}}) for name in names] + ["no call"]
+    turn = "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
+    box = toolbox(code, *names[:-1], limits=replace(LIMITS, call_s=4.0), workers=4)
+    form = Rendering(
+        create_renderer(byte_level(), config_from_name("qwen3")),
+        byte_level(),
+        [tool.schema for tool in load_tools([f"tools_of_test:{name}" for name in names[:-1]], [code])],
+        "qwen3",
+    )
+
+    async def play() -> Episode:
+        options = ToolUse.Options(calls_per_turn=len(calls), parallel=True)
+        prompt = byte_level().encode("<|im_start|>assistant\n")
+        turns = [byte_level().encode(f"{text}<|im_end|>") for text in (turn, "done")]
+        generate = SamplingIds(byte_level(), turns, prompt, 10**5)
+        async with aclosing(box):
+            environment = ToolUse(box, form, options, max_turns=2)
+            return await environment.run(Problem("0", "?", token_ids=tuple(prompt)), generate, 0)
+
+    episode = asyncio.run(play())
+    counts = {outcome: len(of_outcome) for outcome, of_outcome in expected.items()}
+    counts |= {CallOutcome.MALFORMED: 1, CallOutcome.BAD_ARGUMENTS: 0, CallOutcome.TOO_MANY_CALLS: 0}
+    assert {outcome: episode.facts[f"calls_{outcome}"] for outcome in CallOutcome} == counts
+    assert (episode.facts["calls"], episode.facts["ended_answered"]) == (len(calls), 1.0)
 
 
 def test_a_call_that_takes_too_long_is_ended_and_costs_no_other(code: Path) -> None:
