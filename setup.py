@@ -11,7 +11,14 @@ setup(
     packages=find_packages(include=["megatron_rapo", "megatron_rapo.*"]),
     package_data={
         # init/tiny-countdown is a link to examples/models/tiny-countdown: a wheel has its files.
-        "megatron_rapo": ["py.typed", "launch/slurm.sh", "observe/*.toml", "report/assets/*", "init/*/*"],
+        "megatron_rapo": [
+            "py.typed",
+            "launch/slurm.sh",
+            "observe/*.toml",
+            "report/assets/*",
+            "study/assets/*",
+            "init/*/*",
+        ],
     },
     install_requires=[
         "fastapi",

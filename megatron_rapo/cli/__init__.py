@@ -20,6 +20,7 @@ from megatron_rapo.cli import (
     init,
     report,
     samples,
+    study,
     tasks,
     train,
     try_,
@@ -27,7 +28,7 @@ from megatron_rapo.cli import (
 from megatron_rapo.cli.overrides import take_configuration
 from megatron_rapo.errors import RapoError
 
-COMMANDS = (init, try_, train, certify, evaluate, compare, report, samples, doctor, convert, tasks)
+COMMANDS = (init, try_, train, certify, evaluate, compare, report, study, samples, doctor, convert, tasks)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -196,7 +196,7 @@ def _style(axes: Axes, plot: Plot) -> None:
         every = 1 if len(exponents) <= 7 else 2
         axes.set_xticks([2.0**exponent for exponent in exponents[::every]])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:.2g}"))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))

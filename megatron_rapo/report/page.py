@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from megatron_rapo import __version__
@@ -34,24 +36,38 @@ class Section:
 
 def render(report: Report) -> str:
     """The whole page as HTML. All text of the report is escaped; what is not, the assets and drawings are."""
+    return render_page(
+        _sections(report), scripts=SCRIPTS, packages=(), report=report, window=WINDOW, words=words
+    )
+
+
+def render_page(
+    sections: Sequence[Section], *, scripts: Sequence[str], packages: Sequence[str], **values: Any
+) -> str:
+    """A page of `assets/page.html.j2` around sections, as HTML; all text is escaped.
+
+    Args:
+        sections: in order.
+        scripts: files of `assets/`.
+        packages: whose `assets/` have the sections' templates, before this room's.
+        values: for the templates; `report` has `title` and `subtitle`.
+    """
     environment = Environment(
-        loader=PackageLoader("megatron_rapo.report", "assets"),
+        loader=ChoiceLoader([PackageLoader(name, "assets") for name in (*packages, "megatron_rapo.report")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    scripts = [_asset(name) for name in SCRIPTS]
+    texts = [_asset(name) for name in scripts]
     return environment.get_template("page.html.j2").render(
-        report=report,
-        sections=_sections(report),
+        sections=sections,
         version=__version__,
-        policy=_policy(scripts),
+        policy=_policy(texts),
         style=_asset("style.css"),
         light=Markup(declarations(LIGHT)),
         dark=Markup(declarations(DARK)),
-        scripts=scripts,
-        window=WINDOW,
-        words=words,
+        scripts=texts,
+        **values,
     )
 
 

@@ -46,6 +46,7 @@ RUN_BY = {
     "rewards.md": ({"python", "toml"}, "test_rewards_page.py"),
     "samples.md": ({"python"}, "test_pages.py"),
     "sft.md": ({"toml"}, "test_pages.py"),
+    "studies.md": ({"toml"}, "test_study.py"),
 }
 LANGUAGES = {"python", "toml", "jsonl", "json", "bash", "sh", "console"}
 

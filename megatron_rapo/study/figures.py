@@ -1,0 +1,133 @@
+"""The figures of a study's report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from megatron_rapo.report.drawing import Line, Plot
+from megatron_rapo.report.theme import SERIES, series_colour
+from megatron_rapo.study.analysis import Analysis, ArmResults, Course
+from megatron_rapo.study.schema import Outcome
+
+# Metrics of training that have a figure, with their titles.
+COURSES = {
+    "reward/mean": "mean reward in training",
+    "loss/entropy": "entropy, nats a token",
+    "loss/divergence": "divergence from the reference, nats a token",
+}
+LAW_POINTS = 16
+
+
+def plots(analysis: Analysis) -> list[Plot]:
+    """All that there is something for."""
+    arms = [arm for arm in analysis.arms if arm.results]
+    found = [_curves(arms), *(_course(arms, metric, title) for metric, title in COURSES.items())]
+    found += [_law(arms), *_sensitivity(analysis)]
+    return [plot for plot in found if plot.lines]
+
+
+def _curves(arms: Sequence[ArmResults]) -> Plot:
+    lines = [
+        Line(
+            arm.name,
+            series_colour(place),
+            arm.curve.ks,
+            [point.mean for point in arm.curve.points],
+            [point.low for point in arm.curve.points],
+            [point.high for point in arm.curve.points],
+            dashed=_dashed(place, arm),
+        )
+        for place, arm in enumerate(arms)
+        if arm.curve is not None
+    ]
+    description = "Chance that one of k samples is correct, mean over seeds and problems, with 95% bands."
+    return Plot("pass_at_k", "pass@k", description, "k", "", tuple(lines), scale="log2", share=True)
+
+
+def _course(arms: Sequence[ArmResults], metric: str, title: str) -> Plot:
+    lines = [
+        Line(
+            arm.name,
+            series_colour(place),
+            course.steps,
+            course.mean,
+            course.low,
+            course.high,
+            dashed=_dashed(place, arm),
+        )
+        for place, arm in enumerate(arms)
+        if (course := arm.paths.get(metric)) is not None
+    ]
+    description = "Mean over seeds by step; the band reaches from the lowest seed to the highest."
+    return Plot(metric.replace("/", "_"), title, description, "step", "", tuple(lines))
+
+
+def _law(arms: Sequence[ArmResults]) -> Plot:
+    """The means over seeds, and the power law through them."""
+    lines: list[Line] = []
+    for place, arm in enumerate(arms):
+        if arm.law is None or arm.law_of not in arm.paths:
+            continue
+        course, colour = arm.paths[arm.law_of], series_colour(place)
+        tokens = _mean_tokens(arm, course)
+        shown = [(t, y) for t, y in zip(tokens, course.mean, strict=True) if t > 0 and y > 0]
+        lines.append(Line(arm.name, colour, [t for t, _ in shown], [y for _, y in shown], faint=True))
+        low, high = arm.law.tokens
+        fitted = [low * (high / low) ** (i / (LAW_POINTS - 1)) for i in range(LAW_POINTS)]
+        lines.append(
+            Line(arm.name, colour, fitted, [arm.law.at(t) for t in fitted], dashed=_dashed(place, arm))
+        )
+    description = (
+        "Outcome against response tokens trained on: faint as measured, strong the fitted power law."
+    )
+    return Plot(
+        "outcome_by_tokens", "outcome against compute", description, "tokens", "", tuple(lines), scale="log2"
+    )
+
+
+def _mean_tokens(arm: ArmResults, course: Course) -> list[float]:
+    """At the course's steps."""
+    by_step: dict[int, list[float]] = {}
+    for one in arm.results.values():
+        for step, tokens in zip(one.steps, one.paths.get("tokens", ()), strict=False):
+            by_step.setdefault(step, []).append(float(tokens or 0.0))
+    return [sum(by_step[step]) / len(by_step[step]) for step in course.steps]
+
+
+def _sensitivity(analysis: Analysis) -> Iterator[Plot]:
+    """For each tuned option with numbers: the best outcome at each of its values, by arm."""
+    outcome = Outcome.read(
+        (analysis.study.tuning and analysis.study.tuning.outcome) or analysis.study.outcome
+    )
+    options = dict.fromkeys(
+        option for search in analysis.searches.values() for trial in search.tried for option in trial.options
+    )
+    for option in options:
+        lines = []
+        for place, (arm, search) in enumerate(analysis.searches.items()):
+            best: dict[float, float] = {}
+            for trial in search.tried:
+                value = trial.options.get(option)
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    best[float(value)] = max(best.get(float(value), trial.mean), trial.mean)
+            if len(best) > 1:
+                x = sorted(best)
+                lines.append(Line(arm, series_colour(place), x, [best[value] for value in x]))
+        name = option.replace(".", "_")
+        description = f"Search: the best {outcome.measure} at each value, over the other tuned options."
+        positive = all(value > 0 for line in lines for value in line.x)
+        yield Plot(
+            f"sensitivity_{name}",
+            f"sensitivity to {option}",
+            description,
+            option,
+            "",
+            tuple(lines),
+            scale="log2" if positive else "linear",
+        )
+
+
+def _dashed(place: int, arm: ArmResults) -> bool:
+    """Colours repeat after six; a model as it is is dashed, too."""
+    trained = any(one.tokens for one in arm.results.values())
+    return not trained or (place // len(SERIES)) % 2 == 1
