@@ -16,6 +16,7 @@ from megatron_rapo.data.order import MixedOrder, PromptOrder
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluation.evaluator import Evaluator
+from megatron_rapo.evaluation.given_loss import GivenLoss
 from megatron_rapo.experience.asking import ask
 from megatron_rapo.experience.batch import Batch, collect
 from megatron_rapo.experience.collector import Collector
@@ -62,6 +63,7 @@ class Job:
     unknown_rewards: UnknownRewards
     recorder: SampleRecorder
     evaluator: Evaluator | None
+    given_loss: GivenLoss | None
     policy: Policy
     frozen: Sequence[FrozenModel]
     method: Method
@@ -233,8 +235,11 @@ class Job:
         }
 
     def _evaluate_if_due(self, step: int) -> Mapping[str, float]:
-        if self.evaluator is None or not self.evaluator.due(step):
-            return {}
-        with self.observer.phase("evaluate"):
-            result = self.evaluator.run(step)
-        return {f"evaluate/{name}": value for name, value in result.items()}
+        found: dict[str, float] = {}
+        if self.evaluator is not None and self.evaluator.due(step):
+            with self.observer.phase("evaluate"):
+                found |= self.evaluator.run(step)
+        if self.given_loss is not None and self.given_loss.due(step):
+            with self.observer.phase("evaluate"):
+                found |= self.given_loss.measure()
+        return {f"evaluate/{name}": value for name, value in found.items()}

@@ -23,6 +23,7 @@ from megatron_rapo.environments.runner import Runner
 from megatron_rapo.environments.running import EpisodeRunner
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluation.evaluator import Evaluator
+from megatron_rapo.evaluation.given_loss import GivenLoss
 from megatron_rapo.evaluation.held_out import load_held_out
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import SharedEngines, open_engines
@@ -81,6 +82,14 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             policy = Policy(config.model, config.optimizer, architecture, placement, total_updates)
             method = config.new_method()
             frozen = open_frozen(config, architecture, method, placement)
+            objective = Objective(
+                method,
+                temperature=config.rollout.temperature,
+                vocabulary=vocabulary,
+                group=placement.tensor_group,
+                context_group=placement.context_group,
+            )
+            held_out = prompts.held_out
         publisher = _open_publisher(config, policy, engines, prompts)
         collector = _open_collector(config, engines, runner, verifiers, publisher, placement)
         if placement.is_main:
@@ -98,16 +107,11 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             unknown_rewards=UnknownRewards(config.reward.unknown_limit, placement),
             recorder=stack.enter_context(SampleRecorder(config, placement)),
             evaluator=_open_evaluator(config, tokenizer, collector, verifiers),
+            given_loss=GivenLoss(config, policy, objective, held_out) if held_out else None,
             policy=policy,
             frozen=frozen,
             method=method,
-            objective=Objective(
-                method,
-                temperature=config.rollout.temperature,
-                vocabulary=vocabulary,
-                group=placement.tensor_group,
-                context_group=placement.context_group,
-            ),
+            objective=objective,
             publisher=publisher,
             checkpoints=CheckpointStore(config, identity.fingerprints()),
             answers=stack.enter_context(closing(AnswerLog(config, placement.data_rank))) if runner else None,

@@ -85,7 +85,8 @@ def of_updates() -> set[str]:
 
 
 def of_evaluations(folder: Path) -> Iterator[str]:
-    """Of one data set at one setting, and of several. Samples are left in the folder."""
+    """Of one data set at one setting, and of several; of given texts. Samples are left in the folder."""
+    yield "evaluate/loss"  # tests/unit/test_sft.py measures it
     samples = store(folder, np.ones((2, 4), bool), rewards=np.ones((2, 4))).samples("sums", "t1")
     ids = [problem.id for problem in samples.problems]
     found = summarise_samples(samples.read(COLUMNS), ids, [1, 4], seed=0)

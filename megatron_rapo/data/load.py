@@ -208,10 +208,29 @@ def load_training_prompts(
         load_source(config, source, tokenizer, table, split="train", count=None, judge=judge)
         for source, table in zip(sources, config.training_tables, strict=True)
     )
+    sets, held_out = _hold_out(sets, config.demonstrations)
     for prompts, share, table in zip(sets, shares, config.training_tables, strict=True):
         _require_enough(config, prompts, share)
         _require_columns(config, prompts, table)
-    return TrainingPrompts(sets, shares, tuple(getattr(source, "shuffle", True) for source in sources))
+    shuffled = tuple(getattr(source, "shuffle", True) for source in sources)
+    return TrainingPrompts(sets, shares, shuffled, held_out)
+
+
+def _hold_out(
+    sets: tuple[PromptSet, ...], given: Demonstrations | None
+) -> tuple[tuple[PromptSet, ...], tuple[Prompt, ...]]:
+    """The sets without their last texts, and these."""
+    count = 0 if given is None else given.held_out
+    if not count:
+        return sets, ()
+    for prompts in sets:
+        if len(prompts) <= count:
+            raise RapoError(
+                f"algorithm.held_out = {count} leaves none of the {len(prompts)} texts of "
+                f"{prompts.report.source} to learn; lower it"
+            )
+    kept = tuple(PromptSet(prompts.prompts[:-count], prompts.report) for prompts in sets)
+    return kept, tuple(prompt for prompts in sets for prompt in prompts.prompts[-count:])
 
 
 def tool_schemas(config: RunConfig) -> list[Mapping[str, Any]]:

@@ -139,11 +139,13 @@ class TrainingPrompts:
         sets: of each source.
         shares: of each set in the prompts that are drawn; they sum to 1.
         shuffled: whether each set is drawn in a new order each epoch, or in its own.
+        held_out: of all sources, texts that are not learnt, but measured.
     """
 
     sets: tuple[PromptSet, ...]
     shares: tuple[float, ...]
     shuffled: tuple[bool, ...]
+    held_out: tuple[Prompt, ...] = ()
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
@@ -153,10 +155,12 @@ class TrainingPrompts:
     @property
     def report(self) -> str:
         """What became of each source's rows."""
+        held_out = f"\nheld out: {len(self.held_out)} texts" if self.held_out else ""
         if len(self.sets) == 1:
-            return str(self.sets[0].report)
+            return f"{self.sets[0].report}{held_out}"
         named = zip(self.sets, self.shares, strict=True)
-        return "\n".join(f"{one[0].source} ({share:.1%} of prompts): {one.report}" for one, share in named)
+        told = [f"{one[0].source} ({share:.1%} of prompts): {one.report}" for one, share in named]
+        return "\n".join(told) + held_out
 
 
 def _examples(rows: tuple[int, ...] | list[str]) -> str:

@@ -74,7 +74,8 @@ class Distill(Method):
         def without_effect(self) -> dict[str, str]:
             inert = super().without_effect()
             if self.learns_from == "samples":
-                inert |= dict.fromkeys(("solution", "turns"), 'learns_from is "samples"')
+                of_texts = ("solution", "turns", "held_out", "held_out_every")
+                inert |= dict.fromkeys(of_texts, 'learns_from is "samples"')
             else:
                 of_samples = ("policy_coefficient", "mask_truncated", "groups_without_variance")
                 inert |= dict.fromkeys(of_samples, 'learns_from = "solutions" samples nothing')

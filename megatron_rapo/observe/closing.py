@@ -29,7 +29,7 @@ def _rewards(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     sources = dict.fromkeys(name[1] for name in found if name)
     of_all = {"mean reward": "reward/mean", **{f"  {name}": f"reward/{name}/mean" for name in sources}}
     if not any("reward/mean" in line for line in metrics):  # texts were given
-        of_all = {"loss": "loss/total"}
+        of_all = {"loss": "loss/total", "held-out loss": "evaluate/loss"}
     return [f"{what}: {told}" for what, metric in of_all.items() if (told := _ends(metrics, metric))]
 
 

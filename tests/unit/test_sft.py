@@ -18,6 +18,7 @@ from megatron_rapo.data.load import load_training_prompts
 from megatron_rapo.data.order import order_of
 from megatron_rapo.data.tokenizer import load_tokenizer
 from megatron_rapo.errors import RapoError
+from megatron_rapo.evaluation.given_loss import GivenLoss
 from megatron_rapo.experience.batch import Batch, collect
 from megatron_rapo.experience.delivery import with_tokens
 from megatron_rapo.experience.given import Given, summarise_given
@@ -141,6 +142,39 @@ def test_each_steps_loss_is_that_of_transformers(
     assert told == {"loss", "optimizer"}, "no engine was asked, so nothing is told of it"
 
 
+def test_the_loss_on_held_out_texts_is_that_of_transformers(
+    model: Path, tmp_path: Path, placement: Placement
+) -> None:
+    """The last two that can be learnt, and no others; when it is due."""
+    run = config(model, tmp_path, algorithm={"held_out": 2, "held_out_every": 2})
+    prompts = load_training_prompts(run, load_tokenizer(run.model.path))
+    assert [prompt.index for prompt in prompts.held_out] == [5, 6]
+    assert {prompt.index for prompt in prompts.prompts} == {0, 1, 2, 3, 4}
+    assert prompts.report.endswith("held out: 2 texts")
+    policy = Policy(run.model, run.optimizer, read_architecture(model), placement, STEPS)
+    objective = Objective(
+        run.new_method(), temperature=1.0, vocabulary=VOCABULARY, group=placement.tensor_group
+    )
+    subject = GivenLoss(run, policy, objective, prompts.held_out)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    total, tokens = 0.0, 0
+    for prompt in prompts.held_out:
+        assert prompt.demonstration is not None
+        ids = torch.from_numpy(prompt.demonstration.token_ids).long()
+        learnt = torch.from_numpy(prompt.demonstration.trained)
+        with torch.no_grad():
+            loss = network(input_ids=ids[None], labels=torch.where(learnt, ids, -100)[None]).loss
+        total, tokens = total + loss.item() * int(learnt.sum()), tokens + int(learnt.sum())
+    assert subject.measure()["loss"] == pytest.approx(total / tokens, rel=1e-6)
+    assert [subject.due(step) for step in range(4)] == [True, False, True, True]
+
+
+def test_texts_must_be_left_to_learn(model: Path, tmp_path: Path) -> None:
+    run = config(model, tmp_path, algorithm={"held_out": 7})
+    with pytest.raises(RapoError, match=r"held_out = 7 leaves none of the 7 texts of .*; lower it"):
+        load_training_prompts(run, load_tokenizer(run.model.path))
+
+
 def test_a_mean_over_texts_is_another_loss(model: Path, tmp_path: Path, placement: Placement) -> None:
     run = config(model, tmp_path, algorithm={"loss_aggregation": "sequence_mean"})
     found, learnt = trained(run, placement)
@@ -177,6 +211,7 @@ def test_texts_are_drawn_anew_each_epoch_by_the_runs_seed(
         ({"observe": {"samples_every": 2}}, "observe.samples_every = 2 would have no effect"),
         ({"reward": {"workers": 3}}, "[reward] would have no effect"),
         ({"weights": {"transport": "disk"}}, "[weights] would have no effect"),
+        ({"algorithm": {"held_out_every": 2}}, "algorithm.held_out_every = 2 would have no effect"),
         ({"algorithm": {"mask_truncated": True}}, "algorithm.mask_truncated = True would have no effect"),
         ({"algorithm": {"importance_correction": "masked"}}, "no term of method sft reads importance"),
         ({"teacher": {"path": "t"}}, "no term of method sft reads a teacher"),
@@ -222,6 +257,11 @@ def test_a_gradient_of_0_is_told_without_rewards(
 def test_a_finished_run_tells_its_loss() -> None:
     lines = [{"step": step, "loss/total": loss} for step, loss in enumerate([2.0, 1.5, 1.0], 1)]
     assert metrics_summary(lines) == ["loss: 2.000 in the first step, 1.000 in the last"]
+    told = metrics_summary([{"step": 0, "evaluate/loss": 3.0}, {**lines[0], "evaluate/loss": 2.5}])
+    assert told == [
+        "loss: 2.000 in the only step",
+        "held-out loss: 3.000 in the first step, 2.500 in the last",
+    ]
 
 
 @pytest.mark.parametrize(("option", "value"), [("solution", "x"), ("turns", "last")])
