@@ -80,7 +80,7 @@ class Job:
 
     def begin(self) -> TrainState:
         """Takes up the newest checkpoint, or starts; the engines then serve these weights."""
-        checkpoint = self.checkpoints.newest()
+        checkpoint = self.checkpoints.newest_whole(self.placement)
         state = TrainState()
         with self.policy.onloaded():
             if checkpoint is not None:

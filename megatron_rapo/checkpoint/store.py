@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rapo.checkpoint import files
 from megatron_rapo.checkpoint.best import BestCheckpoint
+from megatron_rapo.checkpoint.checksums import Sums, damage_to, sums_of
 from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.config import RunConfig
 from megatron_rapo.errors import RapoError
@@ -32,6 +33,8 @@ from megatron_rapo.policy.policy import Policy
 
 # How optimizer shards are written so that they reload under another DP, TP and PP.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+_REMEDY = "remove it to go on from the one before"
 
 # What dist_checkpointing raises of a checkpoint that it cannot read; a lost peer is none of these.
 UNREADABLE = (CheckpointException, CheckpointingException, OSError, EOFError, pickle.UnpicklingError)
@@ -56,6 +59,30 @@ class CheckpointStore:
     def newest(self) -> Path | None:
         """The last complete checkpoint."""
         return files.newest(self.config.run.directory)
+
+    def newest_whole(self, placement: Placement) -> Path | None:
+        """The last checkpoint whose files are as they were saved; all ranks call it.
+
+        Damaged ones are told, and put aside under another name.
+
+        Raises:
+            RapoError: there are checkpoints, and all of them are damaged.
+        """
+        told: list[str] = []
+        for checkpoint in reversed(placement.share_from_main(files.complete(self.directory))):
+            damage = self._damage(checkpoint, placement)
+            if damage is None:
+                return checkpoint
+            aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
+            told.append(f"checkpoint {checkpoint} is damaged: {damage}")
+            if placement.is_main:
+                shutil.rmtree(aside, ignore_errors=True)
+                checkpoint.rename(aside)
+                print(f"warning: {told[-1]}; it is now {aside.name}", flush=True)
+        if told:
+            reasons = "\n".join(told)
+            raise RapoError(f"{reasons}\nno checkpoint is whole; remove {self.directory} to begin anew")
+        return None
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after the step, by `checkpoint.every` or by this process's clock."""
@@ -83,7 +110,7 @@ class CheckpointStore:
         if failure is None:
             failure = _write_shards(policy, partial)
         if failure is None:
-            failure = _on_main(placement, lambda: self._complete(partial, final, state))
+            failure = self._finish(partial, final, state, placement)
         if failure is not None:
             if placement.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -97,46 +124,60 @@ class CheckpointStore:
         """Fills the policy, saved under whatever layout, from a checkpoint. All ranks must call it.
 
         Raises:
-            RapoError: the checkpoint is of another run, or damaged.
+            RapoError: the checkpoint is of another run, or cannot be read. Bytes are not compared
+                (`newest_whole`).
         """
-        remedy = "remove it to go on from the one before"
         try:
-            record = json.loads((checkpoint / "run.json").read_text())
-            state, saved, files = TrainState(**record["state"]), record["must_match"], record["files"]
+            record = _record_of(checkpoint)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RapoError(f"checkpoint {checkpoint} is damaged (run.json: {error!r}); {remedy}") from error
+            raise RapoError(
+                f"checkpoint {checkpoint} is damaged ({files.RECORD}: {error!r}); {_REMEDY}"
+            ) from error
+        state, saved = TrainState(**record["state"]), record["must_match"]
         for name, value in self._must_match().items():
             if saved.get(name, value) != value:
                 raise RapoError(
                     f"checkpoint {checkpoint} was made with {name} = {saved[name]!r}, this run has "
                     f"{value!r}; restore it, or choose another run.directory"
                 )
-        found = _file_sizes(checkpoint)
-        for name, size in files.items():
-            if found.get(name) != size:
-                raise RapoError(
-                    f"checkpoint {checkpoint} is damaged: {name} has {found.get(name, 0)} of {size} bytes; "
-                    f"{remedy}"
-                )
         try:
             loaded = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(checkpoint))
         except UNREADABLE as error:
-            raise RapoError(f"checkpoint {checkpoint} cannot be read: {_reason(error)}; {remedy}") from error
+            raise RapoError(f"checkpoint {checkpoint} cannot be read: {_reason(error)}; {_REMEDY}") from error
         for key, chunk in zip(_chunk_keys(policy), policy.chunks, strict=True):
             chunk.load_state_dict(loaded[key], strict=True)
         policy.optimizer.load_state_dict(loaded["optimizer"])
         policy.go_to_update(state.step * self.config.updates_per_step)
         return state
 
-    def _complete(self, partial: Path, final: Path, state: TrainState) -> None:
+    def _damage(self, checkpoint: Path, placement: Placement) -> str | None:
+        """What is wrong with its files, the same on all ranks."""
+        found: Any = None  # its files, or why they are not known
+        if placement.is_main:
+            try:
+                found = _record_of(checkpoint)["files"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                found = f"{files.RECORD}: {error!r}"
+        found = placement.share_from_main(found)
+        return found if isinstance(found, str) else damage_to(checkpoint, found, placement)
+
+    def _finish(self, partial: Path, final: Path, state: TrainState, placement: Placement) -> str | None:
+        """Makes a checkpoint of the written files; what failed, on all ranks."""
+        try:
+            sums = sums_of(partial, placement)
+        except OSError as error:
+            return _reason(error)
+        return _on_main(placement, lambda: self._complete(partial, final, state, sums))
+
+    def _complete(self, partial: Path, final: Path, state: TrainState, sums: Sums) -> None:
         """Adds run.json, which makes a checkpoint of it, moves it into place, and removes old ones."""
         record = {
             "state": asdict(state),
             "must_match": self._must_match(),
             "model_path": str(self.config.model.path),  # whose tokenizer an export carries over
-            "files": _file_sizes(partial),
+            "files": sums,
         }
-        (partial / "run.json").write_text(json.dumps(record, indent=1))
+        (partial / files.RECORD).write_text(json.dumps(record, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         self._prune()
@@ -158,6 +199,17 @@ class CheckpointStore:
         for old in files.complete(self.directory)[: -self.config.checkpoint.keep]:
             if old.name != best:
                 shutil.rmtree(old)
+
+
+def _record_of(checkpoint: Path) -> dict[str, Any]:
+    """What its run.json says.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: it is damaged.
+    """
+    record: dict[str, Any] = json.loads((checkpoint / files.RECORD).read_text())
+    TrainState(**record["state"]), record["must_match"], record["files"]
+    return record
 
 
 def _chunk_keys(policy: Policy) -> list[str]:
@@ -245,11 +297,6 @@ def _on_main(placement: Placement, work: Callable[[], None]) -> str | None:
 def _make_empty(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-
-
-def _file_sizes(directory: Path) -> dict[str, int]:
-    """Bytes of each file in it."""
-    return {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
 
 
 def _reason(error: BaseException) -> str:

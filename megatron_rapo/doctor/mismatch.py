@@ -68,7 +68,7 @@ def examine_at(config: RunConfig, placement: Placement) -> list[Finding]:
             total_updates=config.decay_steps * config.updates_per_step,
         )
         checkpoints = CheckpointStore(config)
-        newest = checkpoints.newest()
+        newest = checkpoints.newest_whole(placement)
         version = 0 if newest is None else checkpoints.load(newest, policy).step
         policy.offload()  # there are no updates
         publisher = open_publisher(aside, policy, placement, engines, prompts, trusting=True)

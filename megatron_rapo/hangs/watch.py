@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -72,7 +72,7 @@ class Watch:
         self._ended.set()
         self._thread.join()
         self._opened.close()
-        if not any(self._folder.iterdir()):
+        with suppress(OSError):  # other ranks' files are there, or one of them was quicker
             self._folder.rmdir()
 
     def _run(self) -> None:

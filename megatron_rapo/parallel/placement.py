@@ -95,6 +95,12 @@ class Placement:
         dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]  # type: ignore[return-value]
 
+    def share_from_all(self, mine: T) -> list[T]:
+        """Every rank's object, by rank, on all ranks."""
+        shared: list[T] = [mine] * self.layout.world_size
+        dist.all_gather_object(shared, mine, group=self.host_group)
+        return shared
+
     def largest(self, mine: float) -> float:
         """The largest of all ranks' values, on all ranks."""
         value = torch.tensor(mine, dtype=torch.float64)

@@ -109,11 +109,12 @@ def test_the_same_layout_goes_on_bit_for_bit(measured: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("shard cut", r"is damaged: __0_0\.distcp has 100 of \d+ bytes; remove it"),
-        ("shard missing", r"is damaged: __0_0\.distcp has 0 of \d+ bytes; remove it"),
-        ("index missing", r"is damaged: \.metadata has 0 of \d+ bytes; remove it"),
-        ("index overwritten", r"cannot be read: .*; remove it"),
-        ("run.json cut", r"is damaged \(run\.json: .*; remove it"),
+        ("shard cut", r"is damaged: __0_0\.distcp has 100 of \d+ bytes\nno checkpoint is whole; remove"),
+        ("shard missing", r"is damaged: __0_0\.distcp cannot be read: No such file"),
+        ("index missing", r"is damaged: \.metadata cannot be read: No such file"),
+        ("index overwritten", r"is damaged: \.metadata has other contents than were saved \(crc32\)"),
+        ("bit flipped", r"is damaged: __2_0\.distcp has other contents than were saved \(crc32\)"),
+        ("run.json cut", r"is damaged: run\.json: JSONDecodeError"),
         (
             "another run's",
             r"was made with run\.seed = 1234, this run has 7; restore it, or choose another run\.dir",
@@ -255,15 +256,19 @@ def _converted(base: Path, weights: dict[str, dict[str, torch.Tensor]]) -> dict[
     return same
 
 
+DAMAGES = ["shard cut", "shard missing", "bit flipped", "index missing", "index overwritten", "run.json cut"]
+
+
 def _refusals(base: Path) -> dict[str, list[str]]:
     trainer = Trainer(config(base, "untied", layout("dp4")))
     messages = {}
-    for damage in ("shard cut", "shard missing", "index missing", "index overwritten", "run.json cut"):
+    for damage in DAMAGES:
         checkpoint = _copy(base, damage)
         if trainer.placement.is_main:
             _damage(checkpoint, damage)
         dist.barrier()
-        messages[damage] = _message(lambda c=checkpoint: trainer.store.load(c, trainer.policy))
+        store = CheckpointStore(config(base, "untied", layout("dp4"), run=damage))
+        messages[damage] = _message(lambda s=store: s.newest_whole(trainer.placement))
     for damage, options in (("another run's", {"seed": 7}), ("another optimizer's", {"distributed": False})):
         store = CheckpointStore(config(base, "untied", layout("dp4"), run="untied", **options))
         messages[damage] = _message(lambda s=store: s.load(s.newest(), trainer.policy))
@@ -284,6 +289,12 @@ def _damage(checkpoint: Path, damage: str) -> None:
         os.truncate(checkpoint / "__0_0.distcp", 100)
     elif damage == "shard missing":
         (checkpoint / "__0_0.distcp").unlink()
+    elif damage == "bit flipped":
+        with (checkpoint / "__2_0.distcp").open("r+b") as file:
+            file.seek(1000)
+            [byte] = file.read(1)
+            file.seek(1000)
+            file.write(bytes([byte ^ 4]))
     elif damage == "index missing":
         (checkpoint / ".metadata").unlink()
     elif damage == "index overwritten":

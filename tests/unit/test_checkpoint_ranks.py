@@ -55,7 +55,7 @@ def policy_of(place: Placement, words: list[str]) -> Any:
     log: list[Any] = []
     return SimpleNamespace(
         placement=SimpleNamespace(
-            is_main=place.is_main, share_from_main=place.share_from_main, gradient_group="gradient group"
+            **{name: getattr(place, name) for name in ALONE}, gradient_group="gradient group"
         ),
         chunks=[Chunk(word) for word in words],
         optimizer=Optimizer(),
@@ -63,6 +63,15 @@ def policy_of(place: Placement, words: list[str]) -> Any:
         go_to_update=log.append,
         log=log,
     )
+
+
+ALONE: dict[str, Any] = {
+    "is_main": True,
+    "rank": 0,
+    "layout": SimpleNamespace(world_size=1),
+    "share_from_main": lambda mine: mine,
+    "share_from_all": lambda mine: [mine],
+}
 
 
 @pytest.fixture
@@ -111,7 +120,7 @@ def test_every_chunk_gets_its_own_state_back(
 
     monkeypatch.setattr(dist_checkpointing, "save", save)
     monkeypatch.setattr(dist_checkpointing, "load", load)
-    place = cast(Any, SimpleNamespace(is_main=True, share_from_main=lambda mine: mine))
+    place = cast(Any, SimpleNamespace(**ALONE))
     store, policy = CheckpointStore(config), policy_of(place, words)
     store.save(policy, TrainState(4, 40))
     keys = ["model"] if len(words) == 1 else ["model0", "model1", "model2"]  # as Megatron-LM names them

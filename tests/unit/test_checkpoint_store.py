@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -131,14 +132,17 @@ def test_the_newest_and_the_best_are_kept(config: RunConfig, placement: Placemen
     assert names(store) == ["best.json", "step_000002", "step_000004"]
     assert json.loads((store.directory / "best.json").read_text())["step"] == 2
     record = json.loads((store.directory / "step_000004/run.json").read_text())
-    found = {path.name: path.stat().st_size for path in (store.directory / "step_000004").iterdir()}
-    assert record["files"] == {name: size for name, size in found.items() if name != "run.json"}
+    found = {path.name: path.read_bytes() for path in (store.directory / "step_000004").iterdir()}
+    found.pop("run.json")
+    assert record["files"] == {
+        name: {"bytes": len(content), "crc32": zlib.crc32(content)} for name, content in found.items()
+    }
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("shard", r"is damaged: \S+\.distcp has 100 of \d+ bytes; remove it to go on from the one before"),
+        ("shard", r"cannot be read: .*; remove it to go on from the one before"),
         ("record", r"is damaged \(run\.json: .*; remove it"),
         ("index", r"cannot be read: .*; remove it"),
         ("data", r"made with fingerprint of data = 'a', this run has 'b'; restore it, or choose another run"),
@@ -160,6 +164,45 @@ def test_what_does_not_fit_is_refused(
         (checkpoint / ".metadata").write_bytes(bytes((checkpoint / ".metadata").stat().st_size))
     with pytest.raises(RapoError, match=message):
         store.load(checkpoint, policy)
+
+
+def test_the_newest_whole_one_is_taken_and_damaged_ones_are_put_aside(
+    config: RunConfig, placement: Placement, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"keep": 3})})
+    policy, store = make_policy(config, placement), CheckpointStore(config)
+    assert store.newest_whole(placement) is None
+    for step in (1, 2, 3):
+        store.save(policy, TrainState(step, step))
+    assert store.newest_whole(placement) == store.directory / "step_000003"
+    shard = next((store.directory / "step_000003").glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    (store.directory / "step_000002/run.json").write_text("{}")
+    assert store.newest_whole(placement) == store.directory / "step_000001"
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[2] for line in told] == [
+        f"checkpoint {store.directory}/step_000003 is damaged: {shard.name} has other contents than were "
+        "saved (crc32); it is now damaged_step_000003",
+        f"checkpoint {store.directory}/step_000002 is damaged: run.json: KeyError('state'); "
+        "it is now damaged_step_000002",
+    ]
+    assert names(store) == ["damaged_step_000002", "damaged_step_000003", "step_000001"]
+
+
+def test_a_checkpoint_of_an_earlier_version_has_sizes_alone(config: RunConfig, placement: Placement) -> None:
+    policy, store = make_policy(config, placement), CheckpointStore(config)
+    store.save(policy, TrainState(1, 1))
+    record = json.loads((store.directory / "step_000001/run.json").read_text())
+    record["files"] = {name: saved["bytes"] for name, saved in record["files"].items()}
+    (store.directory / "step_000001/run.json").write_text(json.dumps(record))
+    assert store.newest_whole(placement) == store.directory / "step_000001"
+    os.truncate(next((store.directory / "step_000001").glob("*.distcp")), 100)
+    with pytest.raises(
+        RapoError, match=r"distcp has 100 of \d+ bytes\nno checkpoint is whole; remove .* anew"
+    ):
+        store.newest_whole(placement)
 
 
 def test_a_failed_save_tells_the_first_ranks_reason_and_leaves_nothing(
