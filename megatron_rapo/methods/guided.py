@@ -43,6 +43,14 @@ def text_of(problem: Problem, column: str) -> str | None:
     return text if isinstance(text, str) and text.strip() else None
 
 
+def texts_of(problem: Problem, column: str) -> list[str]:
+    """The texts that are not blank of a list that the problem's row has; none where it is missing."""
+    texts = problem.columns.get(column)
+    return (
+        [text for text in texts if isinstance(text, str) and text.strip()] if isinstance(texts, list) else []
+    )
+
+
 def beginning(text: str, share: float) -> str:
     """The first characters of a text, rounded."""
     return text[: round(len(text) * share)]

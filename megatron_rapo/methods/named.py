@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from megatron_rapo.methods.ampo import AMPO
 from megatron_rapo.methods.aspo import ASPO
 from megatron_rapo.methods.bapo import BAPO
 from megatron_rapo.methods.c_grpo import CGRPO
+from megatron_rapo.methods.clpo import CLPO
 from megatron_rapo.methods.copg import CoPG
 from megatron_rapo.methods.critique_grpo import CritiqueGRPO
 from megatron_rapo.methods.d3s import D3S
@@ -36,12 +38,14 @@ from megatron_rapo.methods.open_rs import OpenRS
 from megatron_rapo.methods.otc import OTC
 from megatron_rapo.methods.polychromic import Polychromic
 from megatron_rapo.methods.rapo import RAPO
+from megatron_rapo.methods.rex_rag import RexRAG
 from megatron_rapo.methods.riskpo import RiskPO
 from megatron_rapo.methods.rloo import RLOO
 from megatron_rapo.methods.sage import SAGE
 from megatron_rapo.methods.scaf_grpo import ScafGRPO
 from megatron_rapo.methods.sft import SFT
 from megatron_rapo.methods.tapo import TAPO
+from megatron_rapo.methods.xrpo import XRPO
 from megatron_rapo.methods.zero_success import ZeroSuccess
 
 METHODS: Mapping[str, type[Method]] = {
@@ -83,5 +87,9 @@ METHODS: Mapping[str, type[Method]] = {
     "critique_grpo": CritiqueGRPO,
     "expo": ExPO,
     "icpo": ICPO,
+    "ampo": AMPO,
+    "rex_rag": RexRAG,
+    "clpo": CLPO,
+    "xrpo": XRPO,
 }
 """By what `algorithm.method` calls them."""

@@ -340,6 +340,130 @@ def icpo(o: dict[str, Any]) -> Formula:
     return paper
 
 
+# Teachers
+
+
+def teacher(number: int) -> Guide:
+    return Guide(response=f"t{number}", name=f"teacher {number}")
+
+
+def ampo_groups() -> list[Group]:
+    failed = [an_episode(0, n) for n in (3, 5, 2, 6)]
+    taught = [an_episode(float(n != 4), n, teacher(n)) for n in (7, 4, 2, 3)]
+    return [
+        a_group(*failed, *taught),
+        a_group(an_episode(1, 3), an_episode(0, 5), an_episode(1, 2), an_episode(0, 9), number=1),
+        a_group(*failed, an_episode(0, 4, teacher(0)), number=2),
+    ]
+
+
+def ampo(o: dict[str, Any]) -> Formula:
+    def paper(groups: list[list[Said]]) -> Tensor:
+        k, losses = o.get("replaced", 1), []
+        for group in groups:
+            right = [said for said in group[4:] if said.scored.reward == 1]
+            likely = sorted(right, key=lambda said: -float(said.old.mean()))[:k]
+            mixed = [*group[: 4 - len(likely)], *likely]
+            for said, advantage in zip(mixed, standardised(rewards(mixed)), strict=True):
+                if said.scored.guide.response is None:
+                    losses.append(surrogate(said, advantage, o.get("clip_low", 0.2), o.get("clip_high", 0.2)))
+                    continue
+                x = said.log_prob.exp()
+                losses.append(-x / (x + o.get("shaping", 0.1)) * advantage)
+        return mean_of_responses(losses)
+
+    return paper
+
+
+# Probes
+
+
+def rex_groups() -> list[Group]:
+    probe = Guide(begins="cut", name="probe")
+    return [
+        a_group(
+            *(an_episode(float(n > 4), n, text=f"r{n}") for n in (3, 5, 2, 6)),
+            an_episode(1, 4, probe),
+            an_episode(0, 2, probe),
+        ),
+        a_group(*(an_episode(1, n) for n in (3, 5, 2)), an_episode(0, 4), number=1),
+    ]
+
+
+def rex_rag(o: dict[str, Any]) -> Formula:
+    def paper(groups: list[list[Said]]) -> Tensor:
+        losses = []
+        for group, alpha in zip(groups, (2 / 6, 0.0), strict=True):
+            for said, advantage in zip(group, standardised(rewards(group)), strict=True):
+                mixture = said.old.exp() * (1.0 if said.scored.guide.begins else 1 - alpha)
+                v = said.log_prob.exp() / mixture
+                bounded = v.clamp(1 - o.get("clip_low", 0.2), 1 + o.get("clip_high", 0.2))
+                losses.append(-torch.minimum(v * advantage, bounded * advantage))
+        return torch.cat(losses).mean()
+
+    return paper
+
+
+# Rewordings
+
+
+def clpo_groups() -> list[Group]:
+    def asked(name: str) -> Guide:
+        return Guide(question="reworded", keeps_prompt=True, name=name)
+
+    return [
+        a_group(
+            *(an_episode(float(n > 5), n) for n in (3, 5, 2, 6)),
+            an_episode(0, 4, asked("rewording"), text="new"),
+            *(an_episode(float(n > 3), n, asked("reworded")) for n in (3, 5, 2, 6)),
+        ),
+        a_group(*(an_episode(float(n > 3), n) for n in (3, 5, 2, 6)), number=1),
+        a_group(an_episode(0, 3), an_episode(0, 2), an_episode(0, 7), an_episode(0, 5), number=2),
+    ]
+
+
+def clpo(o: dict[str, Any]) -> Formula:
+    def paper(groups: list[list[Said]]) -> Tensor:
+        losses = []
+        for group, rate in zip(groups, (0.25, 0.5, 0.0), strict=True):
+            beta = o.get("divergence_coefficient", 0.04) if rate <= o.get("hard", 0.3) else 0.0
+            for part in (group[:4], group[5:]):
+                for said, advantage in zip(part, standardised(rewards(part)) if part else [], strict=True):
+                    value = surrogate(said, advantage, o.get("clip_low", 0.2), o.get("clip_high", 0.2))
+                    losses.append(value + beta * k3(said))
+        return mean_of_responses(losses)
+
+    return paper
+
+
+# Where uncertainty falls
+
+
+def xrpo_groups() -> list[Group]:
+    return [
+        a_group(*(an_episode(float(n > 2), n, text=f"r{n}") for n in (3, 5, 2, 6, 1))),
+        a_group(*(an_episode(float(n > 5), n) for n in (3, 5, 6)), number=1),
+        a_group(an_episode(0, 3), an_episode(0, 2), number=2),
+    ]
+
+
+def xrpo(o: dict[str, Any]) -> Formula:
+    def paper(groups: list[list[Said]]) -> Tensor:
+        losses = []
+        for group in groups:
+            likely = [float(said.engine.mean()) for said in group]
+            advantages = standardised(rewards(group))
+            for said, own, advantage in zip(group, likely, advantages, strict=True):
+                if said.scored.reward == 1 and advantage > 0:
+                    rarity = math.exp(sum(likely) / len(likely) - own) - 1
+                    bonus = max(o.get("sharpening", 0.5) * rarity, 0.0)
+                    advantage += min(bonus, o.get("largest_bonus", 0.5) * advantage)
+                losses.append(surrogate(said, advantage, o.get("clip_low", 0.2), o.get("clip_high", 0.2)))
+        return mean_of_responses(losses)
+
+    return paper
+
+
 @dataclass(frozen=True)
 class Case:
     """A method's proof.
@@ -386,6 +510,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "algorithm:critique_grpo": [{"shaping": 0.5}, {"refinements": 2}, {"refinements": 3}],
     "algorithm:expo": [{"explanation_coefficient": 0.7}, {"divergence_coefficient": 0.1}, *CLIPS],
     "algorithm:icpo": [{"shaping": 0.5}, {"bonus": 0.6}, *CLIPS],
+    "algorithm:ampo": [{"replaced": 2}, {"replaced": 3}, {"shaping": 0.5}, *CLIPS],
+    "algorithm:rex_rag": CLIPS,
+    "algorithm:clpo": [{"hard": 0.2}, {"divergence_coefficient": 0.3}, *CLIPS],
+    "algorithm:xrpo": [{"sharpening": 0.2}, {"largest_bonus": 0.1}, *CLIPS],
 }
 CASES = {
     "hpt": Case(
@@ -471,6 +599,43 @@ CASES = {
             ("or solved(one)", "or True"),
             ("bonus * np.array", "0.5 * bonus * np.array"),
             ("1.0 - self._steps", "0.5 - self._steps"),
+        ],
+    ),
+    "ampo": Case(
+        ampo,
+        ampo_groups,
+        [
+            ("-means[n]", "means[n]"),
+            ("row[n] / lengths[n]", "row[n]"),
+            ("return weights / total if total > 0 else weights", "return weights"),
+            ("own[: len(own) - len(taught)]", "own"),
+            ("row[place] = row[taught[0]]", "row[place] = 1.0"),
+        ],
+    ),
+    "rex_rag": Case(
+        rex_rag,
+        rex_groups,
+        [
+            ('- token.marks["mixture"]', '+ token.marks["mixture"]'),
+            ("if flag else 0.0", "if not flag else 0.0"),
+        ],
+    ),
+    "clpo": Case(
+        clpo,
+        clpo_groups,
+        [
+            ('_of(groups, "", "reworded")', '_of(groups, "", "reworded", "rewording")'),
+            ("float(success_rate(group) <=", "float(success_rate(group) >="),
+            ('for name in ("", "reworded"):', 'for name in ("",):'),
+        ],
+    ),
+    "xrpo": Case(
+        xrpo,
+        xrpo_groups,
+        [
+            ("- likely) - 1.0", "+ likely) - 1.0"),
+            ("if solved(one) and row[place] > 0", "if row[place] > -9"),
+            ("min(bonus,", "max(bonus,"),
         ],
     ),
 }
@@ -617,6 +782,82 @@ def test_icpo_shows_examples_to_some_and_its_bonus_fades() -> None:
     seen = [float(fading.advantages(groups)[0][3]) for _ in range(4)]
     assert seen[0] > seen[1] > seen[2] == seen[3]
     assert seen[:3] == pytest.approx([standardised([1, 0, 0, 1 + bonus])[3] for bonus in (1.0, 0.5, 0.0)])
+
+
+def test_ampo_asks_teachers_where_all_failed() -> None:
+    method, texts = a_method("ampo"), ["a", " ", "b", 3]
+    right = a_group(an_episode(1, 3), an_episode(0, 3), teacher_responses=texts)
+    asked = method.ask([failed(teacher_responses=texts), right, failed(), failed(teacher_responses="a")])
+    assert [[guide.response for guide in guides] for guides in asked] == [["a", "b"], [], [], []]
+    assert method.ask([failed(asked[0][0], teacher_responses=texts)]) == [[]]
+    other = a_method("ampo", teachers_field="experts")
+    assert other.columns == ["experts"]
+    assert wanted(other, failed(experts=["a"])) == [["teacher 0"]]
+
+
+def test_rex_rag_continues_the_first_wrong_responses_after_a_phrase() -> None:
+    method = a_method("rex_rag", probes=0.5, kept=0.75, phrases=["?", "!"])
+    wrong = [an_episode(0, 3, text=text) for text in ("abcd", "efgh", "ijkl")]
+    group = a_group(an_episode(1, 3, text="mnop"), *wrong, an_episode(None, 3))
+    assert [guide.begins for guide in method.ask([group])[0]] == ["abc?", "efg!"]
+    assert method.ask([failed(Guide(begins="ab?", name="probe"))]) == [[]]
+    assert a_method("rex_rag", probes=0.0).ask([group]) == [[]]
+
+
+def test_clpo_has_problems_reworded_that_are_not_easy_and_answers_them() -> None:
+    prompts = {"simplify_prompt": "S {answer}: {question}", "reword_prompt": "R {answer}: {question}"}
+    method = a_method("clpo", **prompts)
+
+    def rate(right: int) -> Group:
+        return a_group(*(an_episode(float(n < right), 3) for n in range(4)))
+
+    asked = method.ask([rate(1), rate(2), rate(3)])
+    questions = [[guide.question for guide in guides] for guides in asked]
+    assert questions == [["S 2: 1+1"], ["R 2: 1+1"], []]
+    assert a_method("clpo", medium=0.8, **prompts).ask([rate(3)])[0][0].question == "R 2: 1+1"
+    reworded = replace(
+        rate(1), episodes=(*rate(1).episodes, an_episode(0, 3, asked[0][0], text=" one and one "))
+    )
+    again = Guide(question="one and one", keeps_prompt=True, name="reworded")
+    assert method.ask([reworded]) == [[again] * 4]
+    silent = replace(reworded, episodes=(*rate(1).episodes, an_episode(0, 3, asked[0][0], text=" ")))
+    done = replace(reworded, episodes=(*reworded.episodes, an_episode(0, 3, again)))
+    assert method.ask([silent, done]) == [[], []]
+
+
+def test_xrpo_samples_most_where_it_is_uncertain() -> None:
+    method = a_method("xrpo", responses=8, rounds=2, exploration=0.0)
+    assert [len(guides) for guides in method.ask([a_group(), a_group()])] == [4, 4]
+    mixed = a_group(*(an_episode(float(n < 2), 3) for n in range(4)))
+    assert [len(guides) for guides in method.ask([failed(), mixed])] == [0, 4]
+    later = replace(mixed, episodes=mixed.episodes * 3)
+    assert [len(guides) for guides in method.ask([failed(), later])] == [0, 0], "the budget is spent"
+    equal = a_method("xrpo", responses=8, rounds=1, exploration=9.0).ask([failed(), mixed])
+    assert [len(guides) for guides in equal] == [4, 4]
+    few = a_method("xrpo", responses=8, base=0.25).ask([a_group()])
+    assert len(few[0]) == 2
+    # A wide interval makes the uncertain prompt gain more; a narrow one leaves it to who has few responses.
+    narrow, wide = (
+        a_method("xrpo", responses=8, rounds=8, exploration=0.4, confidence=c) for c in (0.1, 0.95)
+    )
+    small = a_group(an_episode(0, 3), an_episode(0, 3), an_episode(0, 3))
+    assert [len(guides) for guides in narrow.ask([small, mixed])] == [1, 0]
+    assert [len(guides) for guides in wide.ask([small, mixed])] == [0, 1]
+
+
+def test_xrpo_puts_solved_problems_in_front_of_those_that_never_were() -> None:
+    method = a_method("xrpo", responses=8, seeds=1)
+    assert set(method.ask([failed()])[0]) == {Guide()}, "there is no seed yet"
+    solved = [
+        a_group(an_episode(1, 3, text=q), an_episode(0, 3), question=q, number=n) for n, q in enumerate("ab")
+    ]
+    method.advantages(solved)
+    seeded = Guide(question="b\nb\n\n1+1", keeps_prompt=True, name="seeded")
+    assert set(method.ask([failed()])[0]) == {seeded}
+    resumed = a_method("xrpo", responses=8, seeds=1)
+    resumed.restore(method.state())
+    assert resumed.ask([failed()]) == method.ask([failed()])
+    assert set(a_method("xrpo", responses=8, seeds=0).ask([failed()])[0]) == {Guide()}
 
 
 def test_empo_calls_for_other_groups_in_place_of_those_it_leaves_out() -> None:
