@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_rapo.config.load import load_config
 from megatron_rapo.data.batching import Sample
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.data.tasks import countdown
+from megatron_rapo.data.token_texts import TokenTexts
 from megatron_rapo.engines.sglang.client import SGLangClient
 from megatron_rapo.environments.opening import open_environment
 from megatron_rapo.environments.runner import Runner
@@ -26,6 +28,7 @@ from megatron_rapo.experience.sharing import Shared
 from megatron_rapo.experience.summary import summarise
 from megatron_rapo.methods.advantages import standardised
 from megatron_rapo.policy.batch import make_samples
+from megatron_rapo.report.responses import EvaluatedSamples, Sampled, browse
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.requests import Sampling
 from tests.dialogues import tiny
@@ -166,6 +169,11 @@ def test_an_evaluation_counts_episodes(tmp_path: Path, monkeypatch: pytest.Monke
         assert row["given"] == sum(np.isnan(one).sum() for one in parts) - sum(
             np.isnan(parts[0]) if parts else []
         )
+    browser = browse([Sampled("base", "countdown", EvaluatedSamples(stored), TokenTexts(tiny()))])
+    json.dumps(browser.data, allow_nan=False)  # what the page reads
+    responses = [one for problem in browser.data["problems"] for one in problem["responses"]]
+    several = [one for one in responses if "starts" in one]
+    assert several and all(one["given"] == one["log_probs"].count(None) > 0 for one in several)
 
 
 def samples(groups: list[Group], **options: Any) -> list[Sample]:

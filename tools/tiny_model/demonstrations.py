@@ -18,10 +18,15 @@ from megatron_rapo.data.tasks.problem import split_of
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A prompt, and what the model should learn to answer."""
+    """A prompt, and what the model should learn to answer.
+
+    Attributes:
+        given: characters of the response that are given, from and to: they are not learned.
+    """
 
     question: str
     response: str
+    given: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -62,9 +67,13 @@ class Demonstrations:
     def guess(self, rng: random.Random) -> Demonstration:
         """Such as ` 12-7+3`: the numbers of a solvable problem in any order, with any operators."""
         question = self.worked(rng).question
+        return Demonstration(question, self.guess_of(rng, question))
+
+    def guess_of(self, rng: random.Random, question: str) -> str:
+        """A quick guess at this problem."""
         numbers = [int(number) for number in question.partition("=")[0].split()]
         rng.shuffle(numbers)
-        return Demonstration(question, " " + _expression(numbers, self._operators(rng)))
+        return " " + _expression(numbers, self._operators(rng))
 
     def _operators(self, rng: random.Random) -> list[str]:
         return ["*" if rng.random() < self.multiplying else rng.choice("+-") for _ in range(self.numbers - 1)]

@@ -7,15 +7,23 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from tiny_model.demonstrations import Demonstration, Demonstrations
+from tiny_model.demonstrations import Demonstration
 
 _IGNORED = -100  # cross_entropy's label for tokens that are not learned: prompts and padding
+
+
+class Source(Protocol):
+    """Where demonstrations come from."""
+
+    def mixture(self, rng: random.Random, worked_share: float, /) -> Iterator[Demonstration]:
+        """Without end; such as take more than a guess with this probability."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
 def train(
     model: Qwen2ForCausalLM,
     tokenizer: Qwen2Tokenizer,
-    demonstrations: Demonstrations,
+    demonstrations: Source,
     recipe: Recipe,
     seed: int,
 ) -> Iterator[float]:
@@ -112,16 +120,18 @@ def build_optimizers(model: Qwen2ForCausalLM) -> list[torch.optim.Optimizer]:
 def collate(batch: list[Demonstration], tokenizer: Qwen2Tokenizer) -> tuple[Tensor, Tensor]:
     """Token ids and labels, `[batch, longest]` int64, padded on the right.
 
-    Labels are the response's tokens with its end of sequence; prompts and padding are not learned.
-    Attention is causal, so that padding on the right needs no mask.
+    Labels are the response's tokens with its end of sequence; prompts, what is given in a response, and
+    padding are not learned. Attention is causal, so that padding on the right needs no mask.
     """
     prompts = [tokenizer.encode(item.question) for item in batch]
     responses = [[*tokenizer.encode(item.response), tokenizer.eos_token_id] for item in batch]
     longest = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
     token_ids = torch.full((len(batch), longest), tokenizer.pad_token_id)
     labels = torch.full((len(batch), longest), _IGNORED)
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+    for row, (item, prompt, response) in enumerate(zip(batch, prompts, responses, strict=True)):
         start, end = len(prompt), len(prompt) + len(response)
         token_ids[row, :end] = torch.tensor(prompt + response)
         labels[row, start:end] = torch.tensor(response)
+        first, behind = item.given
+        labels[row, start + first : start + behind] = _IGNORED
     return token_ids, labels
