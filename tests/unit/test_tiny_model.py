@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -14,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_rapo.config import ArithmeticData, CountdownData
+from megatron_rapo.config import ArithmeticData, CountdownData, load_config
 from megatron_rapo.data.tasks import arithmetic, countdown
 from megatron_rapo.data.tasks.problem import split_of
 from megatron_rapo.evaluation.pass_at_k import pass_at_k
+from megatron_rapo.tools.calculator import calculator
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "examples" / "models" / "tiny-countdown"
@@ -28,6 +30,7 @@ from tiny_model.demonstrations import Demonstration, Demonstrations  # noqa: E40
 from tiny_model.measuring import count_correct  # noqa: E402
 from tiny_model.tokenizer import build_tokenizer  # noqa: E402
 from tiny_model.training import Recipe, build_model, collate, train  # noqa: E402
+from tiny_model.turns import Calls, Retries  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +172,43 @@ def test_training_learns_and_repeats_bit_for_bit(tokenizer, one_thread):
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert abs(losses[0] - math.log(len(tokenizer))) < 0.2
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_of_calls_what_the_calculator_answers_is_not_learned(tokenizer):
+    """A call and an answer as `examples/tools` has them; what a line has before `=` is calculated."""
+    source = Calls.of(ArithmeticData(source="arithmetic", digits=3, problems=50), seed=0)
+    batch = list(itertools.islice(source.mixture(random.Random(0), 0.5), 40))
+    token_ids, labels = collate(batch, tokenizer)
+    called = 0
+    for row, item in enumerate(batch):
+        learned = tokenizer.decode(labels[row][labels[row] != -100])
+        given = item.response[slice(*item.given)]
+        assert learned == item.response.replace(given, "", 1) + "<|endoftext|>"
+        answer = calculator(item.question.removesuffix("="))
+        assert item.response.removeprefix(f"{item.question}{given}") == rf"\boxed{{{answer}}}"
+        if given:
+            called += 1
+            assert given == f"{answer}\n"
+        assert tokenizer.decode(token_ids[row], skip_special_tokens=True) == item.question + item.response
+    assert 0 < called < 40
+
+
+def test_retries_are_written_as_countdown_turns_does():
+    """Questions before the last are the same, each with a guess that misses and what it comes to."""
+    options = load_config([ROOT / "examples/turns/run.toml"]).environment.options
+    base = Demonstrations(3, 25, 0.0)
+    failed = 0
+    for item in itertools.islice(Retries(base).mixture(random.Random(0), 0.5), 60):
+        question = item.question.rpartition("\n")[2]
+        numbers, _, target = question.rstrip(":").partition("=")
+        answer = countdown.pose([int(number) for number in numbers.split()], int(target)).answer
+        rest = item.question
+        while rest != question:
+            guess, _, behind = rest.removeprefix(question).partition("<|endoftext|>")
+            value = countdown.comes_to(guess, answer)
+            assert value is not None and value != int(target)
+            verdict = options["wrong"].format(value=value, question=question)
+            assert behind.startswith(verdict)
+            rest = question + behind.removeprefix(verdict)
+            failed += 1
+    assert 30 < failed < 90

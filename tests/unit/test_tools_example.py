@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rapo.cli import main
+from megatron_rapo.config import load_config
 from tests.dialogues import tiny
 from tests.stand_in import StandIn, stand_ins
 
@@ -75,3 +76,12 @@ def test_the_examples_own_tests_pass() -> None:
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_calculator_is_laid_over_the_sums() -> None:
+    folder = ROOT / "examples/tools"
+    alone = load_config([folder / "sums.toml"])
+    both = load_config([folder / "sums.toml", folder / "calculator.toml"])
+    assert (alone.environment.use, both.environment.use) == ("single_turn", "tool_use")
+    assert both.run.directory != alone.run.directory
+    assert both.rollout == alone.rollout and both.optimizer == alone.optimizer
