@@ -5,8 +5,9 @@
 # make test-docker  run the steps of both Dockerfiles in a Debian root (root, debootstrap; 5 minutes)
 # make install   into .venv, versions pinned by constraints.txt
 # make sglang    a real SGLang on CPU into .venv-sglang, for tests/engines; they skip where it cannot be had
+# make verifiers  the package verifiers into .venv-verifiers, for tests/verifiers; they skip where it is not
 # make lint      style and types alone
-# make clean     remove .venv, .venv-sglang and caches; runs/ stays
+# make clean     remove .venv, .venv-sglang, .venv-verifiers and caches; runs/ stays
 
 PYTHON ?= python3.11
 
@@ -19,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 # those that start runs of several ranks come after.
 SIDE_BY_SIDE = --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-slurm test-docker lint install sglang clean
+.PHONY: demo test test-all test-slurm test-docker lint install sglang verifiers clean
 
 demo: install
 	examples/run_cpu.sh
@@ -27,7 +28,7 @@ demo: install
 test: lint sglang
 	@failed=0; set -x; \
 	.venv/bin/pytest $(SIDE_BY_SIDE) $(MARKED) tests/slurm tests/engines tests/unit tests/containers || failed=1; \
-	.venv/bin/pytest $(SIDE_BY_SIDE) $(MARKED) tests/distributed tests/end_to_end || failed=1; \
+	.venv/bin/pytest $(SIDE_BY_SIDE) $(MARKED) tests/distributed tests/end_to_end tests/verifiers || failed=1; \
 	exit $$failed
 
 test-all: MARKED = -m ''
@@ -68,6 +69,14 @@ sglang: .venv-sglang/installed
 		rm -rf .venv-sglang; \
 		echo "note: SGLang cannot be installed; the tests that need it will skip" >&2; }
 
+verifiers: .venv-verifiers/installed
+
+.venv-verifiers/installed: constraints-verifiers.txt
+	rm -rf .venv-verifiers
+	$(PYTHON) -m venv .venv-verifiers
+	.venv-verifiers/bin/pip install --quiet --requirement constraints-verifiers.txt
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-sglang .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-sglang .venv-verifiers .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find megatron_rapo tests tools -name __pycache__ -prune -exec rm -r {} +

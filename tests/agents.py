@@ -22,12 +22,12 @@ def ask(episode: Any, token_ids: list[int], **params: Any) -> list[int]:
         return json.load(answer)["choices"][0]["token_ids"]
 
 
-def turns(episode: Any, count: int = 3, given: int = 9) -> dict:
+def turns(episode: Any, count: int = 3, given: int = 9, most: int = 2) -> dict:
     """So many turns, with a token given between two."""
     tokens = episode.problem["token_ids"]
     for number in range(count):
         tokens = tokens + [given] * bool(number)
-        tokens = tokens + ask(episode, tokens, max_tokens=2)
+        tokens = tokens + ask(episode, tokens, max_tokens=most)
     facts = {"tokens": len(tokens), "level": episode.problem["columns"].get("level", 0)}
     return {"reward": 0.25, "facts": facts, "answer": "what it says"}
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 FOREIGN = Path(__file__).parent / "foreign"
 _OF_THIS_PYTHON = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "PYTHONNOUSERSITE", "PYTHONSTARTUP")
@@ -21,15 +19,15 @@ class Plan:
         address: `module:name` of a function, or of a class with `play`.
         python: the interpreter.
         code: folders with modules, first on its path.
-        arguments: of the function or class.
+        arguments: of the function or class, as JSON.
         grace_s: seconds in which it may end by itself.
         option: that names the program, for errors.
     """
 
     address: str
     python: Path
-    code: Sequence[Path] = ()
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    code: tuple[Path, ...] = ()
+    arguments: str = "{}"
     grace_s: float = 5.0
     option: str = "environment.options.program"
 
@@ -42,7 +40,7 @@ class Plan:
     def first_line(self) -> bytes:
         """What the process is told first."""
         code = [str(folder) for folder in self.code]
-        told = {"address": self.address, "code": code, "arguments": dict(self.arguments)}
+        told = {"address": self.address, "code": code, "arguments": json.loads(self.arguments)}
         return json.dumps(told).encode() + b"\n"
 
     @property

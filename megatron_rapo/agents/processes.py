@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,8 +64,9 @@ class _Place:
             await process.aclose()
 
 
+@functools.cache
 def check_program(plan: Plan) -> None:
-    """Loads the program in a process of its own, and ends it.
+    """Loads the program in a process of its own, and ends it; once a process, as it may take long.
 
     Raises:
         RapoError: it cannot be loaded.

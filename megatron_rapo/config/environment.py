@@ -39,6 +39,11 @@ class EnvironmentOptions(Section):
         """Whether episodes can have the environment's own score, in place of the configured reward."""
         return self.use not in ("single_turn", "tool_use")
 
+    @property
+    def scores_all(self) -> bool:
+        """Whether all episodes have the environment's own score, so that no gold answer is read."""
+        return self.use == "verifiers"
+
     def without_effect(self) -> dict[str, str]:
         inert = {} if self.use == "tool_use" else {"tools": 'use is not "tool_use"'}
         if self.use == "single_turn":

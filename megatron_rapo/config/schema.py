@@ -169,7 +169,7 @@ class RunConfig(Section):
 
     def needs_answers(self, data: Data) -> bool:
         """Whether what rewards responses to a data set reads gold answers."""
-        return self.verifier_of(data).needs_answers
+        return self.verifier_of(data).needs_answers and not self.environment.scores_all
 
     @property
     def evaluation_settings(self) -> list[Setting]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -66,7 +67,7 @@ class Program:
             RapoError: there is no such interpreter or program, or it cannot be loaded.
         """
         python = options.python or Path(sys.executable)
-        plan = Plan(options.program, python, config.run.code, options.arguments)
+        plan = Plan(options.program, python, tuple(config.run.code), json.dumps(options.arguments))
         return cls.of(plan, options, config)
 
     @classmethod
@@ -82,7 +83,7 @@ class Program:
         check_interpreter(plan.python)
         plan = replace(plan, grace_s=min(plan.grace_s, config.environment.time_limit_s / 2))
         environment = RankEnvironment.read()
-        if environment is None or environment.rank == 0:  # once a job, as it may take long
+        if environment is None or environment.rank == 0:
             check_program(plan)
         rows = read_architecture(config.model.config or config.model.path).vocabulary
         vocabulary = vocabulary_size(load_tokenizer(config.model.path), rows)

@@ -53,8 +53,8 @@ def plan_of(config: RunConfig, options: Verifiers.Options) -> Plan:
         "max_turns": config.environment.max_turns,
     }
     address = "verifiers_player:Player"
-    code = [*config.run.code, FOREIGN]
-    return Plan(address, options.python, code, arguments, option="environment.options.env")
+    code = (*config.run.code, FOREIGN)
+    return Plan(address, options.python, code, json.dumps(arguments), option="environment.options.env")
 
 
 def write_tasks(config: RunConfig, count: int, output: Path) -> int:
@@ -70,7 +70,7 @@ def write_tasks(config: RunConfig, count: int, output: Path) -> int:
     options = checked_options(Verifiers.Options, "verifiers", config.environment.options)
     plan = plan_of(config, options)
     check_interpreter(plan.python)
-    told = {"arguments": plan.arguments, "count": count, "output": str(output.absolute())}
+    told = {"arguments": json.loads(plan.arguments), "count": count, "output": str(output.absolute())}
     script = FOREIGN / "verifiers_player.py"
     try:
         done = subprocess.run(

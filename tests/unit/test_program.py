@@ -26,7 +26,7 @@ from megatron_rapo.environments.opening import open_environment
 from megatron_rapo.environments.program import Program
 from megatron_rapo.environments.runner import Runner
 from megatron_rapo.environments.running import EpisodeRunner
-from megatron_rapo.environments.verifiers import Verifiers
+from megatron_rapo.environments.verifiers import Verifiers, write_tasks
 from megatron_rapo.episode.episode import ScoredEpisode
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
@@ -213,6 +213,17 @@ def test_an_agent_keeps_what_it_opened_and_leaves_no_process(
     assert sorted(one.reward or 0 for one in episodes) == [1, 2, 3, 4, 5, 6], "one object plays all"
     assert (tmp_path / "closed").read_text() == "6"
     assert not [p for p in psutil.process_iter(["cmdline"]) if duration in (p.info["cmdline"] or [])]
+
+
+def test_verifiers_rewards_itself_and_has_tasks(model: Path, tmp_path: Path) -> None:
+    run = config(model, "turns")
+    use = run.environment.model_copy(update={"use": "verifiers", "options": {}})
+    itself = run.model_copy(update={"environment": use})
+    assert run.needs_answers(run.data) and not itself.needs_answers(run.data)
+    with pytest.raises(RapoError, match=r'environment.use = "program" has no tasks of its own'):
+        write_tasks(run, 1, tmp_path / "tasks.jsonl")
+    with pytest.raises(RapoError, match=r"environment.options.env is missing; set it; verifiers has the"):
+        write_tasks(itself, 1, tmp_path / "tasks.jsonl")
 
 
 def test_what_cannot_be_loaded_is_told_before_the_run(model: Path) -> None:

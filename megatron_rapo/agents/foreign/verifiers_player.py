@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -58,7 +60,8 @@ class Player:
             data = task.data
             question = data.prompt_text or data.description or data.name or f"task {data.idx}"
             name = data.id or data.name or str(data.idx)
-            yield {"id": name, "question": question, "task": data.model_dump(mode="json", exclude_none=True)}
+            row = {"id": name, "question": question, "answer": ""}
+            yield {**row, "task": data.model_dump(mode="json", exclude_none=True)}
 
     async def play(self, episode: Any) -> dict[str, Any]:
         """Runs one of verifiers' episodes; see `worker.Episode`."""
@@ -107,15 +110,14 @@ class Player:
 
 
 def _facts(traces: list[vf.Trace]) -> dict[str, float]:
-    """Rewards and metrics by name; where several agents are trained, behind the agent's."""
-    found = {}
+    """Rewards and metrics by name; of several traces the means."""
+    found: defaultdict[str, list[float]] = defaultdict(list)
     for trace in traces:
-        prefix = f"{trace.agent.name}." if len(traces) > 1 else ""
         for name, reward in trace.rewards.items():
-            found[prefix + name] = reward.score
+            found[name].append(reward.score)
         for name, metric in trace.metrics.items():
-            found[prefix + name] = metric
-    return found
+            found[name].append(metric)
+    return {name: statistics.fmean(values) for name, values in found.items()}
 
 
 def _why(done: vf.Episode) -> str:
