@@ -217,7 +217,8 @@ def _load_data(config: RunConfig, judge: Judge | None = None) -> Iterator[_Loade
         for option, data in here:
             if isinstance(data, FileData | FunctionData):
                 split: Split = "test" if option.startswith("evaluate") else "train"
-                answers, code = config.needs_answers(data), config.run.code
+                given = config.demonstrations is not None and split == "train"
+                answers, code = not given and config.needs_answers(data), config.run.code
                 source, rows = read_source(data, option, split=split, needs_answers=answers, code=code)
                 report = f"{source}: {len(rows)} rows, no tokenizer to count their tokens with"
                 yield _Loaded(option, report, _problem(rows[0], data))

@@ -40,6 +40,11 @@ def refuse_options_of_samples(config: RunConfig) -> None:
                     f"{section}.{name}" if name == "engine" else f"{section}.{name} = {_written(value)}"
                 )
     if config.evaluate is None:
+        if config.slurm is not None:
+            raise ValueError(
+                f'[slurm] starts engines, and "{config.algorithm.method}" has none without [evaluate]; '
+                "remove it, and start the ranks by srun or torchrun"
+            )
         found += [f"[{name}]" for name in _SECTIONS if getattr(config, name) != type(getattr(config, name))()]
     for option in found:
         raise ValueError(

@@ -211,6 +211,7 @@ def test_texts_are_drawn_anew_each_epoch_by_the_runs_seed(
         ({"observe": {"samples_every": 2}}, "observe.samples_every = 2 would have no effect"),
         ({"reward": {"workers": 3}}, "[reward] would have no effect"),
         ({"weights": {"transport": "disk"}}, "[weights] would have no effect"),
+        ({"slurm": {"ranks_per_node": 1, "gpus_per_node": 0}}, "[slurm] starts engines, and "),
         ({"algorithm": {"held_out_every": 2}}, "algorithm.held_out_every = 2 would have no effect"),
         ({"algorithm": {"mask_truncated": True}}, "algorithm.mask_truncated = True would have no effect"),
         ({"algorithm": {"importance_correction": "masked"}}, "no term of method sft reads importance"),
@@ -244,6 +245,12 @@ def test_the_plan_of_a_run_without_engines(
     assert "none: texts are given, and nothing is sampled" in plan
     assert "dropped 1 whose text to learn is longer than 40 tokens: rows 7" in plan
     assert validate(run.resolved(), source="test") == run
+
+
+def test_data_without_answers_are_planned_with_before_the_model_is_there(model: Path, tmp_path: Path) -> None:
+    run = config(tmp_path / "nowhere", tmp_path, run={"steps": 1})
+    planned = run.model.model_copy(update={"config": model / "config.json"})
+    assert "8 rows, no tokenizer" in preflight.describe_plan(run.model_copy(update={"model": planned}))
 
 
 def test_a_gradient_of_0_is_told_without_rewards(
