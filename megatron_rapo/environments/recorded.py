@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from itertools import chain
 from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from megatron_rapo.environments.fault import EnvironmentFault
 from megatron_rapo.episode.environment import Turn
@@ -37,11 +41,12 @@ class Recorded:
         """
         self._answers = answers
         self._said = hashlib.blake2b(episode.encode(), digest_size=16)
+        self._heard: list[tuple[Sequence[int], npt.NDArray[np.int32]]] = []  # turns that it has not yet
         self._asked: Counter[str] = Counter()
 
-    def hear(self, given: list[int], turn: Turn) -> None:
-        """The policy had a turn."""
-        self._said.update(json.dumps([given, turn.token_ids.tolist()]).encode())
+    def hear(self, given: Sequence[int], turn: Turn) -> None:
+        """The policy had a turn; it costs nothing until something is asked."""
+        self._heard.append((given, turn.token_ids))
         self._asked.clear()
 
     async def __call__(
@@ -65,6 +70,10 @@ class Recorded:
 
     def _key(self, question: object) -> str:
         """Of the question at this place; the same one asked twice has two."""
+        for part in chain.from_iterable(self._heard):
+            self._said.update(f"{len(part)}:".encode())
+            self._said.update(np.asarray(part, np.int32).tobytes())
+        self._heard.clear()
         text = json.dumps(question, sort_keys=True, default=repr)
         self._asked[text] += 1
         digest = self._said.copy()
