@@ -103,7 +103,8 @@ class AgentProcess:
         Raises:
             ProgramFault: it raised, or its process ended.
         """
-        assert self._writer is not None
+        if not self.alive:
+            raise ProgramFault(f"{self._plan.address}: its process has ended")
         number = next(self._numbers)
         self._waiting[number] = answer = asyncio.get_running_loop().create_future()
         self._send({"number": number, "episode": dict(episode)})

@@ -26,6 +26,7 @@ from megatron_rapo.gateway.route import Ending, Route
 from megatron_rapo.gateway.server import Gateway
 from megatron_rapo.launch.environment import RankEnvironment
 from megatron_rapo.section import PathOption, PositiveInt, Section
+from megatron_rapo.user_code import malformed
 
 _KNOWN = ("reward", "answer", "facts", "sessions")
 
@@ -66,6 +67,8 @@ class Program:
         Raises:
             RapoError: there is no such interpreter or program, or it cannot be loaded.
         """
+        if wrong := malformed(options.program):
+            raise RapoError(f'environment.options.program = "{options.program}" {wrong}')
         python = options.python or Path(sys.executable)
         plan = Plan(options.program, python, tuple(config.run.code), json.dumps(options.arguments))
         return cls.of(plan, options, config)

@@ -14,6 +14,7 @@ from megatron_rapo.gateway.app import create_app
 from megatron_rapo.gateway.route import Route
 
 _POLL_S = 0.01
+_IDLE_S = 3600  # that a connection may idle between two turns, as a tool runs
 _END_S = 1  # for answers that are under way at the end
 
 
@@ -46,12 +47,16 @@ class Gateway:
                 lifespan="off",
                 log_config=None,
                 access_log=False,
+                timeout_keep_alive=_IDLE_S,
                 timeout_graceful_shutdown=_END_S,
             )
             self._server = uvicorn.Server(config)
             self._serving = asyncio.create_task(self._server.serve(sockets=[listening]))
         assert self._server is not None
-        while not self._server.started and not self._serving.done():
+        while not self._server.started:
+            if self._serving.done():
+                self._serving.result()
+                raise RuntimeError("the gateway's server ended before it served")
             await asyncio.sleep(_POLL_S)
 
     @asynccontextmanager

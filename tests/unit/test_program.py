@@ -103,7 +103,9 @@ def played(model: Path) -> Iterator[Played]:
 
 
 def test_what_passes_the_gateway_is_trained_on(played: Played) -> None:
-    episodes = played("turns", options={"arguments": {"count": 3, "given": 11}, "processes": 2})
+    episodes = played(
+        "turns", options={"arguments": {"count": 3, "given": 11}, "processes": 2, "python": sys.executable}
+    )
     assert len(episodes) == 6
     for place, one in enumerate(episodes):
         prompt, number = PROMPTS[place // 2], place % 2
@@ -227,6 +229,8 @@ def test_verifiers_rewards_itself_and_has_tasks(model: Path, tmp_path: Path) -> 
 
 
 def test_what_cannot_be_loaded_is_told_before_the_run(model: Path) -> None:
+    with pytest.raises(RapoError, match=r'program = "agents.turns" is no address; write "agents:turns"'):
+        open_environment(config(model, "", code=[], options={"program": "agents.turns"}))
     with pytest.raises(RapoError, match="'/nowhere/python' is no interpreter"):
         open_environment(config(model, "turns", options={"python": "/nowhere/python"}))
     with nothing_left():
