@@ -39,7 +39,7 @@ def solution_of(row: Row, wanted: Demonstrations, source: str) -> Message | None
     if wanted.column is None:
         text: Any = row.answer
         if row.messages is not None:
-            return row.solution if row.solution and row.solution.get("content") else None
+            return row.solution if row.solution and (row.solution.get("content") or "").strip() else None
     else:
         text = find(row.columns, wanted.column)
     if text is not None and not isinstance(text, str):
