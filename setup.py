@@ -18,6 +18,7 @@ setup(
             "report/assets/*",
             "study/assets/*",
             "init/*/*",
+            "vllm_worker/path/*.py",
         ],
     },
     install_requires=[
@@ -60,7 +61,7 @@ setup(
         # Apex comes with NVIDIA's images, or from source: PyPI's apex is another project.
         "gpu": ["transformer-engine[pytorch]>=2.12"],
         "sglang": ["sglang>=0.5.14"],
-        "vllm": ["vllm"],
+        "vllm": ["vllm>=0.32,<0.33"],
         "wandb": ["wandb"],
     },
     entry_points={"console_scripts": ["megatron-rapo = megatron_rapo.cli:main"]},

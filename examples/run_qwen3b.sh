@@ -27,7 +27,7 @@ GPUS_PER_ENGINE=1
 MASTER_PORT=29500                                # of the trainer's rendezvous
 
 RAPO=(.venv/bin/megatron-rapo)
-ENGINE=sglang                                    # embedded or sglang
+ENGINE=sglang                                    # embedded or sglang or vllm
 ENGINE_PYTHON=/opt/sglang/bin/python             # of the environment that engines run in
 ENGINE_ARGUMENTS=(--dtype bfloat16)
 SRUN_ARGUMENTS=()                                # of each step, such as --container-image=…
@@ -171,6 +171,11 @@ start_engine() { # start_engine NODE NUMBER: in the background; one that ends is
             "$ENGINE_PYTHON" -m sglang.launch_server --model-path "$MODEL" --tp-size "$GPUS_PER_ENGINE"
             --api-key "$RAPO_ENGINE_API_KEY"
         )
+        ;;
+    vllm)
+        mapfile -t command < <("${RAPO[@]}" engine vllm --python "$ENGINE_PYTHON")
+        command+=(--model "$MODEL")
+        ((GPUS_PER_NODE == 0)) || command+=(--tensor-parallel-size "$GPUS_PER_ENGINE")
         ;;
     esac
     if ((GPUS_PER_NODE)); then

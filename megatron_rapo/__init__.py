@@ -1,4 +1,4 @@
-"""RAPO at scale: RL with verifiable rewards on Megatron-Core, with rollouts from SGLang servers."""
+"""RAPO at scale: RL with verifiable rewards on Megatron-Core, with rollouts from SGLang or vLLM servers."""
 
 import importlib
 import warnings

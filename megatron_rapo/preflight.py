@@ -82,6 +82,7 @@ def planned_architecture(config: RunConfig) -> Architecture:
     architecture.check_layout(config.parallel)
     architecture.check_lengths(config.rollout)
     _check_microbatch(config)
+    _check_own_servers(config, architecture)
     return architecture
 
 
@@ -193,6 +194,16 @@ def _check_microbatch(config: RunConfig) -> None:
             f"algorithm.max_tokens_per_microbatch = {config.algorithm.max_tokens_per_microbatch} cannot "
             f"hold rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens "
             f"({padded} padded); raise it to {padded}"
+        )
+
+
+def _check_own_servers(config: RunConfig, architecture: Architecture) -> None:
+    """That the ranks of a server can share the model's heads, as vLLM and SGLang want it."""
+    engine = config.rollout.engine
+    if not engine.urls and architecture.heads % engine.ranks:
+        raise RapoError(
+            f"rollout.engine.tensor_parallel = {engine.ranks} does not divide the model's "
+            f"{architecture.heads} attention heads; choose a divisor"
         )
 
 

@@ -16,6 +16,7 @@ from megatron_rapo.cli import (
     compare,
     convert,
     doctor,
+    engine,
     evaluate,
     init,
     report,
@@ -28,7 +29,21 @@ from megatron_rapo.cli import (
 from megatron_rapo.cli.overrides import take_configuration
 from megatron_rapo.errors import RapoError
 
-COMMANDS = (init, try_, train, certify, evaluate, compare, report, study, samples, doctor, convert, tasks)
+COMMANDS = (
+    init,
+    try_,
+    train,
+    certify,
+    evaluate,
+    compare,
+    report,
+    study,
+    samples,
+    doctor,
+    engine,
+    convert,
+    tasks,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -35,6 +35,13 @@ _MOVED = {
     "rollout.embedded_threads": "rollout.engine.threads",
 }
 
+# Options that other trainers have, and why this one does not.
+_ABSENT = dict.fromkeys(
+    ("rollout.top_p", "rollout.top_k", "rollout.min_p"),
+    "; rollouts sample with full support: engines do not tell which tokens such a cut leaves, and log-probs "
+    "could not be compared with the trainer's (docs/engines.md); remove it",
+)
+
 
 def explain(error: ValidationError, source: str, values: Mapping[str, Any]) -> str:
     """One line a problem.
@@ -128,6 +135,8 @@ def _instead(key: str, location: tuple[int | str, ...], values: Mapping[str, Any
     """What may have been meant in place of an unknown key."""
     if key in _MOVED:
         return f"; it is {_MOVED[key]} now (docs/engines.md)"
+    if key in _ABSENT:
+        return _ABSENT[key]
     table, _, option = key.rpartition(".")
     if table == "rollout.engine":
         kind = values["rollout"]["engine"].get("kind", DEFAULT_KIND)

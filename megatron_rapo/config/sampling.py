@@ -50,17 +50,18 @@ class Rollout(Section):
     temperature: PositiveFloat = Field(
         1.0,
         description="Sampling temperature; the trainer divides its logits by the same. Sampling always has "
-        "full support (no top-p, no top-k): engine log-probs are not renormalised for them.",
+        "full support (no top-p, no top-k): what these leave is not told by engines (docs/engines.md).",
     )
     engine: Engine = Field(
         KINDS[DEFAULT_KIND].Options(kind=DEFAULT_KIND),
-        description="The engines, of kind `embedded`, `sglang`, or one of your own, `module:Kind` "
+        description="The engines, of kind `embedded`, `sglang`, `vllm`, or one of your own, `module:Kind` "
         "(docs/engines.md). Default: one embedded server, which the run starts.",
     )
     colocated: bool = Field(
         False,
         description="Engines share the trainer's GPUs (or memory): they give their weights and cache back "
-        "while it trains. SGLang servers at `engine.urls` need `--enable-memory-saver`. See also "
+        "while it trains. Servers at `engine.urls` need `--enable-memory-saver` (SGLang) or "
+        "`--enable-sleep-mode` (vLLM). See also "
         "optimizer.in_host_memory_during_rollouts and model.reference_in_host_memory.",
     )
     prompts_per_request: PositiveInt = Field(

@@ -17,8 +17,8 @@ class Weights(Section):
         description="`distributed`: broadcast over NCCL (GPU) or gloo (CPU), for engines on devices of "
         "their own. `tensor`: by handle (CUDA IPC, shared memory), for engines on the trainer's machine, "
         "also on its GPUs. `shard`: each rank's own shard to the engine ranks that need it, at embedded "
-        "servers; SGLang, which takes whole tensors only, is sent to as by `distributed`. `disk`: a HF model "
-        "directory under run.directory, which the engines must see.",
+        "servers; SGLang and vLLM, which take whole tensors only, are sent to as by `distributed`. `disk`: a "
+        "HF model directory under run.directory, which the engines must see.",
     )
     bucket_bytes: PositiveInt = Field(
         512 * 2**20,

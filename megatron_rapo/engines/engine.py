@@ -33,6 +33,7 @@ class EngineInfo:
         tensor_parallel: the ranks that its weights are spread over.
         dtype: of its weights; `auto` is the checkpoint's.
         software: its name and version.
+        context_length: most tokens of prompt and response together; None where it does not tell.
     """
 
     model_path: str
@@ -40,6 +41,7 @@ class EngineInfo:
     tensor_parallel: int
     dtype: str
     software: str
+    context_length: int | None = None
 
 
 @dataclass(frozen=True)

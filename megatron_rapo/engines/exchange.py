@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,6 +15,8 @@ from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.wire.access import API_KEY_VARIABLE, api_key_from_environment, is_loopback
 
 CONNECT_TIMEOUT_S = 10.0
+HEALTH_TIMEOUT_S = 5.0  # for one answer about its health
+POLL_S = 0.1  # between two questions whether the server is ready
 SEE_LOG = "look into the server's log"
 EXCERPT = 500  # characters of an answer that an error shows
 
@@ -114,6 +117,25 @@ class Exchange:
         except httpx.HTTPError as error:
             return _named(error)
         return None if response.status_code == 200 else f"status {response.status_code}"
+
+    async def until_healthy(self, timeout: float) -> None:
+        """Waits until the server is ready.
+
+        Raises:
+            EngineLost: it is not within `timeout` seconds, or is known to have ended.
+        """
+        deadline = time.monotonic() + timeout
+        while problem := await self.health_problem(
+            max(POLL_S, min(HEALTH_TIMEOUT_S, deadline - time.monotonic()))
+        ):
+            if reason := self.diagnosis():
+                raise EngineLost(f"{self.url} did not become ready: {reason}")
+            if time.monotonic() > deadline:
+                raise EngineLost(
+                    f"{self.url} was not ready within {timeout:g} s ({problem}); look into the server's log, "
+                    "or raise rollout.startup_timeout_s"
+                )
+            await asyncio.sleep(POLL_S)
 
     async def _response(
         self, what: str, method: str, path: str, body: Any, timeout: float, when_late: str

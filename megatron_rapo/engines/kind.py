@@ -69,6 +69,18 @@ class EngineKind(ABC):
             "rollout.engine.urls"
         )
 
+    @classmethod
+    def command(cls, python: str) -> list[str]:
+        """What starts a server by hand, bar its model and address.
+
+        Args:
+            python: interpreter of the environment that it is installed in.
+
+        Raises:
+            RapoError: this kind does not say.
+        """
+        raise RapoError(f"{cls.__name__} does not say how its servers are started by hand")
+
     def problems(self) -> Iterator[str]:
         """Why this machine cannot start them, each as an error tells it."""
         yield from ()

@@ -9,11 +9,12 @@ from megatron_rapo.engines.embedded.kind import Embedded
 from megatron_rapo.engines.kind import EngineKind
 from megatron_rapo.engines.options import EngineOptions
 from megatron_rapo.engines.sglang.kind import SGLang
+from megatron_rapo.engines.vllm.kind import VLLM
 from megatron_rapo.errors import RapoError
 from megatron_rapo.user_code import ours_or_own, place_of
 
 DEFAULT_KIND = "embedded"
-KINDS: Mapping[str, type[EngineKind]] = {"embedded": Embedded, "sglang": SGLang}
+KINDS: Mapping[str, type[EngineKind]] = {"embedded": Embedded, "sglang": SGLang, "vllm": VLLM}
 
 
 def find_kind(name: str, folders: Sequence[Path] = ()) -> type[EngineKind]:

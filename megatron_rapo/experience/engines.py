@@ -170,7 +170,11 @@ def _own_servers(config: RunConfig) -> Iterator[LocalServers | None]:
 def _reviver(config: RunConfig, servers: LocalServers | None, architecture: Architecture) -> Reviver:
     rollout = config.rollout
     return Reviver(
-        servers, architecture, restarts=rollout.restarts, startup_timeout=rollout.startup_timeout_s
+        servers,
+        architecture,
+        restarts=rollout.restarts,
+        startup_timeout=rollout.startup_timeout_s,
+        longest=config.longest_sequence,
     )
 
 

@@ -64,3 +64,22 @@ def check_model(url: str, served: Path, architecture: Architecture) -> None:
             f"{url} serves {served}, another model than the one that is trained ({shown}); serve the model "
             "of model.path there"
         )
+
+
+def check_context(url: str, context_length: int | None, longest: int) -> None:
+    """Refuses an engine that would cut, or refuse, the longest prompt and response.
+
+    Args:
+        url: the engine's address.
+        context_length: tokens that it takes; None where it does not tell.
+        longest: tokens of the longest prompt and response of the run.
+
+    Raises:
+        RapoError: it takes fewer.
+    """
+    if context_length is not None and context_length < longest:
+        raise RapoError(
+            f"{url} takes {context_length} tokens of prompt and response, and rollout.max_prompt_tokens + "
+            f"rollout.max_response_tokens are {longest}: start it with as many (vLLM: --max-model-len "
+            f"{longest}), or lower those"
+        )

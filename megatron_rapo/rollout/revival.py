@@ -10,7 +10,7 @@ from megatron_rapo.engines.engine import Engine
 from megatron_rapo.engines.servers import LocalServers
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import Architecture
-from megatron_rapo.rollout.identity import check_model
+from megatron_rapo.rollout.identity import check_context, check_model
 
 
 class Reviver:
@@ -27,6 +27,7 @@ class Reviver:
         *,
         restarts: int,
         startup_timeout: float,
+        longest: int = 0,
     ) -> None:
         """
         Args:
@@ -34,12 +35,14 @@ class Reviver:
             architecture: the policy's; an engine of another one stays out.
             restarts: how often each engine may be brought back.
             startup_timeout: seconds in which it must be ready.
+            longest: tokens of the longest prompt and response, which an engine must take.
         """
         self.returned = 0
         self._servers = servers
         self._architecture = architecture
         self._restarts = restarts
         self._startup_timeout = startup_timeout
+        self._longest = longest
         self._used: Counter[int] = Counter()
 
     def may_return(self, number: int) -> bool:
@@ -74,6 +77,7 @@ class Reviver:
                 return url
 
     async def check(self, client: Engine) -> None:
-        """Raises RapoError where the engine serves another model than the policy's."""
+        """Raises RapoError where the engine serves another model, or takes too few tokens."""
         info = await client.info()
         check_model(client.url, Path(info.model_path), self._architecture)
+        check_context(client.url, info.context_length, self._longest)

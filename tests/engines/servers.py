@@ -15,20 +15,37 @@ from pathlib import Path
 import httpx
 import torch
 
+from megatron_rapo.engines.vllm.flags import FLAGS, MODULE
+from megatron_rapo.engines.vllm.flags import environment as vllm_environment
+from megatron_rapo.wire.access import API_KEY_VARIABLE
 from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 SGLANG_PYTHON = ROOT / ".venv-sglang/bin/python"
+VLLM_PYTHON = ROOT / ".venv-vllm/bin/python"
 KEY = "conformance"  # that every server demands
 START_S = 300.0
 END_S = 20.0
-EMBEDDED, SGLANG_CPU, SGLANG_GPU = "embedded", "sglang-cpu", "sglang-gpu"
+EMBEDDED, SGLANG_CPU, SGLANG_GPU, VLLM_CPU = "embedded", "sglang-cpu", "sglang-gpu", "vllm-cpu"
+SPEAK_SGLANG = [EMBEDDED, SGLANG_CPU, SGLANG_GPU]
+CONTEXT = 2048  # tokens, of servers that are told
+
+# What vLLM wants on a small machine without a GPU: no compilation, no binding to cores, 1 GiB for its cache.
+VLLM_ON_CPU = {
+    "TORCH_COMPILE_DISABLE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+VLLM_ARGUMENTS = ["--max-model-len", str(CONTEXT), "--max-num-seqs", "64", "--enforce-eager"]
 
 
 def why_not(kind: str) -> str | None:
     """The reason why there is no such engine here; None if there is."""
     if kind == SGLANG_CPU and not SGLANG_PYTHON.exists():
         return "SGLang on CPU is not installed (make sglang)"
+    if kind == VLLM_CPU and not VLLM_PYTHON.exists():
+        return "vLLM on CPU is not installed (make vllm)"
     if kind == SGLANG_GPU and not torch.cuda.is_available():
         return "SGLang as shipped needs a CUDA device"
     if kind == SGLANG_GPU and importlib.util.find_spec("sglang") is None:
@@ -37,32 +54,44 @@ def why_not(kind: str) -> str | None:
 
 
 def command(kind: str, model: Path, port: int) -> list[str]:
-    """What starts such an engine, without the key."""
+    """What starts such an engine."""
     if kind == EMBEDDED:
         return [
             *(sys.executable, "-m", "megatron_rapo.embedded_server"),
             "--model",
             str(model),
             f"--port={port}",
+            f"--api-key={KEY}",
         ]
-    options = ["--model-path", str(model), "--host", "127.0.0.1", "--port", str(port)]
     tether = [sys.executable, "-m", "megatron_rapo.engines.tether", str(os.getpid())]
+    if kind == VLLM_CPU:
+        options = ["--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
+        return [*tether, str(VLLM_PYTHON), "-m", MODULE, *options, *FLAGS, *VLLM_ARGUMENTS]
+    options = ["--model-path", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    options += ["--api-key", KEY]
     if kind == SGLANG_CPU:
         return [*tether, str(SGLANG_PYTHON), str(ROOT / "tests/engines/sglang_on_cpu.py"), *options]
     memory = ["--mem-fraction-static", "0.2", "--enable-memory-saver"]
     return [*tether, sys.executable, "-m", "sglang.launch_server", *options, *memory]
 
 
+def environment(kind: str) -> dict[str, str]:
+    """What it finds in its environment; of SGLang the key is an argument."""
+    found = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if kind == VLLM_CPU:
+        found |= {**VLLM_ON_CPU, **vllm_environment(os.environ.get("PYTHONPATH")), API_KEY_VARIABLE: KEY}
+    return found
+
+
 @contextmanager
 def running(kind: str, model: Path, log: Path) -> Iterator[str]:
     """An engine of this kind on this model, ready; its address. Afterwards none of its processes is left."""
     port = free_port()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command(kind, model, port), "--api-key", KEY],
+            command(kind, model, port),
             cwd=ROOT,
-            env=environment,
+            env=environment(kind),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

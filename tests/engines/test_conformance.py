@@ -1,31 +1,41 @@
-"""One contract, kept by the embedded server and by SGLang. Weights are proven by what they sample."""
+"""What a run asks of an engine, of every kind alike. Weights are proven by what they sample.
+
+Where kinds differ, the table of docs/engines.md says how, and the test holds them to it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import re
+import time
+from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_rapo.checksum import tensor_checksum
 from megatron_rapo.engines.engine import Generation
-from megatron_rapo.errors import RapoError
-from tests.engines.conftest import TOLERANCE, generate
-from tests.engines.servers import EMBEDDED
-from tests.engines.trainer import Group, pickled, sglangs_names
+from megatron_rapo.errors import EngineLost, RapoError
+from megatron_rapo.wire.bucket import lay_out
+from tests.engines.conftest import TOLERANCE
+from tests.engines.kinds_table import cell
+from tests.engines.servers import CONTEXT
+from tests.engines.trainer import Broadcasting
 
 PROMPTS = [[10, 20, 30], [5], [7, 8, 9, 10, 11]]
 TOKENS = 1500  # some seconds' worth
-LONG = {"max_new_tokens": TOKENS, "temperature": 1.0, "ignore_eos": True}
+LONG = Generation((*PROMPTS[0],), TOKENS, 1.0, seed=5, ignore_eos=True)
+EOS = 1
+SOON_S = 60.0
 
 
 def assert_serves(engine, checkpoint, other, version):
     """What it samples, and how it calls the weights, is of the one checkpoint and not of the other."""
     for prompt, answer in zip(PROMPTS, engine.greedy(PROMPTS), strict=True):
-        assert checkpoint.gap(prompt, answer) < TOLERANCE
-        assert other.gap(prompt, answer) > 1.0
-        assert answer["meta_info"]["weight_version"] == version
+        assert checkpoint.gap(prompt, answer.token_ids, answer.log_probs) < TOLERANCE
+        assert other.gap(prompt, answer.token_ids, answer.log_probs) > 1.0
+        assert set(answer.versions) == {version}
     assert engine.ask(lambda client: client.weight_version()) == version
 
 
@@ -33,133 +43,161 @@ def begin(engine):
     engine.ask(lambda client: client.begin_update())
 
 
-def end(engine):
-    engine.ask(lambda client: client.end_update(0))
+def end(engine, version):
+    engine.ask(lambda client: client.end_update(version))
+
+
+def hand_over(engine, tensors, version=None):
+    engine.ask(lambda client: client.receive_handles(list(tensors.items()), 1, version, timeout=SOON_S))
 
 
 def test_it_says_what_it_is(engine, checkpoints):
     info = engine.ask(lambda client: client.info())
     assert info.model_path in [str(checkpoint.path) for checkpoint in checkpoints]
     assert (info.weight_version, info.tensor_parallel) == ("0", 1)
-    assert engine.ask(lambda client: client.has_sessions())
     assert info.dtype in ("bfloat16", "auto")
-    assert re.fullmatch(r"(sglang|megatron_rapo\.embedded_server) \d+\.\d+\.\d+\S*", info.software)
+    assert re.fullmatch(r"(sglang|vllm|megatron_rapo\.embedded_server) \d+\.\d+\.\d+\S*", info.software)
+    assert info.context_length == (
+        CONTEXT if cell("tells its context length", engine.name) == "yes" else None
+    )
     engine.ask(lambda client: client.until_healthy(10))
+    assert engine.ask(lambda client: client.silence(10)) is None
 
 
 def test_a_batch_is_answered_in_order_with_log_probs(engine, checkpoints):
     assert_serves(engine, *checkpoints, version="0")
-    params = [{"max_new_tokens": n, "temperature": 0, "ignore_eos": True} for n in (3, 5, 4)]
-    answers = engine.ask(lambda client: generate(client, PROMPTS, params))
-    whole = engine.greedy(PROMPTS)
-    for n, answer, longer in zip((3, 5, 4), answers, whole, strict=True):
-        assert answer["output_ids"] == longer["output_ids"][:n]
-        assert [entry[1] for entry in answer["meta_info"]["output_token_logprobs"]] == answer["output_ids"]
-        assert answer["meta_info"]["finish_reason"]["type"] == "length"
+    lengths = (3, 5, 4)
+    wanted = [Generation((*p,), n, 0.0, ignore_eos=True) for p, n in zip(PROMPTS, lengths, strict=True)]
+    for n, answer, longer in zip(lengths, engine.generate(*wanted), engine.greedy(PROMPTS), strict=True):
+        assert answer.token_ids.tolist() == longer.token_ids[:n].tolist()
+        assert len(answer.log_probs) == n
+        assert answer.finish == "length"
 
 
 def test_a_stop_token_ends_a_response_and_belongs_to_it(engine):
     [whole] = engine.greedy(PROMPTS[:1])
-    stop = whole["output_ids"][5]
-    [answer] = engine.greedy(PROMPTS[:1], ignore_eos=False, stop_token_ids=[stop])
-    assert answer["output_ids"] == whole["output_ids"][: whole["output_ids"].index(stop) + 1]
-    assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+    tokens = whole.token_ids.tolist()
+    [answer] = engine.greedy(PROMPTS[:1], ignore_eos=False, stop=(tokens[5],))
+    assert answer.token_ids.tolist() == tokens[: tokens.index(tokens[5]) + 1]
+    assert (answer.finish, len(answer.log_probs)) == ("stop", len(answer.token_ids))
+
+
+def test_the_models_own_end_belongs_to_a_response(engine):
+    wanted = [Generation((*PROMPTS[0],), 1000, 1.0, seed=seed) for seed in range(8)]
+    ended = [answer for answer in engine.generate(*wanted) if answer.finish == "stop"]
+    assert ended
+    for answer in ended:
+        assert answer.token_ids.tolist().index(EOS) == len(answer.token_ids) - 1
+        assert len(answer.log_probs) == len(answer.token_ids)
+
+
+def largest_gap(logits, answer):
+    """Of the log-probs of a response's tokens under these logits, in nats."""
+    rows = logits.log_softmax(-1).gather(-1, torch.from_numpy(answer.token_ids)[:, None])[:, 0]
+    return float((rows - torch.from_numpy(answer.log_probs)).abs().max())
 
 
 def test_log_probs_are_those_at_the_temperature(engine, checkpoints):
-    params = {"max_new_tokens": 20, "temperature": 0.5, "top_p": 1.0, "top_k": -1, "ignore_eos": True}
-    [answer] = engine.ask(lambda client: generate(client, PROMPTS[:1], [params]))
-    tokens = torch.tensor([[*PROMPTS[0], *answer["output_ids"]]])
-    with torch.inference_mode():
-        rows = (checkpoints[0].model(tokens).logits[0, 2:-1] / 0.5).log_softmax(-1)
-    expected = rows.gather(-1, tokens[0, 3:, None])[:, 0]
-    reported = torch.tensor([entry[0] for entry in answer["meta_info"]["output_token_logprobs"]])
-    assert float((reported - expected).abs().max()) < 2 * TOLERANCE
+    [answer] = engine.generate(Generation((*PROMPTS[0],), 20, 0.5, seed=1, ignore_eos=True))
+    logits = checkpoints[0].logits(PROMPTS[0], answer.token_ids)
+    assert largest_gap(logits / 0.5, answer) < 2 * TOLERANCE
 
 
-def during_generation(engine, act):
-    """The answer to a long request, during which `act` is done with a client."""
+def test_log_probs_of_a_filtered_distribution(engine, checkpoints):
+    """Why a run samples with full support: what kinds report then is not of one distribution."""
+    [answer] = engine.generate(Generation((*PROMPTS[0],), 40, 1.0, seed=1, top_k=2, ignore_eos=True))
+    full = checkpoints[0].logits(PROMPTS[0], answer.token_ids)
+    kept = full.masked_fill(full < full.topk(3).values[:, -1:] - 1e-6, -torch.inf)
+    two = full.masked_fill(full < full.topk(2).values[:, -1:] - 1e-6, -torch.inf)
+    gaps = {"full distribution": largest_gap(full, answer)}
+    # Two tokens may be nearly alike, so that bf16 keeps another one.
+    gaps["of what was kept"] = min(largest_gap(two, answer), largest_gap(kept, answer))
+    assert min(gaps, key=gaps.__getitem__) == cell("log-probs with top-p or top-k", engine.name)
+
+
+def test_a_seed_makes_the_same_sample(engine):
+    wanted = [Generation((*PROMPTS[0],), 24, 1.0, seed=seed, ignore_eos=True) for seed in (7, 8, 9, 7)]
+    alone = engine.generate(wanted[0])[0].token_ids.tolist()
+    first, *others, again = (answer.token_ids.tolist() for answer in engine.generate(*wanted))
+    assert first not in others
+    same = "yes" if first == again == alone else "no"
+    assert same == cell("a seed makes the same sample", engine.name).partition(" ")[0]
+
+
+def test_log_probs_of_a_prompt(engine, checkpoints):
+    sequences = [[10, 20, 30, 40, 50], [3, 4, 5]]
+    found = engine.ask(lambda client: client.prompt_log_probs(sequences))
+    assert ("no" if found is None else "yes") == cell("log-probs of prompts", engine.name)
+    for sequence, told in zip(sequences, found or [], strict=False):
+        logits = checkpoints[0].logits(sequence[:1], sequence[1:])
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(sequence[1:])[:, None])[:, 0]
+        assert np.abs(told - expected.numpy()).max() < TOLERANCE
+
+
+def test_a_prompt_beyond_its_context_is_refused(engine, checkpoints):
+    with pytest.raises(RapoError) as refused:
+        engine.greedy([[5] * 5000])
+    assert not isinstance(refused.value, EngineLost)
+    assert_serves(engine, *checkpoints, "0")
+
+
+def test_a_request_whose_client_is_gone(engine):
+    """Whether it ends, or holds the engine up until it is complete."""
 
     async def scenario(client):
-        running = asyncio.create_task(generate(client, PROMPTS[:1], [LONG], rid="long"))
-        await asyncio.sleep(0.5)
-        await act(client)
-        [answer] = await asyncio.wait_for(running, 60)
-        return answer
+        begun = time.monotonic()
+        await client.generate([LONG])
+        whole = time.monotonic() - begun
+        running = asyncio.create_task(client.generate([LONG]))
+        await asyncio.sleep(0.1 * whole)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        begun = time.monotonic()
+        with suppress(RapoError):
+            await client.flush_cache()  # refused while a request is under way, for some time
+        await client.generate([Generation((5,), 1, 0.0)])
+        return (time.monotonic() - begun) / whole
 
-    return engine.ask(scenario)
-
-
-@pytest.mark.parametrize("rid", ["long", None])
-def test_an_aborted_request_is_answered_with_what_it_has(engine, rid):
-    # A prompt of a batch has an id of its own, and the batch none.
-    body = {"rid": "long_0"} if rid else {"abort_all": True}
-    answer = during_generation(
-        engine, lambda client: client._exchange.request("POST", "/abort_request", body, timeout=60)
-    )
-    assert answer["meta_info"]["finish_reason"]["type"] == "abort"
-    assert len(answer["output_ids"]) == len(answer["meta_info"]["output_token_logprobs"]) < TOKENS
-
-
-@pytest.mark.parametrize("mode", ["abort", "retract", "in_place"])
-def test_a_pause_holds_generation_back(engine, mode):
-    async def act(client):
-        await client.pause(mode)
-        held = asyncio.create_task(generate(client, PROMPTS, [{"max_new_tokens": 1}] * 3))
-        await asyncio.sleep(0.5)
-        assert not held.done()
-        if mode != "in_place":
-            await client.flush_cache()
-        await client.continue_generation()
-        assert len(await asyncio.wait_for(held, 60)) == 3
-
-    answer = during_generation(engine, act)
-    finish = answer["meta_info"]["finish_reason"]["type"]
-    assert (finish, len(answer["output_ids"]) < TOKENS) == (
-        ("abort", True) if mode == "abort" else ("length", False)
-    )
+    gone = "ends" if engine.ask(scenario) < 0.5 else "runs on"
+    assert gone == cell("a request whose client is gone", engine.name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("flattened", [False, True])
-def test_weights_by_broadcast(engine, checkpoints, flattened, dtype):
+def test_weights_by_broadcast(engine, checkpoints, dtype):
     first, second = checkpoints
-    sent = {name: values.to(dtype) for name, values in second.tensors.items()}
-    names = sorted(sent)
+    names = sorted(second.tensors)
+    sent = {name: second.tensors[name].to(dtype) for name in names}
     halves = [{name: sent[name] for name in names[::2]}, {name: sent[name] for name in names[1::2]}]
     begin(engine)
-    group = Group(engine, f"weights-{flattened}-{dtype}")
-    group.send(halves[0], flattened=flattened)
-    group.send(halves[1], flattened=flattened, weight_version="7")
-    end(engine)
-    group.close()
+    with Broadcasting(engine) as group:
+        group.send(halves[0], None)
+        group.send(halves[1], 7)
+    end(engine, 7)
     assert_serves(engine, second, first, "7")
     assert_checksums(engine, second, "7")
 
 
-@pytest.mark.parametrize("way", ["in-band", "shared memory", "bucket"])
-def test_weights_by_pickle(engine, checkpoints, way):
+def test_weights_in_memory_that_is_used_anew(engine, checkpoints):
+    """What an engine has taken, it has: the trainer fills the same memory with the next tensors."""
     first, second = checkpoints
-    shared = torch.multiprocessing.get_sharing_strategy()
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    try:
-        with sglangs_names():
-            fields = pickled(second.tensors, way)
-        begin(engine)
-        engine.post("/update_weights_from_tensor", {**fields, "flush_cache": False, "weight_version": "8"})
-        end(engine)
-    finally:
-        torch.multiprocessing.set_sharing_strategy(shared)
-    assert_serves(engine, second, first, "8")
-    assert_checksums(engine, second, "8")
+    largest = max(tensor.nbytes for tensor in second.tensors.values())
+    flat = torch.empty(largest, dtype=torch.uint8).share_memory_()
+    begin(engine)
+    last = list(second.tensors)[-1]
+    for name, tensor in second.tensors.items():
+        view = flat[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        hand_over(engine, {name: view}, 5 if name == last else None)
+        flat.fill_(255)
+    end(engine, 5)
+    assert_serves(engine, second, first, "5")
+    assert_checksums(engine, second, "5")
 
 
 def assert_checksums(engine, checkpoint, version):
     found = engine.ask(lambda client: client.weights_checksum())
-    if engine.kind != EMBEDDED:
-        assert found is None
-        return
-    assert found == (version, {name: tensor_checksum(t) for name, t in checkpoint.tensors.items()})
+    assert ("no" if found is None else "yes") == cell("checksums of its weights", engine.name)
+    if found is not None:
+        assert found == (version, {name: tensor_checksum(t) for name, t in checkpoint.tensors.items()})
 
 
 def test_weights_by_disk_in_turn_with_generation(engine, checkpoints):
@@ -170,99 +208,129 @@ def test_weights_by_disk_in_turn_with_generation(engine, checkpoints):
         assert_serves(engine, checkpoint, other, str(round_))
 
 
+def test_keys_and_values_of_other_weights_are_forgotten(engine, checkpoints):
+    long = [3 + number % 50 for number in range(400)]
+    engine.greedy([long], tokens=1)
+    engine.ask(lambda client: client.load_checkpoint(checkpoints[1].path, 1))
+    [answer] = engine.greedy([long], tokens=8)
+    assert checkpoints[1].gap(long, answer.token_ids, answer.log_probs) < TOLERANCE
+
+
+def test_an_update_holds_requests_back(engine, checkpoints):
+    async def scenario(client):
+        running = asyncio.create_task(client.generate([LONG]))
+        await asyncio.sleep(0.5)
+        await client.begin_update()
+        held = asyncio.create_task(client.generate([Generation((5,), 1, 0.0)]))
+        await asyncio.sleep(0.5)
+        assert not held.done()
+        assert not running.done()
+        await client.receive_handles(list(checkpoints[1].tensors.items()), 1, 4, timeout=SOON_S)
+        await client.end_update(4)
+        return await asyncio.wait_for(asyncio.gather(running, held), SOON_S)
+
+    [[long], [held]] = engine.ask(scenario)
+    assert set(held.versions) == {"4"}
+    assert len(long.token_ids) == TOKENS
+    versions = {"one, of all tokens": {"4"}, "of each token": {"0", "4"}}
+    assert set(long.versions) == versions[cell("weight version of a response", engine.name)]
+    assert_serves(engine, checkpoints[1], checkpoints[0], "4")
+
+
 def test_an_update_may_be_abandoned_and_begun_anew(engine, checkpoints):
     first, second = checkpoints
     begin(engine)
     engine.ask(lambda client: client.abandon_update())
     assert_serves(engine, first, second, "0")
     begin(engine)
+    names = list(second.tensors)
+    hand_over(engine, {names[0]: second.tensors[names[0]]})
+    engine.ask(lambda client: client.abandon_update())
+    engine.anew()
+    begin(engine)
     begin(engine)  # of a trainer that knows nothing of the one before
-    engine.post("/update_weights_from_tensor", {**pickled(second.tensors, "in-band"), "flush_cache": False})
-    end(engine)
-    engine.post("/update_weight_version", {"new_version": "9"})
+    hand_over(engine, second.tensors, 9)
+    end(engine, 9)
     assert_serves(engine, second, first, "9")
 
 
-@pytest.mark.parametrize("tags", [["kv_cache"], ["weights", "kv_cache"]])
-def test_memory_is_released_and_resumed(engine, checkpoints, tags):
+def fails(engine, tensors, version=3):
+    """An update of these tensors; how it failed, None if it did not."""
+    try:
+        begin(engine)
+        hand_over(engine, tensors, version)
+        end(engine, version)
+    except RapoError as error:
+        engine.ask(lambda client: client.abandon_update())
+        return error
+    return None
+
+
+@pytest.mark.parametrize(
+    ("row", "change"),
+    [
+        ("a tensor that is missing", lambda tensors: tensors.pop("model.layers.2.self_attn.k_proj.weight")),
+        ("a tensor of unknown name", lambda tensors: tensors.update(other=torch.zeros(3))),
+    ],
+)
+def test_an_update_that_is_not_the_models(engine, checkpoints, row, change):
     first, second = checkpoints
-    if tags == ["weights", "kv_cache"]:
-        engine.ask(lambda client: client.release_memory())
-        engine.ask(lambda client: client.resume_memory())
-    else:
-        for change in ("release", "resume"):
-            path, body = f"/{change}_memory_occupation", {"tags": tags}
-            engine.ask(lambda c, p=path, b=body: c._exchange.request("POST", p, b, timeout=60))
-    if tags == ["kv_cache"]:
-        assert_serves(engine, first, second, "0")
-    begin(engine)
-    fields = pickled(second.tensors, "in-band")
-    engine.post("/update_weights_from_tensor", {**fields, "flush_cache": False, "weight_version": "1"})
-    end(engine)
-    assert_serves(engine, second, first, "1")
-
-
-def test_weights_outside_an_update_are_refused(engine, checkpoints):
-    with pytest.raises(RapoError, match="begin_weight_update"):
-        engine.post("/update_weights_from_tensor", pickled(checkpoints[1].tensors, "in-band"))
-    assert_serves(engine, *checkpoints, "0")
-
-
-def test_an_unknown_group_is_refused(engine, checkpoints):
-    begin(engine)
-    body = {"names": ["model.norm.weight"], "dtypes": ["bfloat16"], "shapes": [[64]], "group_name": "nobody"}
-    with pytest.raises(RapoError, match="nobody"):
-        engine.post("/update_weights_from_distributed", body)
-    with pytest.raises(RapoError):
-        engine.post("/destroy_weights_update_group", {"group_name": "nobody"})
-    engine.ask(lambda client: client.abandon_update())
-    assert_serves(engine, *checkpoints, "0")
+    tensors = dict(second.tensors)
+    change(tensors)
+    failed = fails(engine, tensors)
+    assert ("taken" if failed is None else "refused") == cell(row, engine.name)
+    engine.anew()  # what comes after is as if nothing had been
+    assert fails(engine, second.tensors, 6) is None
+    assert_serves(engine, second, first, "6")
 
 
 def test_a_broadcast_of_another_shape_is_refused_and_the_engine_goes_on(engine, checkpoints):
     first, second = checkpoints
     begin(engine)
-    group = Group(engine, "wrong")
-    with pytest.raises(RapoError):
-        if engine.kind == EMBEDDED:  # it refuses before the broadcast, which then never ends
-            engine.post(
-                "/update_weights_from_distributed",
-                {
-                    "names": ["model.norm.weight"],
-                    "dtypes": ["bfloat16"],
-                    "shapes": [[63]],
-                    "group_name": "wrong",
-                },
-            )
-        else:
-            group.send({"model.norm.weight": torch.zeros(63, dtype=torch.bfloat16)}, flattened=False)
-    group.send(second.tensors, flattened=True, weight_version="3")
-    end(engine)
-    group.close()
+    with Broadcasting(engine) as group, pytest.raises(RapoError):
+        group.send({"model.norm.weight": torch.zeros(63, dtype=torch.bfloat16)}, None, patiently=False)
+    engine.ask(lambda client: client.abandon_update())
+    engine.anew()
+    assert fails(engine, second.tensors) is None
     assert_serves(engine, second, first, "3")
 
 
-def test_what_a_run_asks_is_understood(engine, checkpoints):
-    """The operations as they are, without a body of the test's own."""
-    wanted = [Generation((*prompt,), 8, 0.0, ignore_eos=True) for prompt in PROMPTS]
+def test_an_unknown_group_is_refused(engine, checkpoints):
     begin(engine)
-    tensors = list(checkpoints[1].tensors.items())
-    for part, version in ((tensors[:9], None), (tensors[9:], 5)):
-        engine.ask(lambda client, p=part, v=version: client.receive_handles(p, 1, v, timeout=60))
-    end(engine)
-    assert_serves(engine, checkpoints[1], checkpoints[0], "5")
-    for answer, raw in zip(engine.ask(lambda c: c.generate(wanted)), engine.greedy(PROMPTS), strict=True):
-        assert answer.token_ids.tolist() == raw["output_ids"][:8]
-        assert (set(answer.versions), answer.finish) == ({"5"}, "length")
-    sampled = Generation((*PROMPTS[0],), 8, 0.7, seed=3, top_p=0.9, top_k=5, stop=(1,))
-    assert len(engine.ask(lambda client: client.generate([sampled]))[0].token_ids) in range(1, 9)
+    layout = lay_out(["model.norm.weight"], [torch.bfloat16], [[128]])
+    with pytest.raises(RapoError, match="nobody"):
+        engine.ask(lambda client: client.receive_bucket(layout, "nobody", None, timeout=SOON_S))
+    engine.ask(lambda client: client.abandon_update())
+    engine.anew()
+    assert fails(engine, checkpoints[1].tensors) is None
+    assert_serves(engine, checkpoints[1], checkpoints[0], "3")
+
+
+def test_memory_is_released_and_resumed(engine, checkpoints):
+    first, second = checkpoints
+    if cell("gives memory back", engine.name) == "on GPUs":
+        with pytest.raises(RapoError, match="--enable-sleep-mode"):
+            engine.ask(lambda client: client.release_memory())
+        return
+    engine.ask(lambda client: client.release_memory())
+    engine.ask(lambda client: client.resume_memory())
+    assert fails(engine, second.tensors, 1) is None
+    assert_serves(engine, second, first, "1")
 
 
 def test_a_wrong_key_is_refused(engine):
     for work in (
         lambda client: client.info(),
-        lambda client: generate(client, [[5]], [{}]),
-        lambda client: client.post("/begin_weight_update", {}),
+        lambda client: client.generate([Generation((5,), 1, 0.0)]),
+        lambda client: client.begin_update(),
     ):
+        engine.anew()
         with pytest.raises(RapoError, match="401"):
             engine.ask(work, key="wrong")
+
+
+def test_many_requests_at_once(engine):
+    """More than it has places for; each has its own answer."""
+    lengths = [1 + number % 7 for number in range(200)]
+    wanted = [Generation((5, 3 + n), n, 0.0, ignore_eos=True) for n in lengths]
+    assert [len(answer.token_ids) for answer in engine.generate(*wanted)] == lengths

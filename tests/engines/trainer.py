@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import pickle
 import sys
 import threading
@@ -10,6 +11,7 @@ import types
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 
 import torch
@@ -17,26 +19,20 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from megatron_rapo.errors import RapoError
+from megatron_rapo.wire.bucket import lay_out
+from megatron_rapo.wire.group import Meeting
 from tests.ports import free_port
 
 TIMEOUT = timedelta(seconds=60)
+_numbers = itertools.count()
 
 
-class Group:
+class _Meeting:
     """A process group of this process and one engine, made as SGLang's `init_custom_process_group` does."""
 
-    def __init__(self, engine, name):
-        self.engine, self.name = engine, name
+    def _meet(self, name, invite):
         port = free_port()
-        body = {
-            "master_address": "127.0.0.1",
-            "master_port": port,
-            "rank_offset": 1,
-            "world_size": 2,
-            "group_name": name,
-            "backend": "gloo",
-        }
-        with meanwhile(lambda: engine.post("/init_weights_update_group", body)):
+        with meanwhile(lambda: invite(port)):
             store, _, _ = next(dist.rendezvous(f"tcp://127.0.0.1:{port}", 0, 2, timeout=TIMEOUT))
             store.set_timeout(TIMEOUT)
             self.group, _ = c10d._new_process_group_helper(
@@ -49,6 +45,57 @@ class Group:
                 timeout=TIMEOUT,
             )
             c10d._world.pg_group_ranks[self.group] = {0: 0, 1: 1}
+
+
+class Broadcasting(_Meeting):
+    """Buckets to one engine of any kind, told of them by a run's own operations."""
+
+    def __init__(self, engine):
+        self.engine, self.name = engine, f"weights-{next(_numbers)}"
+        meeting = partial(Meeting, "127.0.0.1", name=self.name, backend="gloo", trainer_ranks=1)
+        self._meet(
+            self.name,
+            lambda port: engine.ask(
+                lambda client: client.join_group(meeting(port, engine_ranks=(1,)), 1, timeout=60)
+            ),
+        )
+
+    def send(self, tensors, version, *, patiently=True):
+        """Broadcasts tensors as one bucket; without patience it does not wait for who refuses before."""
+        values = list(tensors.values())
+        layout = lay_out(list(tensors), [t.dtype for t in values], [t.shape for t in values])
+        flat = torch.cat([tensor.flatten().view(torch.uint8) for tensor in values])
+        with meanwhile(
+            lambda: self.engine.ask(
+                lambda client: client.receive_bucket(layout, self.name, version, timeout=60)
+            )
+        ):
+            work = dist.broadcast(flat, src=0, group=self.group, async_op=True)
+            if patiently:
+                work.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        dist.destroy_process_group(self.group)
+
+
+class Group(_Meeting):
+    """Tensors to an engine that speaks SGLang's contract, by its routes."""
+
+    def __init__(self, engine, name):
+        self.engine, self.name = engine, name
+        body = {
+            "master_address": "127.0.0.1",
+            "rank_offset": 1,
+            "world_size": 2,
+            "group_name": name,
+            "backend": "gloo",
+        }
+        self._meet(
+            name, lambda port: _post(engine, "/init_weights_update_group", {**body, "master_port": port})
+        )
 
     def send(self, tensors, *, flattened, shapes=None, **fields):
         """Broadcasts named tensors while the engine is asked to receive them, as of these shapes."""
@@ -64,14 +111,18 @@ class Group:
         buffers = list(tensors.values())
         if flattened:
             buffers = [torch.cat([t.flatten().view(torch.uint8) for t in buffers])]
-        with meanwhile(lambda: self.engine.post("/update_weights_from_distributed", body)):
+        with meanwhile(lambda: _post(self.engine, "/update_weights_from_distributed", body)):
             for buffer in buffers:
                 dist.broadcast(buffer, src=0, group=self.group)
 
     def close(self):
         """Leaves it."""
-        self.engine.post("/destroy_weights_update_group", {"group_name": self.name})
+        _post(self.engine, "/destroy_weights_update_group", {"group_name": self.name})
         dist.destroy_process_group(self.group)
+
+
+def _post(engine, path, body):
+    return engine.ask(lambda client: client.post(path, body))
 
 
 @contextmanager

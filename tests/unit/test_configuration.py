@@ -238,6 +238,7 @@ def test_errors_name_every_source(minimal_file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        (with_options(rollout__top_p=0.9), "rollout.top_p = 0.9 is not an option; rollouts sample with full"),
         (with_options(run__stepz=3), "run.stepz = 3 is not an option; did you mean run.steps?"),
         (with_options(rolout={"x": 1}), 'rolout = {"x": 1} is not an option; did you mean rollout?'),
         (with_options(run__qqq=3), "run.qqq = 3 is not an option; docs/configuration.md lists them"),

@@ -17,6 +17,8 @@ from megatron_rapo.engines.kind import Served
 from megatron_rapo.engines.sglang.client import SGLangClient
 from megatron_rapo.engines.sglang.launcher import SGLangLauncher
 from megatron_rapo.engines.sglang.router import SGLangRouter
+from megatron_rapo.engines.vllm.client import VLLMClient
+from megatron_rapo.engines.vllm.launcher import VLLMLauncher
 from megatron_rapo.experience import engines
 from megatron_rapo.experience.engines import open_own_engines
 
@@ -99,7 +101,19 @@ def test_sglang_servers_are_as_the_options_say(monkeypatch: pytest.MonkeyPatch) 
     assert notes.launcher == expected
 
 
-def test_colocated_sglang_servers_can_give_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_servers_are_as_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"servers": 2, "tensor_parallel": 2, "gpus": [0, 1, 2, 3], "python": "p", "arguments": ["--x"]}
+    notes = opened(monkeypatch, engine={"kind": "vllm", **options}, max_prompt_tokens=24)
+    assert notes.servers["count"] == 2
+    assert notes.connects == [VLLMClient] * 2
+    assert notes.launcher == VLLMLauncher(Path("models/m"), "float32", "p", 2, [0, 1, 2, 3], ["--x"])
+    assert notes.reviver["longest"] == 24 + 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument"), [("sglang", "--enable-memory-saver"), ("vllm", "--enable-sleep-mode")]
+)
+def test_colocated_servers_can_give_memory_back(kind: str, argument: str) -> None:
     options = {
         "run": {"directory": "run", "steps": 1},
         "model": {"path": "models/m"},
@@ -108,15 +122,15 @@ def test_colocated_sglang_servers_can_give_memory_back(monkeypatch: pytest.Monke
             "prompts_per_step": 8,
             "max_response_tokens": 8,
             "colocated": True,
-            "engine": {"kind": "sglang"},
+            "engine": {"kind": kind},
         },
         "weights": {"transport": "tensor"},
     }
     config = validate(options, source="test")
     served = Served(config.model.path, config.model.dtype, config.rollout.colocated)
     launcher = config.engine_kind.launcher(served)
-    assert isinstance(launcher, SGLangLauncher)
-    assert launcher.arguments == ["--enable-memory-saver"]
+    assert isinstance(launcher, SGLangLauncher | VLLMLauncher)
+    assert launcher.arguments == [argument]
 
 
 def test_given_servers_are_asked_and_none_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +157,7 @@ def test_given_servers_are_asked_and_none_is_started(monkeypatch: pytest.MonkeyP
     router = notes.pool["router"](SimpleNamespace(headers={"authorization": "Bearer k"}), timeout=3.0)
     assert (type(router), router.url) == (SGLangRouter, "http://r:1")
     assert notes.connects == [SGLangClient]
-    assert notes.reviver == {"restarts": 9, "startup_timeout": 600.0}
+    assert notes.reviver == {"restarts": 9, "startup_timeout": 600.0, "longest": 1024 + 8}
 
 
 def test_requests_hold_as_many_prompts_as_the_option_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,6 @@ from megatron_rapo.engines import exchange as exchange_module
 from megatron_rapo.engines.embedded.client import EmbeddedClient
 from megatron_rapo.engines.engine import EngineInfo, Generation
 from megatron_rapo.engines.exchange import EXCERPT, Exchange, NoSuchRoute, http_client
-from megatron_rapo.engines.sglang import client as module
 from megatron_rapo.engines.sglang import updates
 from megatron_rapo.engines.sglang.answers import sampling_params, to_generated
 from megatron_rapo.engines.sglang.client import SGLangClient
@@ -356,8 +355,8 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     async def sleep(seconds: float) -> None:
         clock[0] += seconds
 
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(module.asyncio, "sleep", sleep)
+    monkeypatch.setattr(exchange_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(exchange_module.asyncio, "sleep", sleep)
     return clock
 
 

@@ -113,6 +113,14 @@ def test_a_possible_run_passes_and_has_its_directory(tmp_path: Path, model: Path
             "has no package sglang; set it to the interpreter of the environment that SGLang is installed in",
         ),
         (
+            {"rollout": {"engine": {"kind": "vllm", "python": sys.executable}}},
+            "has no package vllm; set it to the interpreter of the environment that vLLM is installed in",
+        ),
+        (
+            {"rollout": {"engine": {"kind": "vllm", "tensor_parallel": 3}}},
+            "rollout.engine.tensor_parallel = 3 does not divide the model's 4 attention heads",
+        ),
+        (
             {"observe": {"wandb": "offline", "wandb_project": "p"}},
             'observe.wandb = "offline" needs wandb: pip install wandb, or set it to "off"',
         ),

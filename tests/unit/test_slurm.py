@@ -344,7 +344,7 @@ def test_names_with_spaces_and_quotes_stay_whole() -> None:
     assert shown.stdout.splitlines() == ["--container-mounts=/a b:/c'd", "my config.toml", "run.steps=2"]
 
 
-@pytest.mark.parametrize("engine", ["sglang", "embedded"])
+@pytest.mark.parametrize("engine", ["sglang", "embedded", "vllm"])
 def test_engines_run_in_this_packages_environment_unless_told_otherwise(engine: str) -> None:
     """Not in whatever `python` the job's PATH finds first."""
     default = with_slurm(ranks_per_node=1, engine=engine)
@@ -426,7 +426,7 @@ def test_further_arguments_reach_the_script() -> None:
 
 def test_a_kind_that_jobs_do_not_start_is_refused() -> None:
     with pytest.raises(
-        RapoError, match=r"slurm\.engine = 'other' is no kind that jobs start; .* embedded, sglang"
+        RapoError, match=r"slurm\.engine = 'other' is no kind that jobs start; .* embedded, sglang, vllm"
     ):
         with_slurm(ranks_per_node=1, engine="other")
 

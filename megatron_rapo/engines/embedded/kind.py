@@ -36,6 +36,10 @@ command=("$ENGINE_PYTHON" -m megatron_rapo.embedded_server --model "$MODEL")
         options = self.options
         return EmbeddedLauncher(served.model_path, options.device, served.dtype, threads=options.threads)
 
+    @classmethod
+    def command(cls, python: str) -> list[str]:
+        return [python, "-m", "megatron_rapo.embedded_server"]
+
     def problems(self) -> Iterator[str]:
         import torch
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_rapo.engines.engine import EngineInfo, Generated, Generation
+from megatron_rapo.engines.exchange import HEALTH_TIMEOUT_S
 from megatron_rapo.engines.sglang.answers import generate_body, prompt_log_probs, to_generated
-from megatron_rapo.engines.sglang.updates import CONTROL_TIMEOUT_S, POLL_S, SGLangUpdates
+from megatron_rapo.engines.sglang.updates import CONTROL_TIMEOUT_S, SGLangUpdates
 from megatron_rapo.errors import EngineLost, RapoError
 
-HEALTH_TIMEOUT_S = 5.0
 MEMORY = {"tags": ["weights", "kv_cache"]}
 
 
@@ -27,18 +25,7 @@ class SGLangClient(SGLangUpdates):
     """
 
     async def until_healthy(self, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
-        while problem := await self._exchange.health_problem(
-            max(POLL_S, min(HEALTH_TIMEOUT_S, deadline - time.monotonic()))
-        ):
-            if reason := self._exchange.diagnosis():
-                raise EngineLost(f"{self.url} did not become ready: {reason}")
-            if time.monotonic() > deadline:
-                raise EngineLost(
-                    f"{self.url} was not ready within {timeout:g} s ({problem}); look into the server's log, "
-                    "or raise rollout.startup_timeout_s"
-                )
-            await asyncio.sleep(POLL_S)
+        await self._exchange.until_healthy(timeout)
 
     async def silence(self, patience: float) -> str | None:
         """As `Engine.silence`.

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_rapo.engines.kind import EngineKind, Served
+from megatron_rapo.engines.packages import installed
 from megatron_rapo.engines.sglang.options import RoutedOptions, SGLangOptions
 
 if TYPE_CHECKING:
     from megatron_rapo.engines.engine import Connect, ConnectRouter
     from megatron_rapo.engines.launching import Launcher
-
-INTERPRETER_S = 60.0  # for another environment's interpreter to start
 
 
 class Routed(EngineKind):
@@ -62,14 +60,14 @@ command=(
             arguments=[*options.arguments, *(["--enable-memory-saver"] if served.colocated else [])],
         )
 
+    @classmethod
+    def command(cls, python: str) -> list[str]:
+        return [python, "-m", "sglang.launch_server"]
+
     def problems(self) -> Iterator[str]:
-        python = self.options.python
-        finds = "import importlib.util as u, sys; sys.exit(u.find_spec('sglang') is None)"
-        remedy = "set it to the interpreter of the environment that SGLang is installed in (docs/engines.md)"
-        try:
-            ended = subprocess.run([python, "-c", finds], capture_output=True, timeout=INTERPRETER_S)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            yield f"rollout.engine.python = {python!r} cannot be started: {error}; {remedy}"
-            return
-        if ended.returncode:
-            yield f"rollout.engine.python = {python!r} has no package sglang; {remedy}"
+        found = installed(self.options.python, ("sglang",))
+        if found.problem is not None:
+            yield (
+                f"rollout.engine.python = {self.options.python!r} {found.problem}; set it to the interpreter "
+                "of the environment that SGLang is installed in (docs/engines.md)"
+            )

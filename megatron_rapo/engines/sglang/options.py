@@ -7,11 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from megatron_rapo.engines.address import same_server
-from megatron_rapo.engines.options import EngineOptions
-from megatron_rapo.section import NonNegativeInt, PositiveInt
-
-# Arguments of sglang.launch_server that a run has its own ideas of.
-_SET_BY_THE_RUN = ("--model-path", "--model", "--host", "--port", "--dtype", "--tp-size", "--tp")
+from megatron_rapo.engines.options import EngineOptions, OwnServers
 
 
 class RoutedOptions(EngineOptions):
@@ -51,35 +47,11 @@ class RoutedOptions(EngineOptions):
         return self
 
 
-class SGLangOptions(RoutedOptions):
+class SGLangOptions(RoutedOptions, OwnServers):
     """SGLang servers, 0.5.14 to 0.5.23."""
 
-    kind: Literal["sglang"] = Field("sglang", description="Names this kind of engines.")
-    tensor_parallel: PositiveInt = Field(1, description="GPUs that share one server's model.")
-    gpus: list[NonNegativeInt] | None = Field(
-        None,
-        description="The GPUs, tensor_parallel of them for each server, in order. Default: what SGLang takes "
-        "by itself.",
+    set_by_the_run: ClassVar[tuple[str, ...]] = (
+        *("--model-path", "--model", "--host", "--port", "--dtype", "--tp-size", "--tp"),
     )
-    python: str = Field("python", description="Interpreter of the environment that SGLang is installed in.")
-    arguments: list[str] = Field([], description="Further arguments of `sglang.launch_server`.")
 
-    @property
-    def ranks(self) -> int:
-        return self.tensor_parallel
-
-    @model_validator(mode="after")
-    def _check_servers(self) -> SGLangOptions:
-        wanted = self.servers * self.tensor_parallel
-        if self.gpus is not None and (len(self.gpus), len(set(self.gpus))) != (wanted, wanted):
-            raise ValueError(
-                f"gpus = {self.gpus} does not name {wanted} GPUs for servers = {self.servers} of "
-                f"tensor_parallel = {self.tensor_parallel}; name each once"
-            )
-        for argument in self.arguments:
-            if argument.partition("=")[0] in _SET_BY_THE_RUN:
-                raise ValueError(
-                    f"arguments = {self.arguments}: {argument} is set by the run; remove it, or start the "
-                    "servers yourself and name them in urls"
-                )
-        return self
+    kind: Literal["sglang"] = Field("sglang", description="Names this kind of engines.")

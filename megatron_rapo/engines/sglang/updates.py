@@ -13,13 +13,12 @@ import httpx
 from torch import Tensor
 
 from megatron_rapo.engines.engine import Diagnose, Engine
-from megatron_rapo.engines.exchange import Exchange
+from megatron_rapo.engines.exchange import POLL_S, Exchange
 from megatron_rapo.engines.sglang.handles import handles
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.wire.bucket import TensorMetadata
 from megatron_rapo.wire.group import Meeting
 
-POLL_S = 0.1  # between two questions whether the server is ready
 CONTROL_TIMEOUT_S = 60.0  # for requests that are answered at once
 FLUSH_TIMEOUT_S = 10.0  # that a server may take to become idle
 
