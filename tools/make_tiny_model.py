@@ -5,7 +5,8 @@
 It is a Qwen2 of 0.6M parameters with a character tokenizer, for trying RL where no GPU is at hand. It can
 work Countdown problems out but seldom bothers to (most of what it saw at last are quick guesses), so that
 pass@1 starts low and RL has something to find; and it hardly ever multiplies, so that pass@64 has a
-ceiling. The same seed on the same machine gives the same bits.
+ceiling; `--guesses-multiplying` takes that away, and what it then solves by guesses alone is what RL may
+lose. The same seed on the same machine gives the same bits.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
-    demonstrations = Demonstrations(TASK.numbers, TASK.largest, MULTIPLYING)
+    demonstrations = Demonstrations(TASK.numbers, TASK.largest, MULTIPLYING, arguments.guesses_multiplying)
     recipe = Recipe()
     start = time.monotonic()
     for step, loss in enumerate(train(model, tokenizer, demonstrations, recipe, arguments.seed)):
@@ -72,6 +73,12 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--seed", type=int, default=1, help="of initialisation and demonstrations (1)")
+    parser.add_argument(
+        "--guesses-multiplying",
+        type=float,
+        metavar="SHARE",
+        help=f"of the operators of quick guesses that are ×; default: {MULTIPLYING}, as of worked solutions",
+    )
     return parser.parse_args()
 
 

@@ -37,11 +37,13 @@ class Demonstrations:
         numbers: how many numbers a problem gives.
         largest: they are drawn from 1 to this.
         multiplying: the share of operators that are ×.
+        guesses_multiplying: that of quick guesses; None: the same.
     """
 
     numbers: int
     largest: int
     multiplying: float
+    guesses_multiplying: float | None = None
 
     def mixture(self, rng: random.Random, worked_share: float) -> Iterator[Demonstration]:
         """Without end: worked solutions with this probability, otherwise quick guesses."""
@@ -52,7 +54,7 @@ class Demonstrations:
         """Such as `7+12=19-3=16` and, on a new line, `7+12-3`, for numbers in any order."""
         while True:
             numbers = [rng.randint(1, self.largest) for _ in range(self.numbers)]
-            operators = sorted(self._operators(rng), key=lambda operator: operator != "*")
+            operators = sorted(self._operators(rng, self.multiplying), key=lambda operator: operator != "*")
             totals = _running_totals(numbers, operators)
             if not (min(totals) >= 0 and 1 <= totals[-1] <= countdown.LARGEST_TARGET):
                 continue
@@ -73,10 +75,11 @@ class Demonstrations:
         """A quick guess at this problem."""
         numbers = [int(number) for number in question.partition("=")[0].split()]
         rng.shuffle(numbers)
-        return " " + _expression(numbers, self._operators(rng))
+        share = self.multiplying if self.guesses_multiplying is None else self.guesses_multiplying
+        return " " + _expression(numbers, self._operators(rng, share))
 
-    def _operators(self, rng: random.Random) -> list[str]:
-        return ["*" if rng.random() < self.multiplying else rng.choice("+-") for _ in range(self.numbers - 1)]
+    def _operators(self, rng: random.Random, multiplying: float) -> list[str]:
+        return ["*" if rng.random() < multiplying else rng.choice("+-") for _ in range(self.numbers - 1)]
 
 
 def _running_totals(numbers: list[int], operators: list[str]) -> list[int]:
