@@ -119,6 +119,12 @@ def analyse(study: Study, stages: Stages, folder: Path) -> Analysis:
             Excluded(run.name, stages.why_missing(run, folder))
             for run in [*stages.tuning, *stages.main]
             if run.name not in stages.results
+        ]
+        + [
+            Excluded(
+                f"{arm.name}, seed {seed}", f"it follows {arm.follows}, which has no result of this seed"
+            )
+            for arm, seed in stages.later
         ],
         looks=read_looks(folder),
         results=[*searched, *main],

@@ -22,6 +22,7 @@ class PlannedArm:
         options: by dotted name, over the files.
         train: whether it is trained, or is a model as it is.
         seed_offset: added to the study's seeds.
+        follows: the arm whose run of the same seed comes first; None: it waits for none.
         tune: options that the search chooses, each with its candidates.
     """
 
@@ -30,6 +31,7 @@ class PlannedArm:
     options: Options
     train: bool
     seed_offset: int
+    follows: str | None
     tune: dict[str, list[Any]]
 
 
@@ -43,26 +45,43 @@ def expand(study: Study) -> list[PlannedArm]:
     grid = list(product(*(factor.values for factor in study.factors)))
     arms = [_planned(study, arm, values) for arm in named for values in grid]
     _check_contrasts(study, [arm.name for arm in arms])
+    _check_follows(arms)
     return arms
 
 
 def _planned(study: Study, arm: Arm | None, values: Sequence[Any]) -> PlannedArm:
     chosen = {factor.option: value for factor, value in zip(study.factors, values, strict=True)}
-    parts = [arm.name] if arm is not None else []
-    parts += [f"{option.rpartition('.')[2]}={_short(value)}" for option, value in chosen.items()]
     own = arm or Arm(name="grid")
     return PlannedArm(
-        name=", ".join(parts),
+        name=_joined(own.name if arm else None, chosen),
         configs=own.configs,
         options={**study.options, **own.options, **chosen},
         train=own.train,
         seed_offset=own.seed_offset,
+        follows=_joined(own.follows, chosen) if own.follows else None,
         tune=own.tune,
     )
 
 
+def _joined(name: str | None, chosen: Options) -> str:
+    """An arm's name with its factors' values."""
+    values = [f"{option.rpartition('.')[2]}={_short(value)}" for option, value in chosen.items()]
+    return ", ".join(filter(None, [name, *values]))
+
+
 def _short(value: Any) -> str:
     return value if isinstance(value, str) else toml_value(value)
+
+
+def _check_follows(arms: Sequence[PlannedArm]) -> None:
+    by_name = {arm.name: arm for arm in arms}
+    for arm in arms:
+        first = by_name.get(arm.follows) if arm.follows else None
+        if arm.follows and (first is None or first.follows or not first.train):
+            raise RapoError(
+                f"arm {toml_value(arm.name)} follows {toml_value(arm.follows)}, which is no trained arm that "
+                "follows none; name one that is"
+            )
 
 
 def _check_contrasts(study: Study, names: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from megatron_rapo.errors import RapoError
 from megatron_rapo.study import cost
@@ -10,13 +10,13 @@ from megatron_rapo.study.local import check_cores
 from megatron_rapo.study.making import Stopper, make
 from megatron_rapo.study.opened import Opened
 from megatron_rapo.study.plan import told
-from megatron_rapo.study.results import Result
+from megatron_rapo.study.stages import Stages
 from megatron_rapo.study.standing import Standing, State
 from megatron_rapo.study.table import text_table
 
 
 def show_plan(opened: Opened, cores: int) -> str:
-    """The expanded plan with its cost; nothing is started or written."""
+    """The expanded plan with its cost; nothing is started."""
     stages = opened.plan()
     check_cores(stages.runs, cores)
     stand = opened.standings(stages)
@@ -32,19 +32,20 @@ def show_plan(opened: Opened, cores: int) -> str:
         takes = "unknown" if seconds is None else f"{seconds:,.0f} s"
         lines.append(f"{one.run.name}  {one.state.value}  {one.run.cores} cores  {takes}")
         lines += [f"    {told(command)}" for command in one.run.commands()]
+    lines += [f"{arm.name}, seed {seed}: follows {arm.follows}" for arm, seed in stages.later]
     if not stages.searched:
         lines.append("options that the search chooses are those of the files here, until it is through")
-    lines += ["", *_cost(stand, stages.results)]
+    lines += ["", *_cost(stand, stages)]
     lines += [f"{name}: a result of no run of this study, left out" for name in stages.strangers]
     return "\n".join(lines)
 
 
-def _cost(stand: Sequence[Standing], results: Mapping[str, Result]) -> list[str]:
-    left = cost.left(stand, results)
-    lines = [
-        f"spent: {cost.spent(results)}",
-        f"left: {left}" + (f" (from {left.source})" if left.source else ""),
-    ]
+def _cost(stand: Sequence[Standing], stages: Stages) -> list[str]:
+    left = cost.left(stand, stages.results)
+    source = f" (from {left.source})" if left.source else ""
+    lines = [f"spent: {cost.spent(stages.results)}", f"left: {left}{source}"]
+    if stages.later:
+        lines.append(f"not in this: {len(stages.later)} runs that follow others")
     if left.unknown:
         waiting = next(one.run.name for one in stand if one.state is not State.DONE)
         lines.append(f"to know what a run costs, make one: --only {waiting}")
@@ -55,7 +56,7 @@ def show_status(opened: Opened) -> str:
     """Where each run stands, what is spent, what is left."""
     stages = opened.plan()
     stand = opened.standings(stages)
-    return "\n".join([text_table(stand, stages.results), *_cost(stand, stages.results)])
+    return "\n".join([text_table(stand, stages.results), *_cost(stand, stages)])
 
 
 def make_one(opened: Opened, name: str) -> int:

@@ -19,6 +19,7 @@ from megatron_rapo.study.schema import Options, Study
 
 Stage = Literal["tuning", "main"]
 
+FOLLOWED, RUN = "followed", "@run"  # what stands for the run that another one follows (`following`)
 EVALUATION = "study"  # name of the evaluation after training, in a run's evaluations/
 # Where and how a run is kept and watched: another value of these is the same run.
 _ELSEWHERE = ("run.directory", "run.code", "checkpoint", "observe", "slurm", "rollout.engine", "weights")
@@ -96,13 +97,12 @@ def told(command: Sequence[str]) -> str:
 
 
 def main_runs(
-    study: Study, arms: Sequence[PlannedArm], seeds: Sequence[int], folder: Path, tuned: Mapping[str, Options]
+    study: Study, pairs: Sequence[tuple[PlannedArm, int]], folder: Path, tuned: Mapping[str, Options]
 ) -> list[PlannedRun]:
-    """Each arm at each seed: seed by seed, so that a study that is stopped has whole pairs.
+    """The study's own runs.
 
     Args:
-        arms: of the study.
-        seeds: of the study, and those that were added.
+        pairs: arms and seeds, in the order in which they are run.
         folder: of the study's runs and results.
         tuned: the options that the search chose, by arm.
 
@@ -110,9 +110,8 @@ def main_runs(
         RapoError: a configuration is not valid, or two runs would share a folder.
     """
     runs = [
-        _run(study, arm, seed, "main", None, tuned.get(arm.name, {}), folder)
-        for seed in seeds
-        for arm in arms
+        _run(study, arm, seed, "main", None, tuned.get(arm.follows or arm.name, {}), folder)
+        for arm, seed in pairs
     ]
     return _distinct(runs)
 
@@ -141,8 +140,10 @@ def _run(
 ) -> PlannedRun:
     number = "" if trial is None else f"-{trial:02d}"
     name = f"{'' if stage == 'main' else 'tuning-'}{file_name(arm.name)}{number}-seed{seed}"
+    follows = f"{file_name(arm.follows)}-seed{seed}" if arm.follows else None
+    first = str(folder / FOLLOWED / follows) if follows else RUN
     settings = {
-        **_dotted(arm.options),
+        **{option: first if value == RUN else value for option, value in _dotted(arm.options).items()},
         **last,
         "run.seed": seed + arm.seed_offset,
         "run.directory": str(folder / "runs" / name),

@@ -51,15 +51,16 @@ def run(opened: Opened, cores: int, *, retry_failed: bool = False) -> bool:
         while True:
             stages = opened.plan()
             todo = opened.todo(stages)
-            if todo and not _run(opened, stages, todo, cores):
-                return False
-            if stages.searched:
-                return True
             if not todo:
-                raise RapoError(
-                    "the search is not through, and other commands make what is left of it; run the study "
-                    "again when they have ended (--status tells)"
-                )
+                break
+            if not _run(opened, stages, todo, cores):
+                return False
+    if not stages.searched:
+        raise RapoError(
+            "the search is not through, and other commands make what is left of it; run the study again when "
+            "they have ended (--status tells)"
+        )
+    return True
 
 
 def submit(opened: Opened, cores: int, *, dry_run: bool) -> list[Path]:

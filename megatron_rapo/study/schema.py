@@ -39,6 +39,11 @@ class Arm(Section):
     seed_offset: NonNegativeInt = Field(
         0, description="Added to the study's seeds: another sample of the same, such as one that chooses."
     )
+    follows: str | None = Field(
+        None,
+        description="Another arm: its run of the same seed comes first, `@run` in `options` is a "
+        "folder with its metrics, and what the search chose for it is taken over.",
+    )
     tune: dict[str, list[Any]] = Field(
         {}, description="Options that `[tuning]` chooses a value of, each with its candidates."
     )
@@ -143,7 +148,11 @@ def _check_tuning(study: Study, tuning: Tuning) -> None:
             "tuning.options names no validation problems: the search would see the held-out ones; set "
             "evaluate.data there (another seed of a generated task, or another file)"
         )
-    untuned = [arm.name for arm in study.arms if arm.train and not arm.tune]
+    if torn := [arm.name for arm in study.arms if arm.follows and arm.tune]:
+        raise ValueError(
+            f"arms: {torn[0]} has tune, and follows an arm whose choice it takes over; leave one of them out"
+        )
+    untuned = [arm.name for arm in study.arms if arm.train and not arm.tune and not arm.follows]
     if untuned or not study.arms:
         raise ValueError(
             f"tuning: {untuned[0] if untuned else 'arms of factors alone'} would be searched over nothing, "

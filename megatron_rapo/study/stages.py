@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_rapo.study.added_seeds import read_looks, seeds_of
 from megatron_rapo.study.arms import PlannedArm, expand
 from megatron_rapo.study.attempts import read_attempts
+from megatron_rapo.study.following import leave_metrics
 from megatron_rapo.study.plan import PlannedRun, main_runs, tuning_runs
 from megatron_rapo.study.results import FOLDER, Result, read_planned
 from megatron_rapo.study.schema import Study
@@ -27,6 +28,7 @@ class Stages:
         searches: by arm.
         results: of finished runs, by name.
         strangers: results that are of no run of this study.
+        later: arms and seeds that follow runs without a result; what they will be is not known yet.
     """
 
     arms: Sequence[PlannedArm]
@@ -36,6 +38,7 @@ class Stages:
     searches: Mapping[str, Search]
     results: Mapping[str, Result]
     strangers: Sequence[str]
+    later: Sequence[tuple[PlannedArm, int]]
     retries: int
 
     @property
@@ -65,11 +68,20 @@ def plan_stages(study: Study, folder: Path) -> Stages:
     found = searches(study, arms, trials, list(tuned_results.values()), complete=through)
     chosen = {name: search.chosen.options for name, search in found.items() if search.chosen is not None}
     seeds = seeds_of(study.seeds, read_looks(folder))
-    main = main_runs(study, arms, seeds, folder, chosen)
+    pairs = [(arm, seed) for seed in seeds for arm in arms]
+    main = main_runs(study, [pair for pair in pairs if pair[0].follows is None], folder, chosen)
     results = {**tuned_results, **(read_planned(folder, main) if through else {})}
+    done = {(result.arm, result.seed): result for result in results.values() if result.stage == "main"}
+    following = [(arm, seed) for arm, seed in pairs if arm.follows is not None]
+    ready = [(arm, seed) for arm, seed in following if (arm.follows, seed) in done]
+    for arm, seed in ready:
+        leave_metrics(folder, done[str(arm.follows), seed])
+    followers = main_runs(study, ready, folder, chosen)
+    main, results = [*main, *followers], {**results, **read_planned(folder, followers)}
+    later = [pair for pair in following if pair not in ready]
     names = {run.name for run in [*tuning, *main]}
     strangers = [file.stem for file in sorted((folder / FOLDER).glob("*.json")) if file.stem not in names]
-    return Stages(arms, tuning, main, through, found, results, strangers, study.retries)
+    return Stages(arms, tuning, main, through, found, results, strangers, later, study.retries)
 
 
 def _failed_for_good(folder: Path, run: PlannedRun, retries: int) -> bool:

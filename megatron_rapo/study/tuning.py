@@ -59,7 +59,7 @@ def trials_of(study: Study, arms: Sequence[PlannedArm]) -> dict[str, list[Option
         return {}
     number, trials = study.tuning.trials, {}
     for arm in arms:
-        if not arm.train:
+        if not arm.train or arm.follows:
             continue
         grid = [dict(zip(arm.tune, values, strict=True)) for values in product(*arm.tune.values())]
         if len(grid) < number:

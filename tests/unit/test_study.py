@@ -164,6 +164,8 @@ def test_the_pages_study_and_the_example_are_studies(tmp_path: Path) -> None:
         ({"arms": [{"name": "a", "options": {"run.seed": 3}}, {"name": "b"}]}, "sets run.seed"),
         ({"arms": [{"name": "a", "tune": {"run.steps": [1]}}, {"name": "b"}]}, r"without a table \[tuning\]"),
         ({"tuning": TUNING}, "searched over nothing"),
+        ({"arms": [{"name": "a", "follows": "c"}, {"name": "b"}]},
+         'arm "a" follows "c", which is no trained arm'),
         ({"tuning": {**TUNING, "seeds": [1]}}, "tuning.seeds and seeds both have 1"),
         ({"tuning": {**TUNING, "options": {"run.steps": 2}}}, "names no validation problems"),
     ],
@@ -521,6 +523,29 @@ def test_a_search_that_saw_held_out_problems_is_refused(
         RapoError, match=r"40 of the 40 problems that the study is judged on were seen by its search"
     ):
         command.report(opened)
+
+
+def test_an_arm_follows_another_with_its_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {"optimizer.learning_rate": [1e-4, 2e-4]}
+    control = {"algorithm.method": "matched_entropy", "algorithm.entropy_of": "@run"}
+    arms = [
+        {"name": "control", "follows": "b", "options": control},
+        {"name": "a", "tune": rates},
+        {"name": "b", "tune": rates},
+    ]
+    opened = open_study(tmp_path, arms=arms, tuning=TUNING, seeds=[1, 2])
+    made: list[PlannedRun] = []
+
+    def noting(run: PlannedRun) -> list[int]:
+        made.append(run)
+        return [round(run.config.optimizer.learning_rate * 1e4)] * PROBLEMS
+
+    make_all(opened, monkeypatch, noting)
+    assert [run.arm for run in made[-2:]] == ["control", "control"], "it comes after all that it follows"
+    for run in made[-2:]:
+        assert run.config.algorithm.entropy_of == opened.folder / f"followed/b-seed{run.seed}"  # type: ignore[attr-defined]
+        assert run.config.optimizer.learning_rate == 2e-4
+    assert not any(run.arm == "control" for run in made if run.stage == "tuning")
 
 
 # Further seeds
