@@ -212,3 +212,12 @@ def test_retries_are_written_as_countdown_turns_does():
             rest = question + behind.removeprefix(verdict)
             failed += 1
     assert 30 < failed < 90
+
+
+def test_guesses_multiply_more_where_they_are_to():
+    """And worked solutions as before: what is solved by guesses alone is what RL may lose."""
+    wide = Demonstrations(3, 25, 0.0, guesses_multiplying=1 / 3)
+    guesses = [wide.guess(random.Random(seed)).response for seed in range(300)]
+    share = sum(guess.count("*") for guess in guesses) / (2 * len(guesses))
+    assert 0.25 < share < 0.42
+    assert not any("*" in wide.worked(random.Random(seed)).response for seed in range(100))
