@@ -25,7 +25,7 @@ from megatron_rapo.methods.advantages import standardised
 from megatron_rapo.methods.annotated import Annotated
 from megatron_rapo.methods.by_episode import Responses
 from megatron_rapo.methods.clipping import Clipping
-from megatron_rapo.methods.guided import all_failed, both, off_policy_marks, rewards_of, solved, texts_of
+from megatron_rapo.methods.guided import all_failed, chosen_of, off_policy_marks, rewards_of, solved, texts_of
 from megatron_rapo.methods.method import Method, OfEpisodes
 from megatron_rapo.methods.terms.mixed_gradient import MixedGradient
 from megatron_rapo.methods.terms.term import Term
@@ -73,7 +73,7 @@ class AMPO(Method):
         left = [self._mixed(group)[0] for group in groups]
         taught = [[one.guide != PLAIN and solved(one) for one in group.episodes] for group in groups]
         kept = [[a or b for a, b in zip(*pair, strict=True)] for pair in zip(left, taught, strict=True)]
-        return both(kept, super().choose(groups))
+        return chosen_of(super().choose, groups, kept)
 
     def _mixed(self, group: Group) -> tuple[list[bool], list[int]]:
         """Which of the policy's own responses are left, and the first k right teachers."""

@@ -24,7 +24,7 @@ from megatron_rapo.episode.group import Group, known_rewards
 from megatron_rapo.episode.guide import PLAIN, Guide
 from megatron_rapo.methods.advantages import standardised
 from megatron_rapo.methods.clipping import Clipping
-from megatron_rapo.methods.guided import both, filled, rewards_of, success_rate
+from megatron_rapo.methods.guided import chosen_of, filled, rewards_of, success_rate
 from megatron_rapo.methods.method import Method, OfEpisodes
 from megatron_rapo.methods.terms.divergences import Divergence
 from megatron_rapo.methods.terms.term import AtToken, Term
@@ -103,7 +103,7 @@ class CLPO(Method):
         return [Guide(question=said.answer.strip(), keeps_prompt=True, name="reworded")] * len(plain)
 
     def choose(self, groups: Sequence[Group]) -> OfEpisodes:
-        return both(_of(groups, "", "reworded"), super().choose(groups))
+        return chosen_of(super().choose, groups, _of(groups, "", "reworded"))
 
     def advantages(self, groups: Sequence[Group]) -> OfEpisodes:
         """Over the responses to each wording."""

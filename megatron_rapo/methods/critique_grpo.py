@@ -25,7 +25,7 @@ from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.guide import PLAIN, Guide
 from megatron_rapo.methods import options as common
 from megatron_rapo.methods.advantages import centred
-from megatron_rapo.methods.guided import both, filled, off_policy_marks, own, rewards_of, solved
+from megatron_rapo.methods.guided import chosen_of, filled, off_policy_marks, own, rewards_of, solved
 from megatron_rapo.methods.method import Method, OfEpisodes
 from megatron_rapo.methods.terms.mixed_gradient import MixedGradient
 from megatron_rapo.methods.terms.policy_gradient import PolicyGradient
@@ -79,7 +79,7 @@ class CritiqueGRPO(Method):
 
     def choose(self, groups: Sequence[Group]) -> OfEpisodes:
         """The responses, and k refinements."""
-        return both(map(self._learnt, groups), super().choose(groups))
+        return chosen_of(super().choose, groups, map(self._learnt, groups))
 
     def _learnt(self, group: Group) -> list[bool]:
         known = [n for n, one in enumerate(group.episodes) if one.guide != PLAIN and one.reward is not None]

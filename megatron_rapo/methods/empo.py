@@ -24,7 +24,7 @@ from pydantic import Field
 from megatron_rapo.episode.group import Group, known_rewards
 from megatron_rapo.methods.advantages import standardised
 from megatron_rapo.methods.grpo import GRPO
-from megatron_rapo.methods.guided import both
+from megatron_rapo.methods.guided import chosen_of
 from megatron_rapo.methods.method import OfEpisodes
 from megatron_rapo.section import NonNegativeFloat
 
@@ -59,7 +59,7 @@ class EMPO(GRPO):
 
     def choose(self, groups: Sequence[Group]) -> OfEpisodes:
         kept = [[self.teaches(group)] * len(group.episodes) for group in groups]
-        return both(kept, super().choose(groups))
+        return chosen_of(super().choose, groups, kept)
 
     def advantages(self, groups: Sequence[Group]) -> OfEpisodes:
         shaped = known_rewards(groups)

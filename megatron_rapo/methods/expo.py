@@ -18,7 +18,7 @@ from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.guide import PLAIN, Guide
 from megatron_rapo.methods.advantages import standardised
 from megatron_rapo.methods.grpo import GRPO
-from megatron_rapo.methods.guided import all_failed, both, filled, rewards_of, solved
+from megatron_rapo.methods.guided import all_failed, chosen_of, filled, rewards_of, solved
 from megatron_rapo.methods.method import OfEpisodes
 from megatron_rapo.methods.terms.likelihood import Likelihood
 from megatron_rapo.methods.terms.term import Term
@@ -56,8 +56,16 @@ class ExPO(GRPO):
 
     def choose(self, groups: Sequence[Group]) -> OfEpisodes:
         """The responses, and explanations that are right."""
-        kept = [[one.guide == PLAIN or solved(one) for one in group.episodes] for group in groups]
-        return both(kept, super().choose(groups))
+        plain = chosen_of(
+            super().choose, groups, [[one.guide == PLAIN for one in g.episodes] for g in groups]
+        )
+        return [
+            [
+                chosen or (one.guide != PLAIN and solved(one))
+                for one, chosen in zip(g.episodes, own, strict=True)
+            ]
+            for g, own in zip(groups, plain, strict=True)
+        ]
 
     def advantages(self, groups: Sequence[Group]) -> OfEpisodes:
         return standardised(rewards_of(groups, [[one.guide == PLAIN for one in g.episodes] for g in groups]))

@@ -22,7 +22,7 @@ from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.guide import PLAIN, Guide
 from megatron_rapo.methods.advantages import standardised
 from megatron_rapo.methods.grpo import GRPO
-from megatron_rapo.methods.guided import beginning, both, rewards_of, solved, text_of
+from megatron_rapo.methods.guided import beginning, chosen_of, rewards_of, solved, text_of
 from megatron_rapo.methods.method import OfEpisodes
 from megatron_rapo.section import Fraction
 
@@ -68,7 +68,7 @@ class GHPO(GRPO):
 
     def choose(self, groups: Sequence[Group]) -> OfEpisodes:
         """The responses to q*: the last that were asked for."""
-        return both(self._last(groups), super().choose(groups))
+        return chosen_of(super().choose, groups, self._last(groups))
 
     def advantages(self, groups: Sequence[Group]) -> OfEpisodes:
         return standardised(rewards_of(groups, self._last(groups)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ from megatron_rapo.episode.guide import PLAIN
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.methods.method import OfEpisodes
+
+Choose = Callable[[Sequence[Group]], OfEpisodes]
 
 
 def solved(scored: ScoredEpisode) -> bool:
@@ -56,9 +60,19 @@ def beginning(text: str, share: float) -> str:
     return text[: round(len(text) * share)]
 
 
-def both(first: Iterable[Sequence[bool]], second: OfEpisodes) -> list[list[bool]]:
-    """Where both are true."""
-    return [[bool(a and b) for a, b in zip(*pair, strict=True)] for pair in zip(first, second, strict=True)]
+def chosen_of(choose: Choose, groups: Sequence[Group], flags: Iterable[Sequence[bool]]) -> list[list[bool]]:
+    """What a method's `choose` says of the flagged episodes, as if there were no others: those are out."""
+    asked = [list(own) for own in flags]
+    if not any(map(any, asked)):
+        return [[False] * len(own) for own in asked]
+    counted = [
+        replace(group, episodes=tuple(compress(group.episodes, own)))
+        for group, own in zip(groups, asked, strict=True)
+    ]
+    said = map(iter, choose(counted))
+    return [
+        [flag and bool(next(of_group)) for flag in own] for own, of_group in zip(asked, said, strict=True)
+    ]
 
 
 def rewards_of(groups: Sequence[Group], chosen: OfEpisodes) -> Any:

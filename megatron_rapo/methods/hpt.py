@@ -22,7 +22,7 @@ from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.guide import PLAIN, Guide
 from megatron_rapo.methods.advantages import centred
 from megatron_rapo.methods.clipping import Clipping
-from megatron_rapo.methods.guided import both, rewards_of, success_rate, text_of
+from megatron_rapo.methods.guided import chosen_of, rewards_of, success_rate, text_of
 from megatron_rapo.methods.method import Method, OfEpisodes
 from megatron_rapo.methods.terms.likelihood import Likelihood
 from megatron_rapo.methods.terms.term import Term
@@ -64,11 +64,12 @@ class HPT(Method):
         """The solution, where there is one; else the responses."""
         self._prompts = self.options.minibatch_prompts or len(groups)
         taught = [any(one.guide != PLAIN for one in group.episodes) for group in groups]
-        kept = [
-            [(one.guide != PLAIN) is flag for one in g.episodes]
-            for g, flag in zip(groups, taught, strict=True)
+        by_rl = [[not flag] * len(group.episodes) for flag, group in zip(taught, groups, strict=True)]
+        by_rl = chosen_of(super().choose, groups, by_rl)
+        return [
+            [(one.guide != PLAIN) if flag else chosen for one, chosen in zip(g.episodes, own, strict=True)]
+            for flag, g, own in zip(taught, groups, by_rl, strict=True)
         ]
-        return both(kept, super().choose(groups))
 
     def advantages(self, groups: Sequence[Group]) -> OfEpisodes:
         return centred(rewards_of(groups, [[one.guide == PLAIN for one in g.episodes] for g in groups]))

@@ -6,7 +6,7 @@
 
 A as in GRPO, over those that count. The policy with examples is its own expert (implicit expert forcing), and
 learns to do without them. After the abstract and public descriptions. Ours: examples stand in the
-configuration, in front of the question; the ratio of both, where the paper's shaping is LUFFY's; all of
+configuration, in front of the question; the ratio of where the paper's shaping is LUFFY's; all of
 λ, α and T; no divergence.
 """
 
@@ -22,7 +22,7 @@ from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.guide import PLAIN, Guide
 from megatron_rapo.methods.advantages import standardised
 from megatron_rapo.methods.clipping import Clipping
-from megatron_rapo.methods.guided import both, off_policy_marks, rewards_of, solved
+from megatron_rapo.methods.guided import chosen_of, off_policy_marks, rewards_of, solved
 from megatron_rapo.methods.method import Method, OfEpisodes
 from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.methods.terms.mixed_gradient import MixedGradient
@@ -70,7 +70,7 @@ class ICPO(Method):
         return [[] if group.episodes else wanted(group) for group in groups]
 
     def choose(self, groups: Sequence[Group]) -> OfEpisodes:
-        return both(_in_region(groups), super().choose(groups))
+        return chosen_of(super().choose, groups, _in_region(groups))
 
     def advantages(self, groups: Sequence[Group]) -> OfEpisodes:
         bonus = self.options.bonus * max(0.0, 1.0 - self._steps / self.options.bonus_steps)

@@ -22,7 +22,7 @@ from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.guide import PLAIN, Guide
 from megatron_rapo.methods.advantages import standardised
 from megatron_rapo.methods.grpo import GRPO
-from megatron_rapo.methods.guided import all_failed, beginning, both, rewards_of, solved, text_of
+from megatron_rapo.methods.guided import all_failed, beginning, chosen_of, rewards_of, solved, text_of
 from megatron_rapo.methods.method import OfEpisodes
 from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.section import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -80,7 +80,7 @@ class ScafGRPO(GRPO):
         ]
 
     def choose(self, groups: Sequence[Group]) -> OfEpisodes:
-        return both(map(_scaffolded, groups), super().choose(groups))
+        return chosen_of(super().choose, groups, map(_scaffolded, groups))
 
     def advantages(self, groups: Sequence[Group]) -> OfEpisodes:
         self._steps += 1

@@ -169,6 +169,17 @@ def test_what_does_not_fit_is_an_episode_of_unknown_reward() -> None:
     assert found.groups[0].episodes[1].verification.why == "the prompt of a hint has 9 tokens"
 
 
+def test_a_head_whose_prompts_have_enough_samples_nothing() -> None:
+    with (
+        stand_ins(1) as (servers, urls),
+        EnginePool(urls, SGLangClient, vocab_size=VOCAB, prompts_per_request=1, request_timeout=60) as pool,
+        single_turns(pool, guided=guided) as runner,
+    ):
+        found = collect(make_collector(pool, runner), [Tries(2, ())] * 4)
+        assert not list(asked(servers))
+    assert [group.episodes for group in found.groups] == [()] * 4
+
+
 def test_a_sequence_takes_another_prompt() -> None:
     own = TokenSequence.of_response((1, 2, 3), np.array([4, 5], np.int32), np.array([-1, -2], np.float32), 7)
     other = own.under((1, 2, 3), (9,))

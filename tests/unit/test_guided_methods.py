@@ -522,7 +522,7 @@ CASES = {
         [
             ("unit / one", "1 / one"),
             ("0.0 if one.guide == PLAIN", "0.0 if one.guide != PLAIN"),
-            ("is flag", "is not flag"),
+            ("(one.guide != PLAIN) if flag", "(one.guide == PLAIN) if flag"),
             ("self._prompts * self", "self"),
         ],
     ),
@@ -586,9 +586,9 @@ CASES = {
         expo,
         expo_groups,
         [
-            ("one.guide == PLAIN or solved(one)", "True"),
+            ("(one.guide != PLAIN and solved(one))", "True"),
             ("float(one.guide != PLAIN)", "1.0"),
-            ("[[one.guide == PLAIN for one in g.episodes] for g in groups]", "self.choose(groups)"),
+            ("rewards_of(groups, [[one.guide == PLAIN", "rewards_of(groups, [[solved(one) is not None"),
         ],
     ),
     "icpo": Case(
@@ -864,6 +864,20 @@ def test_empo_calls_for_other_groups_in_place_of_those_it_leaves_out() -> None:
     groups = GROUPS["empo"]
     assert [a_method("empo").teaches(group) for group in groups] == [True, True, False, False, True]
     assert not a_method("empo").teaches(failed(count=1)), "one answer agrees with itself"
+
+
+def test_groups_without_variance_are_those_of_the_episodes_that_count() -> None:
+    """What is learnt of a failed group by other means than comparison stays."""
+    learnt = {"hpt": [False] * 4 + [True], "expo": [False] * 4 + [False, True], "ghpo": [False] * 8}
+    quarter = [an_episode(0, n, hinted(0.25)) for n in (2, 2, 4, 5)]
+    groups = {
+        "hpt": GROUPS["hpt"][1],
+        "expo": GROUPS["expo"][0],
+        "ghpo": a_group(*(an_episode(float(n > 2), n) for n in (1, 5, 2, 6)), *quarter),
+    }
+    for name, kept in learnt.items():
+        chosen = a_method(name, groups_without_variance="drop").choose([groups[name]])
+        assert [list(row) for row in chosen] == [kept], name
 
 
 ODD: dict[str, Group] = {

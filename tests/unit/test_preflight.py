@@ -129,6 +129,10 @@ def test_a_possible_run_passes_and_has_its_directory(tmp_path: Path, model: Path
             "/nowhere/x.jsonl does not exist; correct data.path",
         ),
         (
+            {"algorithm": {"method": "hpt"}},
+            "method \"hpt\" reads the column 'solution' of problems, which no row of data has",
+        ),
+        (
             {"evaluate": {"problems": 4, "data": {"source": "file", "path": "/nowhere/y.jsonl"}}},
             "/nowhere/y.jsonl does not exist; correct evaluate.data.path",
         ),
