@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
@@ -70,7 +70,8 @@ class Recorded:
 
     def _key(self, question: object) -> str:
         """Of the question at this place; the same one asked twice has two."""
-        for part in chain.from_iterable(self._heard):
+        parts: Iterable[Sequence[int] | npt.NDArray[np.int32]] = chain.from_iterable(self._heard)
+        for part in parts:
             self._said.update(f"{len(part)}:".encode())
             self._said.update(np.asarray(part, np.int32).tobytes())
         self._heard.clear()
