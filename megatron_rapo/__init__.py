@@ -64,14 +64,16 @@ def __dir__() -> list[str]:
 _KNOWN_AND_HARMLESS = (
     # The layer spec without Transformer Engine and Apex is chosen on purpose (model/layer_spec.py).
     r"(Transformer Engine and Apex are|Apex is) not installed",
-    # A default of megatron-core 0.16's own configuration.
+    # A default of megatron-core's own configuration, and a part of it that is not used.
     r"full scope is deprecated",
+    r"MimoModelConfig is experimental",
     # The CPU adapter hands Megatron's own accesses on (megatron_repairs/cpu.py).
     r"The \.grad attribute of a Tensor that is not a leaf",
-    # megatron-core 0.16 with torch 2.13.
+    # megatron-core with torch 2.13 and 2.14.
     r"`torch\.distributed\.\w+` is deprecated",
     r"`load_state_dict` is deprecated and will be removed",
     r"Please use DTensor instead and we are deprecating ShardedTensor",
+    r"The argument order of load has been changed",
 )
 for _message in _KNOWN_AND_HARMLESS:
     warnings.filterwarnings("ignore", message=_message)

@@ -38,8 +38,8 @@ def install() -> None:
     """
     found = check_version()
     # They import Megatron, which takes seconds.
-    from megatron_rapo.megatron_repairs import adam, buckets, cpu, pickles, results_queue
+    from megatron_rapo.megatron_repairs import adam, buckets, cpu, notices, pickles, results_queue
 
-    for module in (cpu, adam, buckets, pickles, results_queue):
+    for module in (cpu, adam, buckets, notices, pickles, results_queue):
         if found in SpecifierSet(module.VERSIONS):
             module.repair()

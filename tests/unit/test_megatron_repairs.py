@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import queue
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,12 +21,12 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from megatron_rapo.errors import RapoError
-from megatron_rapo.megatron_repairs import adam, buckets, cpu, pickles, results_queue
+from megatron_rapo.megatron_repairs import adam, buckets, cpu, notices, pickles, results_queue
 from megatron_rapo.megatron_repairs import install as installing
 from megatron_rapo.megatron_repairs.install import SUPPORTED, check_version, install
 from tests.unit.test_examples import setup_arguments
 
-REPAIRS = (cpu, adam, buckets, pickles, results_queue)
+REPAIRS = (cpu, adam, buckets, notices, pickles, results_queue)
 
 
 class Optimizer:
@@ -151,14 +152,32 @@ def test_another_version_is_refused_before_anything_is_mended(
             refuse()
 
 
-@pytest.mark.parametrize("found", ["0.16.1", "0.16.1+cpu", "0.17.1", "0.19.2"])
-def test_a_release_gets_the_repairs_that_name_it(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("found", "spared"),
+    [
+        ("0.16.1", {notices, pickles}),
+        ("0.16.1+cpu", {notices, pickles}),
+        ("0.17.1", {notices}),
+        ("0.19.2", set()),
+    ],
+)
+def test_a_release_gets_the_repairs_that_name_it(
+    found: str, spared: set[ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
     mended = []
     monkeypatch.setattr(installing, "version", {"megatron-core": found}.get)
     for module in REPAIRS:
         monkeypatch.setattr(module, "repair", partial(mended.append, module))
     install.__wrapped__()
-    assert set(mended) == set(REPAIRS) - ({pickles} if found.startswith("0.16") else set())
+    assert set(mended) == set(REPAIRS) - spared
+
+
+def test_lines_about_calls_on_purpose_are_left_out_and_others_stay(caplog: pytest.LogCaptureFixture) -> None:
+    notices.repair()
+    for name, text in notices.MADE_ON_PURPOSE.items():
+        logging.getLogger(name).warning("%s: see the guide", text)
+        logging.getLogger(name).warning("another line")
+    assert [record.getMessage() for record in caplog.records] == ["another line"] * 2
 
 
 def test_what_is_supported_is_what_is_installed_with_the_package() -> None:
