@@ -1,6 +1,7 @@
 # make demo      install, then train RAPO on a tiny model: four processes, no GPU
 # make test      install, then check style and types, and run the tests that need no GPU
 # make test-all  the same, and with them the exhaustive ones, which take long
+# make test-newest  on the newest Megatron-Core, in .venv-newest: what touches it, and the demo (Python 3.12)
 # make test-slurm   start a SLURM on this machine alone and submit jobs to it (root: installs it if missing)
 # make test-docker  run the steps of both Dockerfiles in a Debian root (root, debootstrap; 5 minutes)
 # make install   into .venv, versions pinned by constraints.txt
@@ -8,9 +9,10 @@
 # make verifiers  the package verifiers into .venv-verifiers, for tests/verifiers; they skip where it is not
 # make vllm      a real vLLM on CPU into .venv-vllm, as SGLang (3.5 GB)
 # make lint      style and types alone
-# make clean     remove .venv, .venv-sglang, .venv-vllm, .venv-verifiers and caches; runs/ stays
+# make clean     remove .venv and all .venv-*, and caches; runs/ stays
 
 PYTHON ?= python3.11
+PYTHON_NEWEST ?= python3.12
 
 # Models and data are local files: no library is to ask the Hugging Face Hub.
 export HF_HUB_OFFLINE = 1
@@ -21,7 +23,14 @@ export OMP_NUM_THREADS ?= 1
 # those that start runs of several ranks come after.
 SIDE_BY_SIDE = --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-slurm test-docker lint install sglang vllm verifiers clean
+# What is computed by Megatron, or saved by it.
+OF_MEGATRON = tests/unit/test_megatron_repairs.py tests/unit/test_checkpoint_store.py \
+	tests/unit/test_megatron_files.py tests/unit/test_embedded_weights.py \
+	tests/distributed/test_model_parity.py tests/distributed/test_update_gradients.py \
+	tests/distributed/test_training_modes.py tests/distributed/test_checkpoint.py \
+	tests/distributed/test_publishing.py tests/end_to_end/test_demo.py
+
+.PHONY: demo test test-all test-newest test-slurm test-docker lint install sglang vllm verifiers clean
 
 demo: install
 	examples/run_cpu.sh
@@ -34,6 +43,9 @@ test: lint sglang vllm
 
 test-all: MARKED = -m ''
 test-all: test
+
+test-newest: .venv-newest/installed
+	.venv-newest/bin/pytest $(SIDE_BY_SIDE) $(OF_MEGATRON)
 
 test-slurm: install
 	@PATH="$$PATH:/usr/sbin:/sbin"; command -v sbatch && command -v slurmctld && command -v munged || \
@@ -56,6 +68,16 @@ install: .venv/installed
 			"python3.11 python3.11-venv), or name yours: make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --constraint constraints.txt --editable '.[dev,gym,tools]'
+	@touch $@
+
+# Of two pins of one package the first counts.
+.venv-newest/installed: setup.py pyproject.toml constraints.txt constraints-newest.txt
+	@$(PYTHON_NEWEST) -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
+		echo "error: '$(PYTHON_NEWEST)' is no Python >= 3.12 with venv; name yours: make test-newest" \
+			"PYTHON_NEWEST=/path/to/python" >&2; exit 1; }
+	$(PYTHON_NEWEST) -m venv .venv-newest
+	awk -F== '!seen[$$1]++' constraints-newest.txt constraints.txt > .venv-newest/constraints.txt
+	.venv-newest/bin/pip install --constraint .venv-newest/constraints.txt --editable '.[dev,gym,tools]'
 	@touch $@
 
 sglang: .venv-sglang/installed
@@ -91,5 +113,5 @@ vllm: .venv-vllm/installed
 		echo "note: vLLM cannot be installed; the tests that need it will skip" >&2; }
 
 clean:
-	rm -rf .venv .venv-sglang .venv-vllm .venv-verifiers .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-newest .venv-sglang .venv-vllm .venv-verifiers .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find megatron_rapo tests tools -name __pycache__ -prune -exec rm -r {} +

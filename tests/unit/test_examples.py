@@ -99,8 +99,8 @@ def test_qwen_follows_the_reference_settings(path: Path) -> None:
     assert held_out.path != config.data.path
 
 
-def constraints() -> dict[str, Version]:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+def constraints(name: str = "constraints.txt") -> dict[str, Version]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     pins: dict[str, Version] = {}
     for line in lines:
         text = line.partition("#")[0].strip()
@@ -143,6 +143,17 @@ def test_what_must_move_together_is_what_the_code_names() -> None:
     assert pins["megatron-core"].release[:2] == (0, 16)
     assert str(pins["antlr4-python3-runtime"]) == "4.13.2"  # setup.py's extra of the parser
     assert "latex2sympy2_extended[antlr4_13_2]" in setup_arguments()["install_requires"]
+
+
+def test_pins_of_the_newest_environment_stand_in_for_older_ones() -> None:
+    """Under the same spelling, since that is how `make` and the image put the two files together."""
+    pins, newest = constraints(), constraints("constraints-newest.txt")
+    assert all(pins[name] < pin for name, pin in newest.items())
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    named = re.findall(r"^[\w-]+==", (ROOT / "constraints-newest.txt").read_text(encoding="utf-8"), re.M)
+    assert named and all(f"\n{name}" in text for name in named)
+    (needed,) = (r for r in setup_arguments()["install_requires"] if r.startswith("megatron-core"))
+    assert newest["megatron-core"] in Requirement(needed).specifier
 
 
 def make_targets() -> set[str]:
