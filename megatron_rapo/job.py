@@ -44,6 +44,8 @@ from megatron_rapo.record.standing import finish
 from megatron_rapo.record.start import begin
 from megatron_rapo.samples.recorder import SampleRecorder
 from megatron_rapo.samples.replay import Replay, Unpublished
+from megatron_rapo.scaling.devices import own_peak_tflops
+from megatron_rapo.scaling.flops import training_flops
 from megatron_rapo.weights.export import write_hf_model
 
 
@@ -229,10 +231,21 @@ class Job:
         """Tokens a second of the step so far, whole and by phase of the trainer, prompts included."""
         _, all_tokens = count_tokens(batch.groups)
         return {
+            **self._compute(batch, times["time/update_s"]),
             "throughput/tokens_per_s": all_tokens / times["time/step_s"],
             "throughput/annotate_tokens_per_s": all_tokens / times["time/annotate_s"],
             "throughput/update_tokens_per_s": all_tokens / times["time/update_s"],
         }
+
+    def _compute(self, batch: Batch, seconds: float) -> Mapping[str, float]:
+        """What the step's updates took of computing, and how near a rank came to its device's peak."""
+        episodes = [one.episode for group in batch.groups for one in group.episodes]
+        lengths = [len(sequence) for episode in episodes for sequence in episode.sequences]
+        tflop = training_flops(self.architecture, lengths) / 1e12
+        rate = tflop / seconds / self.placement.layout.world_size
+        peak = self.config.observe.peak_tflops or own_peak_tflops(self.config.model.dtype)
+        used = {} if peak is None else {"throughput/mfu": rate / peak}
+        return {"compute/update_tflop": tflop, "throughput/update_tflop_per_s": rate, **used}
 
     def _evaluate_if_due(self, step: int) -> Mapping[str, float]:
         found: dict[str, float] = {}

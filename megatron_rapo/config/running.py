@@ -118,6 +118,11 @@ class Observe(Section):
         "same throughout, though divergence or entropy has a gradient.",
     )
 
+    peak_tflops: PositiveFloat | None = Field(
+        None,
+        description="Dense peak of one rank's device in `model.dtype`, in TFLOP/s, which `throughput/mfu` is "
+        "a share of. Default: NVIDIA's figure for the GPU in bfloat16; on others no share is told.",
+    )
     hang_factor: float = Field(
         5.0,
         gt=1,

@@ -16,12 +16,14 @@ from megatron_rapo.config import load_config
 from megatron_rapo.embedded_server.decode import Sample
 from megatron_rapo.embedded_server.engine import Engine
 from megatron_rapo.evaluation.store import Evaluation
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.observe import catalogue
 from megatron_rapo.observe.catalogue import recorded
 from megatron_rapo.record.versions import read_versions
 from megatron_rapo.samples.store import read_step, steps_of
+from megatron_rapo.scaling.flops import training_flops
 from tests.end_to_end.command import MODEL, Command, checkpoints, heartbeats, metrics, run, write_config
-from tests.end_to_end.conftest import EVALUATE, LAYOUT
+from tests.end_to_end.conftest import EVALUATE, LAYOUT, PEAK_TFLOPS
 from tests.written_metrics import of_environments, of_evaluations, of_rollouts, of_updates, of_users_own
 
 Finished = tuple[Path, Command]
@@ -54,6 +56,18 @@ def test_every_step_has_one_line_of_finite_metrics(finished: Finished) -> None:
         outcomes = sum(line[f"reward/{outcome}"] for outcome in ("correct", "wrong", "timeout", "crash"))
         assert outcomes == 1
     assert len({line["loss/total"] for line in lines[1:]}) == 4
+
+
+def test_computing_is_counted_by_the_tokens_that_are_trained_on(finished: Finished) -> None:
+    """Within the bounds that sequences of one token, and of the longest, would have."""
+    architecture = read_architecture(MODEL)
+    for line in metrics(finished[0])[1:]:
+        tokens = round(line["throughput/update_tokens_per_s"] * line["time/update_s"])
+        least, most = (training_flops(architecture, [n] * tokens) / n / 1e12 for n in (1, 64))
+        assert least < line["compute/update_tflop"] < most
+        rate = line["compute/update_tflop"] / line["time/update_s"] / 4
+        assert line["throughput/update_tflop_per_s"] == pytest.approx(rate)
+        assert line["throughput/mfu"] == pytest.approx(rate / PEAK_TFLOPS)
 
 
 def test_what_is_written_is_recorded_and_what_is_recorded_is_written(

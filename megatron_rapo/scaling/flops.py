@@ -1,0 +1,33 @@
+"""The floating-point operations of a model: what its matrix products take, two a multiplication and addition.
+
+Counted as by Chowdhery et al. (PaLM, arXiv 2204.02311, appendix B): all matrix products, the head's and
+attention's among them, the latter as if every token attended to all of its sequence (s², no discount for
+causality); no norms, no softmax, no look-up of embeddings, nothing that is computed again to save memory.
+A backward pass takes twice the forward's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megatron_rapo.model.architecture import Architecture
+
+FORWARD_AND_BACKWARD = 3  # times the forward pass
+
+
+def forward_flops(architecture: Architecture, lengths: Iterable[int]) -> int:
+    """Of one forward pass over sequences of these lengths in tokens."""
+    lengths = list(lengths)
+    queries = architecture.heads * architecture.head_dim
+    keys = architecture.kv_heads * architecture.head_dim
+    # Query and output projections, keys and values, and the three matrices of SwiGLU.
+    layer = 2 * architecture.hidden * (2 * queries + 2 * keys + 3 * architecture.feed_forward)
+    head = 2 * architecture.hidden * architecture.vocabulary
+    # Scores, and values weighed by them.
+    attention = 2 * 2 * queries * sum(length * length for length in lengths)
+    return sum(lengths) * (architecture.layers * layer + head) + architecture.layers * attention
+
+
+def training_flops(architecture: Architecture, lengths: Iterable[int]) -> int:
+    """Of a forward and a backward pass over sequences of these lengths: what an update takes."""
+    return FORWARD_AND_BACKWARD * forward_flops(architecture, lengths)
