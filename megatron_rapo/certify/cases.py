@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +12,8 @@ from megatron_rapo.episode.episode import Episode, ScoredEpisode
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
-from megatron_rapo.episode.sequence import Sequence
+from megatron_rapo.episode.sequence import Sequence as TokenSequence
+from megatron_rapo.methods.method import Method
 from megatron_rapo.model.architecture import Architecture
 
 RANKS = 4
@@ -108,10 +110,15 @@ def other_than(architecture: Architecture) -> Architecture:
     )
 
 
-def batch(seed: int = 0) -> list[Group]:
+def batch(seed: int = 0, *, facts: Sequence[str] = (), columns: Sequence[str] = ()) -> list[Group]:
     """Groups of random tokens, with both outcomes in each: of mixed lengths down to one sampled token.
 
     Every other episode is of two turns: between its two sampled spans stand tokens that were given.
+
+    Args:
+        seed: of the tokens.
+        facts: that each episode tells, numbers of 1 and more.
+        columns: that each problem has, 0 or 1.
     """
     random = np.random.default_rng(seed)
 
@@ -122,7 +129,7 @@ def batch(seed: int = 0) -> list[Group]:
         rest = random.integers(0, VOCABULARY, tokens + given)
         # Near what a random model gives, so that ratios lie on both sides of the clip.
         log_probs = random.normal(0.0, 0.3, len(sampled)) - np.log(VOCABULARY)
-        sequence = Sequence(
+        sequence = TokenSequence(
             token_ids=np.concatenate([prompt, rest]).astype(np.int32),
             sampled=sampled,
             log_probs=np.where(sampled, log_probs, np.nan).astype(np.float32),
@@ -130,12 +137,24 @@ def batch(seed: int = 0) -> list[Group]:
         )
         return ScoredEpisode(Episode((sequence,), ""), Verification(outcome))
 
+    def told(scored: ScoredEpisode, number: int) -> ScoredEpisode:
+        known = dict.fromkeys(facts, number + 1.0)
+        verification = replace(scored.verification, extracted=str(number % 3), facts=known)
+        return replace(scored, verification=verification)
+
     groups = []
     for index in range(4):
         token_ids = tuple(int(t) for t in random.integers(0, VOCABULARY, random.integers(2, 9)))
         outcomes = [Outcome.CORRECT if number <= index % 3 else Outcome.WRONG for number in range(RESPONSES)]
         episodes = [
-            episode(token_ids, outcome, given=3 * (number % 2)) for number, outcome in enumerate(outcomes)
+            told(episode(token_ids, outcome, given=3 * (number % 2)), number)
+            for number, outcome in enumerate(outcomes)
         ]
-        groups.append(Group(Problem(str(index), "", token_ids=token_ids), tuple(episodes)))
+        problem = Problem(str(index), "", token_ids=token_ids, columns=dict.fromkeys(columns, index % 2))
+        groups.append(Group(problem, tuple(episodes)))
     return groups
+
+
+def batch_of(method: Method) -> list[Group]:
+    """The batch, with the facts and columns that a method reads."""
+    return batch(facts=method.facts, columns=method.columns)

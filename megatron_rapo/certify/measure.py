@@ -12,8 +12,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_rapo.certify.cases import CASES, RANKS, VOCABULARY, Case, batch
-from megatron_rapo.certify.plain_loss import PlainModel, plain_loss
+from megatron_rapo.certify.cases import CASES, RANKS, VOCABULARY, Case, batch, batch_of
+from megatron_rapo.certify.plain_loss import PlainModel, old_entropies, plain_loss, tempered_log_probs
 from megatron_rapo.config import Optimizer, Parallel, RunConfig
 from megatron_rapo.episode.group import Group
 from megatron_rapo.experience.batch import Batch
@@ -28,6 +28,7 @@ from megatron_rapo.parallel.placement import Placement, arrange, process_groups
 from megatron_rapo.policy.batch import build_minibatches, make_samples, plan_minibatches
 from megatron_rapo.policy.beside import open_frozen
 from megatron_rapo.policy.gradients import accumulate_gradients, main_gradient, wrap
+from megatron_rapo.policy.weighing import mark, weigh
 from megatron_rapo.weights.export import hf_tensors
 from megatron_rapo.weights.load import load_weights
 
@@ -85,8 +86,8 @@ def _expected(config: RunConfig, dtype: torch.dtype) -> tuple[float, dict[str, T
     teacher = None if config.teacher is None else _plain(config.teacher.path, dtype)
     for tensor in policy.weights.values():
         tensor.requires_grad_()
-    groups = batch()
     method = config.new_method()
+    groups = batch_of(method)
     [samples] = make_samples(groups, method, VOCABULARY, config.minibatch_prompts)
     loss = plain_loss(
         policy,
@@ -128,17 +129,22 @@ def _computed(config: RunConfig, case: Case, dtype: str) -> tuple[float, dict[st
         group=placement.tensor_group,
         context_group=placement.context_group,
     )
-    groups = batch()[::-1] if case.permuted else batch()
+    groups = batch_of(method)[::-1] if case.permuted else batch_of(method)
     shared = _shared(groups, method, placement)
     samples = make_samples(shared.groups, method, VOCABULARY, config.minibatch_prompts)
     plans = plan_minibatches(samples, config)
     minibatches = build_minibatches(with_tokens(samples, plans, shared, placement), plans, config, placement)
     for microbatch in minibatches[0]:
-        microbatch.old_log_probs = microbatch.engine_log_probs
+        engine = microbatch.engine_log_probs
+        microbatch.old_log_probs, microbatch.old_entropies = engine, old_entropies(engine)
+        if method.tempered is not None:
+            microbatch.tempered_log_probs = tempered_log_probs(engine, method.tempered)
     frozen = open_frozen(config, architecture, method, placement)
     for one in frozen:
         one.annotate(minibatches, objective)
     distribution = frozen[-1] if frozen else None
+    weigh(minibatches, method, placement)
+    mark(minibatches[0], method, placement)
     sums, _ = accumulate_gradients(wrapped, minibatches[0], objective, distribution, placement)
     gradient = dict(hf_tensors(chunks, architecture, placement, value=main_gradient))
     return objective.metrics(sums)["loss/total"], _collected(gradient, placement)

@@ -7,13 +7,15 @@ is asked by tests of each.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_rapo.data.batching import Sample
+from megatron_rapo.methods.annotated import Annotated
 from megatron_rapo.methods.method import Method
 from megatron_rapo.methods.terms.term import AtToken, Need
 from megatron_rapo.model.architecture import Architecture
@@ -45,45 +47,108 @@ def plain_loss(
     """The loss of a minibatch whose policy moved since the samples were drawn.
 
     The policy that they were drawn from is taken to have had the engine's log-probs, so importance weights
-    are 1. Token weights and advantages are inputs in fp32, whatever the model's type.
+    are 1; what a method makes of all tokens is made of these (`old_entropies`). Token weights and
+    advantages are inputs in fp32, whatever the model's type.
     """
-    losses = []
-    for sample in samples:
-        token_ids = torch.from_numpy(sample.sequence.token_ids).long()
-        predicting = torch.from_numpy(sample.sequence.trained).roll(-1)
-
-        def distribution(
-            model: PlainModel, token_ids: Tensor = token_ids, predicting: Tensor = predicting
-        ) -> Tensor:
-            own = model.logits(token_ids)[predicting, :vocabulary]
-            return (own / temperature).log_softmax(-1)
-
-        with torch.no_grad():
-            log_reference = distribution(reference)
-            log_teacher = None if teacher is None else distribution(teacher)
-        chosen = token_ids[predicting.roll(1)]
-        per_token = _token_loss(distribution(policy), log_reference, log_teacher, chosen, sample, method)
-        losses.append((_of_tokens(sample.token_weight, per_token) * per_token).sum())
+    everything = [
+        _of_sample(sample, policy, reference, teacher, method, temperature=temperature, vocabulary=vocabulary)
+        for sample in samples
+    ]
+    weights, marks = _annotations(samples, everything, method)
+    losses: list[Tensor] = []
+    for sample, found, weight, own in zip(samples, everything, weights, marks, strict=True):
+        old = _engine(sample).to(found[Need.IMPORTANCE].dtype)
+        at_token = AtToken(
+            log_prob=found["log_prob"],
+            entropy=found["entropy"],
+            old_log_prob=old,
+            engine_log_prob=old,
+            advantage=_of_tokens(sample.advantage, old),
+            phi=_of_tokens(sample.phi, old),
+            position=torch.arange(len(old)),
+            marks={name: values.to(old.dtype) for name, values in own.items()},
+            **{need.value: found[need] for need in method.needs},
+        )
+        terms = [coefficient * term(at_token)[0] for coefficient, term in method.terms()]
+        losses.append((weight.to(old.dtype) * torch.stack(terms).sum(0)).sum())
     return torch.stack(losses).sum()
 
 
-def _token_loss(
-    log_policy: Tensor,
-    log_reference: Tensor,
-    log_teacher: Tensor | None,
-    chosen: Tensor,
-    sample: Sample,
-    method: Method,
-) -> Tensor:
-    def of_chosen(log_probs: Tensor) -> Tensor:
-        return log_probs.gather(1, chosen[:, None]).squeeze(1)
+def old_entropies(engine_log_probs: Tensor) -> Tensor:
+    """What stands for the entropies of the policy that samples were drawn from: a number of each token."""
+    return -engine_log_probs
 
+
+def tempered_log_probs(engine_log_probs: Tensor, tempered: float) -> Tensor:
+    """What stands for its log-probs at another temperature."""
+    return engine_log_probs / tempered
+
+
+def _annotations(
+    samples: Sequence[Sample], everything: Sequence[Mapping[Any, Tensor]], method: Method
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Weights and marks of each sample's tokens, in fp32, as a method makes them of all tokens."""
+    engine = [_engine(sample) for sample in samples]
+    counts = [len(own) for own in engine]
+
+    def joined(values: Sequence[Any]) -> Tensor:
+        return torch.cat([_of_tokens(value, own) for value, own in zip(values, engine, strict=True)])
+
+    old = torch.cat(engine)
+    tokens = Annotated(
+        weights=joined([sample.token_weight for sample in samples]),
+        advantages=joined([sample.advantage for sample in samples]),
+        phi=joined([sample.phi for sample in samples]),
+        positions=torch.cat([torch.arange(count) for count in counts]),
+        engine_log_probs=old,
+        old_log_probs=old,
+        old_entropies=old_entropies(old),
+        tempered_log_probs=None if method.tempered is None else tempered_log_probs(old, method.tempered),
+        reference_log_probs=torch.cat([found[Need.REFERENCE_LOG_PROB] for found in everything]),
+        marks={name: joined([sample.marks[name] for sample in samples]) for name in samples[0].marks},
+        log_probs=old,
+        entropies=old_entropies(old),
+        of_all_ranks=lambda values: values,
+    )
+    weights = method.weigh(tokens)
+    marks = {**tokens.marks, **method.mark_tokens(replace(tokens, weights=weights))}
+    of_samples = [values.float().split(counts) for values in marks.values()]
+    by_sample = [dict(zip(marks, own, strict=True)) for own in zip(*of_samples, strict=True)]
+    return list(weights.float().split(counts)), by_sample or [{} for _ in samples]
+
+
+def _of_sample(
+    sample: Sample,
+    policy: PlainModel,
+    reference: PlainModel,
+    teacher: PlainModel | None,
+    method: Method,
+    *,
+    temperature: float,
+    vocabulary: int,
+) -> dict[Any, Tensor]:
+    """All that a term may need of a sample's tokens, and `log_prob` and `entropy`."""
+    token_ids = torch.from_numpy(sample.sequence.token_ids).long()
+    predicting = torch.from_numpy(sample.sequence.trained).roll(-1)
+
+    def distribution(model: PlainModel) -> Tensor:
+        own = model.logits(token_ids)[predicting, :vocabulary]
+        return (own / temperature).log_softmax(-1)
+
+    def of_chosen(log_probs: Tensor) -> Tensor:
+        return log_probs.gather(1, token_ids[predicting.roll(1)][:, None]).squeeze(1)
+
+    with torch.no_grad():
+        log_reference = distribution(reference)
+        log_teacher = None if teacher is None else distribution(teacher)
+    log_policy = distribution(policy)
     log_prob = of_chosen(log_policy)
-    engine = np.nan_to_num(sample.sequence.log_probs[sample.sequence.trained])
-    old = torch.from_numpy(engine).to(log_prob.dtype)
-    phi = _of_tokens(sample.phi, old)  # in fp32, as the product has it: its rounding is no matter of layouts
+    # In fp32, as the product has them: their rounding is no matter of layouts.
+    old, phi = _engine(sample).to(log_prob.dtype), _of_tokens(sample.phi, log_prob)
     log_flattened = (phi[:, None] * log_reference).log_softmax(-1)
-    everything = {
+    return {
+        "log_prob": log_prob,
+        "entropy": -(log_policy.exp() * log_policy).sum(-1),
         Need.FORWARD_KL: (log_flattened.exp() * (log_flattened - log_policy)).sum(-1),
         Need.REVERSE_KL: (log_policy.exp() * (log_policy - log_reference)).sum(-1),
         Need.FLATTENED_LOG_PROB: of_chosen(log_flattened),
@@ -93,18 +158,11 @@ def _token_loss(
         Need.SEQUENCE_IMPORTANCE: torch.ones_like(log_prob),
         **({} if log_teacher is None else _of_teacher(log_policy, log_teacher, method.mixture)),
     }
-    at_token = AtToken(
-        log_prob=log_prob,
-        entropy=-(log_policy.exp() * log_policy).sum(-1),
-        old_log_prob=old,
-        engine_log_prob=old,
-        advantage=_of_tokens(sample.advantage, old),
-        phi=phi,
-        position=torch.arange(len(old)),
-        marks={name: _of_tokens(value, old) for name, value in sample.marks.items()},
-        **{need.value: everything[need] for need in method.needs},
-    )
-    return torch.stack([coefficient * term(at_token)[0] for coefficient, term in method.terms()]).sum(0)
+
+
+def _engine(sample: Sample) -> Tensor:
+    """`[tokens]` fp32: the engine's log-probs, 0 where a token was given."""
+    return torch.from_numpy(np.nan_to_num(sample.sequence.log_probs[sample.sequence.trained]))
 
 
 def _of_teacher(log_policy: Tensor, log_teacher: Tensor, share: float) -> dict[Need, Tensor]:

@@ -19,6 +19,7 @@ from megatron_rapo.cli import (
     engine,
     evaluate,
     init,
+    methods,
     report,
     samples,
     study,
@@ -31,6 +32,7 @@ from megatron_rapo.errors import RapoError
 
 COMMANDS = (
     init,
+    methods,
     try_,
     train,
     certify,

@@ -21,16 +21,16 @@ def token_weights(
     """The weight of each token of each response.
 
     Args:
-        response_tokens: tokens of every response of the minibatch, each at least 1.
+        response_tokens: tokens of every response of the minibatch.
         aggregation: `token_mean`: 1 / all tokens; `sequence_mean`: 1 / (responses × own tokens), as GRPO;
             `constant`: 1 / (responses × max_response_tokens), as Dr. GRPO (arXiv 2503.20783).
 
     Returns:
         `[responses]`.
     """
-    tokens = np.asarray(response_tokens, dtype=np.float64)
+    tokens = np.asarray(response_tokens, dtype=np.float64).clip(min=1.0)  # an empty one has none to weigh
     if aggregation == "token_mean":
-        return np.full_like(tokens, 1.0 / tokens.sum())
+        return np.full_like(tokens, 1.0 / max(sum(response_tokens), 1))
     if aggregation == "sequence_mean":
         return 1.0 / (len(tokens) * tokens)
     return np.full_like(tokens, 1.0 / (len(tokens) * max_response_tokens))

@@ -40,6 +40,10 @@ class CGRPO(Method):
 
     options: Options
 
+    @property
+    def facts(self) -> Sequence[str]:
+        return (self.options.rubric_fact,)
+
     def advantages(self, groups: Sequence[Group]) -> OfEpisodes:
         outcome, weight = known_rewards(groups), self.options.rubric_weight
         rubric = known_facts(groups, self.options.rubric_fact, "algorithm.rubric_fact")

@@ -72,7 +72,7 @@ class HAPO(Method):
 
     def mark_tokens(self, tokens: Annotated) -> Mapping[str, Tensor]:
         """ĥ of each token."""
-        own = tokens.old_entropies.clamp(min=_LEAST_ENTROPY).log()
+        own = tokens.old_entropies.double().clamp(min=_LEAST_ENTROPY).log()
         logs = tokens.of_all_ranks(own)
         pivot = quantile(logs, self.options.entropy_pivot)
         highest, lowest = (logs - pivot).max(), (logs - pivot).min()

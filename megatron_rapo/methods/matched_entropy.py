@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import Field
@@ -30,6 +31,8 @@ from megatron_rapo.section import NonNegativeFloat, PathOption, PositiveFloat
 
 class MatchedEntropy(Method):
     """RAPO that never flattens the reference, with an entropy bonus that holds the entropy at a given one."""
+
+    example = MappingProxyType({"target_entropy": 1.0})
 
     class Options(Clipping):
         """A control for RAPO: its entropy without its direction."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,6 +63,7 @@ class Method:
         mixture: β, the teacher's share in the mixture of the Jensen–Shannon divergence; above 0, below 1.
         tempered: a temperature, in multiples of the rollouts', at which `weigh` and `mark_tokens` read old
             log-probs too; None where they don't.
+        example: options without which it cannot be made, for lists and tests of all methods.
     """
 
     Options = common.Options
@@ -71,6 +73,7 @@ class Method:
     follows_policy: bool = False
     mixture: float = 0.5
     tempered: float | None = None
+    example: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, options: common.Options, configured: Sampling) -> None:
         """
@@ -99,6 +102,11 @@ class Method:
     @property
     def columns(self) -> Sequence[str]:
         """Columns of problems that it reads. Data of which no row has one are refused before a run starts."""
+        return ()
+
+    @property
+    def facts(self) -> Sequence[str]:
+        """Facts of episodes that it reads, by name: those that the reward or the environment tells."""
         return ()
 
     def ask(self, groups: Sequence[Group]) -> Sequence[Sequence[Guide]]:

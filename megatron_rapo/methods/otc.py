@@ -50,6 +50,10 @@ class OTC(Method):
         super().__init__(options, configured)
         self.fewest: dict[str, int] = {}  # calls of a right response, by problem
 
+    @property
+    def facts(self) -> Sequence[str]:
+        return (self.options.calls_fact,)
+
     def advantages(self, groups: Sequence[Group]) -> OfEpisodes:
         o, rewards = self.options, known_rewards(groups)
         calls = known_facts(groups, o.calls_fact, "algorithm.calls_fact")

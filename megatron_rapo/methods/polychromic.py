@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import combinations
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -35,6 +36,8 @@ _MOST_SETS = 20_000  # of a group: beyond, a step would take seconds
 class Polychromic(Method):
     """Every set of n responses earns its mean reward times its diversity; a response the mean of its sets."""
 
+    example = MappingProxyType({"set_size": 2})
+
     class Options(Clipping):
         """Polychromic objectives (arXiv 2509.25424)."""
 
@@ -51,9 +54,10 @@ class Polychromic(Method):
     def __init__(self, options: Options, configured: Sampling) -> None:
         super().__init__(options, configured)
         size, responses = options.set_size, configured.responses_per_prompt
-        if size > responses:
+        if size >= responses:
             raise ValueError(
-                f"set_size = {size} is more than rollout.responses_per_prompt = {responses}; lower it"
+                f"set_size = {size} of rollout.responses_per_prompt = {responses} leaves no other set to "
+                "compare with; lower it"
             )
         if (sets := math.comb(responses, size)) > _MOST_SETS:
             raise ValueError(

@@ -93,6 +93,10 @@ class RAPO(Method):
     def aggregation(self) -> Aggregation:  # type: ignore[override]
         return self.options.loss_aggregation
 
+    @property
+    def facts(self) -> Sequence[str]:
+        return (self.options.flatten_fact,) if self.options.flatten_fact else ()
+
     def advantages(self, groups: Sequence[Group]) -> OfEpisodes:
         return standardised(known_rewards(groups))
 

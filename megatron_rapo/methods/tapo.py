@@ -40,6 +40,10 @@ class TAPO(Method):
 
     options: Options
 
+    @property
+    def facts(self) -> Sequence[str]:
+        return (self.options.calls_fact,)
+
     def advantages(self, groups: Sequence[Group]) -> OfEpisodes:
         o = self.options
         calls = known_facts(groups, o.calls_fact, "algorithm.calls_fact")

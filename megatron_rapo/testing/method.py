@@ -66,10 +66,10 @@ def check_method(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron's, of packages that nothing here needs
-        from megatron_rapo.certify.cases import batch
+        from megatron_rapo.certify.cases import batch_of
         from megatron_rapo.testing import toy  # late: torch takes seconds  # noqa: F401
 
-    groups = batch() if groups is None else groups
+    groups = batch_of(a_method(method, options)) if groups is None else groups
     largest = max(len(group.episodes) for group in groups)
     most = max(episode.episode.sampled_tokens for group in groups for episode in group.episodes)
 

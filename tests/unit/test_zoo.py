@@ -170,8 +170,8 @@ def test_matched_entropy_follows_another_run(tmp_path: Path) -> None:
         ("bapo", {"lowest_ratio": 0.95}, r"lowest_ratio = 0\.95 is above lowest_ratio_limit"),
         (
             "polychromic",
-            {"set_size": 5},
-            r"set_size = 5 is more than rollout\.responses_per_prompt",
+            {"set_size": 4},
+            r"set_size = 4 of rollout\.responses_per_prompt = 4 leaves no other set",
         ),
     ],
 )
