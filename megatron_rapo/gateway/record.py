@@ -14,11 +14,13 @@ class Record:
     A prompt that begins with all tokens of a sequence, what was sampled last included, continues it: what it
     has besides was given. Any other prompt begins a sequence of its own, in which all of it is given: so each
     token is trained on once, where it was sampled, whatever a program makes of its context.
+
+    Attributes:
+        last: the last turn that was sampled.
     """
 
     def __init__(self) -> None:
-        self._sequences: dict[str, list[list[int]]] = {}
-        self._transcripts: dict[str, list[Transcript]] = {}
+        self._sessions: dict[str, list[Transcript]] = {}
         self.last: Turn | None = None
 
     def add(self, session: str, prompt: Sequence[int], turn: Turn) -> None:
@@ -29,26 +31,22 @@ class Record:
             prompt: that it continued.
             turn: what was sampled.
         """
-        known = self._sequences.setdefault(session, [])
-        transcripts = self._transcripts.setdefault(session, [])
-        prompt = list(prompt)
-        continued = [n for n, tokens in enumerate(known) if prompt[: len(tokens)] == tokens]
+        known = self._sessions.setdefault(session, [])
+        continued = [one for one in known if one.token_ids == list(prompt[: len(one.token_ids)])]
         if continued:
-            place = max(continued, key=lambda n: len(known[n]))
-            transcripts[place].add_given(prompt[len(known[place]) :])
+            transcript = max(continued, key=lambda one: len(one.token_ids))
+            transcript.add_given(prompt[len(transcript.token_ids) :])
         else:
-            place = len(known)
-            known.append([])
-            transcripts.append(Transcript(prompt))
-        transcripts[place].add_turn(turn)
-        known[place] = [*prompt, *turn.token_ids.tolist()]
+            transcript = Transcript(prompt)
+            known.append(transcript)
+        transcript.add_turn(turn)
         self.last = turn
 
     def sequences(self, sessions: Collection[str] | None = None) -> tuple[TokenSequence, ...]:
         """Of these sessions, or of all."""
         return tuple(
             transcript.sequence()
-            for session, transcripts in self._transcripts.items()
+            for session, transcripts in self._sessions.items()
             if sessions is None or session in sessions
             for transcript in transcripts
         )
@@ -56,4 +54,4 @@ class Record:
     @property
     def sessions(self) -> list[str]:
         """Those that asked for a turn."""
-        return list(self._transcripts)
+        return list(self._sessions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -27,7 +28,9 @@ from megatron_rapo.engines.servers import LocalServers
 from megatron_rapo.environments.program import Program
 from megatron_rapo.environments.runner import Runner
 from megatron_rapo.environments.running import EpisodeRunner
-from megatron_rapo.episode.outcome import Verification
+from megatron_rapo.environments.single_turn import SingleTurn
+from megatron_rapo.episode.environment import Environment
+from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.gateway.server import Gateway
@@ -43,24 +46,30 @@ SAMPLING = Sampling(2, 40, temperature=0.7, weight_version=1, seed=3)
 
 
 async def judge(answer: str, problem: Problem) -> Verification:
-    raise AssertionError("the program gives the reward")
+    return Verification(Outcome.WRONG)
 
 
 class Engines:
     """Two embedded servers, and a pool of them."""
 
-    def __init__(self, servers: LocalServers, pool: EnginePool, model: Path) -> None:
-        self.servers, self.pool, self.model = servers, pool, model
+    def __init__(self, pool: EnginePool, model: Path) -> None:
+        self.pool, self.model = pool, model
 
-    def play(self, sampling: Sampling = SAMPLING) -> list[TokenSequence]:
-        """The sequences of all episodes."""
-        plan = Plan("agents:turns", Path(sys.executable), (TESTS,), '{"count": 4, "most": 6}')
-        program = Program(AgentProcesses(plan, 2), Gateway("policy", VOCABULARY, 4), self.model, 4)
-        options = EnvironmentOptions(use="program", max_turns=4)
-        episodes = EpisodeRunner(program, options, make_tokenizer(), 1.0, VOCABULARY)
+    def play(self, count: int = 4, most: int = 6, sampling: Sampling = SAMPLING) -> list[TokenSequence]:
+        """The sequences of a program's episodes, of so many turns."""
+        plan = Plan(
+            "agents:turns", Path(sys.executable), (TESTS,), json.dumps({"count": count, "most": most})
+        )
+        return self.run(
+            Program(AgentProcesses(plan, 2), Gateway("policy", VOCABULARY, 4), self.model, 4), sampling
+        )
+
+    def run(self, environment: Environment, sampling: Sampling = SAMPLING) -> list[TokenSequence]:
+        options = EnvironmentOptions(use="program", options={}, max_turns=4)
+        episodes = EpisodeRunner(environment, options, make_tokenizer(), 1.0, VOCABULARY)
         with Runner(episodes, self.pool) as runner:
             groups = runner.run(PROMPTS, sampling, judge)
-        assert all(one.reward == 0.25 for group in groups if group for one in group.episodes)
+        assert all(one.reward is not None for group in groups if group for one in group.episodes)
         return [one.episode.sequences[0] for group in groups if group for one in group.episodes]
 
 
@@ -83,7 +92,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     ):
         pool.wait_until_healthy(300)
         pool.update_weights(model, 1)
-        yield Engines(servers, pool, model)
+        yield Engines(pool, model)
 
 
 def same(one: Sequence[TokenSequence], other: Sequence[TokenSequence]) -> bool:
@@ -109,7 +118,10 @@ def test_what_passed_is_what_the_model_says_and_repeats_and_outlives_an_engine(e
         np.testing.assert_allclose(sequence.log_probs[1:][sampled], told[:, 0].numpy()[sampled], atol=1e-4)
 
     assert same(engines.play(), sequences), "the same seeds draw the same"
-    assert not same(engines.play(replace(SAMPLING, seed=4)), sequences)
+    assert not same(engines.play(sampling=replace(SAMPLING, seed=4)), sequences)
+
+    one_turn = engines.play(count=1, most=SAMPLING.max_response_tokens)
+    assert same(one_turn, engines.run(SingleTurn())), "a turn by HTTP is a turn"
 
     first, _ = engines.pool.urls
     port = int(first.rsplit(":", 1)[1])
