@@ -62,7 +62,7 @@ class Image:
                 pairs = (pair.split("=", 1) for pair in shlex.split(step.text))
                 self.environment |= {name: self._expand(value) for name, value in pairs}
             elif step.word == "ARG":
-                name, value = step.text.split("=", 1)
+                name, value = shlex.split(step.text)[0].split("=", 1)
                 self.arguments.setdefault(name, value)
             elif step.word == "WORKDIR":
                 self.workdir = step.text

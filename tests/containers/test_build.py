@@ -88,7 +88,10 @@ def test_the_cpu_image_trains(cpu: Image) -> None:
 
 
 def test_the_gpu_images_own_steps_run_over_a_stand_in_base(cpu: Image) -> None:
-    """The base's torch is CPU's here; SGLang's step, which takes it from PyPI with CUDA, is left out."""
+    """The base's Python is 3.11 here, for which there is no newer Megatron-Core, and its torch CPU's.
+
+    SGLang's step, which takes its torch from PyPI with CUDA, is left out.
+    """
     root = cpu.root
     (root / "opt/rapo").rename(root / "opt/base")
     shutil.rmtree(root / "opt/megatron_rapo")
@@ -98,6 +101,7 @@ def test_the_gpu_images_own_steps_run_over_a_stand_in_base(cpu: Image) -> None:
     )
     image = _image(root)
     image.run(["userdel", "--remove", "rapo"])
+    image.arguments["CONSTRAINTS"] = "constraints.txt"
     image.build(ROOT / "Dockerfile", skip="/opt/sglang")
     assert image.run([*image.entry_point, "--version"]).startswith("megatron-rapo ")
     plan = image.run([*image.entry_point, "train", "examples/configs/qwen2.5-7b.toml", "--dry-run"])
