@@ -1,4 +1,4 @@
-"""Times sampling: the embedded server, SGLang on CPU, plain batched HF generate; and what the pool adds.
+"""Times sampling: each kind of engines on CPU, plain batched HF generate; and what the pool adds.
 
     python tools/bench_rollout.py         # 5M parameters, 64 prompts of 8 to 32 tokens, 64 new tokens each
     python tools/bench_rollout.py --responses 8 --dtype bfloat16
@@ -7,7 +7,8 @@
 All sample the same number of tokens from the same prompts, with the log-prob of each, on one thread, one
 system after the other. `one batch` is a single request of all prompts; `pool` and `bare loop` send the same
 requests, of `--prompts-per-request` prompts, all at once: through the rollout pool with its checks, and by
-httpx alone. Medians of rounds after a first one. SGLang is left out where `make sglang` has not installed it.
+httpx alone. Medians of rounds after a first one. SGLang and vLLM are left out where `make sglang` and
+`make vllm` have not installed them.
 """
 
 from __future__ import annotations
@@ -18,51 +19,30 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it
 
 import httpx
 import torch
+from cpu_servers import CONNECTS, installed, launcher_of
 from random_model import add_size_options, make_random_model
 from transformers import AutoModelForCausalLM
 
 from megatron_rapo.data.prompts import Prompt
-from megatron_rapo.engines.embedded.client import EmbeddedClient
-from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
-from megatron_rapo.engines.engine import Connect
 from megatron_rapo.engines.exchange import http_client
-from megatron_rapo.engines.launching import Launch, Launcher
 from megatron_rapo.engines.servers import LocalServers
 from megatron_rapo.engines.sglang.answers import generate_body
-from megatron_rapo.engines.sglang.client import SGLangClient
+from megatron_rapo.engines.vllm.answers import generate_body as vllm_body
+from megatron_rapo.engines.vllm.contact import GENERATE
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.requests import Sampling, first_turns
 
-ROOT = Path(__file__).parents[1]
-SGLANG_PYTHON = ROOT / ".venv-sglang/bin/python"
 ROUNDS = 5
-
-
-@dataclass(frozen=True)
-class SGLangOnCpu:
-    """A launcher of the server that tests/engines uses."""
-
-    model_path: Path
-    dtype: str
-    name: str = "SGLang server"
-
-    def launch(self, number: int, port: int, socket_fd: int) -> Launch:
-        """As `Launcher`."""
-        tether = [sys.executable, "-m", "megatron_rapo.engines.tether", str(os.getpid())]
-        script = [str(SGLANG_PYTHON), str(ROOT / "tests/engines/sglang_on_cpu.py")]
-        options = ["--model-path", str(self.model_path), "--port", str(port), "--dtype", self.dtype]
-        return Launch([*tether, *script, *options, "--skip-tokenizer-init"])
 
 
 def main() -> None:
@@ -75,6 +55,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="of each response")
     parser.add_argument("--prompts-per-request", type=int, default=8, help="where the pool is measured")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--kinds", nargs="+", choices=CONNECTS, help="default: those that are installed")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -89,17 +70,16 @@ def main() -> None:
         print(f"torch {torch.__version__}, {parameters / 1e6:.1f}M parameters, {options.dtype}")
         results = {"HF generate": {"one batch": time_hf(model, prompts, options)}}
         report("HF generate", results["HF generate"], options)
-        embedded: Launcher = EmbeddedLauncher(model, "cpu", options.dtype, 1)
-        kinds: dict[str, tuple[Launcher, Connect]] = {"embedded": (embedded, EmbeddedClient)}
-        if SGLANG_PYTHON.exists():
-            kinds["SGLang"] = SGLangOnCpu(model, options.dtype), SGLangClient
-        else:
-            print("SGLang: not installed (make sglang)")
-        for name, (launcher, connect) in kinds.items():
-            logs = Path(folder) / name
-            with LocalServers(launcher, connect, count=1, log_directory=logs, startup_timeout=300) as servers:
-                results[name] = time_server(servers.urls[0], connect, model, prompts, options)
-            report(name, results[name], options)
+        for kind in options.kinds or installed():
+            with LocalServers(
+                launcher_of(kind, model, options.dtype),
+                CONNECTS[kind],
+                count=1,
+                log_directory=Path(folder) / kind,
+                startup_timeout=300,
+            ) as servers:
+                results[kind] = time_server(servers.urls[0], kind, model, prompts, options)
+            report(kind, results[kind], options)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
 
@@ -164,17 +144,18 @@ def time_hf(model: Path, prompts: list[Prompt], options: argparse.Namespace) -> 
 
 
 def time_server(
-    url: str, connect: Connect, model: Path, prompts: list[Prompt], options: argparse.Namespace
+    url: str, kind: str, model: Path, prompts: list[Prompt], options: argparse.Namespace
 ) -> dict[str, list[float]]:
     """One request of all; and smaller ones, through the pool and without it."""
     sampling = Sampling(options.responses, options.tokens, 1.0, 1, seed=0)
     size = options.prompts_per_request
-    bodies = [body(prompts[i : i + size], sampling) for i in range(0, len(prompts), size)]
+    split_prompts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+    requests = [one for part in split_prompts for one in requests_of(kind, part, sampling)]
 
     def pool_of(prompts_per_request: int) -> EnginePool:
         return EnginePool(
             [url],
-            connect,
+            CONNECTS[kind],
             vocab_size=options.vocabulary,
             prompts_per_request=prompts_per_request,
             request_timeout=600,
@@ -193,22 +174,37 @@ def time_server(
         ways = {
             "one batch": lambda: through(whole),
             "pool": lambda: through(split),
-            "bare loop": lambda: runner.run(bare_loop(http, url, bodies)),
+            "bare loop": lambda: runner.run(bare_loop(http, url, requests)),
         }
         seconds = timed_in_turn(ways, len(prompts) * options.responses * options.tokens)
         runner.run(http.aclose())
         return seconds
 
 
-def body(prompts: list[Prompt], sampling: Sampling) -> dict[str, object]:
+Asked = tuple[str, dict[str, Any]]
+"""A path, and a body."""
+
+
+def requests_of(kind: str, prompts: list[Prompt], sampling: Sampling) -> list[Asked]:
     """What the pool sends for these prompts."""
-    return generate_body(first_turns(prompts, sampling).wanted)
+    wanted = first_turns(prompts, sampling).wanted
+    if kind == "vllm":
+        return [(GENERATE, vllm_body(one)) for one in wanted]
+    return [("/generate", generate_body(wanted))]
 
 
-async def bare_loop(http: httpx.AsyncClient, url: str, bodies: list[dict[str, object]]) -> int:
+async def bare_loop(http: httpx.AsyncClient, url: str, requests: list[Asked]) -> int:
     """The requests and nothing else; their answers are decoded from JSON."""
-    answers = await asyncio.gather(*(http.post(f"{url}/generate", json=each) for each in bodies))
-    return sum(len(response["output_ids"]) for answer in answers for response in answer.json())
+    posts = (http.post(url + path, json=body) for path, body in requests)
+    answers = [answer.json() for answer in await asyncio.gather(*posts)]
+    return sum(tokens_in(answer) for answer in answers)
+
+
+def tokens_in(answer: Any) -> int:
+    """How many tokens an answer brings."""
+    if isinstance(answer, list):
+        return sum(len(response["output_ids"]) for response in answer)
+    return sum(len(choice["token_ids"]) for choice in answer["choices"])
 
 
 if __name__ == "__main__":

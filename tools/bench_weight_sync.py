@@ -1,15 +1,15 @@
-"""Times the ways of weights from a trainer's layout to an embedded server, beside plain copies of the bytes.
+"""Times the ways of weights from a trainer's layout to each kind of engines, beside plain copies of them.
 
     python tools/bench_weight_sync.py                                 # 1B parameters in bfloat16: 2 GB
     python tools/bench_weight_sync.py --layouts tp1 tp2 tp2-pp2 --transports distributed tensor
-    python tools/bench_weight_sync.py --json result.json
+    python tools/bench_weight_sync.py --kinds vllm --json result.json
 
 `send` is the whole publication but for the greedy probe, of which `engines` is how long the engines took to
-receive and load what they were told of (by `tensor` and `disk` they load alone); `packing` gathers and lays
-out in buckets alone, with nothing sent. Packing and the engines work at the same time. `floor` moves the same
-bytes over the same medium in the same run: a gloo broadcast to one process (distributed, shard), a copy into
-shared memory and another out of it (tensor), a file written and read (disk). Medians, in turn; a first
-publication warms up.
+receive and load what they were told of (by `tensor` and `disk` they load alone), and `still` how long they
+answered no request; `packing` gathers and lays out in buckets alone, with nothing sent. Packing and the
+engines work at the same time. `floor` moves the same bytes over the same medium in the same run: a gloo
+broadcast to one process (distributed, shard), a copy into shared memory and another out of it (tensor), a
+file written and read (disk). Medians, in turn; a first publication warms up.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from cpu_servers import CONNECTS, installed, launcher_of
 from random_model import add_size_options, make_random_model
 from torch import multiprocessing
 
 from megatron_rapo.config import Model, Parallel, Weights
-from megatron_rapo.engines.embedded.client import EmbeddedClient
 from megatron_rapo.engines.embedded.launcher import EmbeddedLauncher
 from megatron_rapo.engines.engine import Engine
 from megatron_rapo.engines.servers import LocalServers
@@ -70,6 +70,7 @@ def main() -> None:
     add_size_options(parser)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=list(TRANSPORTS))
+    parser.add_argument("--kinds", nargs="+", choices=CONNECTS, help="default: those that are installed")
     parser.add_argument("--bucket-bytes", type=int, default=512 * 2**20)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the server")
     parser.add_argument("--json", type=Path)
@@ -79,39 +80,44 @@ def main() -> None:
         model, report = Path(folder) / "model", Path(folder) / "report.json"
         gigabytes = 2 * make_random_model(model, options) / 1e9
         print(f"torch {torch.__version__}, {gigabytes:.2f} GB in bfloat16, medians of {ROUNDS}")
-        launcher = EmbeddedLauncher(model, options.device, "bfloat16", threads=1)
-        with LocalServers(
-            launcher, EmbeddedClient, count=1, log_directory=Path(folder), startup_timeout=300.0
-        ) as servers:
-            for name in options.layouts:
-                arguments = (
-                    LAYOUTS[name],
-                    model,
-                    servers.urls,
-                    options.transports,
-                    options.bucket_bytes,
-                    report,
-                )
-                run_local(measure, arguments, LAYOUTS[name].world_size)
-                for transport, seconds in json.loads(report.read_text()).items():
-                    results.append({"layout": name, "transport": transport, "GB": gigabytes, **seconds})
-                    print(line(name, transport, gigabytes, seconds), flush=True)
+        for kind in options.kinds or installed():
+            launcher = launcher_of(kind, model, "bfloat16")
+            if kind == "embedded":
+                launcher = EmbeddedLauncher(model, options.device, "bfloat16", threads=1)
+            with LocalServers(
+                launcher, CONNECTS[kind], count=1, log_directory=Path(folder) / kind, startup_timeout=300.0
+            ) as servers:
+                for name in options.layouts:
+                    # To kinds that take whole tensors alone, `shard` sends as `distributed`.
+                    ways = [way for way in options.transports if kind == "embedded" or way != "shard"]
+                    arguments = (kind, LAYOUTS[name], model, servers.urls, ways, options.bucket_bytes, report)
+                    run_local(measure, arguments, LAYOUTS[name].world_size)
+                    for transport, seconds in json.loads(report.read_text()).items():
+                        found = {"kind": kind, "layout": name, "transport": transport, "GB": gigabytes}
+                        results.append({**found, **seconds})
+                        print(line(kind, name, transport, gigabytes, seconds), flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1))
 
 
-def line(layout: str, transport: str, gigabytes: float, seconds: Seconds) -> str:
+def line(kind: str, layout: str, transport: str, gigabytes: float, seconds: Seconds) -> str:
     """A line of the table."""
     send, floor = seconds["send"], seconds["floor"]
-    parts = "   ".join(f"{name} {seconds[name]:6.2f} s" for name in ("engines", "packing", "floor"))
+    parts = "   ".join(f"{name} {seconds[name]:6.2f} s" for name in ("engines", "still", "packing", "floor"))
     return (
-        f"{layout:8} {transport:12} send {send:6.2f} s {gigabytes / send:6.2f} GB/s   "
+        f"{kind:8} {layout:8} {transport:12} send {send:6.2f} s {gigabytes / send:6.2f} GB/s   "
         f"{parts}   {send / floor:5.2f} × floor"
     )
 
 
 def measure(
-    layout: Parallel, path: Path, urls: list[str], transports: list[str], bucket_bytes: int, report: Path
+    kind: str,
+    layout: Parallel,
+    path: Path,
+    urls: list[str],
+    transports: list[str],
+    bucket_bytes: int,
+    report: Path,
 ) -> None:
     """In each rank: every transport's times, written by the main rank."""
     with ExitStack() as stack:
@@ -124,7 +130,7 @@ def measure(
             vocabulary = architecture.vocabulary
             pool = stack.enter_context(
                 EnginePool(
-                    urls, EmbeddedClient, vocab_size=vocabulary, prompts_per_request=1, request_timeout=300.0
+                    urls, CONNECTS[kind], vocab_size=vocabulary, prompts_per_request=1, request_timeout=300.0
                 )
             )
         held = StageWeights(chunks, architecture, placement)
@@ -145,6 +151,7 @@ def measure(
                 found = {
                     "send": seconds(partial(way.send, engines, number)),
                     "engines": engines.seconds if engines is not None else 0.0,
+                    "still": engines.still if engines is not None else 0.0,
                     "packing": seconds(partial(packing.run, nowhere if placement.is_main else None)),
                     "floor": floor() if placement.is_main else 0.0,
                 }
@@ -159,11 +166,11 @@ def measure(
 
 
 class TimedPool:
-    """A pool, and the seconds that its engines took to take weights."""
+    """A pool, the seconds that its engines took to take weights, and those that they answered nothing."""
 
     def __init__(self, pool: EnginePool) -> None:
         self._pool = pool
-        self.seconds = 0.0
+        self.seconds = self.still = 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pool, name)
@@ -175,11 +182,22 @@ class TimedPool:
         answers.add_done_callback(lambda _: self._count(began))
         return answers
 
+    def begin_update(self) -> None:
+        """As the pool's."""
+        self.still -= time.perf_counter()
+        self._pool.begin_update()
+
+    def end_update(self, weight_version: int) -> None:
+        """As the pool's."""
+        self._pool.end_update(weight_version)
+        self.still += time.perf_counter()
+
     def update_weights(self, model_path: Path, weight_version: int) -> None:
         """As the pool's."""
         began = time.perf_counter()
         self._pool.update_weights(model_path, weight_version)
         self._count(began)
+        self.still += time.perf_counter() - began
 
     def _count(self, began: float) -> None:
         self.seconds += time.perf_counter() - began

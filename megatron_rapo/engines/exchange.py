@@ -101,14 +101,14 @@ class Exchange:
             raise NoSuchRoute(message)
         raise RapoError(message) if 400 <= status < 500 else EngineLost(message)
 
-    async def status(self, method: str, path: str, *, timeout: float) -> int:
-        """The status of the answer, whatever it is.
+    async def status(self, method: str, path: str, *, timeout: float, key: str | None = None) -> int:
+        """The status of the answer, whatever it is; `key` in place of the one that there is.
 
         Raises:
             EngineLost: there is no answer.
         """
         what = f"{method} {self.url}{path}"
-        return (await self._response(what, method, path, None, timeout, SEE_LOG)).status_code
+        return (await self._response(what, method, path, None, timeout, SEE_LOG, key)).status_code
 
     async def health_problem(self, timeout: float) -> str | None:
         """Why the server is not ready; None once it is."""
@@ -138,11 +138,19 @@ class Exchange:
             await asyncio.sleep(POLL_S)
 
     async def _response(
-        self, what: str, method: str, path: str, body: Any, timeout: float, when_late: str
+        self,
+        what: str,
+        method: str,
+        path: str,
+        body: Any,
+        timeout: float,
+        when_late: str,
+        key: str | None = None,
     ) -> httpx.Response:
+        headers = {"authorization": f"Bearer {key}"} if key else None
         try:
             async with asyncio.timeout(timeout):  # httpx bounds the pauses between bytes, not the whole
-                return await self._http.request(method, self.url + path, json=body)
+                return await self._http.request(method, self.url + path, json=body, headers=headers)
         except TimeoutError:
             raise self._lost(f"{what} was not answered within {timeout:g} s", when_late) from None
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:

@@ -18,13 +18,13 @@ from megatron_rapo.checksum import tensor_checksum
 from megatron_rapo.engines.engine import Generation
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.wire.bucket import lay_out
-from tests.engines.conftest import TOLERANCE
+from tests.engines.conftest import CLIENTS, TOLERANCE
 from tests.engines.kinds_table import cell
 from tests.engines.servers import CONTEXT
 from tests.engines.trainer import Broadcasting
 
 PROMPTS = [[10, 20, 30], [5], [7, 8, 9, 10, 11]]
-TOKENS = 1500  # some seconds' worth
+TOKENS = 600  # some seconds' worth
 LONG = Generation((*PROMPTS[0],), TOKENS, 1.0, seed=5, ignore_eos=True)
 EOS = 1
 SOON_S = 60.0
@@ -60,6 +60,8 @@ def test_it_says_what_it_is(engine, checkpoints):
     assert info.context_length == (
         CONTEXT if cell("tells its context length", engine.name) == "yes" else None
     )
+    slices = cell("takes weights from several trainer ranks (`shard`)", engine.name)
+    assert CLIENTS[engine.kind].takes_slices == (slices == "yes")
     engine.ask(lambda client: client.until_healthy(10))
     assert engine.ask(lambda client: client.silence(10)) is None
 

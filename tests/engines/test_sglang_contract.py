@@ -15,7 +15,7 @@ from tests.engines.trainer import Group, pickled, sglangs_names
 pytestmark = pytest.mark.parametrize("server", SPEAK_SGLANG, indirect=True, scope="session")
 
 PROMPTS = [[10, 20, 30], [5], [7, 8, 9, 10, 11]]
-TOKENS = 1500  # some seconds' worth
+TOKENS = 600  # some seconds' worth
 LONG = {"max_new_tokens": TOKENS, "temperature": 1.0, "ignore_eos": True}
 GREEDY = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
 

@@ -42,7 +42,7 @@ class Asked(Exchange):
     """Notes each request, and answers from a table; a list is answered one after the other."""
 
     def __init__(self, answers: dict[str, Any]) -> None:
-        self.url = URL
+        self.url = answers.get("url", URL)
         self.answers = answers
         self.asked: list[tuple[Any, ...]] = []
         self._diagnose = None
@@ -63,8 +63,10 @@ class Asked(Exchange):
 
     request = json
 
-    async def status(self, method: str, path: str, *, timeout: float) -> int:
+    async def status(self, method: str, path: str, *, timeout: float, key: str | None = None) -> int:
         self.asked.append((method, path, None, timeout))
+        if key is not None:
+            return int(self.answers.get("to a stranger", 200))
         return 404 if isinstance(self.answers.get(path), NoSuchRoute) else 200
 
 
@@ -303,6 +305,14 @@ def test_a_vllm_that_lacks_something_is_refused_with_the_flag(changes: dict[str,
     assert URL in str(found)
     with pytest.raises(RapoError, match=message):
         raise found
+
+
+def test_a_vllm_on_the_network_whose_weights_anyone_may_replace_is_refused() -> None:
+    away = {**USABLE, "url": "http://10.0.0.2:7001"}
+    found, _ = asked(lambda client: client.info(), away)
+    assert "start it with --middleware rapo_vllm.Guard, and RAPO_ENGINE_API_KEY in its" in str(found)
+    found, _ = asked(lambda client: client.info(), {**away, "to a stranger": 401})
+    assert isinstance(found, EngineInfo)
 
 
 @pytest.mark.parametrize("path", ["/version", "/collective_rpc", "/inference/v1/generate"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlsplit
 
 from megatron_rapo.engines.exchange import Exchange, NoSuchRoute
 from megatron_rapo.engines.vllm.flags import (
     BACKEND,
     DEV_MODE,
     EXTENSION,
+    GUARD,
     LOGPROBS,
     PATH,
     SCALE_OUT,
@@ -17,6 +19,7 @@ from megatron_rapo.engines.vllm.flags import (
     written,
 )
 from megatron_rapo.errors import EngineLost, RapoError
+from megatron_rapo.wire.access import API_KEY_VARIABLE, is_loopback
 
 GENERATE = "/inference/v1/generate"
 CONTACT_TIMEOUT_S = 60.0
@@ -59,6 +62,11 @@ async def _check_routes(exchange: Exchange) -> None:
     status = await exchange.status("GET", "/weight_info", timeout=CONTACT_TIMEOUT_S)
     if status == 404:
         raise _lacks(exchange, "it has no routes for weights", f"{DEV_MODE}=1 in its environment")
+    if not is_loopback(urlsplit(exchange.url).hostname or ""):
+        stranger = await exchange.status("GET", "/weight_info", timeout=CONTACT_TIMEOUT_S, key="stranger")
+        if stranger != 401:
+            flags = f"{written(GUARD)}, and {API_KEY_VARIABLE} in its environment"
+            raise _lacks(exchange, "whoever reaches it can replace its weights", flags)
     try:
         await exchange.request("POST", GENERATE, {}, timeout=CONTACT_TIMEOUT_S)
     except RapoError as refusal:  # as it should: there is nothing to continue
