@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from megatron_rapo.data.batching import Plan, Sample
 from megatron_rapo.episode.brief import BriefSequence
 from megatron_rapo.episode.episode import Episode, ScoredEpisode
 from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.guide import PLAIN, Guide
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.episode.sequence import Sequence
@@ -164,6 +166,51 @@ def test_microbatches_are_those_of_whole_groups(method: str, monkeypatch: pytest
             for name, tensor in vars(other).items():
                 if isinstance(tensor, torch.Tensor):
                     assert torch.equal(getattr(one, name), tensor), name
+
+
+def test_what_a_method_asks_for_in_further_rounds_is_delivered_as_if_asked_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of some groups, a given response after those that were sampled."""
+    run = config({"data_parallel": 2, "context_parallel": 2, "pipeline_parallel": 2}, method="icpo")
+    taught = Sequence.of_text((7, 8), (3, 4, 5))
+    given = ScoredEpisode(Episode((taught,), "t"), Verification(Outcome.CORRECT), Guide(response="t"))
+    whole = [replace(g, episodes=(*g.episodes, *[given] * (n % 3))) for n, g in enumerate(SCORED)]
+    sizes = [len(group.episodes) for group in SCORED]
+
+    def samples_of(groups: list[Group]) -> list[list[Sample]]:
+        return make_samples(groups, run.new_method(), VOCABULARY, run.minibatch_prompts)
+
+    def step(placement: Placement) -> tuple[Any, Any]:
+        own = list(zip(whole, sizes, strict=True))[placement.data_rank :: 2] if placement.is_head else []
+        problems = [group.problem for group in whole]
+
+        def of_round(first: bool) -> Shared:
+            mine = [replace(g, episodes=g.episodes[:n] if first else g.episodes[n:]) for g, n in own]
+            plain = [replace(g, episodes=tuple(replace(e, guide=PLAIN) for e in g.episodes)) for g in mine]
+            guides = [
+                [e.guide for e in (g.episodes[:n] if first else g.episodes[n:])]
+                for g, n in zip(whole, sizes, strict=True)
+            ]
+            return share(problems, plain, placement, whole=False).guided(guides)
+
+        sampled = of_round(first=True)
+        sampled.join(of_round(first=False))
+        assert sampled.groups == [group.brief() for group in whole]
+        samples = samples_of(sampled.groups)
+        plans = plan_minibatches(samples, run)
+        delivered = with_tokens(samples, plans, Batch(sampled.groups, sampled, 0), placement)
+        expected = build_minibatches(samples_of(whole), plans, run, placement)
+        return build_minibatches(delivered, plans, run, placement), expected
+
+    learnt = 0
+    for found, expected in Ranks(run.parallel, monkeypatch).run(step):
+        for one, other in zip(chain(*found), chain(*expected), strict=True):
+            learnt += int(one.off_policy.sum())
+            for name, tensor in vars(other).items():
+                if isinstance(tensor, torch.Tensor):
+                    assert torch.equal(getattr(one, name), tensor), name
+    assert learnt == 3 * sum(n % 3 for n in range(len(whole))) * 2, "of two pipeline stages each"
 
 
 def test_ranks_of_a_replica_begin_with_its_head() -> None:
