@@ -185,11 +185,18 @@ def test_scripts_are_executable_bash(script: str) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True, timeout=10)
 
 
-def test_make_says_what_to_do_without_python(tmp_path: Path) -> None:
-    for name in ("Makefile", "setup.py", "pyproject.toml", "constraints.txt"):
+@pytest.mark.parametrize(
+    ("target", "variable", "remedy"),
+    [
+        ("install", "PYTHON", "make PYTHON="),
+        ("test-newest", "PYTHON_NEWEST", "make test-newest PYTHON_NEWEST="),
+    ],
+)
+def test_make_says_what_to_do_without_python(target: str, variable: str, remedy: str, tmp_path: Path) -> None:
+    for name in ("Makefile", "setup.py", "pyproject.toml", "constraints.txt", "constraints-newest.txt"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     result = subprocess.run(
-        ["make", "install", "PYTHON=python-that-is-not-there"],
+        ["make", target, f"{variable}=python-that-is-not-there"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -197,8 +204,8 @@ def test_make_says_what_to_do_without_python(tmp_path: Path) -> None:
     )
     assert result.returncode != 0
     assert "python-that-is-not-there" in result.stderr
-    assert "make PYTHON=" in result.stderr
-    assert not (tmp_path / ".venv").exists()
+    assert remedy in result.stderr
+    assert not list(tmp_path.glob(".venv*"))
 
 
 def test_pyproject_and_setup_agree_on_python() -> None:

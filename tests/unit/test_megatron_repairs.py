@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import queue
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from importlib import import_module
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -249,6 +251,11 @@ def test_a_queue_of_results_still_starts_a_process(
     (name,) = {"get_write_results_queue", "_get_write_results_queue"} & vars(shipped).keys()
     getattr(shipped, name)()
     assert bool(started) == has_fault(results_queue)
+
+
+def test_lines_about_calls_on_purpose_are_still_logged() -> None:
+    sources = {text: inspect.getsource(import_module(name)) for name, text in notices.MADE_ON_PURPOSE.items()}
+    assert any(text in source for text, source in sources.items()) == has_fault(notices)
 
 
 def test_a_pickled_tensor_still_names_megatron_where_it_is_not_mended() -> None:
