@@ -24,7 +24,7 @@ class Extension:
         config = self.vllm_config
         transfer = config.weight_transfer_config
         return {
-            "model_path": self.rapo_model_path(),
+            "model_path": str(config.model_config.model),
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "ranks": config.parallel_config.world_size,
             "context_length": config.model_config.max_model_len,
@@ -33,10 +33,11 @@ class Extension:
             "backend": None if transfer is None else transfer.backend,
         }
 
-    def rapo_model_path(self) -> str:
-        """The folder that it was started with."""
-        return str(self.vllm_config.model_config.model)
+    def rapo_abandon(self) -> bool:
+        """Ends an update that is open, without its weights.
 
-    def rapo_abandon(self) -> None:
-        """Ends an update that is open, without its weights: another one must bring all of them."""
+        Returns:
+            Whether only an update that brings all weights makes the model of use again.
+        """
         self._weight_update_active = False
+        return not self.weight_transfer_engine.is_whole()

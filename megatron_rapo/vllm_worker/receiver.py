@@ -91,13 +91,17 @@ class Receiver(WeightTransferEngine[Invitation, Piece]):
 
     def start_weight_update(self) -> None:
         """Makes the model ready for all of its tensors, whatever an update that failed has left."""
-        waiting = [info for layer in self.model.modules() if (info := get_layerwise_info(layer)).can_load()]
-        for info in waiting:
-            info.loaded_weights.clear()
-            info.load_numel = 0
-        if waiting:
+        if not self.is_whole():
+            for layer in self.model.modules():
+                info = get_layerwise_info(layer)
+                info.loaded_weights.clear()
+                info.load_numel = 0
             finalize_layerwise_reload(self.model, self.model_config)
         initialize_layerwise_reload(self.model)
+
+    def is_whole(self) -> bool:
+        """Whether no layer waits for weights: a token would need them."""
+        return not any(get_layerwise_info(layer).can_load() for layer in self.model.modules())
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Takes a piece; it may be used anew by who sent it once this returns."""
@@ -107,9 +111,16 @@ class Receiver(WeightTransferEngine[Invitation, Piece]):
 
     def receive_weights(self, update_info: Piece) -> None:
         """Loads the piece's tensors into the model."""
-        named = list(self._arriving(update_info))
-        self.model.load_weights(iter(named))
-        self._copy_what_waits({tensor.untyped_storage().data_ptr() for _, tensor in named})
+        borrowed: set[int] = set()  # memory that its owner uses anew
+
+        def named() -> Named:
+            for name, tensor in self._arriving(update_info):
+                if update_info.folder is None:
+                    borrowed.add(tensor.untyped_storage().data_ptr())
+                yield name, tensor
+
+        self.model.load_weights(named())
+        self._copy_what_waits(borrowed)
 
     def finish_weight_update(self) -> None:
         """Puts the new weights in place.

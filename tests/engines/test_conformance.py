@@ -248,12 +248,20 @@ def test_an_update_may_be_abandoned_and_begun_anew(engine, checkpoints):
     names = list(second.tensors)
     hand_over(engine, {names[0]: second.tensors[names[0]]})
     engine.ask(lambda client: client.abandon_update())
-    engine.anew()
     begin(engine)
-    begin(engine)  # of a trainer that knows nothing of the one before
-    hand_over(engine, second.tensors, 9)
+    hand_over(engine, second.tensors, 8)
+    end(engine, 8)
+    assert_serves(engine, second, first, "8")
+    begin(engine)
+    hand_over(engine, {names[0]: first.tensors[names[0]]})
+    engine.anew()  # a trainer that knows nothing of the one before
+    begin(engine)
+    engine.ask(lambda client: client.abandon_update())
+    begin(engine)
+    begin(engine)
+    hand_over(engine, first.tensors, 9)
     end(engine, 9)
-    assert_serves(engine, second, first, "9")
+    assert_serves(engine, first, second, "9")
 
 
 def fails(engine, tensors, version=3):

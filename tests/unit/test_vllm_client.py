@@ -48,7 +48,7 @@ class Asked(Exchange):
         self._diagnose = None
 
     def _next(self, path: str) -> Any:
-        found = self.answers.get(path, {"success": True})
+        found = self.answers.get(path, {"success": True, "results": [False]})
         if isinstance(found, list):
             found = found.pop(0)
         if isinstance(found, Exception):
@@ -129,6 +129,14 @@ async def abandoned(client: VLLMClient) -> None:
     await client.abandon_update()
 
 
+async def abandoned_twice(client: VLLMClient) -> None:
+    await abandoned(client)
+    client._exchange.answers["/collective_rpc"] = {"results": [True]}  # type: ignore[attr-defined]
+    await client.begin_update()
+    await client.abandon_update()
+    await whole_update(client)
+
+
 @pytest.mark.parametrize(
     ("work", "requests"),
     [
@@ -138,6 +146,13 @@ async def abandoned(client: VLLMClient) -> None:
         (whole_update, [PAUSE, ABANDON, START, piece(BUCKET), piece(BUCKET), FINISH, RESET, RESUME]),
         (lambda c: c.abandon_update(), [RESUME]),
         (abandoned, [START, piece(BUCKET)]),  # a token now would end the server: it stays paused
+        (
+            abandoned_twice,
+            [
+                *(START, piece(BUCKET), PAUSE, ABANDON),
+                *(PAUSE, ABANDON, START, piece(BUCKET), piece(BUCKET), FINISH, RESET, RESUME),
+            ],
+        ),
         (handles, [START, piece({"shared": ["handle of a"]})]),
         (
             lambda c: c.load_checkpoint(Path("/w"), 8),

@@ -36,7 +36,8 @@ class VLLMUpdates(Engine):
         """See `engine.Connect`."""
         self._exchange = Exchange(http, url, diagnose)
         self._timeout = timeout
-        self._open = False  # an update has begun, and not ended
+        self._started = False  # this update has
+        self._broken = False  # only a whole update makes it of use again
 
     @property
     def url(self) -> str:
@@ -49,23 +50,23 @@ class VLLMUpdates(Engine):
         """As `Engine.begin_update`. Requests under way are kept, and go on with new keys and values."""
         try:
             await self._tell("/pause?mode=keep")
-            await self._tell("/collective_rpc", {"method": "rapo_abandon"})  # of a trainer that is gone
+            self._started, self._broken = False, await self._abandon()
         except RapoError:
             await self.abandon_update()
             raise
 
     async def end_update(self, version: int) -> None:
-        if not self._open:
+        if not self._started:
             raise RapoError(f"{self.url} got no weights between the begin and the end of an update")
         body = {"weight_version": str(version)}
         await self._exchange.json("POST", "/finish_weight_update", body, timeout=self._timeout)
-        self._open = False
+        self._started = self._broken = False
         await self._reset_cache("?reset_running_requests=true")  # the cache outlives an update
         await self._tell("/resume")
 
     async def abandon_update(self) -> None:
         """As `Engine.abandon_update`; where tensors have come, it stays paused until a whole update."""
-        if not self._open:
+        if not self._broken:
             with suppress(RapoError):  # the server may be gone by now
                 await self._tell("/resume")
 
@@ -102,10 +103,19 @@ class VLLMUpdates(Engine):
             raise
         await self.end_update(version)
 
+    async def _abandon(self) -> bool:
+        """Ends an update that is open, maybe of a trainer that is gone; whether it had begun to load."""
+        path, body = "/collective_rpc", {"method": "rapo_abandon"}
+        answer = await self._exchange.json("POST", path, body, timeout=CONTROL_TIMEOUT_S)
+        try:
+            return any(answer["results"])
+        except (KeyError, TypeError):
+            raise self._exchange.malformed(path, "no results", answer) from None
+
     async def _take(self, piece: dict[str, Any], timeout: float) -> None:
         """Has it load a piece, and begin the update before the first."""
-        if not self._open:
-            self._open = True
+        if not self._started:
+            self._started = self._broken = True
             await self._tell("/start_weight_update", {})
         await self._exchange.json("POST", "/update_weights", {"update_info": piece}, timeout=timeout)
 
