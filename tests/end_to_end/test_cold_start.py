@@ -10,13 +10,15 @@ from tests.end_to_end.command import Command, metrics, running, without_times
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = EXAMPLES / "models/tiny-countdown"
-WITHOUT_EVALUATION = "evaluate=@default"
 
 
-def train(*configs: Path, **settings: object) -> Command:
+def train(directory: Path, *configs: Path, **settings: object) -> Command:
+    """A run without an evaluation."""
+    overlay = directory.with_suffix(".toml")
+    overlay.write_text('evaluate = "@default"\n')
     given = [f"{name.replace('__', '.')}={value}" for name, value in settings.items()]
-    arguments = ["train", *map(str, configs), "--set", WITHOUT_EVALUATION, *given]
-    with running(*arguments) as command:
+    given.append(f"run.directory={directory}")
+    with running("train", *map(str, configs), str(overlay), "--set", *given) as command:
         assert command.wait() == 0, command.stderr
         return command
 
@@ -24,8 +26,8 @@ def train(*configs: Path, **settings: object) -> Command:
 def cold_start(directory: Path) -> Command:
     stages = (EXAMPLES / "sft/base.toml", EXAMPLES / "sft/sft.toml")
     return train(
+        directory,
         *stages,
-        run__directory=directory,
         run__steps=2,
         model__path=MODEL,
         data__count=100,
@@ -57,8 +59,8 @@ def test_texts_are_learnt_gone_on_with_bit_for_bit_and_taught(tmp_path: Path) ->
         assert (resumed / "model" / written.name).read_bytes() == written.read_bytes(), written.name
 
     train(
+        taught,
         EXAMPLES / "distill/run.toml",
-        run__directory=taught,
         run__steps=1,
         model__path=MODEL,
         teacher__path=whole / "model",
