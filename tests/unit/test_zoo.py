@@ -39,7 +39,7 @@ def agree(name: str, options: Mapping[str, Any], kind: type[Method] | None = Non
     method = subject(name, options, kind)
     found, expected = loss_of(method, case), paper.formula(case, method.options, *paper.known)
     apart = case.gradient(found) - case.gradient(expected)
-    return bool(abs(float(found - expected)) <= BAR and float(apart.abs().max()) <= BAR)
+    return bool(abs(float((found - expected).detach())) <= BAR and float(apart.abs().max()) <= BAR)
 
 
 def differ(case: Case, one: Tensor, other: Tensor) -> bool:
