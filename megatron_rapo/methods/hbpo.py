@@ -83,18 +83,23 @@ class HBPO(Method):
         return found
 
     def _rewards(self, groups: Sequence[Group]) -> tuple[Any, Any]:
-        """R, masked where it is unknown, and each response's budget; `[groups, episodes]` both."""
+        """R, masked where it is unknown, and each response's budget; `[groups, episodes]` both.
+
+        A response that announces no budget earns what its length is worth, and its budget is L, worth 0.
+        """
         o, known, tokens = self.options, known_rewards(groups), sampled_tokens(groups)
         budgets = np.full(known.shape, self.configured.max_response_tokens)
-        right = np.zeros(known.shape, bool)
-        for row, flags, group in zip(budgets, right, groups, strict=True):
-            size = len(group.episodes)
-            row[:size] = [int(one.guide.name or row[0]) for one in group.episodes]
-            flags[:size] = [solved(one) for one in group.episodes]
-        earned = np.minimum(
-            self._worth(tokens) - o.deviation * np.abs(tokens - budgets), self._worth(budgets)
-        )
-        return np.ma.masked_where(np.ma.getmaskarray(known), np.where(right, earned, 0.0)), budgets
+        right, announced = np.zeros((2, *known.shape), bool)
+        for place, group in enumerate(groups):
+            own = slice(len(group.episodes))
+            names = [one.guide.name for one in group.episodes]
+            budgets[place, own] = [int(name or budgets[place, 0]) for name in names]
+            right[place, own] = [solved(one) for one in group.episodes]
+            announced[place, own] = list(map(bool, names))
+        worth = self._worth(tokens)
+        kept = np.minimum(worth - o.deviation * np.abs(tokens - budgets), self._worth(budgets))
+        earned = np.where(right, np.where(announced, kept, worth), 0.0)
+        return np.ma.masked_where(np.ma.getmaskarray(known), earned), budgets
 
     def _worth(self, tokens: Any) -> Any:
         """s cos(π n / 2L)."""

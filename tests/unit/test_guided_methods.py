@@ -558,7 +558,7 @@ CASES = {
         [
             ("- self._worth(budget)", ""),
             ("np.minimum", "np.maximum"),
-            ("right, earned, 0.0", "right, earned, -1.0"),
+            ("kept, worth), 0.0", "kept, worth), -1.0"),
             ("2 * self.configured", "self.configured"),
         ],
         base={"budgets": [4, 8]},
@@ -858,6 +858,13 @@ def test_xrpo_puts_solved_problems_in_front_of_those_that_never_were() -> None:
     resumed.restore(method.state())
     assert resumed.ask([failed()]) == method.ask([failed()])
     assert set(a_method("xrpo", responses=8, seeds=0).ask([failed()])[0]) == {Guide()}
+
+
+def test_hbpo_pays_what_announces_no_budget_by_its_length() -> None:
+    group = a_group(an_episode(1, 4), an_episode(1, 8), an_episode(0, 2), an_episode(0, 2))
+    earned = [4 * math.cos(math.pi * n / (2 * LIMIT)) for n in (4, 8)] + [0.0, 0.0]
+    own, mean = a_method("hbpo").advantages([group])[0], sum(earned) / 4
+    assert own.tolist() == pytest.approx([a + mean for a in standardised(earned)])
 
 
 def test_empo_calls_for_other_groups_in_place_of_those_it_leaves_out() -> None:
