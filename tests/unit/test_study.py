@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,14 @@ def test_the_pages_study_and_the_example_are_studies(tmp_path: Path) -> None:
     for model in (Study, Arm, Factor, Contrast, Tuning):
         for key in model.model_fields:
             assert f"`{key}`" in page, key
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "studies").glob("*/*.toml")), ids=lambda file: file.stem)
+def test_shipped_studies_can_be_planned(file: Path, tmp_path: Path) -> None:
+    shutil.copytree(file.parent, tmp_path / "study")
+    if file.stem != "base":
+        stages = Opened.at(tmp_path / "study" / file.name).plan()
+        assert len({run.seed for run in stages.main}) >= 5, "a verdict takes so many"
 
 
 # What is refused
@@ -597,6 +607,17 @@ def test_runs_become_tasks_of_an_array(tmp_path: Path) -> None:
     assert "#SBATCH --array=0-2%3" in text and "#SBATCH --time=1:00:00" in text
     assert "RUNS=(a-seed1 a-seed2 a-seed3)" in text
     assert "#SBATCH --array=0-2%1" in two.read_text() and "#SBATCH --cpus-per-task=2" in two.read_text()
+
+
+def test_a_task_of_the_array_is_the_run_of_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_study(tmp_path)
+    [script] = running.submit(opened, 2, dry_run=True)
+    make_all(opened, monkeypatch)
+    environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "2", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "a-seed2 is done\n")
 
 
 def test_a_task_makes_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
