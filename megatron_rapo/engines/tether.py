@@ -1,9 +1,9 @@
 """`python -m megatron_rapo.engines.tether PID COMMAND…`: runs a command that must not outlive process PID.
 
-SGLang is a family of processes, none of which watches who started it. The tether does, and ends them all: on
-SIGTERM, with PID, and when the command itself ends and leaves some of them. It removes the files in shared
-memory that SGLang 0.5.21 never removes, and exits as the command did. If the tether is killed, the kernel
-kills the command.
+SGLang and vLLM are families of processes, none of which watches who started it. The tether does, and
+ends them all: on SIGTERM, with PID, and when the command itself ends and leaves some of them. It removes
+files that they leave in shared memory (SGLang 0.5.21 always does), and exits as the command did. If the
+tether is killed, the kernel kills the command.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ POLL_S = 0.2
 # are killed too. Together less than `servers.TERMINATE_WAIT_S`.
 END_WAIT_S = 3.0
 CLEANUP_WAIT_S = 0.5
-# How often it notes what SGLang has in shared memory: whose a file was cannot be told afterwards.
+# How often it notes what the family has in shared memory: whose a file was cannot be told afterwards.
 NOTE_S = 2.0
-SHARED_MEMORY = ("/dev/shm/sglang_", "/dev/shm/sgl_")
+# SGLang's names, and those of Python's multiprocessing, which vLLM uses.
+SHARED_MEMORY = ("/dev/shm/sglang_", "/dev/shm/sgl_", "/dev/shm/psm_", "/dev/shm/sem.mp-")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -65,7 +66,7 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _shared_memory_of(group: int) -> set[str]:
-    """SGLang's own files in shared memory that processes of this group have open."""
+    """The engine's own files in shared memory that processes of this group have open."""
     found: set[str] = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended meanwhile
