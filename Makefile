@@ -45,7 +45,7 @@ test-all: MARKED = -m ''
 test-all: test
 
 test-newest: .venv-newest/installed
-	.venv-newest/bin/pytest $(SIDE_BY_SIDE) $(OF_MEGATRON)
+	.venv-newest/bin/pytest $(SIDE_BY_SIDE) $(OF_MEGATRON) tests/unit/test_templates.py
 
 test-slurm: install
 	@PATH="$$PATH:/usr/sbin:/sbin"; command -v sbatch && command -v slurmctld && command -v munged || \

@@ -39,7 +39,8 @@ setup(
         "scipy",
         "tensorboard",
         "torch>=2.6",
-        "transformers>=5.0",
+        # Later ones tell chat templates plain data alone: a missing column would be an empty text.
+        "transformers>=5.0,<5.22",
         "uvicorn",
     ],
     extras_require={
