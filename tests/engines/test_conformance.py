@@ -158,10 +158,14 @@ def test_a_request_whose_client_is_gone(engine):
         with suppress(RapoError):
             await client.flush_cache()  # refused while a request is under way, for some time
         await client.generate([Generation((5,), 1, 0.0)])
-        return (time.monotonic() - begun) / whole
+        return time.monotonic() - begun, whole
 
-    gone = "ends" if engine.ask(scenario) < 0.5 else "runs on"
-    assert gone == cell("a request whose client is gone", engine.name)
+    waited, whole = engine.ask(scenario)
+    told = cell("a request whose client is gone", engine.name)
+    if told == "ends within seconds":  # as SGLang looks now and then
+        assert waited < whole + 5.0
+    else:
+        assert told == ("ends" if waited < 0.5 * whole else "runs on")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
