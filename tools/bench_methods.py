@@ -5,8 +5,8 @@
 
 A step of `--prompts` problems with 8 responses each and two minibatches, on a small Qwen2 with random
 weights. In each round every method annotates (the policy's old log-probs, the reference), weighs, and makes
-both updates; what is told is the median over rounds of a method's time divided by GRPO's in the same round,
-and the same without the reference that GRPO needs (against GRPO with `divergence_coefficient = 0`).
+both updates; what is told is the median over rounds of a method's processor time divided by GRPO's in the
+same round, and by that of GRPO without the reference that it needs (`divergence_coefficient = 0`).
 """
 
 from __future__ import annotations
@@ -130,10 +130,10 @@ def measure(folder: Path, names: Sequence[str], prompts: int, tokens: int, round
         times: dict[str, list[float]] = {name: [] for name in steps}
         for number in range(rounds + 1):
             for name, step in steps.items():
-                began = time.perf_counter()
+                began = time.process_time()
                 step()
                 if number:  # the first warms up
-                    times[name].append(time.perf_counter() - began)
+                    times[name].append(time.process_time() - began)
     found = {}
     for name, own in times.items():
         ratios = [
