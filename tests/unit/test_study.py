@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -375,6 +376,35 @@ def test_a_study_that_is_stopped_stops_its_runs_and_goes_on(
     [attempt] = read_attempts(opened.folder, run.name)
     assert attempt.stopped and not attempt.failed, "it counts as no failure"
     assert opened.todo(opened.plan())[0].name == run.name
+
+
+def test_a_command_ends_with_a_study_that_is_killed(tmp_path: Path) -> None:
+    """So that the run's folder is free when the study goes on."""
+    file, mark = open_study(tmp_path).file, tmp_path / "asked to end"
+    child = (
+        "import signal, sys, time; from pathlib import Path\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: (Path({str(mark)!r}).touch(), sys.exit(0)))\n"
+        f"Path({str(tmp_path / 'up')!r}).touch(); time.sleep(60)"
+    )
+    code = (
+        "from megatron_rapo.cli import main; from megatron_rapo.study import making\n"
+        f"making._program = lambda: [{sys.executable!r}, '-c', {child!r}]\n"
+        f"main(['study', {str(file)!r}, '--only', 'a-seed1'])"
+    )
+    study = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        wait_for(tmp_path / "up")
+    finally:
+        study.kill()
+        study.wait(10)
+    wait_for(mark)
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 40
+    while not file.exists():
+        assert time.monotonic() < deadline, file
+        time.sleep(0.05)
 
 
 def test_seeds_that_one_arm_lacks_are_left_out_of_the_pairs(
