@@ -8,6 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.leftovers import has_shared_memory_of_its_own
+
+
+def pytest_sessionstart() -> None:
+    """Before anything is in shared memory."""
+    has_shared_memory_of_its_own()
+
 
 @pytest.fixture(autouse=True)
 def forgotten_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

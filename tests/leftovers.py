@@ -18,7 +18,7 @@ _CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000
 @contextmanager
 def nothing_left(within: float = 10.0) -> Iterator[None]:
     """Fails if what runs inside leaves a child process, or (where the test may mount) shared memory."""
-    has_own = _has_shared_memory_of_its_own()
+    has_own = has_shared_memory_of_its_own()
     children, files = _children(), _shared_memory()
     yield
     deadline = time.monotonic() + within
@@ -31,10 +31,11 @@ def nothing_left(within: float = 10.0) -> Iterator[None]:
 
 
 @cache
-def _has_shared_memory_of_its_own() -> bool:
+def has_shared_memory_of_its_own() -> bool:
     """Gives this process and those it starts a /dev/shm apart from the machine's, which others use as well.
 
-    For the rest of the test session. False where that is not permitted.
+    For the rest of the test session: it is asked as one begins, as what is in the old one cannot be removed
+    by its name from then on. False where that is not permitted.
     """
     libc = ctypes.CDLL(None)
     if libc.unshare(_CLONE_NEWNS) or libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None):

@@ -511,7 +511,7 @@ def telling(url: str) -> Any:
     client: Any = Client(url)
 
     async def info() -> Any:
-        return SimpleNamespace(model_path="models/m")
+        return SimpleNamespace(model_path="models/m", context_length=None)
 
     client.info = info
     return client

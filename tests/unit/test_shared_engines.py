@@ -13,7 +13,10 @@ import pytest
 
 from megatron_rapo.config import Parallel
 from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.environments.running import Tries
+from megatron_rapo.environments.times import Times
 from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.guide import PLAIN
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.experience.collector import Collector
@@ -167,7 +170,11 @@ class Episodes:
         self.did: list[Any] = []
 
     @contextmanager
-    def begin(self, prompts: list[Prompt], sampling: Sampling, judge: Any) -> Iterator[Any]:
+    def begin(
+        self, prompts: list[Prompt], sampling: Sampling, judge: Any, tries: Any, answers: Any
+    ) -> Iterator[Any]:
+        assert tries == [Tries(0, (PLAIN,) * sampling.responses_per_prompt)] * len(prompts)
+        assert answers is None
         self.asked.append(([prompt.id for prompt in prompts], sampling, judge))
         self._note("begun")
         open_, self.fails = self.fails, 0
@@ -177,7 +184,7 @@ class Episodes:
             self._note("judged")
             return groups
 
-        yield SimpleNamespace(wait_until_sampled=lambda: self._note("sampled"), groups=judged)
+        yield SimpleNamespace(wait_until_sampled=lambda: self._note("sampled"), groups=judged, times=Times())
         self._note("left")
 
     def _note(self, what: str) -> None:
