@@ -1,7 +1,9 @@
 """The Python stacks of a rank, written to a file of its own when SIGQUIT comes, whatever it is doing then.
 
 The signal's handler is faulthandler's: it needs no lock of the interpreter, so that a rank which waits in
-native code is seen as well. Only one that is stopped (SIGSTOP) or stuck in the kernel writes nothing.
+native code with that lock is seen as well. It shows the thread that it interrupts, the main one: others may
+be running, and to read their frames would end the process. All threads are shown by `Stacks.write`, whose
+thread has the lock. Only a process that is stopped (SIGSTOP) or stuck in the kernel writes nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -25,6 +28,7 @@ FRAMES = 12  # innermost ones that are shown
 
 _LAUNCHER = re.compile(r"launch/rank\.py\", line \d+ in run_rank$")
 _THREAD = re.compile(r"^(?:Current thread|Thread) (0x[0-9a-f]+)")
+_INTERRUPTED = "Stack (most recent call first):"
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,19 @@ class Where:
             return "gone"
 
 
+class Stacks:
+    """The file of this rank's stacks."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def write(self) -> None:
+        """Writes those of all threads, none of which runs meanwhile."""
+        faulthandler.dump_traceback(self._file, all_threads=True)
+
+
 @contextmanager
-def stacks_to(folder: Path, rank: int) -> Iterator[None]:
+def stacks_to(folder: Path, rank: int) -> Iterator[Stacks]:
     """Meanwhile SIGQUIT has this process write its stacks to a file in `folder`, removed if none came."""
     path = _path(folder, rank)
     main = threading.main_thread().ident or 0
@@ -61,9 +76,9 @@ def stacks_to(folder: Path, rank: int) -> Iterator[None]:
         file.write(json.dumps(header) + "\n")
         file.flush()
         empty = path.stat().st_size
-        faulthandler.register(ASKING, file, all_threads=True)
+        faulthandler.register(ASKING, file, all_threads=False)
         try:
-            yield
+            yield Stacks(file)
         finally:
             faulthandler.unregister(ASKING)
             # SIGQUIT's own action would end the process: a late one is of no more interest.
@@ -96,8 +111,8 @@ def _main_thread(dumps: str, ident: int) -> list[str]:
     frames: list[str] = []
     inside = False
     for line in dumps.splitlines():
-        if found := _THREAD.match(line):
-            inside = int(found[1], 16) == ident
+        if (found := _THREAD.match(line)) or line == _INTERRUPTED:
+            inside = found is None or int(found[1], 16) == ident
             frames = [] if inside else frames
         elif _LAUNCHER.search(line):
             inside = False

@@ -62,7 +62,7 @@ class Watch:
 
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._opened.enter_context(stacks_to(self._folder, self._rank))
+        self._stacks = self._opened.enter_context(stacks_to(self._folder, self._rank))
         self._thread.start()
         return self
 
@@ -115,7 +115,7 @@ class Watch:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(to_json(entered())), encoding="utf-8")
         partial.replace(path)
-        ask_for_stacks(self._folder, {self._rank})
+        self._stacks.write()
 
     def _report(self, hang: Hang) -> str:
         ranks = range(self._world_size)
