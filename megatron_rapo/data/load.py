@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,39 +74,15 @@ def load_prompts(
         usable, unmatched = rows, dict[int, str]()  # right by construction
     else:
         usable, unmatched = _judged(data, rows, judge, needs_answers)
-    taught: list[TokenSequence | None] = [None] * len(usable)
     without_solution: tuple[int, ...] = ()
     if demonstrations is not None:
         usable, without_solution = _taught(usable, demonstrations, source)
-        taught = [
-            *encode_demonstrations(usable, tokenizer, data, demonstrations, source, option, date, tools)
-        ]
-        encoded = [one.token_ids[: one.trained.argmax()].tolist() for one in taught if one is not None]
-    elif isinstance(data, CountdownData | ArithmeticData):
-        encoded = encode_plain([row.question for row in usable], tokenizer)
-    else:
-        encoded = encode_template(usable, tokenizer, data, option, date, tools)
-    if [] in encoded:
-        raise RapoError(
-            f"the tokenizer {tokenizer.name_or_path} has no token for any character of "
-            f"{usable[encoded.index([])].question!r}; use the tokenizer that the model was trained with"
-        )
+    encoded = _encode(usable, tokenizer, data, demonstrations, source, option, date, tools)
     prompts = [
-        Prompt(
-            row.index,
-            row.question,
-            tuple(token_ids),
-            row.answer,
-            name=row.name,
-            source=data.name,
-            columns=row.columns,
-            messages=row.messages,
-            demonstration=one,
-        )
-        for row, token_ids, one in zip(usable, encoded, taught, strict=True)
-        if len(token_ids) <= max_prompt_tokens and _fits(token_ids, one, max_response_tokens)
+        one.prompt(data.name)
+        for one in encoded
+        if len(one.token_ids) <= max_prompt_tokens and one.learnt <= max_response_tokens
     ][:count]
-    lengths = {row.index: len(token_ids) for row, token_ids in zip(usable, encoded, strict=True)}
     report = LoadReport(
         source=source,
         rows=len(rows),
@@ -113,15 +90,11 @@ def load_prompts(
         without_question=tuple(row.index for row in rows if not row.question),
         without_answer=tuple(row.index for row in rows if needs_answers and row.question and not row.answer),
         unmatched=unmatched,
-        too_long=tuple(index for index, length in lengths.items() if length > max_prompt_tokens),
+        too_long=tuple(one.row.index for one in encoded if len(one.token_ids) > max_prompt_tokens),
         max_prompt_tokens=max_prompt_tokens,
         duplicates=_duplicates(usable),
         without_solution=without_solution,
-        solution_too_long=tuple(
-            row.index
-            for row, token_ids, one in zip(usable, encoded, taught, strict=True)
-            if not _fits(token_ids, one, max_response_tokens)
-        ),
+        solution_too_long=tuple(one.row.index for one in encoded if one.learnt > max_response_tokens),
         max_response_tokens=max_response_tokens,
     )
     if not prompts:
@@ -132,6 +105,66 @@ def load_prompts(
             f"{count} prompts were asked for, but {len(prompts)} are usable; ask for no more\n{report}"
         )
     return PromptSet(tuple(prompts), report)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A row as tokens: of its prompt, and of what is learnt with it, where texts are given."""
+
+    row: Row
+    token_ids: tuple[int, ...]
+    demonstration: TokenSequence | None = None
+
+    @property
+    def learnt(self) -> int:
+        """Tokens from the first that is learnt on; 0 where no text is given."""
+        return 0 if self.demonstration is None else len(self.demonstration) - len(self.token_ids)
+
+    def prompt(self, source: str) -> Prompt:
+        row = self.row
+        return Prompt(
+            row.index,
+            row.question,
+            self.token_ids,
+            row.answer,
+            name=row.name,
+            source=source,
+            columns=row.columns,
+            messages=row.messages,
+            demonstration=self.demonstration,
+        )
+
+
+def _encode(
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    demonstrations: Demonstrations | None,
+    source: str,
+    option: str,
+    date: str | None,
+    tools: Sequence[Mapping[str, Any]],
+) -> list[_Encoded]:
+    """Each row as tokens; the arguments are `load_prompts`'s."""
+    if demonstrations is not None:
+        taught = encode_demonstrations(rows, tokenizer, data, demonstrations, source, option, date, tools)
+        encoded = [
+            _Encoded(row, tuple(one.token_ids[: one.trained.argmax()].tolist()), one)
+            for row, one in zip(rows, taught, strict=True)
+        ]
+    else:
+        if isinstance(data, CountdownData | ArithmeticData):
+            prompts = encode_plain([row.question for row in rows], tokenizer)
+        else:
+            prompts = encode_template(rows, tokenizer, data, option, date, tools)
+        encoded = [_Encoded(row, tuple(ids)) for row, ids in zip(rows, prompts, strict=True)]
+    for one in encoded:
+        if not one.token_ids:
+            raise RapoError(
+                f"the tokenizer {tokenizer.name_or_path} has no token for any character of "
+                f"{one.row.question!r}; use the tokenizer that the model was trained with"
+            )
+    return encoded
 
 
 def _taught(rows: Sequence[Row], wanted: Demonstrations, source: str) -> tuple[list[Row], tuple[int, ...]]:
@@ -145,10 +178,6 @@ def _taught(rows: Sequence[Row], wanted: Demonstrations, source: str) -> tuple[l
     kept = [row for row in rows if solution_of(row, wanted, source)]
     indices = {row.index for row in kept}
     return kept, tuple(row.index for row in rows if row.index not in indices)
-
-
-def _fits(prompt: Sequence[int], taught: TokenSequence | None, max_response_tokens: int) -> bool:
-    return taught is None or len(taught) - len(prompt) <= max_response_tokens
 
 
 def _judged(
