@@ -33,11 +33,12 @@ class Extension:
             "backend": None if transfer is None else transfer.backend,
         }
 
-    def rapo_abandon(self) -> bool:
+    def rapo_abandon(self) -> dict[str, bool]:
         """Ends an update that is open, without its weights.
 
         Returns:
-            Whether only an update that brings all weights makes the model of use again.
+            `whole`: whether the model is of use, without an update that brings all weights. In a dictionary,
+            as vLLM's route makes texts of all else: `"False"`.
         """
         self._weight_update_active = False
-        return not self.weight_transfer_engine.is_whole()
+        return {"whole": self.weight_transfer_engine.is_whole()}

@@ -243,14 +243,7 @@ def test_an_update_holds_requests_back(engine, checkpoints):
     assert_serves(engine, checkpoints[1], checkpoints[0], "4")
 
 
-def not_yet_of_vllm(engine):
-    """After many updates, vLLM says that it has begun to load where it has not, and stays paused."""
-    if engine.name == "vllm":
-        pytest.xfail("an update of vLLM that is abandoned leaves it paused; a whole update ends that")
-
-
 def test_an_update_may_be_abandoned_and_begun_anew(engine, checkpoints):
-    not_yet_of_vllm(engine)
     first, second = checkpoints
     begin(engine)
     engine.ask(lambda client: client.abandon_update())
@@ -295,7 +288,6 @@ def fails(engine, tensors, version=3):
     ],
 )
 def test_an_update_that_is_not_the_models(engine, checkpoints, row, change):
-    not_yet_of_vllm(engine)
     first, second = checkpoints
     tensors = dict(second.tensors)
     change(tensors)

@@ -48,7 +48,7 @@ class Asked(Exchange):
         self._diagnose = None
 
     def _next(self, path: str) -> Any:
-        found = self.answers.get(path, {"success": True, "results": [False]})
+        found = self.answers.get(path, {"success": True, "results": [{"whole": True}]})
         if isinstance(found, list):
             found = found.pop(0)
         if isinstance(found, Exception):
@@ -129,9 +129,14 @@ async def abandoned(client: VLLMClient) -> None:
     await client.abandon_update()
 
 
+async def begun_and_abandoned(client: VLLMClient) -> None:
+    await client.begin_update()
+    await client.abandon_update()
+
+
 async def abandoned_twice(client: VLLMClient) -> None:
     await abandoned(client)
-    client._exchange.answers["/collective_rpc"] = {"results": [True]}  # type: ignore[attr-defined]
+    client._exchange.answers["/collective_rpc"] = {"results": [{"whole": False}]}  # type: ignore[attr-defined]
     await client.begin_update()
     await client.abandon_update()
     await whole_update(client)
@@ -145,6 +150,7 @@ async def abandoned_twice(client: VLLMClient) -> None:
         (lambda c: c.begin_update(), [PAUSE, ABANDON]),
         (whole_update, [PAUSE, ABANDON, START, piece(BUCKET), piece(BUCKET), FINISH, RESET, RESUME]),
         (lambda c: c.abandon_update(), [RESUME]),
+        (begun_and_abandoned, [PAUSE, ABANDON, RESUME]),
         (abandoned, [START, piece(BUCKET)]),  # a token now would end the server: it stays paused
         (
             abandoned_twice,
@@ -186,6 +192,14 @@ def test_a_failed_update_is_never_followed_by_a_token(path: str) -> None:
     found, made = asked(work, {path: EngineLost("lost")})
     assert isinstance(found, EngineLost)
     assert RESUME not in made
+
+
+@pytest.mark.parametrize("results", [["False"], [{"whole": "True"}], [None], [{}]])
+def test_a_worker_that_does_not_say_whether_its_model_is_whole_is_refused(results: list[Any]) -> None:
+    """vLLM's route makes texts of what is neither a dictionary nor a list."""
+    found, _ = asked(lambda client: client.begin_update(), {"/collective_rpc": {"results": results}})
+    assert isinstance(found, EngineLost)
+    assert "/collective_rpc answered" in str(found)
 
 
 def test_an_update_without_weights_is_none() -> None:

@@ -108,9 +108,12 @@ class VLLMUpdates(Engine):
         path, body = "/collective_rpc", {"method": "rapo_abandon"}
         answer = await self._exchange.json("POST", path, body, timeout=CONTROL_TIMEOUT_S)
         try:
-            return any(answer["results"])
+            whole = [one["whole"] for one in answer["results"]]
         except (KeyError, TypeError):
             raise self._exchange.malformed(path, "no results", answer) from None
+        if not all(isinstance(one, bool) for one in whole):
+            raise self._exchange.malformed(path, "results of another worker", answer)
+        return not all(whole)
 
     async def _take(self, piece: dict[str, Any], timeout: float) -> None:
         """Has it load a piece, and begin the update before the first."""
