@@ -83,6 +83,7 @@ __all__ = [
     "Environment",
     "Episode",
     "Generate",
+    "Guide",
     "Method",
     "Need",
     "Options",
