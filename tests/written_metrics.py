@@ -73,7 +73,7 @@ def of_users_own() -> set[str]:
 def of_updates() -> set[str]:
     """Of each method that has a name, and of RAPO with each divergence and the audit of estimators."""
     methods = [a_method(name) for name in METHODS]
-    kinds = [kind for kind in DIVERGENCES if kind.startswith("forward")]
+    kinds = [kind for kind in DIVERGENCES if kind.startswith("forward") or kind == "reverse_flattened"]
     methods += [a_method(divergence=kind, audit_estimators=True) for kind in kinds]
     found: set[str] = set()
     for method in methods:

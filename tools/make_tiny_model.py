@@ -5,8 +5,9 @@
 It is a Qwen2 of 0.6M parameters with a character tokenizer, for trying RL where no GPU is at hand. It can
 work Countdown problems out but seldom bothers to (most of what it saw at last are quick guesses), so that
 pass@1 starts low and RL has something to find; and it hardly ever multiplies, so that pass@64 has a
-ceiling; `--guesses-multiplying` takes that away, and what it then solves by guesses alone is what RL may
-lose. The same seed on the same machine gives the same bits.
+ceiling; `--guesses-multiplying` lifts that, and what it then solves by guesses alone is what RL may lose.
+`--habits-of MODEL` teaches a model that was made before other guesses, and nothing else, in a minute or two.
+The same seed on the same machine gives the same bits.
 """
 
 from __future__ import annotations
@@ -40,11 +41,14 @@ def main() -> None:
     torch.set_num_threads(1)  # one thread sums in one order: the same bits every time
     torch.manual_seed(arguments.seed)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer)
+    known = arguments.habits_of
+    model = build_model(tokenizer) if known is None else Qwen2ForCausalLM.from_pretrained(known).float()
     demonstrations = Demonstrations(TASK.numbers, TASK.largest, MULTIPLYING, arguments.guesses_multiplying)
     recipe = Recipe()
     start = time.monotonic()
-    for step, loss in enumerate(train(model, tokenizer, demonstrations, recipe, arguments.seed)):
+    first = 0 if known is None else recipe.skill_steps
+    losses = train(model, tokenizer, demonstrations, recipe, arguments.seed, first)
+    for step, loss in enumerate(losses, first):
         if step % 100 == 0 or step == recipe.steps - 1:
             print(f"step {step:4d}  loss {loss:.3f}  {time.monotonic() - start:.0f} s", flush=True)
     model = model.to(torch.bfloat16)
@@ -78,6 +82,12 @@ def _parse_arguments() -> argparse.Namespace:
         type=float,
         metavar="SHARE",
         help=f"of the operators of quick guesses that are ×; default: {MULTIPLYING}, as of worked solutions",
+    )
+    parser.add_argument(
+        "--habits-of",
+        type=Path,
+        metavar="MODEL",
+        help="a model of this tool that only learns to guess anew; default: one is trained from scratch",
     )
     return parser.parse_args()
 

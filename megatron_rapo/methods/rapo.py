@@ -26,7 +26,7 @@ from megatron_rapo.methods.clipping import Clipping
 from megatron_rapo.methods.facts import known_facts
 from megatron_rapo.methods.method import Method, OfEpisodes
 from megatron_rapo.methods.terms.audit import Audit
-from megatron_rapo.methods.terms.divergences import Divergence, ForwardKind
+from megatron_rapo.methods.terms.divergences import Divergence, FlattenedKind
 from megatron_rapo.methods.terms.entropy import Entropy
 from megatron_rapo.methods.terms.term import Term
 from megatron_rapo.section import Fraction, NonNegativeFloat
@@ -39,11 +39,12 @@ class RAPO(Method):
         """RAPO (arXiv 2510.03865)."""
 
         method: str = "rapo"
-        divergence: ForwardKind = Field(
+        divergence: FlattenedKind = Field(
             "forward_exact",
             description="KL(flattened reference ‖ policy). `forward_exact`: over the vocabulary; "
             "`forward_sampled`: its unbiased estimate on the samples; `forward_printed`: the estimate as the "
-            "paper prints it, for replication.",
+            "paper prints it, for replication; `reverse_flattened`: KL(policy ‖ flattened reference), exact, a "
+            "control of the direction.",
         )
         divergence_coefficient: NonNegativeFloat = Field(
             5e-3, description="α; 0: no divergence, and no reference is loaded."
@@ -85,7 +86,7 @@ class RAPO(Method):
             """φ0, with its default."""
             if self.flatten_floor is not None:
                 return self.flatten_floor
-            return 0.5 if self.divergence == "forward_exact" else 0.8
+            return 0.5 if self.divergence in ("forward_exact", "reverse_flattened") else 0.8
 
     options: Options
 

@@ -32,7 +32,7 @@ ADVANTAGES = {
 }
 
 
-def at_token(log_policy, old, log_flattened, log_reference, chosen) -> AtToken:
+def at_token(log_policy, old, log_flattened, log_reference, chosen, phi=1.0) -> AtToken:
     """A token sampled as `chosen`, in each row; exact divergences by enumeration."""
     pick = chosen[:, None]
     return AtToken(
@@ -41,7 +41,7 @@ def at_token(log_policy, old, log_flattened, log_reference, chosen) -> AtToken:
         old_log_prob=old.gather(1, pick).squeeze(1),
         engine_log_prob=old.gather(1, pick).squeeze(1),
         advantage=torch.ones(len(chosen)),
-        phi=torch.ones(len(chosen)),
+        phi=torch.full((len(chosen),), phi, dtype=log_policy.dtype),
         position=torch.arange(len(chosen)),
         forward_kl=(log_flattened.exp() * (log_flattened - log_policy)).sum(-1),
         reverse_kl=(log_policy.exp() * (log_policy - log_reference)).sum(-1),
@@ -108,6 +108,22 @@ def test_gradients_of_the_usual_estimates_on_policy(mode, forward):
     exact = policy * (log_policy - log_reference - reverse)
     expected = policy - log_reference.exp() if forward else exact
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows, rows, st.floats(0.0, 1.0))
+def test_the_reverse_divergence_from_the_flattened_reference_is_exact(z, r, phi):
+    """Whichever token was sampled."""
+    logits, log_reference = distributions(z, r)
+    variable = logits.requires_grad_()
+    log_policy, log_flattened = variable.log_softmax(-1), (phi * log_reference).log_softmax(-1)
+    rows_of = [x.expand(V, V) for x in (log_policy, log_policy, log_flattened, log_reference)]
+    found = DIVERGENCES["reverse_flattened"][1](at_token(*rows_of, torch.arange(V), phi))
+    expected = (log_policy.exp() * (log_policy - log_flattened)).sum()
+    torch.testing.assert_close(found, expected.expand(V), rtol=1e-9, atol=1e-9)
+    (gradient,) = torch.autograd.grad(found[0], variable, retain_graph=True)
+    (wanted,) = torch.autograd.grad(expected, variable)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_k1_pulls_nowhere_in_expectation():

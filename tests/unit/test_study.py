@@ -151,7 +151,8 @@ def test_shipped_studies_can_be_planned(file: Path, tmp_path: Path) -> None:
     shutil.copytree(file.parent, tmp_path / "study")
     if file.stem != "base":
         stages = Opened.at(tmp_path / "study" / file.name).plan()
-        assert len({run.seed for run in stages.main}) >= 5, "a verdict takes so many"
+        pilot = file.stem == "premise"
+        assert len({run.seed for run in stages.main}) >= (3 if pilot else 5), "a verdict takes five"
 
 
 # What is refused

@@ -84,14 +84,15 @@ def train(
     demonstrations: Source,
     recipe: Recipe,
     seed: int,
+    first: int = 0,
 ) -> Iterator[float]:
-    """Trains the model in place; yields each step's loss, in nats a response token."""
+    """Trains the model in place, from step `first` on; yields each step's loss, in nats a response token."""
     rng = random.Random(seed)
     skill = demonstrations.mixture(rng, recipe.skill_share)
     habit = demonstrations.mixture(rng, recipe.habit_share)
     optimizers = build_optimizers(model)
     model.train()
-    for step in range(recipe.steps):
+    for step in range(first, recipe.steps):
         source = skill if step < recipe.skill_steps else habit
         token_ids, labels = collate(list(itertools.islice(source, recipe.batch_size)), tokenizer)
         logits = model(input_ids=token_ids).logits

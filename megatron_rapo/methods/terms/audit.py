@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from megatron_rapo.methods.terms.divergences import DIVERGENCES, ForwardKind, ReverseKind
+from megatron_rapo.methods.terms.divergences import DIVERGENCES, FlattenedKind, ReverseKind
 from megatron_rapo.methods.terms.term import OF_THE_REFERENCE, AtToken, Term, present
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Each estimator, and the exact divergence that it estimates.
-ESTIMATES: Mapping[ForwardKind | ReverseKind, str] = {
+ESTIMATES: Mapping[FlattenedKind | ReverseKind, str] = {
     "k1": "reverse_kl",
     "k2": "reverse_kl",
     "k3": "reverse_kl",
