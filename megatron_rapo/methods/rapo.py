@@ -43,8 +43,8 @@ class RAPO(Method):
             "forward_exact",
             description="KL(flattened reference ‖ policy). `forward_exact`: over the vocabulary; "
             "`forward_sampled`: its unbiased estimate on the samples; `forward_printed`: the estimate as the "
-            "paper prints it, for replication; `reverse_flattened`: KL(policy ‖ flattened reference), exact, a "
-            "control of the direction.",
+            "paper prints it, for replication; `reverse_flattened`: KL(policy ‖ flattened reference), exact, "
+            "a control of the direction.",
         )
         divergence_coefficient: NonNegativeFloat = Field(
             5e-3, description="α; 0: no divergence, and no reference is loaded."

@@ -7,8 +7,8 @@ With ρ = p / π, p the flattened and q the plain reference at the sampled token
     forward_printed   ρ log ρ − ρ + 1            −ρ log ρ ∇log π: expectation ∇ ½ E_p[log² ρ], not the forward
                                                  KL's; as arXiv 2510.03865 prints it, for replication
     reverse_exact     Σ π (log π − log q)
-    reverse_flattened Σ π (log π − log p) = φ · reverse_exact − (1 − φ) H + φ log q − log p, exact as well: the
-                      last two are the normaliser of p ∝ q^φ
+    reverse_flattened Σ π (log π − log p) = φ · reverse_exact − (1 − φ) H + φ log q − log p, exact as well:
+                      φ log q − log p is the normaliser of p ∝ q^φ, whatever was sampled
     k1, k2, k3        log π/q, ½ log² π/q, q/π − log q/π − 1 (http://joschu.net/blog/kl-approx.html);
                       k3's gradient is the forward KL's, on-policy
 """
