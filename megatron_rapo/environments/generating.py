@@ -16,6 +16,9 @@ from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.errors import RapoError
 from megatron_rapo.rollout.requests import Ask
 
+Played = tuple[list[int], Turn]
+"""A turn, after the tokens that it continues."""
+
 
 class Generating:
     """One episode's turns.
@@ -39,6 +42,8 @@ class Generating:
         max_turns: int,
         on_waiting: Callable[[bool], None],
         recorded: Recorded,
+        played: Sequence[Played] = (),
+        temperature: float | None = None,
     ) -> None:
         """
         Args:
@@ -52,8 +57,10 @@ class Generating:
             max_turns: most calls.
             on_waiting: is told when the episode begins and ends to wait for an engine.
             recorded: answers of code outside.
+            played: its first turns, which another episode had: they are not sampled again.
+            temperature: of the others; None: the bundle's.
         """
-        self.turns: list[tuple[list[int], Turn]] = []
+        self.turns: list[Played] = []
         self.failure: Exception | None = None
         self._bundle = bundle
         self._tokenizer = tokenizer
@@ -65,6 +72,8 @@ class Generating:
         self._max_turns = max_turns
         self._on_waiting = on_waiting
         self._recorded = recorded
+        self._played = played
+        self._temperature = temperature
         self._numbers: set[int] = set()
 
     async def __call__(
@@ -87,6 +96,8 @@ class Generating:
     ) -> Turn:
         self._check(turn)
         given = list(map(int, token_ids))
+        if len(self.turns) < len(self._played):
+            return self._play_again(given)
         left = self.tokens_left(given)
         count = left if max_tokens is None else min(left, max_tokens)
         if count < 1:
@@ -95,7 +106,14 @@ class Generating:
         try:
             response = await self._bundle.ask(
                 self._episode,
-                Ask(self._name_of(turn), tuple(given), self._seed_of(turn), count, tuple(stop)),
+                Ask(
+                    self._name_of(turn),
+                    tuple(given),
+                    self._seed_of(turn),
+                    count,
+                    tuple(stop),
+                    self._temperature,
+                ),
             )
         finally:
             self._on_waiting(False)
@@ -106,9 +124,22 @@ class Generating:
             finish=response.finish_reason,
             text=self.decode(response.token_ids.tolist()),
         )
-        self.turns.append((given, sampled))
-        self._recorded.hear(given, sampled)
-        return sampled
+        return self._had(given, sampled)
+
+    def _play_again(self, given: list[int]) -> Turn:
+        """The next turn of the episode that this one goes on from."""
+        before, turn = self._played[len(self.turns)]
+        if given != before:
+            raise EnvironmentFault(
+                f"turn {len(self.turns)} of an episode that begins as another one did follows other tokens "
+                "than there; draw by the episode's seed alone, and hear code outside by generate.recorded"
+            )
+        return self._had(given, turn)
+
+    def _had(self, given: list[int], turn: Turn) -> Turn:
+        self.turns.append((given, turn))
+        self._recorded.hear(given, turn)
+        return turn
 
     async def recorded(
         self, question: object, ask: Callable[[], Awaitable[Any]], *, again: bool = False
@@ -166,7 +197,7 @@ class Generating:
         self._numbers.add(turn)
 
 
-def _common(sequence: TokenSequence, place: int, turn: tuple[list[int], Turn]) -> int:
+def _common(sequence: TokenSequence, place: int, turn: Played) -> int:
     """How many of the turn's tokens stand at that place of the sequence; 0 where it was not sampled there."""
     given, sampled = turn
     if place != len(given) or not np.array_equal(sequence.token_ids[:place], given):

@@ -184,7 +184,7 @@ class Runner:
         """`first` is the place of the prompt's first episode in the bundle."""
 
         async def episode(place: int) -> Any:
-            attempt = Attempt(prompt, tries.first + place, first + place, tries.guides[place])
+            attempt = Attempt(prompt, tries.first + place, first + place, tries.guides[place], tries.before)
             try:
                 found = await play(attempt)
             finally:

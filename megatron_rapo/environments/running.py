@@ -13,6 +13,7 @@ from megatron_rapo.data.guided import Guided, TooLong
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.environments.bundle import Bundle
 from megatron_rapo.environments.fault import EnvironmentFault
+from megatron_rapo.environments.following import Followed, follow
 from megatron_rapo.environments.generating import Generating
 from megatron_rapo.environments.own_time import OwnTime
 from megatron_rapo.environments.recorded import Answers, Recorded
@@ -37,20 +38,24 @@ _OWN_DRAWS = -1  # the "turn" that seeds what an environment itself draws
 
 @dataclass(frozen=True)
 class Attempt:
-    """The number-th episode of a prompt, its place in a bundle, and what it is given."""
+    """The number-th episode of a prompt, its place in a bundle, what it is given, and those before it."""
 
     prompt: Prompt
     number: int
     place: int
     guide: Guide = PLAIN
+    before: tuple[ScoredEpisode, ...] = ()
 
 
 @dataclass(frozen=True)
 class Tries:
-    """Episodes that are wanted of a prompt: what each is given, and the number of the first."""
+    """Episodes that are wanted of a prompt: what each is given, the number of the first, and those before it,
+    which the head that sampled them alone has.
+    """
 
     first: int
     guides: tuple[Guide, ...]
+    before: tuple[ScoredEpisode, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,10 +107,14 @@ class EpisodeRunner:
         except TooLong as error:
             common.bundle.end(attempt.place)
             return Verification(Outcome.CRASH, why=str(error))
+        after = None if attempt.guide.after is None else self._followed(attempt, attempt.guide.after)
         if guided.response is not None:
             common.bundle.end(attempt.place)
-            given = TokenSequence.of_text(guided.trained_under, guided.response)
+            context = guided.trained_under if after is None else after.context
+            given = TokenSequence.of_text(context, guided.response)
             return Episode((given,), answer=str(attempt.guide.response))
+        if after is not None:
+            return await self._play(attempt, attempt.prompt.problem, common, after=after)
         asked = replace(attempt.prompt.problem, token_ids=guided.prompt + guided.begins)
         found = await self._play(attempt, asked, common, len(guided.prompt))
         if isinstance(found, Verification) or guided.trained_under == guided.prompt:
@@ -117,11 +126,20 @@ class EpisodeRunner:
         return replace(found, sequences=tuple(under))
 
     async def _play(
-        self, attempt: Attempt, problem: Problem, common: Common, prompt_tokens: int | None = None
+        self,
+        attempt: Attempt,
+        problem: Problem,
+        common: Common,
+        prompt_tokens: int | None = None,
+        after: Followed | None = None,
     ) -> Episode | Verification:
-        """The episode of a problem whose first `prompt_tokens` are the prompt; default: all."""
+        """The episode of a problem whose first `prompt_tokens` are the prompt; default: all.
+
+        Where it goes on from another one, the environment draws and hears what it did there.
+        """
         prompt, sampling, bundle = problem.token_ids[:prompt_tokens], common.sampling, common.bundle
         own_time = OwnTime(self.options.time_limit_s)
+        origin = attempt.number if after is None else after.origin
         generate = Generating(
             bundle,
             self.tokenizer,
@@ -132,9 +150,11 @@ class EpisodeRunner:
             max_tokens=sampling.max_response_tokens,
             max_turns=self.options.max_turns,
             on_waiting=own_time.wait,
-            recorded=Recorded(common.answers, f"{sampling.seed}/{attempt.prompt.draw}/{attempt.number}"),
+            recorded=Recorded(common.answers, f"{sampling.seed}/{attempt.prompt.draw}/{origin}"),
+            played=() if after is None else after.turns,
+            temperature=attempt.guide.temperature,
         )
-        seed = sampling.seed_of(attempt.prompt, attempt.number, _OWN_DRAWS)
+        seed = sampling.seed_of(attempt.prompt, origin, _OWN_DRAWS)
         found: Episode | Verification | None = None
         try:
             with common.times.open.one_more():
@@ -190,6 +210,11 @@ class EpisodeRunner:
             return Verification(Outcome.TIMEOUT, why=why)
         why = f"{type(error).__name__}: {error}"
         return Verification(Outcome.CRASH, why=why, trace=own_traceback(error))
+
+    def _followed(self, attempt: Attempt, after: tuple[int, int]) -> Followed:
+        return follow(
+            attempt.before, after, lambda ids: self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        )
 
     def _told(self, problem: Problem) -> str:
         return f'environment.use = "{self.options.use}", problem {problem.id}'

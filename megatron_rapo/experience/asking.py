@@ -32,7 +32,11 @@ def ask(method: Method, prompts: Sequence[Prompt], sample: Sample) -> Shared:
         wanted = _wanted(method, groups)
         if not any(wanted):
             break
-        tries = [Tries(len(g.episodes), tuple(guides)) for g, guides in zip(groups, wanted, strict=True)]
+        here = {} if sampled is None else sampled.whole
+        tries = [
+            Tries(len(group.episodes), tuple(guides), here[place].episodes if place in here else ())
+            for place, (group, guides) in enumerate(zip(groups, wanted, strict=True))
+        ]
         found = sample(tries).guided(wanted)
         if sampled is None:
             sampled = found

@@ -64,6 +64,7 @@ class Ask:
         seed: of the sample.
         max_tokens: at most, at least 1.
         stop: token ids that end it, besides the model's own.
+        temperature: of this one; None: that of the request's `sampling`.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Ask:
     seed: int
     max_tokens: int
     stop: tuple[int, ...] = ()
+    temperature: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Request:
             Generation(
                 ask.token_ids,
                 ask.max_tokens,
-                self.sampling.temperature,
+                self.sampling.temperature if ask.temperature is None else ask.temperature,
                 seed=ask.seed,
                 top_p=self.sampling.top_p,
                 top_k=self.sampling.top_k,

@@ -225,7 +225,7 @@ def test_the_pages_guides_are_what_it_says_of_them() -> None:
     lines = [line for line in block.splitlines() if line.startswith("Guide(")]
     guides = [eval(line, {"Guide": Guide}) for line in lines]
     assert guides[0] == PLAIN
-    assert [guide.is_off_policy for guide in guides] == [False, True, False, False, True]
+    assert [guide.is_off_policy for guide in guides] == [False, True, False, False, True, False, True, True]
 
 
 # Guides in tokens
