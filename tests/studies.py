@@ -70,6 +70,7 @@ def leave_folder(run: PlannedRun, correct: Sequence[int], *, question: str = "qu
                 "loss/entropy": 1.0 / step,
                 "loss/divergence": 0.1 * step,
                 "loss/tokens": 100.0,
+                "compute/update_tflop": 0.5,
                 "evaluate/pass@8": 0.2 * (1 + step) ** 0.5,
             }
             for step in range(1, STEPS + 1)

@@ -13,7 +13,7 @@ from megatron_rapo.study.added_seeds import Look, read_looks
 from megatron_rapo.study.contrasts import Told, tell
 from megatron_rapo.study.crossed import Crossed, crossed
 from megatron_rapo.study.outcomes import check_disjoint, check_same_problems, judged, values
-from megatron_rapo.study.results import Result
+from megatron_rapo.study.results import COMPUTE, Result
 from megatron_rapo.study.scaling import PowerLaw, power_law
 from megatron_rapo.study.schema import Outcome, Study
 from megatron_rapo.study.stages import Stages
@@ -49,7 +49,8 @@ class ArmResults:
         outcome: the primary one; None with fewer than two seeds.
         curve: pass@k; None with fewer than two seeds.
         paths: by metric.
-        law: outcome of the evaluations during training against tokens; `law_of` names the metric.
+        law: outcome of the evaluations during training against compute; `law_of` names the metric, `law_by`
+            the compute: `tflop`, or `tokens` where a result has no other.
     """
 
     name: str
@@ -59,6 +60,7 @@ class ArmResults:
     paths: Mapping[str, Course]
     law: PowerLaw | None
     law_of: str
+    law_by: str
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ def analyse(study: Study, stages: Stages, folder: Path) -> Analysis:
 
 
 def _arm(name: str, results: Mapping[int, Result], outcome: Outcome) -> ArmResults:
-    law_of, points = _against_tokens(results, outcome)
+    law_by = _compute_of(list(results.values()))
+    law_of, points = _against_compute(results, outcome, law_by)
     several = len(results) > 1
     return ArmResults(
         name=name,
@@ -144,6 +147,7 @@ def _arm(name: str, results: Mapping[int, Result], outcome: Outcome) -> ArmResul
         paths=_paths(list(results.values())),
         law=power_law(points),
         law_of=law_of,
+        law_by=law_by,
     )
 
 
@@ -160,7 +164,7 @@ def _curve(results: Sequence[Result], outcome: Outcome) -> Curve:
 def _paths(results: Sequence[Result]) -> dict[str, Course]:
     """Of steps and metrics that all seeds have."""
     trained = [one for one in results if one.steps]
-    metrics = [name for name in (trained[0].paths if trained else ()) if name != "tokens"]
+    metrics = [name for name in (trained[0].paths if trained else ()) if name not in COMPUTE]
     found = {}
     for metric in metrics:
         by_step: dict[int, list[float]] = {}
@@ -179,17 +183,22 @@ def _paths(results: Sequence[Result]) -> dict[str, Course]:
     return found
 
 
-def _against_tokens(
-    results: Mapping[int, Result], outcome: Outcome
+def _compute_of(results: Sequence[Result]) -> str:
+    """FLOPs where all runs counted them."""
+    return "tflop" if all(any(one.paths.get("tflop", ())) for one in results if one.steps) else "tokens"
+
+
+def _against_compute(
+    results: Mapping[int, Result], outcome: Outcome, compute: str
 ) -> tuple[str, dict[int, list[tuple[float, float]]]]:
-    """(tokens, outcome) of each seed: of held-out problems where a run evaluated, else training's reward."""
+    """(compute, outcome) of each seed: of held-out problems where a run evaluated, else training's reward."""
     held_out = f"evaluate/{outcome.measure}"
     if outcome.data is not None:
         held_out = f"evaluate/{outcome.data}/{outcome.setting}/{outcome.measure}"
     points: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for metric in (held_out, "reward/mean"):
         for seed, one in results.items():
-            pairs = zip(one.paths.get("tokens", ()), one.paths.get(metric, ()), strict=False)
+            pairs = zip(one.paths.get(compute, ()), one.paths.get(metric, ()), strict=False)
             points.setdefault(metric, {})[seed] = [(t, v) for t, v in pairs if t and v]
     evaluated = min((len(one) for one in points.get(held_out, {}).values()), default=0)
     metric = held_out if evaluated >= 3 else "reward/mean"

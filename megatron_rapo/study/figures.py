@@ -15,6 +15,8 @@ COURSES = {
     "loss/entropy": "entropy, nats a token",
     "loss/divergence": "divergence from the reference, nats a token",
 }
+# What the power law is fitted by.
+LAWS = {"tflop": "TFLOP of updates", "tokens": "response tokens trained on"}
 LAW_POINTS = 16
 
 
@@ -22,7 +24,7 @@ def plots(analysis: Analysis) -> list[Plot]:
     """All that there is something for."""
     arms = [arm for arm in analysis.arms if arm.results]
     found = [_curves(arms), *(_course(arms, metric, title) for metric, title in COURSES.items())]
-    found += [_law(arms), *_sensitivity(analysis)]
+    found += [*_laws(arms), *_sensitivity(analysis)]
     return [plot for plot in found if plot.lines]
 
 
@@ -62,35 +64,49 @@ def _course(arms: Sequence[ArmResults], metric: str, title: str) -> Plot:
     return Plot(metric.replace("/", "_"), title, description, "step", "", tuple(lines))
 
 
-def _law(arms: Sequence[ArmResults]) -> Plot:
-    """The means over seeds, and the power law through them."""
-    lines: list[Line] = []
-    for place, arm in enumerate(arms):
-        if arm.law is None or arm.law_of not in arm.paths:
-            continue
-        course, colour = arm.paths[arm.law_of], series_colour(place)
-        tokens = _mean_tokens(arm, course)
-        shown = [(t, y) for t, y in zip(tokens, course.mean, strict=True) if t > 0 and y > 0]
-        lines.append(Line(arm.name, colour, [t for t, _ in shown], [y for _, y in shown], faint=True))
-        low, high = arm.law.tokens
-        fitted = [low * (high / low) ** (i / (LAW_POINTS - 1)) for i in range(LAW_POINTS)]
-        lines.append(
-            Line(arm.name, colour, fitted, [arm.law.at(t) for t in fitted], dashed=_dashed(place, arm))
+def _laws(arms: Sequence[ArmResults]) -> list[Plot]:
+    """A figure for each kind of compute that arms are fitted by: the means over seeds, and the power law."""
+    found = []
+    for compute, title in LAWS.items():
+        lines: list[Line] = []
+        for place, arm in enumerate(arms):
+            if arm.law_by == compute:
+                lines += _law(place, arm)
+        description = f"Outcome against {title}: faint as measured, strong the fitted power law."
+        found.append(
+            Plot(
+                f"outcome_by_{compute}",
+                "outcome against compute",
+                description,
+                title,
+                "",
+                tuple(lines),
+                scale="log2",
+            )
         )
-    description = (
-        "Outcome against response tokens trained on: faint as measured, strong the fitted power law."
-    )
-    return Plot(
-        "outcome_by_tokens", "outcome against compute", description, "tokens", "", tuple(lines), scale="log2"
-    )
+    return found
 
 
-def _mean_tokens(arm: ArmResults, course: Course) -> list[float]:
+def _law(place: int, arm: ArmResults) -> list[Line]:
+    if arm.law is None or arm.law_of not in arm.paths:
+        return []
+    course, colour = arm.paths[arm.law_of], series_colour(place)
+    compute = _mean_compute(arm, course)
+    shown = [(t, y) for t, y in zip(compute, course.mean, strict=True) if t > 0 and y > 0]
+    low, high = arm.law.compute
+    fitted = [low * (high / low) ** (i / (LAW_POINTS - 1)) for i in range(LAW_POINTS)]
+    return [
+        Line(arm.name, colour, [t for t, _ in shown], [y for _, y in shown], faint=True),
+        Line(arm.name, colour, fitted, [arm.law.at(t) for t in fitted], dashed=_dashed(place, arm)),
+    ]
+
+
+def _mean_compute(arm: ArmResults, course: Course) -> list[float]:
     """At the course's steps."""
     by_step: dict[int, list[float]] = {}
     for one in arm.results.values():
-        for step, tokens in zip(one.steps, one.paths.get("tokens", ()), strict=False):
-            by_step.setdefault(step, []).append(float(tokens or 0.0))
+        for step, spent in zip(one.steps, one.paths.get(arm.law_by, ()), strict=False):
+            by_step.setdefault(step, []).append(float(spent or 0.0))
     return [sum(by_step[step]) / len(by_step[step]) for step in course.steps]
 
 

@@ -21,7 +21,8 @@ FOLDER = "results"
 SHOWN = 5  # options in a message
 # What is kept of each step, where a run has it; and all of its evaluations' pass@k and rewards.
 PATHS = ("reward/mean", "loss/entropy", "loss/divergence", "rollout/response_tokens_mean")
-TOKENS = "loss/tokens"
+# By step what a run has taken so far, and the metric that is summed.
+COMPUTE = {"tokens": "loss/tokens", "tflop": "compute/update_tflop"}
 _EVALUATED = re.compile(r"evaluate/(.*/)?(reward|pass@\d+)")
 
 
@@ -53,7 +54,8 @@ class Result:
         tokens: response tokens that it trained on; 0 of a model as it is.
         judged: by `DATA/SETTING`.
         steps: of `paths`.
-        paths: by metric, `[steps]`; None where a step has no such value. `tokens` counts from the start.
+        paths: by metric, `[steps]`; None where a step has no such value. Those of `COMPUTE` count from the
+            start; results of old may have tokens alone.
     """
 
     format: int
@@ -162,7 +164,10 @@ def collect(
     """
     steps = read_step_lines(run.directory / "metrics.jsonl")
     evaluated = {name for line in steps for name in line if _EVALUATED.fullmatch(name)}
-    tokens = np.cumsum([line.get(TOKENS) or 0.0 for line in steps])
+    compute = {
+        name: np.cumsum([line.get(metric) or 0.0 for line in steps]).tolist()
+        for name, metric in COMPUTE.items()
+    }
     return Result(
         format=FORMAT,
         run=run.name,
@@ -177,11 +182,11 @@ def collect(
         finished=finished,
         seconds=round(seconds, 1),
         cores=run.cores,
-        tokens=float(tokens[-1]) if len(tokens) else 0.0,
+        tokens=compute["tokens"][-1] if steps else 0.0,
         judged=dict(_judged(run)),
         steps=[line["step"] for line in steps],
         paths={
-            "tokens": tokens.tolist(),
+            **compute,
             **{
                 name: [_short(line.get(name)) for line in steps]
                 for name in (*PATHS, *sorted(evaluated))

@@ -1,4 +1,4 @@
-"""Outcome against compute: outcome = a · tokens^b, by least squares of the logarithms."""
+"""Outcome against compute: outcome = a · compute^b, by least squares of the logarithms."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PowerLaw:
     Attributes:
         factor, exponent: a and b.
         low, high: Student's interval of the exponent, over seeds: points of one run are not independent.
-        tokens: the smallest and the largest that it was fitted to; it says nothing beyond.
+        compute: the smallest and the largest that it was fitted to; it says nothing beyond.
         residual: root mean square of the logarithms' deviations.
         seeds: runs that were fitted, each by itself.
     """
@@ -29,23 +29,23 @@ class PowerLaw:
     exponent: float
     low: float
     high: float
-    tokens: tuple[float, float]
+    compute: tuple[float, float]
     residual: float
     seeds: int
 
-    def at(self, tokens: float) -> float:
+    def at(self, compute: float) -> float:
         """The outcome that it gives."""
-        return float(self.factor * tokens**self.exponent)
+        return float(self.factor * compute**self.exponent)
 
 
 def power_law(runs: Mapping[int, Sequence[tuple[float, float]]]) -> PowerLaw | None:
     """Fits each run by itself; None where fewer than two have three points or more.
 
     Args:
-        runs: by seed, (tokens, outcome) of each evaluation. Those at 0 tokens or of an outcome of 0 have no
-            logarithm, and are left out.
+        runs: by seed, (compute, outcome) of each evaluation, in TFLOP or tokens. Those at 0 or of an outcome
+            of 0 have no logarithm, and are left out.
     """
-    fits, residuals, tokens = [], [], []
+    fits, residuals, compute = [], [], []
     for points in runs.values():
         logs = np.log([point for point in points if min(point) > 0]).reshape(-1, 2)
         if len(logs) < FEWEST or np.ptp(logs[:, 0]) == 0:
@@ -53,7 +53,7 @@ def power_law(runs: Mapping[int, Sequence[tuple[float, float]]]) -> PowerLaw | N
         slope, intercept = np.polyfit(logs[:, 0], logs[:, 1], 1)
         fits.append((float(slope), float(intercept)))
         residuals += (logs[:, 1] - slope * logs[:, 0] - intercept).tolist()
-        tokens += np.exp(logs[:, 0]).tolist()
+        compute += np.exp(logs[:, 0]).tolist()
     if len(fits) < 2:
         return None
     slopes = np.array([slope for slope, _ in fits])
@@ -64,7 +64,7 @@ def power_law(runs: Mapping[int, Sequence[tuple[float, float]]]) -> PowerLaw | N
         exponent=exponent,
         low=exponent - half,
         high=exponent + half,
-        tokens=(min(tokens), max(tokens)),
+        compute=(min(compute), max(compute)),
         residual=float(np.sqrt(np.mean(np.square(residuals)))),
         seeds=len(fits),
     )

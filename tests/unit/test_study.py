@@ -451,7 +451,7 @@ def test_the_answer_is_the_paired_difference_and_the_page_has_all_of_it(
     ):
         assert text in page
     assert {file.stem for file in (opened.folder / "report/figures").iterdir()} == {
-        *("pass_at_k", "reward_mean", "loss_entropy", "loss_divergence", "outcome_by_tokens")
+        *("pass_at_k", "reward_mean", "loss_entropy", "loss_divergence", "outcome_by_tflop")
     }
 
 

@@ -107,5 +107,5 @@ def test_a_power_law_is_found_with_its_interval_over_seeds() -> None:
     low, high = stats.t.interval(0.95, 2, np.mean(exponents), stats.sem(exponents))
     assert (law.exponent, law.low, law.high) == pytest.approx((0.3, low, high))
     assert law.at(1e3) == pytest.approx(0.01 * 1e3**0.3)
-    assert law.tokens == pytest.approx((1e2, 1e4))
+    assert law.compute == pytest.approx((1e2, 1e4))
     assert power_law({1: runs[0]}) is None
