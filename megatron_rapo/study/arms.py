@@ -22,6 +22,7 @@ class PlannedArm:
         options: by dotted name, over the files.
         train: whether it is trained, or is a model as it is.
         seed_offset: added to the study's seeds.
+        seeds: how many of the study's it has, the first ones; None: all.
         follows: the arm whose run of the same seed comes first; None: it waits for none.
         tune: options that the search chooses, each with its candidates.
     """
@@ -31,6 +32,7 @@ class PlannedArm:
     options: Options
     train: bool
     seed_offset: int
+    seeds: int | None
     follows: str | None
     tune: dict[str, list[Any]]
 
@@ -58,6 +60,7 @@ def _planned(study: Study, arm: Arm | None, values: Sequence[Any]) -> PlannedArm
         options={**study.options, **own.options, **chosen},
         train=own.train,
         seed_offset=own.seed_offset,
+        seeds=own.seeds,
         follows=_joined(own.follows, chosen) if own.follows else None,
         tune=own.tune,
     )

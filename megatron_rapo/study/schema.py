@@ -39,6 +39,11 @@ class Arm(Section):
     seed_offset: NonNegativeInt = Field(
         0, description="Added to the study's seeds: another sample of the same, such as one that chooses."
     )
+    seeds: PositiveInt | None = Field(
+        None,
+        description="It has only the first so many of the study's seeds: 1 of what chooses hard problems, "
+        "say, as the samples of all its seeds choose together.",
+    )
     follows: str | None = Field(
         None,
         description="Another arm: its run of the same seed comes first, `@run` in `options` is a "
@@ -119,6 +124,12 @@ class Study(Section):
             for value, times in Counter(values).items():
                 if times > 1:
                     raise ValueError(f"{option} has {value!r} {times} times; leave one")
+        for arm in self.arms:
+            if arm.seeds is not None and arm.seeds >= len(self.seeds):
+                raise ValueError(
+                    f"arms: {arm.name} has seeds = {arm.seeds} of {len(self.seeds)}, which leaves none out; "
+                    "give fewer, or leave it out"
+                )
         for outcome in self.outcomes():
             if not _OUTCOME.fullmatch(outcome):
                 raise ValueError(

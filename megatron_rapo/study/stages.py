@@ -68,7 +68,9 @@ def plan_stages(study: Study, folder: Path) -> Stages:
     found = searches(study, arms, trials, list(tuned_results.values()), complete=through)
     chosen = {name: search.chosen.options for name, search in found.items() if search.chosen is not None}
     seeds = seeds_of(study.seeds, read_looks(folder))
-    pairs = [(arm, seed) for seed in seeds for arm in arms]
+    pairs = [
+        (arm, seed) for place, seed in enumerate(seeds) for arm in arms if place < (arm.seeds or len(seeds))
+    ]
     main = main_runs(study, [pair for pair in pairs if pair[0].follows is None], folder, chosen)
     results = {**tuned_results, **(read_planned(folder, main) if through else {})}
     done = {(result.arm, result.seed): result for result in results.values() if result.stage == "main"}

@@ -98,6 +98,19 @@ def test_a_model_as_it_is_and_an_evaluation_of_its_own(tmp_path: Path) -> None:
     assert alone[0] == "evaluate" and "--model" not in alone and "run.seed=101" in alone
 
 
+def test_an_arm_may_have_only_the_first_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = [*STUDY["arms"], {"name": "chooser", "train": False, "seed_offset": 100, "seeds": 1}]
+    hard = [{"arm": "b", "against": "a", "hard": "chooser"}]
+    opened = open_study(tmp_path, arms=arms, contrasts=hard, evaluation={"samples": 8})
+    assert [run.seed for run in opened.plan().main if run.arm == "chooser"] == [1]
+    make_all(opened, monkeypatch)
+    [told] = analyse(opened.study, opened.plan(), opened.folder).contrasts
+    assert told.chosen_by == 8, "samples of one run"
+    arms[2]["seeds"] = 3
+    with pytest.raises(RapoError, match=r"chooser has seeds = 3 of 3, which leaves none out"):
+        open_study(tmp_path, arms=arms)
+
+
 def test_a_run_takes_the_cores_of_its_layout(tmp_path: Path) -> None:
     arms = [{"name": "a"}, {"name": "b", "options": {"parallel.tensor_parallel": 2}}]
     opened = open_study(tmp_path, arms=arms)
