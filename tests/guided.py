@@ -7,7 +7,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -63,9 +63,18 @@ def an_episode(
     answer: str | None = None,
     text: str = "",
     truncated: bool = False,
+    turns: Sequence[int] = (),
     **facts: float,
 ) -> ScoredEpisode:
-    """One of random tokens: rewarded with `right` (None: unknown), given where the guide has a response."""
+    """One of random tokens: rewarded with `right` (None: unknown), given where the guide has a response.
+
+    With `turns`, it has so many tokens in each, and `tokens` given between them.
+    """
+    if turns:
+        return replace(
+            an_episode(right, sum(turns), guide, answer=answer, text=text),
+            episode=_dialogue(turns, tokens, text),
+        )
     token_ids = _RANDOM.integers(2, VOCABULARY, tokens).astype(np.int32)
     log_probs = _RANDOM.normal(-2.0, 0.5, tokens).astype(np.float32)
     sequence = TokenSequence.of_response((7, 8), token_ids, log_probs, version=0)
@@ -74,6 +83,18 @@ def an_episode(
     outcome = Outcome.CRASH if right is None else Outcome.CORRECT if right >= 1.0 else Outcome.WRONG
     verification = Verification(outcome, answer, reward=right, facts=facts)
     return ScoredEpisode(Episode((sequence,), text, truncated=truncated), verification, guide)
+
+
+def _dialogue(turns: Sequence[int], given: int, text: str) -> Episode:
+    parts = [part for turn in turns for part in ((False, given), (True, turn))]
+    sampled = np.repeat([part[0] for part in parts], [part[1] for part in parts])
+    sequence = TokenSequence(
+        token_ids=_RANDOM.integers(2, VOCABULARY, len(sampled)).astype(np.int32),
+        sampled=sampled,
+        log_probs=np.where(sampled, _RANDOM.normal(-2.0, 0.5, len(sampled)), np.nan).astype(np.float32),
+        versions=np.where(sampled, 0, -1).astype(np.int32),
+    )
+    return Episode((sequence,), text)
 
 
 def a_group(*episodes: ScoredEpisode, number: int = 0, question: str = "1+1", **columns: Any) -> Group:

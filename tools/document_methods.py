@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_rapo.episode.brief import BriefEpisode
 from megatron_rapo.episode.episode import Episode, ScoredEpisode
 from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.guide import PLAIN
 from megatron_rapo.errors import RapoError
 from megatron_rapo.methods.annotated import Annotated
 from megatron_rapo.methods.described import described, example
@@ -52,14 +53,21 @@ def list_of_methods() -> str:
 
 
 def told(group: Group, method: Method) -> Group:
-    """With the facts and columns that a method reads, and answers: the first half's are all the same."""
+    """With the facts and columns that a method reads, and answers: the first half's are all the same.
+
+    Responses begin as a method that reads them asks for.
+    """
+    columns = {name: "5" if name != "base_success" else 0.5 for name in method.columns}
+    problem = replace(group.problem, columns=columns)
+    asked = list(method.ask([Group(problem, ())])[0]) + [PLAIN] * len(group.episodes)
     episodes = []
     for number, one in enumerate(group.episodes):
         facts = dict.fromkeys(method.facts, float(number + 1))
         answer = "5" if number < len(group.episodes) / 2 else str(number)
-        episodes.append(replace(one, verification=replace(one.verification, extracted=answer, facts=facts)))
-    columns = {name: "5" if name != "base_success" else 0.5 for name in method.columns}
-    return replace(group, problem=replace(group.problem, columns=columns), episodes=tuple(episodes))
+        begun = method.reads_responses and asked[number].begins
+        verification = replace(one.verification, extracted=answer, facts=facts)
+        episodes.append(replace(one, verification=verification, guide=asked[number] if begun else PLAIN))
+    return replace(group, problem=problem, episodes=tuple(episodes))
 
 
 def pull(method: Method, groups: Sequence[Group]) -> list[list[float]]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from megatron_rapo.methods.aepo import AEPO
 from megatron_rapo.methods.ampo import AMPO
+from megatron_rapo.methods.apo import APO
+from megatron_rapo.methods.arpo import ARPO
 from megatron_rapo.methods.aspo import ASPO
 from megatron_rapo.methods.bapo import BAPO
 from megatron_rapo.methods.c_grpo import CGRPO
@@ -29,6 +32,7 @@ from megatron_rapo.methods.hapo import HAPO
 from megatron_rapo.methods.hbpo import HBPO
 from megatron_rapo.methods.hpt import HPT
 from megatron_rapo.methods.icpo import ICPO
+from megatron_rapo.methods.igpo import IGPO
 from megatron_rapo.methods.lite_ppo import LitePPO
 from megatron_rapo.methods.mara import MARA
 from megatron_rapo.methods.matched_entropy import MatchedEntropy
@@ -73,6 +77,7 @@ METHODS: Mapping[str, type[Method]] = {
     "copg": CoPG,
     "zero_success": ZeroSuccess,
     "epo": EPO,
+    "aepo": AEPO,
     "dph_rl": DPHRL,
     "sage": SAGE,
     "mara": MARA,
@@ -82,6 +87,9 @@ METHODS: Mapping[str, type[Method]] = {
     "otc": OTC,
     "tapo": TAPO,
     "eapo": EAPO,
+    "arpo": ARPO,
+    "igpo": IGPO,
+    "apo": APO,
     "c_grpo": CGRPO,
     "scaf_grpo": ScafGRPO,
     "critique_grpo": CritiqueGRPO,

@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from megatron_rapo.episode.guide import Guide
 from megatron_rapo.methods.method import Method
 from megatron_rapo.methods.named import METHODS
 from megatron_rapo.testing import check_method
-from tests.guided import BAR, LIMIT, Said, Step, a_group, a_method, an_episode, planted
+from tests.guided import BAR, LIMIT, TEMPERATURE, Said, Step, a_group, a_method, an_episode, planted
 from tests.unit.one_rank import one_rank
 
 Formula = Callable[[list[list[Said]]], Tensor]
@@ -464,6 +466,178 @@ def xrpo(o: dict[str, Any]) -> Formula:
     return paper
 
 
+# Another temperature
+
+TEMPERED = Guide(temperature=1.2 * TEMPERATURE, name="tempered")
+
+
+def aepo_groups() -> list[Group]:
+    return [
+        a_group(*(an_episode(float(n == 2), n) for n in (3, 2, 5, 4)), an_episode(1, 6, TEMPERED)),
+        a_group(*(an_episode(0, n) for n in (3, 2, 5, 4)), an_episode(1, 3, TEMPERED), number=1),
+        a_group(*(an_episode(float(n > 3), n) for n in (3, 2, 5, 4)), an_episode(0, 7, TEMPERED), number=2),
+    ]
+
+
+def aepo(o: dict[str, Any]) -> Formula:
+    def paper(groups: list[list[Said]]) -> Tensor:
+        losses = []
+        for group in groups:
+            plain, tempered = group[:4], group[4]
+            for said, advantage in zip(plain, standardised(rewards(plain)), strict=True):
+                losses.append(surrogate(said, advantage, o.get("clip_low", 0.2), o.get("clip_high", 0.2)))
+            if tempered.scored.reward:
+                losses.append(-o.get("reinforce_coefficient", 1.0) * tempered.log_prob)
+        return torch.cat(losses).mean()
+
+    return paper
+
+
+# Modes
+
+
+def forced(mode: str) -> Guide:
+    return Guide(begins=mode, name=mode)
+
+
+def apo_groups() -> list[Group]:
+    def forced_ones(*right: float) -> list[Any]:
+        modes = [mode for mode in ("<instant>", "<reasoning>", "<agentic>") for _ in range(2)]
+        return [
+            an_episode(r, n + 1, forced(mode)) for n, (r, mode) in enumerate(zip(right, modes, strict=True))
+        ]
+
+    def free(right: float, text: str) -> Any:
+        return an_episode(right, len(text), text=text)
+
+    return [
+        a_group(*forced_ones(1, 0, 1, 0, 1, 1), free(1, "<instant> 2"), free(1, "<agentic> 2"), free(1, "2")),
+        a_group(*forced_ones(0, 0, 1, 0, 1, 1), free(1, "<reasoning>"), free(0, "<instant>"), number=1),
+    ]
+
+
+def apo(o: dict[str, Any]) -> Formula:
+    modes = o.get("modes", ["<instant>", "<reasoning>", "<agentic>"])
+
+    def paper(groups: list[list[Said]]) -> Tensor:
+        losses = []
+        for group in groups:
+            named = [said.scored.guide.name or said.scored.episode.answer for said in group]
+            instant = [
+                r for r, said in zip(rewards(group), group, strict=True) if said.scored.guide.name == modes[0]
+            ]
+            p = sum(instant) / len(instant)
+            dear = 1 - p ** o.get("power", 2.0) if p > o["easy_rate"] else 1.0
+            paid = [
+                r * (1.0 if name.startswith(modes[0]) else dear if name.startswith(tuple(modes)) else 0.0)
+                for r, name in zip(rewards(group), named, strict=True)
+            ]
+            for said, advantage in zip(group, standardised(paid), strict=True):
+                losses.append(surrogate(said, advantage, o.get("clip_low", 0.2), o.get("clip_high", 0.2)))
+        return torch.cat(losses).mean()
+
+    return paper
+
+
+# Turns
+
+
+def dialogue(right: float | None, *turns: int, after: tuple[int, int] | None = None) -> Any:
+    return an_episode(right, 2, Guide(after=after) if after else Guide(), turns=turns)
+
+
+def arpo_groups() -> list[Group]:
+    return [
+        a_group(
+            dialogue(1, 2, 3, 1),
+            dialogue(0, 4),
+            dialogue(0, 2, 2, after=(0, 1)),
+            dialogue(1, 2, 3, 4, 1, after=(0, 2)),
+        ),
+        a_group(dialogue(0, 3, 3), dialogue(0, 5), dialogue(1, 3, 2, after=(0, 1)), number=1),
+    ]
+
+
+def arpo(o: dict[str, Any]) -> Formula:
+    # Of each episode's turns, those that have them.
+    sharing = [
+        [[[0, 2, 3], [0, 3], [0]], [[1]], [[0, 2, 3], [2]], [[0, 2, 3], [0, 3], [3], [3]]],
+        [[[0, 2], [0]], [[1]], [[0, 2], [2]]],
+    ]
+
+    def paper(groups: list[list[Said]]) -> Tensor:
+        losses = []
+        for group, those in zip(groups, sharing, strict=True):
+            own = standardised(rewards(group))
+            for number, (said, turns) in enumerate(zip(group, those, strict=True)):
+                of_turns = [
+                    sum(own[n] for n in with_it) / len(with_it) if o.get("shared") == "hard" else own[number]
+                    for with_it in turns
+                ]
+                losses.append(by_turn(said, of_turns, o))
+        return torch.cat(losses).mean()
+
+    return paper
+
+
+def by_turn(said: Said, advantages: Sequence[float], o: dict[str, Any]) -> Tensor:
+    lengths = torch.tensor([n for s in said.scored.episode.sequences for n in s.turns])
+    each = torch.tensor(advantages, dtype=torch.float64).repeat_interleave(lengths)
+    clipped = said.ratio.clamp(1 - o.get("clip_low", 0.2), 1 + o.get("clip_high", 0.2))
+    return -torch.minimum(said.ratio * each, clipped * each)
+
+
+def igpo_groups() -> list[Group]:
+    def told(number: int, turn: int) -> Any:
+        return an_episode(0, 2 + turn, Guide(after=(number, turn), response="2", name="answer"))
+
+    return [
+        a_group(
+            dialogue(1, 2, 3, 1),
+            dialogue(0, 4),
+            dialogue(0, 2, 2),
+            dialogue(1, 5),
+            *(told(*place) for place in ((0, 0), (0, 1), (0, 2), (2, 1))),
+        ),
+        a_group(dialogue(0, 3), dialogue(1, 5), dialogue(1, 1), dialogue(0, 2), number=1),
+        a_group(
+            dialogue(0, 1),
+            dialogue(None, 3, 1),
+            dialogue(0, 2, 4),
+            dialogue(0, 1),
+            *(told(*place) for place in ((1, 0), (1, 1), (2, 1))),
+            number=2,
+        ),
+    ]
+
+
+def igpo(o: dict[str, Any]) -> Formula:
+    def paper(groups: list[list[Said]]) -> Tensor:
+        losses = []
+        for group in groups:
+            p = {said.scored.guide.after: said.old.mean().exp().item() for said in group[4:]}
+            start = next((value for (_, turn), value in p.items() if turn == 0), 0.0)  # type: ignore[misc]
+            earned: list[list[float]] = []
+            for number, said in enumerate(group[:4]):
+                turns = [n for s in said.scored.episode.sequences for n in s.turns]
+                told = [start, *(p[number, turn] for turn in range(1, len(turns)))]
+                gains = [after - before for before, after in pairwise(told)]
+                known = said.scored.reward is not None
+                earned.append([*gains, said.scored.reward] if known else [])  # type: ignore[list-item]
+            compared = iter(standardised([reward for own in earned for reward in own]))
+            for said, own in zip(group[:4], earned, strict=True):
+                values = [next(compared) for _ in own]
+                following = [
+                    sum(value * o.get("discount", 1.0) ** k for k, value in enumerate(values[t:]))
+                    for t in range(len(values))
+                ]
+                if following:
+                    losses.append(by_turn(said, following, o))
+        return torch.cat(losses).mean()
+
+    return paper
+
+
 @dataclass(frozen=True)
 class Case:
     """A method's proof.
@@ -514,6 +688,15 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "algorithm:rex_rag": CLIPS,
     "algorithm:clpo": [{"hard": 0.2}, {"divergence_coefficient": 0.3}, *CLIPS],
     "algorithm:xrpo": [{"sharpening": 0.2}, {"largest_bonus": 0.1}, *CLIPS],
+    "algorithm:aepo": [{"reinforce_coefficient": 0.5}, *CLIPS],
+    "algorithm:apo": [
+        {"easy_rate": 0.6},
+        {"power": 1.0},
+        {"modes": ["<reasoning>", "<instant>", "<agentic>"], "power": 3.0},
+        *CLIPS,
+    ],
+    "algorithm:arpo": [{"shared": "soft"}, *CLIPS],
+    "algorithm:igpo": [{"discount": 0.5}, *CLIPS],
 }
 CASES = {
     "hpt": Case(
@@ -636,6 +819,52 @@ CASES = {
             ("- likely) - 1.0", "+ likely) - 1.0"),
             ("if solved(one) and row[place] > 0", "if row[place] > -9"),
             ("min(bonus,", "max(bonus,"),
+        ],
+    ),
+}
+
+
+CASES |= {
+    "aepo": Case(
+        aepo,
+        aepo_groups,
+        [
+            ("one.guide != PLAIN and solved(one)", "one.guide != PLAIN"),
+            ("rewards_of(groups, _plain(groups))", "rewards_of(groups, [[True] * 5] * 3)"),
+            ("chosen or self._is_reinforced(one)", "chosen"),
+        ],
+    ),
+    "apo": Case(
+        apo,
+        apo_groups,
+        [
+            ("1.0 - p**", "1.0 + p**"),
+            ("one.guide.name == o.modes[0]", "one.guide.name"),
+            ("0.0 if mode is None else", "1.0 if mode is None else"),
+            ("answer.lstrip()", "answer[1:]"),
+        ],
+        base={"forced": 2, "easy_rate": 0.4},
+        responses=9,
+    ),
+    "arpo": Case(
+        arpo,
+        arpo_groups,
+        [
+            ("turn < after[1]", "turn <= after[1]"),
+            ("sum(values) / len(values)", "sum(values)"),
+            ("(after[0], turn)", "(after[0], 0)"),
+        ],
+        base={"shared": "hard"},
+    ),
+    "igpo": Case(
+        igpo,
+        igpo_groups,
+        [
+            ("log_prob / one.episode.trained_tokens", "log_prob"),
+            ("b - a for", "a - b for"),
+            ("following = float(value) +", "following = float(value) -"),
+            ("number if turn else _ANY, turn)) for", "_ANY, turn)) for"),
+            ("one.guide == PLAIN for", "True for"),
         ],
     ),
 }
@@ -860,6 +1089,92 @@ def test_xrpo_puts_solved_problems_in_front_of_those_that_never_were() -> None:
     assert set(a_method("xrpo", responses=8, seeds=0).ask([failed()])[0]) == {Guide()}
 
 
+def test_aepo_samples_flatter_below_the_target_entropy_and_sharper_above_it() -> None:
+    method = a_method(
+        "aepo", tempered_responses=2, target_entropy=0.3, high_temperature=1.5, low_temperature=0.5
+    )
+    asked = []
+    for entropy in (0.3, 0.31):
+        asked.append(method.ask([a_group(), failed()]))
+        method.learn({"loss/entropy": entropy})
+    asked.append(method.ask([a_group(), failed()]))
+    for (wanted_ones, enough), times in zip(asked, (1.5, 1.5, 0.5), strict=True):
+        assert wanted_ones == [Guide()] * 4 + [Guide(temperature=times * TEMPERATURE, name="tempered")] * 2
+        assert enough == []
+    again = a_method("aepo", target_entropy=0.3)
+    again.restore(method.state())
+    assert again.ask([a_group()])[0][-1].temperature == 0.8 * TEMPERATURE
+
+
+def test_aepo_leaves_a_truncated_response_out_where_that_is_asked_for() -> None:
+    cut = an_episode(1, 3, TEMPERED, truncated=True)
+    group = a_group(*(an_episode(float(n == 1), n) for n in (1, 2)), cut)
+    for masks in (False, True):
+        assert a_method("aepo", responses=2, mask_truncated=masks).choose([group])[0][2] is not masks
+
+
+def test_apo_forces_each_mode_and_leaves_the_rest_free() -> None:
+    method = a_method("apo", modes=["<a>", "<b>"], forced=2, responses=5)
+    assert method.ask([a_group()])[0] == [forced("<a>")] * 2 + [forced("<b>")] * 2 + [Guide()]
+    assert method.ask([failed()])[0] == []
+    for options, said in (
+        ({"forced": 2}, r"forced = 2 of 3 modes leaves none of rollout.responses_per_prompt = 4 free"),
+        ({"modes": ["<a>", " "]}, r"modes has ' ', which no response can be told by"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            a_method("apo", **options)
+
+
+def test_arpo_branches_where_entropy_rose_and_samples_the_rest_whole() -> None:
+    def of_entropies(*turns: float) -> Any:
+        one = dialogue(0, *(2 for _ in turns))
+        [sequence] = one.episode.sequences
+        sequence.log_probs[sequence.sampled] = np.repeat([-h for h in turns], 2)
+        return one
+
+    group = a_group(of_entropies(1.0, 0.5, 9.0), of_entropies(1.0), of_entropies(1.0, 9.0))
+    certain = {"branch_probability": 0.5, "entropy_weight": 10.0, "whole": 0.5}
+    rises = [Guide(after=(2, 1), name="branch"), Guide(after=(0, 2), name="branch")]
+    assert a_method("arpo", 6, **certain).ask([a_group()])[0] == [Guide()] * 3
+    assert a_method("arpo", 6, **certain).ask([group])[0] == [*rises, Guide()]
+    assert a_method("arpo", 4, **(certain | {"whole": 0.75})).ask([group])[0] == rises[:1]
+    twice = a_method("arpo", 12, **(certain | {"whole": 0.25}), branches=2)
+    assert twice.ask([group])[0] == [g for g in rises for _ in range(2)] + [Guide()] * 5
+    first_token = a_method("arpo", 6, **certain, entropy_tokens=1)
+    [sequence] = group.episodes[0].episode.sequences
+    sequence.log_probs[np.flatnonzero(sequence.sampled)[-1]] = -99.0  # not the first of its turn
+    assert first_token.ask([group])[0] == [*rises, Guide()]
+    whole = a_group(*group.episodes, *(dialogue(0, 2) for _ in range(3)))
+    assert a_method("arpo", 6).ask([whole])[0] == []
+
+
+def test_arpo_draws_by_the_tokens() -> None:
+    """About half of the turns branch where entropy does not matter, and the same ones each time."""
+    group = a_group(*(dialogue(0, 1, 1) for _ in range(200)))
+    method = a_method("arpo", 400, entropy_weight=0.0)
+    [wanted_ones] = method.ask([group])
+    branches = [guide for guide in wanted_ones if guide.after]
+    assert 70 < len(branches) < 130
+    assert method.ask([group])[0] == wanted_ones
+    never = a_method("arpo", 400, entropy_weight=0.0, branch_probability=0.0)
+    assert set(never.ask([group])[0]) == {Guide()}
+
+
+def test_igpo_asks_for_the_answer_after_each_turn_but_the_last() -> None:
+    def told(number: int, turn: int) -> Guide:
+        return Guide(after=(number, turn), response="so 2", name="answer")
+
+    method = a_method("igpo", told="so {answer}")
+    assert method.ask([a_group()])[0] == [Guide()] * 4
+    group = a_group(dialogue(0, 4), dialogue(0, 1, 2, 3), dialogue(1, 1, 2))
+    wanted_ones = [told(1, 0), told(1, 1), told(1, 2), told(2, 1)]
+    assert method.ask([group])[0] == wanted_ones
+    assert method.ask([a_group(*group.episodes, an_episode(0, 2, wanted_ones[0]))])[0] == []
+    assert method.ask([a_group(dialogue(0, 4))])[0] == []
+    nothing = replace(group, problem=replace(group.problem, answer=" "))
+    assert method.ask([nothing])[0] == []
+
+
 def test_hbpo_pays_what_announces_no_budget_by_its_length() -> None:
     group = a_group(an_episode(1, 4), an_episode(1, 8), an_episode(0, 2), an_episode(0, 2))
     earned = [4 * math.cos(math.pi * n / (2 * LIMIT)) for n in (4, 8)] + [0.0, 0.0]
@@ -908,10 +1223,10 @@ def test_odd_groups_give_finite_losses(name: str, odd: str) -> None:
     assert math.isfinite(step.loss)
     own = step.samples[: len(ODD[odd].episodes)]
     for sample, reward in zip(own, ODD[odd].rewards, strict=True):
-        assert math.isfinite(float(sample.advantage))
-        assert reward is not None or (sample.token_weight, sample.advantage) == (0.0, 0.0)
+        assert np.isfinite(sample.advantage).all()
+        assert reward is not None or (sample.token_weight == 0.0 and not np.any(sample.advantage))
     if odd == "all unknown" or (odd in ("one response", "all right", "all wrong") and name not in PAID_ALONE):
-        assert all(sample.advantage == 0.0 for sample in own)
+        assert not any(np.any(sample.advantage) for sample in own)
 
 
 # Their rewards hang on more than whether a response is right, or compare a group with something else.
