@@ -110,7 +110,13 @@ def _tell(contrast: Contrast, outcome: Outcome, results: Mapping[str, BySeed], s
 
 def never_solved(choosing: Sequence[Result], outcome: Outcome) -> tuple[npt.NDArray[np.bool_], int]:
     """`[problems]`, those without a correct sample in any of the runs; and how many samples that were."""
-    parts = [judged(one, outcome)[1] for one in choosing]
+    correct, samples = solved_by(choosing, outcome)
+    return correct == 0, samples
+
+
+def solved_by(runs: Sequence[Result], outcome: Outcome) -> tuple[npt.NDArray[np.int64], int]:
+    """`[problems]`, the correct samples of all runs together; and how many samples a problem has at least."""
+    parts = [judged(one, outcome)[1] for one in runs]
     correct = np.sum([part.correct for part in parts], axis=0)
     samples = np.sum([part.samples for part in parts], axis=0)
-    return correct == 0, int(samples.min())
+    return correct, int(samples.min())

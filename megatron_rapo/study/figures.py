@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
 
 from megatron_rapo.report.drawing import Line, Plot
 from megatron_rapo.report.theme import SERIES, series_colour
 from megatron_rapo.study.analysis import Analysis, ArmResults, Course
+from megatron_rapo.study.contrasts import solved_by
+from megatron_rapo.study.diagnosed import mean_by_position
+from megatron_rapo.study.outcomes import judged, values
 from megatron_rapo.study.schema import Outcome
 
 # Metrics of training that have a figure, with their titles.
@@ -24,7 +30,9 @@ def plots(analysis: Analysis) -> list[Plot]:
     """All that there is something for."""
     arms = [arm for arm in analysis.arms if arm.results]
     found = [_curves(arms), *(_course(arms, metric, title) for metric, title in COURSES.items())]
-    found += [*_laws(arms), *_sensitivity(analysis)]
+    outcome = Outcome.read(analysis.study.outcome)
+    found += [*_laws(arms), _by_difficulty(analysis, outcome), *_by_position(arms, outcome)]
+    found += _sensitivity(analysis)
     return [plot for plot in found if plot.lines]
 
 
@@ -108,6 +116,62 @@ def _mean_compute(arm: ArmResults, course: Course) -> list[float]:
         for step, spent in zip(one.steps, one.paths.get(arm.law_by, ()), strict=False):
             by_step.setdefault(step, []).append(float(spent or 0.0))
     return [sum(by_step[step]) / len(by_step[step]) for step in course.steps]
+
+
+def _by_difficulty(analysis: Analysis, outcome: Outcome) -> Plot:
+    """Each arm on problems of like difficulty, as the arm that chooses the hard ones tells it."""
+    chooser = next((one.hard for one in analysis.study.contrasts if one.hard), None)
+    lines: list[Line] = []
+    choosing = [list(arm.results.values()) for arm in analysis.arms if arm.name == chooser]
+    if choosing and choosing[0]:
+        solved, samples = solved_by(choosing[0], outcome)
+        bins = [(solved >= low) & (solved < high) for low, high in pairwise((0, *_edges(samples)))]
+        filled = [number for number, chosen in enumerate(bins) if chosen.any()]
+        for place, arm in enumerate(analysis.arms):
+            if arm.name == chooser or not arm.results:
+                continue
+            mean = np.mean([values(one, outcome) for one in arm.results.values()], axis=0)
+            y = [float(mean[bins[number]].mean()) for number in filled]
+            lines.append(Line(arm.name, series_colour(place), filled, y, dashed=_dashed(place, arm)))
+    description = (
+        f"{outcome.measure} of problems that {chooser} solved never (0), in below 1% (1), 5% (2), 20% (3) "
+        "of its samples, or in more (4). It took no part in the outcomes."
+    )
+    return Plot(
+        "by_difficulty", "where outcomes differ", description, "ease of the problem", "", tuple(lines)
+    )
+
+
+def _edges(samples: int) -> list[float]:
+    return [1, *(samples * share for share in (0.01, 0.05, 0.2)), samples + 1]
+
+
+POSITIONS = {
+    "entropy": "entropy by position, nats",
+    "reverse_kl": "KL(model ‖ base) by position, nats",
+}
+FEWEST_REACHING = 20  # responses, for a position to be shown
+
+
+def _by_position(arms: Sequence[ArmResults], outcome: Outcome) -> Iterator[Plot]:
+    """Of correct responses, on the outcome's data."""
+    for measure, title in POSITIONS.items():
+        lines = []
+        for place, arm in enumerate(arms):
+            tables = [one.diagnosed.get(judged(one, outcome)[0]) for one in arm.results.values()]
+            known = [one for one in tables if one is not None]
+            if known:
+                mean = mean_by_position(known, measure, FEWEST_REACHING)
+                x = list(range(len(mean)))
+                lines.append(Line(arm.name, series_colour(place), x, mean, dashed=_dashed(place, arm)))
+        yield Plot(
+            f"{measure}_by_position",
+            title,
+            "Of correct responses to held-out problems: the mean over those that reach the position.",
+            "token of the response",
+            "",
+            tuple(lines),
+        )
 
 
 def _sensitivity(analysis: Analysis) -> Iterator[Plot]:

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from megatron_rapo.folder import own_folder
 from megatron_rapo.report.drawing import save_png
@@ -14,7 +15,7 @@ from megatron_rapo.report.page import Section, render_page
 from megatron_rapo.study.analysis import Analysis
 from megatron_rapo.study.answer import answer, changes, sentence
 from megatron_rapo.study.figures import plots
-from megatron_rapo.study.outcomes import mean_outcome
+from megatron_rapo.study.outcomes import judged, mean_outcome
 from megatron_rapo.study.results import Result
 from megatron_rapo.study.schema import Outcome
 
@@ -52,6 +53,7 @@ class StudyPage:
     runs: Sequence[ShownRun]
     tokens: Mapping[str, float]
     core_hours: Mapping[str, float]
+    diagnosed: Sequence[tuple[str, int, float, float]]
     cost: str
     versions: Sequence[Mapping[str, str]]
 
@@ -101,6 +103,7 @@ def _page(analysis: Analysis, name: str, figures: Sequence[PageFigure], folder: 
             for arm in analysis.arms
         },
         core_hours={arm.name: sum(one.core_hours for one in arm.results.values()) for arm in analysis.arms},
+        diagnosed=list(_diagnosed(analysis, outcome)),
         cost=f"{len(analysis.results)} finished runs took {total:.2f} core-hours: their commands' time, "
         "by the cores that were kept for them.",
         versions=list(versions.values()),
@@ -111,6 +114,16 @@ def _runs(analysis: Analysis, outcome: Outcome, folder: Path) -> Iterator[ShownR
     for result in analysis.results:
         value = f"{mean_outcome(result, outcome):.4f}" if result.stage == "main" else ""
         yield ShownRun(result, f"../runs/{result.run}", value)
+
+
+def _diagnosed(analysis: Analysis, outcome: Outcome) -> Iterator[tuple[str, int, float, float]]:
+    """Of each arm that has it: responses, the share below the floor, and forms, means over seeds."""
+    for arm in analysis.arms:
+        found = [one.diagnosed.get(judged(one, outcome)[0]) for one in arm.results.values()]
+        known = [one for one in found if one is not None]
+        if known:
+            below, forms = ([getattr(one, name) for one in known] for name in ("below_floor", "forms"))
+            yield arm.name, sum(one.responses for one in known), mean(below), mean(forms)
 
 
 def _write_numbers(analysis: Analysis, folder: Path) -> None:

@@ -36,6 +36,7 @@ class PlannedRun:
         trial: number of the setting in the search; None in the main stage.
         configs, settings: as on the command line.
         evaluation: options of `[evaluate]` after training; None: the run's own last evaluation counts.
+        diagnosed: correct responses that are laid beside the base's; 0: none.
         config: what they come to.
         cores: that it keeps busy.
     """
@@ -49,6 +50,7 @@ class PlannedRun:
     configs: Sequence[Path]
     settings: Options
     evaluation: Options | None
+    diagnosed: int
     config: RunConfig
     cores: int
 
@@ -178,6 +180,7 @@ def _run(
         configs=configs,
         settings=settings,
         evaluation=evaluation,
+        diagnosed=study.diagnose or 0 if arm.train and stage == "main" else 0,
         config=config,
         cores=study.cores_per_run or config.parallel.world_size if arm.train else 1,
     )

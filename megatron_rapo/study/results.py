@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from megatron_rapo.errors import RapoError
 from megatron_rapo.folder import write_whole
 from megatron_rapo.observe.step_lines import read_step_lines
+from megatron_rapo.study.diagnosed import Diagnosed, diagnose
 from megatron_rapo.study.plan import PlannedRun, told
 
 FORMAT = 1
@@ -53,6 +54,8 @@ class Result:
         seconds: that its commands took; without those that were killed.
         tokens: response tokens that it trained on; 0 of a model as it is.
         judged: by `DATA/SETTING`.
+        diagnosed: by `DATA/SETTING`, its correct responses beside the model that it began as; empty where the
+            study asks for none.
         steps: of `paths`.
         paths: by metric, `[steps]`; None where a step has no such value. Those of `COMPUTE` count from the
             start; results of old may have tokens alone.
@@ -75,6 +78,7 @@ class Result:
     judged: Mapping[str, Judged]
     steps: Sequence[int]
     paths: Mapping[str, Sequence[float | None]]
+    diagnosed: Mapping[str, Diagnosed] = field(default_factory=dict)
 
     @property
     def core_hours(self) -> float:
@@ -84,7 +88,12 @@ class Result:
     def write(self, folder: Path) -> None:
         """Leaves it in the study's folder, whole."""
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-        write_whole(file_of(folder, self.run), json.dumps(asdict(self), separators=(",", ":")) + "\n")
+        values = {**vars(self), **{table: _plain(getattr(self, table)) for table in ("judged", "diagnosed")}}
+        write_whole(file_of(folder, self.run), json.dumps(values, separators=(",", ":")) + "\n")
+
+
+def _plain(tables: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: asdict(one) for name, one in tables.items()}
 
 
 def file_of(folder: Path, run: str) -> Path:
@@ -102,9 +111,9 @@ def read_result(file: Path) -> Result:
         values = json.loads(file.read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']}, not {FORMAT}")
-        result = Result(
-            **{**values, "judged": {name: Judged(**one) for name, one in values["judged"].items()}}
-        )
+        judged = {name: Judged(**one) for name, one in values["judged"].items()}
+        diagnosed = {name: Diagnosed(**one) for name, one in values.get("diagnosed", {}).items()}
+        result = Result(**{**values, "judged": judged, "diagnosed": diagnosed})
         for one in result.judged.values():
             columns = [one.samples, one.correct, one.reward if one.reward is not None else one.correct]
             if {len(column) for column in columns} != {len(one.problems)}:
@@ -184,6 +193,7 @@ def collect(
         cores=run.cores,
         tokens=compute["tokens"][-1] if steps else 0.0,
         judged=dict(_judged(run)),
+        diagnosed=diagnose(run),
         steps=[line["step"] for line in steps],
         paths={
             **compute,

@@ -100,6 +100,11 @@ class Study(Section):
         description="Options of `[evaluate]` for an evaluation of its own after training. Default: the "
         "outcome is that of the run's last evaluation.",
     )
+    diagnose: PositiveInt | None = Field(
+        None,
+        description="So many correct responses of each trained run are laid beside the model that it began "
+        "as, token by token, after `[evaluation]`. Default: none.",
+    )
     tuning: Tuning | None = Field(None, description="Default: no search.")
     retries: NonNegativeInt = Field(1, description="How often a run that failed is started again.")
     cores_per_run: PositiveInt | None = Field(
@@ -124,6 +129,8 @@ class Study(Section):
             for value, times in Counter(values).items():
                 if times > 1:
                     raise ValueError(f"{option} has {value!r} {times} times; leave one")
+        if self.diagnose is not None and not self.evaluation:
+            raise ValueError("diagnose takes the responses of [evaluation]; add that table, or leave it out")
         for arm in self.arms:
             if arm.seeds is not None and arm.seeds >= len(self.seeds):
                 raise ValueError(

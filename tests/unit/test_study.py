@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,23 @@ import pytest
 
 from megatron_rapo.cli import main
 from megatron_rapo.errors import RapoError
+from megatron_rapo.evaluation import diagnostics
 from megatron_rapo.evaluation.pass_at_k import pass_at_k
+from megatron_rapo.evaluation.store import Evaluation
 from megatron_rapo.study import command, running
 from megatron_rapo.study.analysis import analyse
 from megatron_rapo.study.answer import answer
 from megatron_rapo.study.attempts import Attempt, add_attempt, read_attempts
 from megatron_rapo.study.cost import left
+from megatron_rapo.study.diagnosed import mean_by_position
+from megatron_rapo.study.figures import plots
 from megatron_rapo.study.local import run_all
 from megatron_rapo.study.making import Stopper
 from megatron_rapo.study.opened import Opened
 from megatron_rapo.study.plan import PlannedRun
 from megatron_rapo.study.results import file_of, read_result
 from megatron_rapo.study.schema import Arm, Contrast, Factor, Study, Tuning
+from tests.models import make_hf_model
 from tests.studies import STUDY, leave_folder, maker, open_study
 
 ROOT = Path(__file__).parents[2]
@@ -104,8 +110,15 @@ def test_an_arm_may_have_only_the_first_seeds(tmp_path: Path, monkeypatch: pytes
     opened = open_study(tmp_path, arms=arms, contrasts=hard, evaluation={"samples": 8})
     assert [run.seed for run in opened.plan().main if run.arm == "chooser"] == [1]
     make_all(opened, monkeypatch)
-    [told] = analyse(opened.study, opened.plan(), opened.folder).contrasts
-    assert told.chosen_by == 8, "samples of one run"
+    analysis = analyse(opened.study, opened.plan(), opened.folder)
+    assert analysis.primary.chosen_by == 8, "samples of one run"
+    [plot] = [plot for plot in plots(analysis) if plot.name == "by_difficulty"]
+    runs = {run.name: np.array(counts(run)) for run in opened.plan().main}
+    never = runs["chooser-seed1"] == 0
+    at_4 = np.mean([pass_at_k(runs[f"b-seed{seed}"], 8, 4)[never].mean() for seed in (1, 2, 3)])
+    of_b = next(line for line in plot.lines if line.label == "b")
+    assert (of_b.x[0], of_b.y[0]) == (0, pytest.approx(at_4))
+    assert {line.label for line in plot.lines} == {"a", "b"}
     arms[2]["seeds"] = 3
     with pytest.raises(RapoError, match=r"chooser has seeds = 3 of 3, which leaves none out"):
         open_study(tmp_path, arms=arms)
@@ -466,6 +479,34 @@ def test_the_answer_is_the_paired_difference_and_the_page_has_all_of_it(
     assert {file.stem for file in (opened.folder / "report/figures").iterdir()} == {
         *("pass_at_k", "reward_mean", "loss_entropy", "loss_divergence", "outcome_by_tflop")
     }
+
+
+def test_responses_are_laid_beside_the_model_that_a_run_began_as(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the diagnostics of a stored evaluation; of several runs, as if their responses were one's."""
+    base = make_hf_model(tmp_path / "base", seed=0)
+    opened = open_study(tmp_path, evaluation={"samples": 8}, options={"model.path": str(base)}, diagnose=5)
+    run = opened.plan().main[0]
+    assert run.judged is not None
+    model = make_hf_model(run.directory / "model", seed=1)
+    assert maker(lambda _: [8, 3])(run, opened.folder, Stopper())
+    evaluation = Evaluation.open(run.judged)
+    [(data, setting)] = list(evaluation)
+    store = evaluation.samples(data, setting)
+    expected = diagnostics.diagnose(
+        store, evaluation.manifest.settings[0], diagnostics.Pair(base, model), limit=5
+    )
+    assert expected is not None
+    found = read_result(file_of(opened.folder, run.name)).diagnosed[f"{data}/{setting}"]
+    assert found.responses == 5
+    assert found.entropy == pytest.approx(expected.model_entropy, abs=1e-5)
+    assert found.base_entropy == pytest.approx(expected.base_entropy, abs=1e-5)
+    assert found.reverse_kl == pytest.approx(expected.reverse_kl, abs=1e-5)
+    short = replace(found, reverse_kl=[9.0], reaching=[15])
+    both = mean_by_position([found, short], "reverse_kl", 5)
+    assert both[0] == pytest.approx((found.reverse_kl[0] * 5 + 9.0 * 15) / 20)
+    assert len(mean_by_position([found, short], "reverse_kl", 6)) == 1
 
 
 def test_hard_problems_are_chosen_by_samples_that_do_not_judge(
