@@ -132,7 +132,7 @@ class Observe(Section):
     hang_least_s: PositiveFloat = Field(
         60.0,
         description="Seconds within which no phase counts as a hang; where engines are waited for, beyond "
-        "rollout.request_timeout_s.",
+        "rollout.request_timeout_s, or rollout.startup_timeout_s where one may be started anew.",
     )
     hang_action: Literal["end", "tell"] = Field(
         "end",

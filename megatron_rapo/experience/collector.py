@@ -130,7 +130,7 @@ class Collector:
         Args:
             ask: samples what is missing here, as far as engines are left; returns how much still is.
             weight_version: that engines get again before the next try.
-            phase: times the wait for other heads, as `rollout`.
+            phase: times the wait for other heads, as `rollout`, and for engines to come back, as `publish`.
 
         Raises:
             RapoError: engines refused, or too few are left.
@@ -142,4 +142,5 @@ class Collector:
                     return
             if self._recover is None:
                 raise self.engines.too_few()
-            self._recover(weight_version)
+            with phase("publish"):
+                self._recover(weight_version)

@@ -16,12 +16,18 @@ from megatron_rapo.parallel.placement import Placement
 def open_watch(config: RunConfig, placement: Placement) -> Watch:
     """Of this rank; all ranks call it. It listens to the rank's phases (`Watch.beat`)."""
     observe, rollout = config.observe, config.rollout
-    silence = dict.fromkeys(("rollout", "reward", "publish", "evaluate"), rollout.request_timeout_s)
+    answer, start = rollout.request_timeout_s, rollout.startup_timeout_s
+    # Where weights are published, lost engines are waited for; evaluation publishes where it loses them.
+    patience = {
+        **dict.fromkeys(("rollout", "reward"), answer),
+        **dict.fromkeys(("publish", "evaluate"), max(answer, start)),
+        "start engines": start,
+    }
     bounds = Bounds(
         observe.hang_factor,
         observe.hang_least_s,
         config.parallel.timeout_s,
-        {**silence, "start engines": rollout.startup_timeout_s},
+        patience,
     )
     folder = config.run.directory / "hangs" / placement.share_from_main(new_start())
     told = partial(_tell, folder, placement.rank, ends=observe.hang_action == "end")

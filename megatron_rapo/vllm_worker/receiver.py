@@ -75,6 +75,7 @@ class Receiver(WeightTransferEngine[Invitation, Piece]):
         super().__init__(*arguments)
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._flat: Tensor | None = None
+        self._tied: list[torch.nn.Module] = []
 
     def init_transfer_engine(self, init_info: Invitation) -> None:
         """Joins the group of an invitation, and leaves any earlier one."""
@@ -97,7 +98,10 @@ class Receiver(WeightTransferEngine[Invitation, Piece]):
                 info.loaded_weights.clear()
                 info.load_numel = 0
             finalize_layerwise_reload(self.model, self.model_config)
+        self._tied = list(_tied_layers(self.model))
         initialize_layerwise_reload(self.model)
+        for layer in self._tied:
+            get_layerwise_info(layer).load_numel_total = 0
 
     def is_whole(self) -> bool:
         """Whether no layer waits for weights: a token would need them."""
@@ -132,6 +136,8 @@ class Receiver(WeightTransferEngine[Invitation, Piece]):
         if lacking:
             raise RuntimeError(f"{len(lacking)} modules lack weights of this update: {lacking[:5]}")
         finalize_layerwise_reload(self.model, self.model_config)
+        for layer in self._tied:  # on CPUs vLLM has packed a copy of its weights
+            layer.quant_method.process_weights_after_loading(layer)
 
     def shutdown(self) -> None:
         """Leaves the trainer's group."""
@@ -168,11 +174,20 @@ class Receiver(WeightTransferEngine[Invitation, Piece]):
                         call.arguments[name] = value.clone()
 
 
+def _tied_layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Layers whose parameters are those of one before: a head that is the embedding's matrix. None come for it."""
+    seen: set[int] = set()
+    for layer in model.modules():
+        own = {id(parameter) for parameter in layer.parameters(recurse=False)}
+        if own and own <= seen:
+            yield layer
+        seen |= own
+
+
 def _lacks_weights(layer: torch.nn.Module) -> bool:
     """Whether not all of a layer's parameters have come. Rows that pad a vocabulary never do."""
     info = get_layerwise_info(layer)
     if not info.can_load() or not any(True for _ in layer.parameters(recurse=False)):
         return False
-    if isinstance(layer, VocabParallelEmbedding):
-        return info.load_numel == 0
-    return info.load_numel < (info.load_numel_total or 0)
+    expected = info.load_numel_total or 0
+    return info.load_numel < (min(1, expected) if isinstance(layer, VocabParallelEmbedding) else expected)

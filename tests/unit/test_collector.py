@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -55,10 +55,8 @@ def make_pool(urls, reviver=None):
     )
 
 
-def sample(collector):
-    sampled = collector.collect(
-        PROMPTS, chosen=Sampling(1.0, 2, 8), weight_version=3, seed=5, phase=lambda name: nullcontext()
-    )
+def sample(collector, phase=lambda name: nullcontext()):
+    sampled = collector.collect(PROMPTS, chosen=Sampling(1.0, 2, 8), weight_version=3, seed=5, phase=phase)
     return [
         (group.problem, [one.episode.sequences[0].token_ids.tolist() for one in group.episodes])
         for _, group in sorted(sampled.whole.items())
@@ -74,6 +72,13 @@ def test_what_is_missing_is_sampled_once_engines_are_back(reviver_of, tmp_path):
     reviver = reviver_of()
     with stand_ins(2) as (servers, urls), make_pool(urls, reviver) as pool, single_turns(pool) as runner:
         recovered = []
+        phases = []
+
+        @contextmanager
+        def phase(name):
+            phases.append(name)
+            yield
+            phases.pop()
 
         def fail_after(server, count):
             def change(answers):
@@ -84,6 +89,7 @@ def test_what_is_missing_is_sampled_once_engines_are_back(reviver_of, tmp_path):
             server.change = change
 
         def recover(version):
+            assert phases == ["publish"], "what watches for hangs knows that engines may take their time"
             recovered.append(version)
             for server in servers:
                 fail_after(server, 10**6)
@@ -93,7 +99,7 @@ def test_what_is_missing_is_sampled_once_engines_are_back(reviver_of, tmp_path):
         collector = make_collector(pool, runner, reviver, recover)
         fail_after(servers[0], 1)
         fail_after(servers[1], 2)
-        assert sample(collector) == undisturbed
+        assert sample(collector, phase) == undisturbed
         assert recovered == [3]
         assert collector.engines.metrics()["engines/returned"] >= 1
 
