@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,7 +26,8 @@ CLEANUP_WAIT_S = 0.5
 # How often it notes what the family has in shared memory: whose a file was cannot be told afterwards.
 NOTE_S = 2.0
 # SGLang's names, and those of Python's multiprocessing, which vLLM uses.
-SHARED_MEMORY = ("/dev/shm/sglang_", "/dev/shm/sgl_", "/dev/shm/psm_", "/dev/shm/sem.mp-")
+SHARED_MEMORY = Path("/dev/shm")
+NAMES = ("sglang_", "sgl_", "psm_", "sem.mp-")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -66,14 +67,26 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _shared_memory_of(group: int) -> set[str]:
-    """The engine's own files in shared memory that processes of this group have open."""
-    found: set[str] = set()
+    """The engine's own files in shared memory that processes of this group have open or mapped."""
+    held: set[int] = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended meanwhile
             if os.getpgid(int(process.name)) == group:
-                found |= {str(link.readlink()) for link in (process / "fd").iterdir()}
-                found |= {line.rsplit(" ", 1)[-1] for line in (process / "maps").read_text().splitlines()}
-    return {name for name in found if name.startswith(SHARED_MEMORY)}
+                held.update(_held_by(process))
+    with os.scandir(SHARED_MEMORY) as files:
+        return {file.path for file in files if file.name.startswith(NAMES) and file.inode() in held}
+
+
+def _held_by(process: Path) -> Iterator[int]:
+    """Inodes of what it has in shared memory. A semaphore has another name by now: libc renames what it made."""
+    folder = f"{SHARED_MEMORY}/"
+    for line in (process / "maps").read_text().splitlines():
+        if folder in line:
+            yield int(line.split()[4])
+    for opened in (process / "fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            if str(opened.readlink()).startswith(folder):
+                yield opened.stat().st_ino
 
 
 def _signal_group(group: int, number: int) -> bool:

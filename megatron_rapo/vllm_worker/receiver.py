@@ -75,7 +75,7 @@ class Receiver(WeightTransferEngine[Invitation, Piece]):
         super().__init__(*arguments)
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._flat: Tensor | None = None
-        self._tied: list[torch.nn.Module] = []
+        self._tied: list[VocabParallelEmbedding] = []
 
     def init_transfer_engine(self, init_info: Invitation) -> None:
         """Joins the group of an invitation, and leaves any earlier one."""
@@ -174,12 +174,12 @@ class Receiver(WeightTransferEngine[Invitation, Piece]):
                         call.arguments[name] = value.clone()
 
 
-def _tied_layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Layers whose parameters are those of one before: a head that is the embedding's matrix. None come for it."""
+def _tied_layers(model: torch.nn.Module) -> Iterator[VocabParallelEmbedding]:
+    """Heads that have the embedding's matrix. None comes for them."""
     seen: set[int] = set()
     for layer in model.modules():
         own = {id(parameter) for parameter in layer.parameters(recurse=False)}
-        if own and own <= seen:
+        if isinstance(layer, VocabParallelEmbedding) and own <= seen:
             yield layer
         seen |= own
 

@@ -171,6 +171,27 @@ def test_files_of_engines_in_shared_memory_are_removed_and_no_others(
             by_another.unlink()
 
 
+def test_a_semaphore_that_its_process_cannot_remove_is_removed() -> None:
+    """Of multiprocessing's: libc makes it under a name of its own, which its process's maps go on to tell."""
+    body = """
+    import multiprocessing, os, time
+    lock = multiprocessing.get_context("spawn").Lock()
+    print(lock._semlock.name, multiprocessing.resource_tracker._resource_tracker._pid, flush=True)
+    time.sleep(0.5)
+    os.kill(multiprocessing.resource_tracker._resource_tracker._pid, 9)
+    os.kill(os.getpid(), 9)
+    """
+    process = tethered(body)
+    assert process.stdout is not None
+    name, tracker = process.stdout.readline().split()
+    file = HERE / f"sem.{name.strip('/')}"
+    assert file.exists()
+    process.wait(SOON)
+    process.stdout.close()
+    assert not file.exists()
+    assert gone(int(tracker))
+
+
 def test_what_it_has_in_shared_memory_is_looked_at_last_when_it_is_asked_to_end(files: list[Path]) -> None:
     body = f"""
     import time
