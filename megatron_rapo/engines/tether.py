@@ -78,7 +78,7 @@ def _shared_memory_of(group: int) -> set[str]:
 
 
 def _held_by(process: Path) -> Iterator[int]:
-    """Inodes of what it has in shared memory. A semaphore has another name by now: libc renames what it made."""
+    """Inodes of what it has in shared memory. A semaphore is told by no name: libc renames what it made."""
     folder = f"{SHARED_MEMORY}/"
     for line in (process / "maps").read_text().splitlines():
         if folder in line:
