@@ -10,7 +10,7 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from megatron_rapo.config import RunConfig
-from megatron_rapo.evaluation.held_out import HeldOut, code_of, load_held_out, setting_records
+from megatron_rapo.evaluation.held_out import HeldOut, code_of, environment_of, load_held_out, setting_records
 from megatron_rapo.evaluation.manifest import Manifest, ModelRecord, SettingRecord, now
 from megatron_rapo.evaluation.plan import plan
 from megatron_rapo.evaluation.sampler import Sampler
@@ -132,6 +132,7 @@ class Evaluator:
             date=run.date,
             verifier={held_out.name: held_out.verifier for held_out in self.data_sets},
             prompts={held_out.name: held_out.prompts_fingerprint for held_out in self.data_sets},
+            environment=environment_of(self.config),
             code=code_of(self.config, self.data_sets),
             versions=software_versions(),
             started=now(),

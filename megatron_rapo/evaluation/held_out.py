@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -93,6 +94,11 @@ def setting_records(config: RunConfig) -> tuple[SettingRecord, ...]:
         )
         for setting in config.evaluation_settings
     )
+
+
+def environment_of(config: RunConfig) -> dict[str, Any]:
+    """What makes episodes, beside code; how long it may take is no part of that."""
+    return config.environment.model_dump(mode="json", exclude={"time_limit_s"}, exclude_defaults=True)
 
 
 def code_of(config: RunConfig, data_sets: Sequence[HeldOut]) -> dict[str, str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -80,6 +82,8 @@ class Manifest(_Record):
         seed: of the samples' seeds.
         date: the day that chat templates were told; None where there were none.
         prompts: the fingerprint of the templated prompts' tokens, by data set.
+        environment: options of what makes episodes, as far as they are no defaults; None where an earlier
+            version did not note them.
         code: of the user's own that judges, or makes episodes: fingerprints by its `module:name`.
         started, finished: UTC, ISO 8601; `finished` is None until every sample is on disk.
     """
@@ -94,6 +98,7 @@ class Manifest(_Record):
     date: str | None = None
     verifier: dict[str, str]
     prompts: dict[str, str]
+    environment: dict[str, Any] | None = None
     code: dict[str, str] = {}
     versions: dict[str, str]
     started: str
@@ -165,6 +170,8 @@ class Manifest(_Record):
         for name in self.prompts:
             found[f"the prompts of {name}"] = (self.prompts[name], self.told_prompts(name))
             found[f"the verifier of {name}"] = (self.verifier[name], self.verifier[name])
+        if self.environment is not None:
+            found["the environment"] = (self.environment, json.dumps(self.environment))
         for address, code in self.code.items():
             found[f"the code of {address}"] = (code, f"fingerprint {code}")
         for setting in self.settings:

@@ -14,7 +14,7 @@ from megatron_rapo.environments.runner import Runner
 from megatron_rapo.environments.running import EpisodeRunner, Judge
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
-from megatron_rapo.evaluation.held_out import HeldOut, code_of, load_held_out, setting_records
+from megatron_rapo.evaluation.held_out import HeldOut, code_of, environment_of, load_held_out, setting_records
 from megatron_rapo.evaluation.manifest import FILE, Manifest, ModelRecord, SettingRecord, now
 from megatron_rapo.evaluation.plan import Batch, plan
 from megatron_rapo.evaluation.progress import SampleProgress
@@ -175,6 +175,7 @@ def _open(
         date=config.run.date,
         verifier={held_out.name: held_out.verifier for held_out in data_sets},
         prompts={held_out.name: held_out.prompts_fingerprint for held_out in data_sets},
+        environment=environment_of(config),
         code=code_of(config, data_sets),
         versions=software_versions(),
         started=now(),

@@ -35,6 +35,7 @@ MANIFEST = Manifest(
     seed=7,
     verifier={"sums": "math"},
     prompts={"sums": "11"},
+    environment={"use": "a:b", "options": {"guesses": 1}},
     code={"a:b": "20"},
     versions={},
     started="2026-01-01T00:00:00+00:00",
@@ -195,6 +196,10 @@ def test_counts_read_neither_texts_nor_tokens(stored: Evaluation, monkeypatch: p
     assert pyarrow.parquet.read_metadata(samples.parts()[0]).num_rows == 1
 
 
+def test_an_evaluation_of_a_version_that_noted_no_environment_goes_on() -> None:
+    MANIFEST.going_on_from(changed(environment=None), Path("out"))
+
+
 def changed(**changes: Any) -> Manifest:
     return MANIFEST.model_copy(update=changes)
 
@@ -242,6 +247,11 @@ def test_an_evaluation_may_go_on_as_the_same_or_with_more(now: Manifest) -> None
             "now fingerprint 12 of a chat template on 2026-01-02)",
         ),
         ({"verifier": {"sums": "integer"}}, "in the verifier of sums (math, now integer)"),
+        (
+            {"environment": {"use": "a:b", "options": {"guesses": 2}}},
+            'in the environment ({"use": "a:b", "options": {"guesses": 1}}, now {"use": "a:b", "options": '
+            '{"guesses": 2}})',
+        ),
         ({"code": {"a:b": "21"}}, "in the code of a:b (fingerprint 20, now fingerprint 21)"),
         (
             {"settings": (MANIFEST.settings[0].model_copy(update={"top_k": 3}),)},

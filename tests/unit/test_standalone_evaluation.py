@@ -275,6 +275,10 @@ def test_an_evaluation_that_failed_goes_on_where_it_stood(
     assert asked_for(servers) == 23
     assert json.loads((out / "results.json").read_text())[0]["statistics"]["samples"] == [7, 7]
 
+    tools = ["environment.use=tool_use", 'environment.tools=["calculator"]']
+    with pytest.raises(RapoError, match=r"differs in the environment \(\{\}, now \{.*calculator"):
+        run(request(tmp_path, urls, samples=7, k=[7], settings=tools))
+
 
 def test_an_adaptive_budget_stops_at_the_last_correct_sample_that_it_needs(
     tmp_path: Path,
