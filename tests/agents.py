@@ -32,6 +32,19 @@ def turns(episode: Any, count: int = 3, given: int = 9, most: int = 2) -> dict:
     return {"reward": 0.25, "facts": facts, "answer": "what it says"}
 
 
+def searches(episode: Any) -> dict:
+    """A turn, three tokens that nobody else hears, and another turn."""
+    tokens = episode.problem["token_ids"]
+    tokens = tokens + ask(episode, tokens, max_tokens=2)
+    told = {"question": "a search", "answer": [byte % 50 for byte in os.urandom(3)]}
+    body, headers = json.dumps(told).encode(), {"content-type": "application/json"}
+    request = urllib.request.Request(f"{episode.url}/recorded", body, headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        tokens = tokens + json.load(answer)["answer"]
+    ask(episode, tokens, max_tokens=2)
+    return {"reward": 1.0}
+
+
 async def text(episode: Any) -> str:
     """A text, which the configured reward judges."""
     tokens = await asyncio.to_thread(ask, episode, episode.problem["token_ids"])

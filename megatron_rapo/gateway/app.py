@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from megatron_rapo.episode.environment import Turn
-from megatron_rapo.gateway.protocol import Asked, answer_of
+from megatron_rapo.gateway.protocol import Asked, Heard, answer_of
 from megatron_rapo.gateway.route import Refusal, Route
 
 SESSION = "x-session-id"
@@ -67,12 +67,17 @@ async def generate(route: RouteOf, asked: Asked, request: Request) -> JSONRespon
     return JSONResponse(answer_of(asked, turn, asked.request_id or f"{route.key[:8]}-{route.turns}"))
 
 
+@_paths.post("/recorded")
+async def recorded(route: RouteOf, heard: Heard) -> dict[str, Any]:
+    return {"answer": await route.recorded(heard.question, heard.answer)}
+
+
 @_paths.api_route("/{path:path}", methods=["GET", "POST", "PUT", "DELETE", "PATCH"])
 async def other(route: RouteOf, path: str) -> None:
     raise Refusal(
         404,
         f"there is no /{path:.100}: texts are not exact in tokens, so only token ids pass, at "
-        "/inference/v1/generate (and /v1/models tells the longest sequence)",
+        "/inference/v1/generate (and /v1/models tells the longest sequence, /recorded keeps an answer)",
     )
 
 

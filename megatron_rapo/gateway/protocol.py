@@ -1,4 +1,4 @@
-"""vLLM's `/inference/v1/generate` as the gateway speaks it: what may be asked, and the answer.
+"""What the gateway speaks: vLLM's `/inference/v1/generate`, and `/recorded`.
 
 What cannot be honoured exactly is refused by name; vLLM itself ignores parameters that it does not know.
 """
@@ -97,6 +97,15 @@ class Asked(BaseModel):
     def outside(self, vocabulary: int) -> int | None:
         """A token id that the model does not have."""
         return next((token for token in (*self.token_ids, *self.stop) if not 0 <= token < vocabulary), None)
+
+
+class Heard(BaseModel):
+    """The body of what a program has kept."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    question: Any
+    answer: Any
 
 
 def answer_of(asked: Asked, turn: Turn, request_id: str) -> dict[str, Any]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Awaitable
 from enum import StrEnum
+from typing import Any, TypeVar
 
 from megatron_rapo.episode.environment import Generate, Turn
 from megatron_rapo.gateway.protocol import Asked
 from megatron_rapo.gateway.record import Record
+
+T = TypeVar("T")
 
 
 class Ending(StrEnum):
@@ -79,15 +83,33 @@ class Route:
             working.cancel()
         await asyncio.gather(*left, return_exceptions=True)
 
+    async def recorded(self, question: object, answer: object) -> Any:
+        """What was answered to the question when this step was first done; this answer, if it is that time.
+
+        Raises:
+            Refusal: it cannot be kept.
+        """
+
+        async def now() -> object:
+            return answer
+
+        return await self._while_possible(
+            self._generate.recorded(question, now, again=True), "the run failed"
+        )
+
     async def _turn(self, asked: Asked, number: int) -> Turn:
+        turn = self._generate(
+            asked.token_ids, turn=number, max_tokens=asked.sampling_params.max_tokens, stop=asked.stop
+        )
+        return await self._while_possible(turn, "the engines failed")
+
+    async def _while_possible(self, answer: Awaitable[T], otherwise: str) -> T:
         try:
-            return await self._generate(
-                asked.token_ids, turn=number, max_tokens=asked.sampling_params.max_tokens, stop=asked.stop
-            )
+            return await answer
         except Exception as error:  # who runs the episode is told, by `failed`
             if not self.failed.done():
                 self.failed.set_exception(error)
-            raise Refusal(503, "the engines failed; the episode is given up") from error
+            raise Refusal(503, f"{otherwise}; the episode is given up") from error
 
     def _check(self, asked: Asked) -> None:
         if (token := asked.outside(self._vocabulary)) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -28,6 +29,7 @@ class Sampler:
         self.may = asyncio.Event()
         self.may.set()
         self.error: Exception | None = None
+        self.heard: dict[str, Any] = {}
 
     async def __call__(
         self,
@@ -49,6 +51,13 @@ class Sampler:
         log_probs = np.array([-0.1, -1 / 3][:max_tokens], np.float32)
         versions = np.array([4, 5][:max_tokens], np.int32)
         return Turn(sampled, log_probs, versions, "stop" if len(sampled) == 2 else "length", "text")
+
+    async def recorded(self, question: object, ask: Any, *, again: bool = False) -> Any:
+        """The first answer to a question; the disk may be full."""
+        answer = await ask()
+        if self.error:
+            raise self.error
+        return self.heard.setdefault(json.dumps(question), answer)
 
     def tokens_left(self, token_ids: Sequence[int]) -> int:
         return LONGEST - len(token_ids)
@@ -250,6 +259,25 @@ def test_engines_that_fail_end_the_episode() -> None:
             await one.route.failed
 
     assert played(play).route.record.sequences() == ()
+
+
+def test_a_program_hears_what_it_heard_first() -> None:
+    async def play(one: Client) -> None:
+        async def hear(body: Any) -> httpx.Response:
+            return await one.http.post(f"{one.url}/recorded", json=body)
+
+        question = {"search": ["a", 1]}
+        for answer in ({"found": [1, None]}, {"found": []}):
+            heard = await hear({"question": question, "answer": answer})
+            assert (heard.status_code, heard.json()) == (200, {"answer": {"found": [1, None]}})
+        assert (await hear({"question": None, "answer": None})).json() == {"answer": None}
+        assert "answer: Field required" in told(await hear({"question": question}), 400)
+        one.sampler.error = RapoError("the disk is full")
+        assert "the run failed" in told(await hear({"question": "b", "answer": 1}), 503)
+        with pytest.raises(RapoError, match="the disk is full"):
+            await one.route.failed
+
+    assert played(play).route.turns == 0
 
 
 def test_episodes_are_told_apart_by_keys_that_end_with_them() -> None:

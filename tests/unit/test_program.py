@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.engines.sglang.client import SGLangClient
 from megatron_rapo.environments.opening import open_environment
 from megatron_rapo.environments.program import Program
+from megatron_rapo.environments.recorded import Answers
 from megatron_rapo.environments.runner import Runner
 from megatron_rapo.environments.running import EpisodeRunner
 from megatron_rapo.environments.verifiers import Verifiers, write_tasks
@@ -33,6 +35,7 @@ from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
 from megatron_rapo.gateway.route import Ending
 from megatron_rapo.processes import keeper
+from megatron_rapo.record.answers import AnswerLog
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.requests import Sampling, sample_seed
 from tests.leftovers import nothing_left
@@ -78,13 +81,16 @@ class Played:
     def __init__(self, model: Path, stand_in: StandIn, pool: EnginePool) -> None:
         self.model, self.stand_in, self.pool = model, stand_in, pool
 
-    def __call__(self, program: str, **environment: Any) -> list[ScoredEpisode]:
+    def __call__(
+        self, program: str, answers: Answers | None = None, **environment: Any
+    ) -> list[ScoredEpisode]:
         run = config(self.model, program, **environment)
-        tokenizer = make_tokenizer()
-        with Runner(
-            EpisodeRunner(open_environment(run), run.environment, tokenizer, 1.0, VOCAB), self.pool
-        ) as runner:
-            groups = runner.run(PROMPTS, SAMPLING, judge)
+        episodes = EpisodeRunner(open_environment(run), run.environment, make_tokenizer(), 1.0, VOCAB)
+        with (
+            Runner(episodes, self.pool) as runner,
+            runner.begin(PROMPTS, SAMPLING, judge, answers=answers) as rollout,
+        ):
+            groups = rollout.groups()
         return [one for group in groups if group for one in group.episodes]
 
 
@@ -127,6 +133,21 @@ def test_what_passes_the_gateway_is_trained_on(played: Played) -> None:
         assert one.episode.facts == {**facts, **ended} and not one.episode.truncated
     asked = [body for path, body in played.stand_in.asked if path == "/generate"]
     assert max(len(body["input_ids"]) for body in asked) == 6, "first turns go out together"
+
+
+def test_a_step_that_is_done_again_has_the_tokens_of_before(played: Played) -> None:
+    """What programs hear is never the same twice; here they have it kept."""
+    (played.model / "run").mkdir()
+
+    def tokens(answers: AnswerLog | None = None) -> list[list[int]]:
+        episodes = played("searches", answers=answers.of_step(1) if answers else None)
+        return [one.episode.sequences[0].token_ids.tolist() for one in episodes]
+
+    with closing(AnswerLog(config(played.model, "searches"), 0)) as log:
+        first = tokens(log)
+    with closing(AnswerLog(config(played.model, "searches"), 0)) as log:
+        assert tokens(log) == first
+    assert len({tuple(one[4:7]) for one in first}) == 6 and tokens() != first
 
 
 def test_the_page_s_program_plays(played: Played, tmp_path: Path) -> None:
