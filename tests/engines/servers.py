@@ -53,8 +53,8 @@ def why_not(kind: str) -> str | None:
     return None
 
 
-def command(kind: str, model: Path, port: int) -> list[str]:
-    """What starts such an engine."""
+def command(kind: str, model: Path, port: int, *further: str) -> list[str]:
+    """What starts such an engine, with further arguments of its own."""
     if kind == EMBEDDED:
         return [
             *(sys.executable, "-m", "megatron_rapo.embedded_server"),
@@ -62,13 +62,14 @@ def command(kind: str, model: Path, port: int) -> list[str]:
             str(model),
             f"--port={port}",
             f"--api-key={KEY}",
+            *further,
         ]
     tether = [sys.executable, "-m", "megatron_rapo.engines.tether", str(os.getpid())]
     if kind == VLLM_CPU:
         options = ["--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
-        return [*tether, str(VLLM_PYTHON), "-m", MODULE, *options, *FLAGS, *VLLM_ARGUMENTS]
+        return [*tether, str(VLLM_PYTHON), "-m", MODULE, *options, *FLAGS, *VLLM_ARGUMENTS, *further]
     options = ["--model-path", str(model), "--host", "127.0.0.1", "--port", str(port)]
-    options += ["--api-key", KEY]
+    options += ["--api-key", KEY, *further]
     if kind == SGLANG_CPU:
         return [*tether, str(SGLANG_PYTHON), str(ROOT / "tests/engines/sglang_on_cpu.py"), *options]
     memory = ["--mem-fraction-static", "0.2", "--enable-memory-saver"]
@@ -84,12 +85,12 @@ def environment(kind: str) -> dict[str, str]:
 
 
 @contextmanager
-def running(kind: str, model: Path, log: Path) -> Iterator[str]:
+def running(kind: str, model: Path, log: Path, *further: str) -> Iterator[str]:
     """An engine of this kind on this model, ready; its address. Afterwards none of its processes is left."""
     port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command(kind, model, port),
+            command(kind, model, port, *further),
             cwd=ROOT,
             env=environment(kind),
             stdin=subprocess.DEVNULL,

