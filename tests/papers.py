@@ -171,6 +171,16 @@ def d3s(case: Case, o: Any, steps: int = 0) -> Tensor:
     return mean(ppo(case, advantage, **clip_of(o)), score >= left)
 
 
+def capo(case: Case, o: Any) -> Tensor:
+    advantage = spread(case, standard(case))
+    apart = torch.nn.functional.one_hot(case.targets, case.old_logits.size(1)) - case.old_logits.softmax(-1)
+    moved = (advantage * apart.square().sum(-1)) ** 2
+    order = moved.argsort(descending=True)
+    kept = torch.ones_like(moved, dtype=torch.bool)
+    kept[order[: math.floor(o.rejected_share * len(moved))]] = False
+    return mean(ppo(case, advantage, **clip_of(o)), kept)
+
+
 def dcpo(case: Case, o: Any, entropy: float | None = None) -> Tensor:
     plain = spread(case, standard(case))
     if entropy is None:
@@ -263,11 +273,18 @@ def reverse_kl(case: Case) -> Tensor:
     return (policy.exp() * (policy - q)).sum(-1)
 
 
+def jensen_shannon(case: Case) -> Tensor:
+    q, policy = case.reference_logits.softmax(-1), case.logits.softmax(-1)
+    middle = (q + policy) / 2
+    return ((q * (q / middle).log()).sum(-1) + (policy * (policy / middle).log()).sum(-1)) / 2
+
+
 def dph_rl(case: Case, o: Any) -> Tensor:
     rates = torch.tensor([group.problem[o.base_success_column] for group in case.groups])
     mastered = (rates >= o.mastered_rate)[case.group]
+    divergence = {"forward": forward_kl, "jensen_shannon": jensen_shannon}[o.divergence](case)
     learnt = ppo(case, spread(case, standard(case)), **clip_of(o))
-    return mean(torch.where(mastered, o.divergence_coefficient * forward_kl(case), learnt))
+    return mean(torch.where(mastered, o.divergence_coefficient * divergence, learnt))
 
 
 def sage(case: Case, o: Any) -> Tensor:
@@ -435,13 +452,24 @@ PAPERS: dict[str, Paper] = {
         [*CLIP, {"sample_share": 0.4}, {"token_share": 0.3}, {"relax_steps": 3}],
         [
             ("tokens.advantages.abs() * tokens.old_entropies", "tokens.old_entropies"),
-            ("kept * (totals[0] / totals[1])", "kept"),
+            ("return masked(tokens, score", "return tokens.weights * (score"),
             ("np.var", "-np.var"),
             ("self.steps += 1", "self.steps += 2"),
         ],
         base={"sample_share": 0.7, "token_share": 0.6},
         heard=[{}],
         known=(1,),
+    ),
+    "capo": Paper(
+        capo,
+        [*CLIP, {"rejected_share": 0.3}],
+        [
+            ("2.0 * tokens.old_log_probs - tokens", "tokens.old_log_probs - tokens"),
+            ("(tokens.advantages * size)", "size"),
+            ("1.0 - 2.0 *", "1.0 -"),
+            ("return masked(tokens, moved <=", "return tokens.weights * (moved <="),
+        ],
+        base={"rejected_share": 0.1},
     ),
     "dcpo": Paper(
         dcpo,
@@ -528,6 +556,7 @@ PAPERS: dict[str, Paper] = {
         [
             *CLIP,
             {"mastered_rate": 0.5},
+            {"divergence": "jensen_shannon"},
             {"divergence_coefficient": 0.1},
             {"base_success_column": "other", "mastered_rate": 0.5},
         ],

@@ -182,9 +182,12 @@ def loss_of(method: Method, case: Case, *, moved: bool = True) -> Tensor:
     marks = {**annotated.marks, **method.mark_tokens(annotated)}
     log_policy, log_reference = policy.log_softmax(-1), reference.log_softmax(-1)
     log_flattened = (phi[:, None] * log_reference).log_softmax(-1)
+    log_middle = ((log_policy.exp() + log_reference.exp()) / 2).log()
     needed = {
         Need.FORWARD_KL: (log_flattened.exp() * (log_flattened - log_policy)).sum(-1),
         Need.REVERSE_KL: (log_policy.exp() * (log_policy - log_reference)).sum(-1),
+        Need.JENSEN_SHANNON: (log_policy.exp() * (log_policy - log_middle)).sum(-1) / 2
+        + (log_reference.exp() * (log_reference - log_middle)).sum(-1) / 2,
         Need.FLATTENED_LOG_PROB: case.at_targets(log_flattened),
         Need.REFERENCE_LOG_PROB: case.reference_log_prob,
         Need.IMPORTANCE: torch.ones_like(phi),

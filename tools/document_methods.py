@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,13 @@ def list_of_methods() -> str:
     return "\n".join(lines)
 
 
-def told(group: Group, method: Method) -> Group:
+def told(group: Group, method: Method, columns: Mapping[str, Any] | None = None) -> Group:
     """With the facts and columns that a method reads, and answers: the first half's are all the same.
 
     Responses begin as a method that reads them asks for.
     """
-    columns = {name: "5" if name != "base_success" else 0.5 for name in method.columns}
+    if columns is None:
+        columns = {name: "5" if name != "base_success" else 0.5 for name in method.columns}
     problem = replace(group.problem, columns=columns)
     asked = list(method.ask([Group(problem, ())])[0]) + [PLAIN] * len(group.episodes)
     episodes = []
@@ -70,12 +71,14 @@ def told(group: Group, method: Method) -> Group:
     return replace(group, problem=problem, episodes=tuple(episodes))
 
 
-def pull(method: Method, groups: Sequence[Group]) -> list[list[float]]:
+def pull(
+    method: Method, groups: Sequence[Group], columns: Mapping[str, Any] | None = None
+) -> list[list[float]]:
     """How a step's first update pulls at log π of each response's tokens, their mean, times all tokens.
 
     −∂ loss / ∂ log π, where the loss is a mean: of a policy gradient that is the advantage.
     """
-    groups = [told(group, method) for group in groups]
+    groups = [told(group, method, columns) for group in groups]
     seen = groups if method.reads_responses else [group.brief() for group in groups]
     [samples] = make_samples(seen, method, VOCABULARY, len(groups))
     counts = [sample.sequence.sampled_tokens for sample in samples]
@@ -200,20 +203,22 @@ BAD = {
 
 def bad_groups() -> str:
     """What each method makes of them."""
-    lines = [f"| method | {' | '.join(BAD)} |", f"|---|{'---|' * len(BAD)}"]
+    lines = [f"| method | {' | '.join(BAD)} | no solution |", f"|---|{'---|' * (len(BAD) + 1)}"]
     for name in METHODS:
-        lines.append(f"| `{name}` | {' | '.join(_learns(name, group) for group in BAD.values())} |")
+        cells = [_learns(name, group) for group in BAD.values()]
+        cells.append(_learns(name, MIXED, {}) if example(name).columns else "")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _learns(name: str, group: Group) -> str:
+def _learns(name: str, group: Group, columns: Mapping[str, Any] | None = None) -> str:
     """Which responses pull at their own tokens; or that it is refused."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy's, of the deviation of one reward
-            [pulls] = pull(example(name, responses=4), [group])
-    except RapoError as error:
-        return "refused" if "takes finite rewards" in str(error) else "no"
+            [pulls] = pull(example(name, responses=4), [group], columns)
+    except RapoError:
+        return "refused"
     learnt = [not np.isnan(value) and abs(value) > 1e-9 for value in pulls]
     if all(learnt):
         return "all"

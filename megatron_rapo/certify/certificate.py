@@ -28,7 +28,6 @@ from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.parameters import model_rules
 
-# Of models whose losses are not near 0, where terms cancel: fp32's errors are told relative to the loss.
 FIRST_SEED = 6
 DEFAULT = Architecture(
     family="qwen2",

@@ -43,12 +43,12 @@ def plain_loss(
     *,
     temperature: float,
     vocabulary: int,
-) -> Tensor:
-    """The loss of a minibatch whose policy moved since the samples were drawn.
+) -> tuple[Tensor, float]:
+    """The loss of a minibatch whose policy moved since the samples were drawn, and Σ |loss| of its tokens.
 
     The policy that they were drawn from is taken to have had the engine's log-probs, so importance weights
     are 1; what a method makes of all tokens is made of these (`old_entropies`). Token weights and
-    advantages are inputs in fp32, whatever the model's type.
+    advantages are inputs, rounded to fp32; what is made of them has the model's type.
     """
     everything = [
         _of_sample(sample, policy, reference, teacher, method, temperature=temperature, vocabulary=vocabulary)
@@ -56,6 +56,7 @@ def plain_loss(
     ]
     weights, marks = _annotations(samples, everything, method)
     losses: list[Tensor] = []
+    size = 0.0
     for sample, found, weight, own in zip(samples, everything, weights, marks, strict=True):
         old = _engine(sample).to(found[Need.IMPORTANCE].dtype)
         at_token = AtToken(
@@ -66,12 +67,14 @@ def plain_loss(
             advantage=_of_tokens(sample.advantage, old),
             phi=_of_tokens(sample.phi, old),
             position=torch.arange(len(old)),
-            marks={name: values.to(old.dtype) for name, values in own.items()},
+            marks=own,
             **{need.value: found[need] for need in method.needs},
         )
         terms = [coefficient * term(at_token)[0] for coefficient, term in method.terms()]
-        losses.append((weight.to(old.dtype) * torch.stack(terms).sum(0)).sum())
-    return torch.stack(losses).sum()
+        of_tokens = weight * torch.stack(terms).sum(0)
+        losses.append(of_tokens.sum())
+        size += float(of_tokens.detach().abs().sum())
+    return torch.stack(losses).sum(), size
 
 
 def old_entropies(engine_log_probs: Tensor) -> Tensor:
@@ -87,8 +90,9 @@ def tempered_log_probs(engine_log_probs: Tensor, tempered: float) -> Tensor:
 def _annotations(
     samples: Sequence[Sample], everything: Sequence[Mapping[Any, Tensor]], method: Method
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Weights and marks of each sample's tokens, in fp32, as a method makes them of all tokens."""
-    engine = [_engine(sample) for sample in samples]
+    """Weights and marks of each sample's tokens, as a method makes them of all tokens."""
+    dtype = everything[0]["log_prob"].dtype
+    engine = [_engine(sample).to(dtype) for sample in samples]
     counts = [len(own) for own in engine]
 
     def joined(values: Sequence[Any]) -> Tensor:
@@ -112,9 +116,9 @@ def _annotations(
     )
     weights = method.weigh(tokens)
     marks = {**tokens.marks, **method.mark_tokens(replace(tokens, weights=weights))}
-    of_samples = [values.float().split(counts) for values in marks.values()]
+    of_samples = [values.to(dtype).split(counts) for values in marks.values()]
     by_sample = [dict(zip(marks, own, strict=True)) for own in zip(*of_samples, strict=True)]
-    return list(weights.float().split(counts)), by_sample or [{} for _ in samples]
+    return list(weights.to(dtype).split(counts)), by_sample or [{} for _ in samples]
 
 
 def _of_sample(
@@ -151,6 +155,7 @@ def _of_sample(
         "entropy": -(log_policy.exp() * log_policy).sum(-1),
         Need.FORWARD_KL: (log_flattened.exp() * (log_flattened - log_policy)).sum(-1),
         Need.REVERSE_KL: (log_policy.exp() * (log_policy - log_reference)).sum(-1),
+        Need.JENSEN_SHANNON: _jensen_shannon(log_policy, log_reference, method.mixture),
         Need.FLATTENED_LOG_PROB: of_chosen(log_flattened),
         Need.REFERENCE_LOG_PROB: of_chosen(log_reference),
         Need.SEQUENCE_LOG_RATIO: (log_prob - old).mean().detach().expand_as(log_prob),
@@ -167,13 +172,18 @@ def _engine(sample: Sample) -> Tensor:
 
 def _of_teacher(log_policy: Tensor, log_teacher: Tensor, share: float) -> dict[Need, Tensor]:
     policy, teacher = log_policy.exp(), log_teacher.exp()
-    log_mixture = ((1.0 - share) * policy + share * teacher).log()
-    apart = (policy * (log_policy - log_mixture)).sum(-1), (teacher * (log_teacher - log_mixture)).sum(-1)
     return {
         Need.TEACHER_FORWARD_KL: (teacher * (log_teacher - log_policy)).sum(-1),
         Need.TEACHER_REVERSE_KL: (policy * (log_policy - log_teacher)).sum(-1),
-        Need.TEACHER_JENSEN_SHANNON: (1.0 - share) * apart[0] + share * apart[1],
+        Need.TEACHER_JENSEN_SHANNON: _jensen_shannon(log_policy, log_teacher, share),
     }
+
+
+def _jensen_shannon(log_policy: Tensor, log_other: Tensor, share: float) -> Tensor:
+    policy, other = log_policy.exp(), log_other.exp()
+    log_mixture = ((1.0 - share) * policy + share * other).log()
+    apart = (policy * (log_policy - log_mixture)).sum(-1), (other * (log_other - log_mixture)).sum(-1)
+    return (1.0 - share) * apart[0] + share * apart[1]
 
 
 def _of_tokens(value: float | np.ndarray, like: Tensor) -> Tensor:

@@ -265,6 +265,7 @@ class Objective:
             phi,
             forward=bool(self.needs & {Need.FORWARD_KL, Need.FLATTENED_LOG_PROB}),
             reverse=bool(self.needs & {Need.REVERSE_KL, Need.REFERENCE_LOG_PROB}),
+            mixture=self.method.mixture if Need.JENSEN_SHANNON in self.needs else None,
         )
 
     def _with_distribution(self, at_token: AtToken, statistics: TokenStatistics) -> AtToken:
@@ -280,6 +281,7 @@ class Objective:
         return at_token._replace(
             forward_kl=statistics.forward_kl,
             reverse_kl=statistics.reverse_kl,
+            jensen_shannon=statistics.jensen_shannon,
             flattened_log_prob=statistics.flattened_log_prob,
             reference_log_prob=statistics.reference_log_prob,
         )

@@ -23,6 +23,7 @@ from megatron_rapo.episode.group import Group, known_rewards
 from megatron_rapo.methods.advantages import standardised
 from megatron_rapo.methods.annotated import Annotated
 from megatron_rapo.methods.clipping import Clipping
+from megatron_rapo.methods.masking import masked
 from megatron_rapo.methods.method import Method, OfEpisodes
 from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.methods.terms.term import Term
@@ -64,19 +65,12 @@ class D3S(Method):
 
     def weigh(self, tokens: Annotated) -> Tensor:
         """The weights of the tokens that are left, which add up to what all did."""
-        import torch  # late: options are read without it
-
-        score = (tokens.advantages.abs() * tokens.old_entropies)[tokens.weights > 0]
-        scores = tokens.of_all_ranks(score)
+        score = tokens.advantages.abs() * tokens.old_entropies
+        scores = tokens.of_all_ranks(score[tokens.weights > 0])
         if not len(scores):
             return tokens.weights
         left = math.ceil(self._share(self.options.token_share) * len(scores))
-        least = scores.kthvalue(len(scores) - left + 1).values
-        kept = tokens.weights.clone()
-        kept[tokens.weights > 0] *= score >= least
-        sums = [part.double().sum() for part in (tokens.weights, kept)]  # fp32's depend on who has which
-        totals = tokens.of_all_ranks(torch.stack(sums)).reshape(-1, 2).sum(0)
-        return kept * (totals[0] / totals[1])
+        return masked(tokens, score >= scores.kthvalue(len(scores) - left + 1).values)
 
     def _share(self, first: float) -> float:
         """Of samples or tokens, in this step."""

@@ -3,17 +3,17 @@
     J = E_{x ∈ D_exp}[ g(θ) ] − η · E_{x ∈ D_pef}[ D_f(π_ref ‖ π) ]
 
 D_pef are the prompts that the base model solves at least with the given rate, which a column of the data
-tells; there the forward KL keeps what it can do, and nothing is rewarded. On all other prompts there is the
-policy gradient alone. After the abstract and public descriptions. Ours: the forward KL is exact over the
-vocabulary, at the policy's own prefixes, where the paper estimates it on samples that the base model left
-before training; both parts are averaged over the same tokens.
+tells; there D_f, the forward KL or the Jensen–Shannon divergence, keeps what it can do, and nothing is
+rewarded. On all other prompts there is the policy gradient alone. After the abstract and public
+descriptions. Ours: D_f is exact over the vocabulary, at the policy's own prefixes, where the paper estimates
+it on samples that the base model left before training; both parts are averaged over the same tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class DPHRL(Method):
-    """A forward KL where the base model already solves a prompt, the policy gradient elsewhere."""
+    """A divergence that covers modes where the base model solves a prompt, the policy gradient elsewhere."""
 
     class Options(Clipping):
         """DPH-RL (arXiv 2509.07430)."""
@@ -42,7 +42,10 @@ class DPHRL(Method):
             "base_success", description="The column of a problem that has the base model's success rate."
         )
         mastered_rate: Fraction = Field(1.0, description="From this rate a prompt is of D_pef.")
-        divergence_coefficient: PositiveFloat = Field(0.01, description="η, of the forward KL.")
+        divergence: Literal["forward", "jensen_shannon"] = Field(
+            "forward", description="D_f: KL(π_ref ‖ π), or between both directions."
+        )
+        divergence_coefficient: PositiveFloat = Field(0.01, description="η, of the divergence.")
 
     options: Options
 
@@ -72,17 +75,24 @@ class DPHRL(Method):
         return rate
 
     def terms(self) -> Sequence[tuple[float, Term]]:
-        return [(1.0, self.options.surrogate()), (self.options.divergence_coefficient, Rehearsal())]
+        o = self.options
+        return [(1.0, o.surrogate()), (o.divergence_coefficient, Rehearsal(o.divergence))]
 
 
 @dataclass(frozen=True)
 class Rehearsal(Term):
-    """KL(reference ‖ policy) where the mark `mastered` is 1."""
+    """The divergence from the reference where the mark `mastered` is 1."""
 
-    needs = frozenset({Need.FORWARD_KL})
+    divergence: Literal["forward", "jensen_shannon"]
     reads = frozenset({"mastered"})
+
+    @property
+    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+        """The divergence."""
+        return frozenset({Need.FORWARD_KL if self.divergence == "forward" else Need.JENSEN_SHANNON})
 
     def __call__(self, token: AtToken) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Reports itself as `rehearsal`."""
-        loss = token.marks["mastered"].to(token.log_prob.dtype) * present(token.forward_kl)
+        [need] = self.needs
+        loss = token.marks["mastered"].to(token.log_prob.dtype) * present(getattr(token, need.value))
         return loss, {"rehearsal": loss}

@@ -60,7 +60,8 @@ class Method:
             of a step are many, and all ranks hold those of all responses if it is set.
         follows_policy: whether `mark_tokens` reads log-probs and entropies of the policy as each update
             finds it: the policy is then run once more for each update of a step but its first.
-        mixture: β, the teacher's share in the mixture of the Jensen–Shannon divergence; above 0, below 1.
+        mixture: β, the teacher's or reference's share in the mixture of the Jensen–Shannon divergence; above
+            0, below 1.
         tempered: a temperature, in multiples of the rollouts', at which `weigh` and `mark_tokens` read old
             log-probs too; None where they don't.
         example: options without which it cannot be made, for lists and tests of all methods.

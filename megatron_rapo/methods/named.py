@@ -11,6 +11,7 @@ from megatron_rapo.methods.arpo import ARPO
 from megatron_rapo.methods.aspo import ASPO
 from megatron_rapo.methods.bapo import BAPO
 from megatron_rapo.methods.c_grpo import CGRPO
+from megatron_rapo.methods.capo import CAPO
 from megatron_rapo.methods.clpo import CLPO
 from megatron_rapo.methods.copg import CoPG
 from megatron_rapo.methods.critique_grpo import CritiqueGRPO
@@ -71,6 +72,7 @@ METHODS: Mapping[str, type[Method]] = {
     "bapo": BAPO,
     "hapo": HAPO,
     "d3s": D3S,
+    "capo": CAPO,
     "dcpo": DCPO,
     "riskpo": RiskPO,
     "polychromic": Polychromic,

@@ -93,7 +93,8 @@ def _rows(
     for place, group in sorted(batch.sampled.whole.items()):
         flags = trained.get(id(batch.drawn[place]), [False] * len(group.episodes))
         for number, (scored, flag) in enumerate(zip(group.episodes, flags, strict=True)):
-            yield Recorded(first + place, number, temperature, group.problem, scored, flag)
+            own = scored.guide.temperature or temperature
+            yield Recorded(first + place, number, own, group.problem, scored, flag)
 
 
 def _in_loss(groups: Sequence[Group], minibatches: Sequence[Sequence[Sample]]) -> list[list[bool]]:

@@ -21,6 +21,7 @@ from megatron_rapo.data.tokenizer import load_tokenizer
 from megatron_rapo.episode.environment import Transcript, Turn
 from megatron_rapo.episode.episode import Episode, ScoredEpisode
 from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.guide import Guide
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
@@ -163,6 +164,13 @@ def test_what_was_trained_on_is_told(tmp_path: Path) -> None:
         *((100, number, "b", False) for number in range(3)),
         *((101, number, "a", number != 2) for number in range(3)),
     ]
+
+
+def test_an_episodes_own_temperature_is_told(tmp_path: Path) -> None:
+    group = of(C, W)
+    flatter = replace(group.episodes[1], guide=Guide(temperature=1.5))
+    record(config(tmp_path), 1, [replace(group, episodes=(group.episodes[0], flatter))])
+    assert [row["temperature"] for row in rows(tmp_path, 1)] == [0.7, 1.5]
 
 
 def test_what_the_method_leaves_out_is_not_trained_on(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ class Need(Enum):
 
     FORWARD_KL = "forward_kl"
     REVERSE_KL = "reverse_kl"
+    JENSEN_SHANNON = "jensen_shannon"
     FLATTENED_LOG_PROB = "flattened_log_prob"
     REFERENCE_LOG_PROB = "reference_log_prob"
     SEQUENCE_LOG_RATIO = "sequence_log_ratio"
@@ -26,9 +27,10 @@ class Need(Enum):
     TEACHER_JENSEN_SHANNON = "teacher_jensen_shannon"
 
 
-OF_THE_REFERENCE = frozenset(
-    {Need.FORWARD_KL, Need.REVERSE_KL, Need.FLATTENED_LOG_PROB, Need.REFERENCE_LOG_PROB}
-)
+OF_ITS_DISTRIBUTION = frozenset({Need.FORWARD_KL, Need.REVERSE_KL, Need.JENSEN_SHANNON})
+"""Of the reference: its log-prob of the sampled token is not enough, so its final hidden states are kept."""
+
+OF_THE_REFERENCE = OF_ITS_DISTRIBUTION | {Need.FLATTENED_LOG_PROB, Need.REFERENCE_LOG_PROB}
 """For which there must be a reference model."""
 
 OF_THE_TEACHER = frozenset({Need.TEACHER_FORWARD_KL, Need.TEACHER_REVERSE_KL, Need.TEACHER_JENSEN_SHANNON})
@@ -39,9 +41,6 @@ OF_IMPORTANCE = frozenset({Need.IMPORTANCE, Need.SEQUENCE_IMPORTANCE})
 
 OF_SEQUENCES = frozenset({Need.SEQUENCE_LOG_RATIO, Need.SEQUENCE_IMPORTANCE})
 """Means over a response's tokens."""
-
-OF_ITS_DISTRIBUTION = frozenset({Need.FORWARD_KL, Need.REVERSE_KL})
-"""For which its log-prob of the sampled token is not enough: its final hidden states are kept."""
 
 
 class AtToken(NamedTuple):
@@ -60,6 +59,7 @@ class AtToken(NamedTuple):
         position: int64, in the response, from 0.
         forward_kl: KL(p ‖ π), exact over the vocabulary; differentiable.
         reverse_kl: KL(π ‖ q), exact over the vocabulary; differentiable.
+        jensen_shannon: (1 − β) KL(π ‖ M) + β KL(q ‖ M), M = (1 − β) π + β q, β `Method.mixture`; likewise.
         flattened_log_prob: log p of the sampled token.
         reference_log_prob: log q of the sampled token.
         sequence_log_ratio: the mean of log π − log π_old over the token's response; a constant.
@@ -82,6 +82,7 @@ class AtToken(NamedTuple):
     position: Tensor
     forward_kl: Tensor | None = None
     reverse_kl: Tensor | None = None
+    jensen_shannon: Tensor | None = None
     flattened_log_prob: Tensor | None = None
     reference_log_prob: Tensor | None = None
     sequence_log_ratio: Tensor | None = None
