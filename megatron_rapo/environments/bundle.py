@@ -27,7 +27,7 @@ class Bundle:
     First turns go out as one request, so that an engine runs a prompt once for all its responses. Of engines
     that serve one request at a time, so do later ones: once every episode waits for a turn or has ended. Thus
     what shares a batch does not depend on time, and a run repeats bit for bit. Other engines batch what
-    comes, when it comes.
+    comes, when it comes; later turns go where first ones went, whose contexts that engine's prefix cache has.
     """
 
     def __init__(
@@ -82,7 +82,8 @@ class Bundle:
 
     async def _send(self, asks: Sequence[Ask]) -> list[Response]:
         with self._times.asking.one_more():
-            return await asyncio.wrap_future(self._round.ask(Request(tuple(asks), self._sampling)))
+            request = Request(tuple(asks), self._sampling)
+            return await asyncio.wrap_future(self._round.ask(request, None if self._gather_all else self))
 
 
 def _hand_out(answers: asyncio.Future[list[Response]], together: Sequence[_Waiting]) -> None:

@@ -1,10 +1,10 @@
-"""Requests over engines: each to the least loaded one, and once more where an engine is lost."""
+"""Requests over engines: each where its context is or the load is least, and again where one is lost."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence, Sized
+from collections.abc import Callable, Coroutine, Hashable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -25,6 +25,7 @@ class _Asked(Generic[R, T]):
 
     request: R
     answer: asyncio.Future[T]
+    after: Hashable | None
     task: asyncio.Task[T] | None = None  # that sends it
     lost: bool = False  # with an engine that had it
 
@@ -59,9 +60,13 @@ class Dispatch(Generic[R, T]):
         self._waiting: deque[_Asked[R, T]] = deque()
         self._under_way: dict[asyncio.Task[T], tuple[_Asked[R, T], Member]] = {}
         self._closed = False
+        self._had: dict[Hashable, Member] = {}  # what later requests come after
 
-    async def ask(self, request: R) -> T:
+    async def ask(self, request: R, after: Hashable | None = None) -> T:
         """The answer. A request's length is what it loads an engine with.
+
+        Requests that come `after` the same go to the engine that had the first of them, where that lives and
+        has room: its prefix cache holds what they go on from.
 
         Where whoever asks is cancelled, so is the request; once closed, whoever asks is cancelled.
 
@@ -69,7 +74,7 @@ class Dispatch(Generic[R, T]):
             TooFewEngines: fewer than `minimum` are left.
             RapoError: an engine refused it.
         """
-        asked = _Asked[R, T](request, asyncio.get_running_loop().create_future())
+        asked = _Asked[R, T](request, asyncio.get_running_loop().create_future(), after)
         if self._closed:
             asked.answer.cancel()
         self._waiting.append(asked)
@@ -92,10 +97,12 @@ class Dispatch(Generic[R, T]):
 
     def _go_on(self) -> None:
         """Sends what finds an engine; refuses what never will."""
-        while self._waiting and (member := self._least_loaded()):
+        while self._waiting and (member := self._engine_for(self._waiting[0])):
             asked = self._waiting.popleft()
             if asked.answer.done():
                 continue  # whoever asked has gone
+            if asked.after is not None and not ((first := self._had.get(asked.after)) and first.live):
+                self._had[asked.after] = member
             self.resent += asked.lost
             asked.task = task = asyncio.ensure_future(self._send(member, asked.request))
             self._under_way[task] = asked, member
@@ -121,16 +128,19 @@ class Dispatch(Generic[R, T]):
                 asked.answer.set_result(task.result())
         self._go_on()
 
-    def _least_loaded(self) -> Member | None:
-        """The live engine with the fewest responses to make that may have one more request."""
+    def _engine_for(self, asked: _Asked[R, T]) -> Member | None:
+        """Of live engines that may have one more request: the one that had what it comes after, or else that
+        with the fewest responses to make."""
         live = [member for member in self._members if member.live]
         if len(live) < self._minimum:
             return None
         load = dict.fromkeys(live, 0)
         requests = dict.fromkeys(live, 0)
-        for asked, member in self._under_way.values():
+        for one, member in self._under_way.values():
             if member in load:
-                load[member] += len(asked.request)
+                load[member] += len(one.request)
                 requests[member] += 1
         free = [member for member in live if requests[member] < self._per_engine]
+        if (first := self._had.get(asked.after)) in free:
+            return first
         return min(free, key=load.__getitem__, default=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from concurrent.futures import Future
 
 from megatron_rapo.background import BackgroundLoop
@@ -18,14 +19,15 @@ class Round:
         self._loop = loop
         self._dispatch = dispatch
 
-    def ask(self, request: Request) -> Future[list[Response]]:
-        """The request's responses, in its order, once an engine has made them.
+    def ask(self, request: Request, after: Hashable | None = None) -> Future[list[Response]]:
+        """The request's responses, in its order, once an engine has made them; where it has room, the one
+        that had the first request which came `after` the same.
 
         They do not depend on which engine does, beyond the rounding of logits in another batch. The future
         fails with `TooFewEngines` where engines were lost and too few are left, with `RapoError` where one
         refused it.
         """
-        return self._loop.start(self._dispatch.ask(request))
+        return self._loop.start(self._dispatch.ask(request, after))
 
     @property
     def resent(self) -> int:

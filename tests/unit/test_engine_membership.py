@@ -178,6 +178,27 @@ def test_each_request_goes_to_the_engine_with_the_fewest_responses_to_make() -> 
     run(work)
 
 
+def test_what_goes_on_from_a_request_finds_its_engine_where_that_has_room() -> None:
+    async def work() -> None:
+        a_round = Round([5, 1, 1], engines=3, per_engine=3)
+        running = a_round.begin()
+        for size, after in ((7, "a"), (1, "b"), (1, "a"), (1, "a"), (1, None)):
+            running.append(asyncio.create_task(a_round.dispatch.ask([0] * size, after)))
+        await turns()
+        # Loads: 5 1 1; the first of "a" makes them 5 8 1, "b" 5 8 2, the second 5 9 2. Engine 1 is full now.
+        assert a_round.asked[3:] == [(1, 7), (2, 1), (1, 1), (2, 1), (0, 1)]
+        assert await a_round.finish(running) == list(range(8))
+        for gone, engine in (([], 1), ([1], 0), ([], 0)):
+            for number in gone:
+                a_round.lose(number)
+            running = [asyncio.create_task(a_round.dispatch.ask([0], "a"))]
+            await turns()
+            assert a_round.asked[-1] == (engine, 1)
+            await a_round.finish(running)
+
+    run(work)
+
+
 def test_no_engine_has_more_requests_than_it_may() -> None:
     async def work() -> None:
         a_round = Round([9, 1, 1, 1, 1, 1], per_engine=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -92,7 +93,7 @@ class Engine:
 
     def asked(self) -> list[dict[str, Any]]:
         """Bodies of requests for responses."""
-        return [body for path, body in self.stand_in.asked if path == "/generate"]
+        return generations(self.stand_in)
 
 
 @pytest.fixture
@@ -138,6 +139,40 @@ class Turns:
                 transcript.add_given(generate.encode("40 41"))
         return Episode((transcript.sequence(),), turn.text, Score(0.25, {"turns": 3}))
 """
+
+
+def generations(server: StandIn) -> list[dict[str, Any]]:
+    """Bodies of requests for responses."""
+    return [body for path, body in server.asked if path == "/generate"]
+
+
+def when_all_are_asked(servers: list[StandIn], requests: int) -> None:
+    """Lets the servers answer once they have so many requests."""
+    for server in servers:
+        server.go_on.clear()
+    deadline = time.monotonic() + 30
+    while sum(map(len, map(generations, servers))) < requests and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for server in servers:
+        server.go_on.set()
+
+
+def test_later_turns_go_to_the_engine_that_has_their_context(tmp_path: Path) -> None:
+    with (
+        stand_ins(2) as (servers, urls),
+        EnginePool(urls, SGLangClient, vocab_size=VOCAB, prompts_per_request=1, request_timeout=60) as pool,
+    ):
+        release = threading.Thread(target=when_all_are_asked, args=(servers, len(PROMPTS)))
+        release.start()
+        Engine(servers[0], pool, tmp_path).run(TURNS, use="Turns", limit=20)
+        release.join()
+    firsts = []
+    for server in servers:
+        asked = [ids for body in generations(server) for ids in body["input_ids"]]
+        firsts.append({tuple(ids) for ids in asked if len(ids) == 2})
+        assert {tuple(ids[:2]) for ids in asked} == firsts[-1]
+        assert sorted(map(len, asked)) == [length for length in (2, 6, 10) for _ in range(len(asked) // 3)]
+    assert sorted(map(len, firsts)) == [1, 2]
 
 
 @pytest.mark.parametrize("kind", [SGLangClient, Sequential])

@@ -140,7 +140,7 @@ def test_a_round_is_as_the_pool_is_told(
             closed.append(False)
             asked.append([])
 
-        async def ask(self, request: Any) -> Any:
+        async def ask(self, request: Any, after: Any) -> Any:
             asked[-1].append([ask.token_ids[0] for ask in request.asks])
             if request.asks[-1].token_ids[0] == last:
                 raise TooFewEngines("too few")
