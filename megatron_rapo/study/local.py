@@ -17,6 +17,7 @@ from megatron_rapo.study.making import Stopper, make
 from megatron_rapo.study.plan import PlannedRun
 
 POLL_S = 0.5
+SHOW_S = 5.0  # to see where runs stand is to read their metrics
 
 Make = Callable[[PlannedRun, Path, Stopper], bool]
 
@@ -60,6 +61,7 @@ def run_all(
     waiting, free = list(runs), cores
     stopper = Stopper()
     running: dict[Future[None], PlannedRun] = {}
+    shown = -SHOW_S
     threads = ThreadPoolExecutor(max_workers=max(cores, 1))
     with _stop_signals(stopper), threads:
         try:
@@ -68,7 +70,9 @@ def run_all(
                     waiting.remove(run)
                     free -= run.cores
                     running[threads.submit(_until_done, run, folder, retries, stopper, make)] = run
-                show()
+                if time.monotonic() - shown >= SHOW_S:
+                    show()
+                    shown = time.monotonic()
                 time.sleep(POLL_S if running else 0)
                 for future in [one for one in running if one.done()]:
                     free += running.pop(future).cores

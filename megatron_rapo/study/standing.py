@@ -56,20 +56,31 @@ def standings(
     Raises:
         RapoError: a run's folder is of another configuration than the study has now.
     """
-    return [_standing(folder, run, run.name in results, retries) for run in runs]
+    return [
+        _done(run, results[run.name]) if run.name in results else _standing(folder, run, retries)
+        for run in runs
+    ]
 
 
-def _standing(folder: Path, run: PlannedRun, done: bool, retries: int) -> Standing:
-    if not done:
-        check_folder(run)
+def _done(run: PlannedRun, result: Result) -> Standing:
+    """From its result alone: this is asked every few seconds, and metrics of many runs take long to read."""
+    rewards = [reward for reward in result.paths.get("reward/mean", ()) if reward is not None]
+    return Standing(
+        run,
+        State.DONE,
+        step=result.steps[-1] if result.steps else None,
+        reward=rewards[-1] if rewards else None,
+    )
+
+
+def _standing(folder: Path, run: PlannedRun, retries: int) -> Standing:
+    check_folder(run)
     lines = read_step_lines(run.directory / "metrics.jsonl")
     rewards = [line["reward/mean"] for line in lines if line.get("reward/mean") is not None]
     trained = [line for line in lines if line["step"] > 0]
     pace = (trained[-1]["time_s"] - lines[0]["time_s"]) / len(trained) if len(trained) > 1 else None
     failures = [attempt for attempt in read_attempts(folder, run.name) if attempt.failed]
-    if done:
-        state = State.DONE
-    elif is_held(run.directory):
+    if is_held(run.directory):
         state = State.RUNNING
     elif len(failures) > retries:
         state = State.FAILED
@@ -81,7 +92,7 @@ def _standing(folder: Path, run: PlannedRun, done: bool, retries: int) -> Standi
         step=lines[-1]["step"] if lines else None,
         reward=rewards[-1] if rewards else None,
         seconds_a_step=pace,
-        told=failures[-1].told if failures and not done else "",
+        told=failures[-1].told if failures else "",
     )
 
 

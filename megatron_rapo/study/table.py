@@ -18,7 +18,6 @@ from megatron_rapo.study.results import Result
 from megatron_rapo.study.standing import Standing, State
 
 COLUMNS = ("run", "state", "step", "reward", "left")
-REFRESH_S = 2.0
 
 
 def rows(standings: Sequence[Standing], results: Mapping[str, Result]) -> list[tuple[str, ...]]:

@@ -181,6 +181,27 @@ def test_shipped_studies_can_be_planned(file: Path, tmp_path: Path) -> None:
         assert len({run.seed for run in stages.main}) >= (3 if pilot else 5), "a verdict takes five"
 
 
+@pytest.mark.parametrize(
+    "results", sorted((ROOT / "studies").glob("*/*/results")), ids=lambda folder: folder.parent.name
+)
+def test_the_page_of_a_shipped_study_is_made_again_from_its_results(results: Path, tmp_path: Path) -> None:
+    """Within a minute; a study's text has the figures that the page has."""
+    shutil.copytree(results.parents[1], tmp_path / "study")
+    file = tmp_path / "study" / f"{results.parent.name}.toml"
+    began = time.monotonic()
+    assert main(["study", str(file), "--report"]) == 0
+    assert time.monotonic() - began < 60
+    report = tmp_path / "study" / results.parent.name / "report"
+    with (report / "numbers/contrasts.csv").open() as opened:
+        contrasts = list(csv.DictReader(opened))
+    page = (ROOT / "docs" / f"study-{results.parents[1].name.replace('_', '-')}.md").read_text()
+    for row in contrasts:
+        low, difference, high = (
+            f"{float(row[name]):+.3f}".replace("-", "−") for name in ("low", "difference", "high")
+        )
+        assert f"{difference} [{low}, {high}]" in page, row["contrast"]
+
+
 # What is refused
 
 
