@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_rapo import Episode, Problem
+from megatron_rapo.cli import main
 from megatron_rapo.config.load import load_config, validate
 from megatron_rapo.data.tasks import countdown
 from megatron_rapo.environments.countdown_turns import CountdownTurns
@@ -17,6 +18,7 @@ from megatron_rapo.environments.plain_renderer import Markers, PlainRenderer
 from megatron_rapo.environments.rendering import Rendering
 from megatron_rapo.errors import RapoError
 from tests.dialogues import TINY, SamplingIds, tiny
+from tests.stand_in import stand_ins
 
 ROOT = Path(__file__).parents[2]
 POSED = countdown.pose([3, 7, 2], 12)  # 7+3+2
@@ -127,3 +129,34 @@ def test_the_example_s_episode_is_that_of_its_readme(monkeypatch: pytest.MonkeyP
     assert (options.guesses, options.wrong, options.malformed) == (3, WRONG, MALFORMED)
     _, text = play(["3*7-2", "7+3+2"])
     assert f"```\n{POSED.question}{text}\n```" in Path("examples/turns/README.md").read_text()
+
+
+def test_the_example_asks_again_after_each_wrong_guess(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an engine that says nothing but `1`."""
+    monkeypatch.chdir(ROOT)
+    ids = [*tiny().encode("1"), tiny().eos_token_id]
+
+    def answer(body: dict[str, Any]) -> list[dict[str, Any]]:
+        meta = {
+            "finish_reason": {"type": "stop"},
+            "weight_version": server.version,
+            "output_token_logprobs": [[-0.5, token, None] for token in ids],
+        }
+        return [{"text": "", "output_ids": ids, "meta_info": meta} for _ in body["input_ids"]]
+
+    with stand_ins(1) as ([server], urls):
+        server.generate = answer
+        engine = f'rollout.engine={{kind = "sglang", urls = ["{urls[0]}"]}}'
+        status = main(["try", "examples/turns/run.toml", "--responses", "1", "--set", engine])
+    shown = capsys.readouterr()
+    assert status == 0, shown.err
+    asked = [
+        tiny().decode(one) for path, body in server.asked if path == "/generate" for one in body["input_ids"]
+    ]
+    question = asked[0]
+    end = tiny().eos_token
+    assert asked[1:] == [f"{question}1{end}\n{question}", f"{question}1{end}\n{question}1{end}\n{question}"]
+    for fact in ("turns = 3", "right_by_3 = 0", "ended_answered = 1"):
+        assert f"environment/{fact}" in shown.out
