@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,22 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class OfKind:
+    """Means over the tokens of one kind; entropies and divergence of the distributions they were drawn from.
+
+    Attributes:
+        tokens: how many there were.
+        base_entropy, model_entropy: in nats.
+        reverse_kl: KL(model ‖ base).
+    """
+
+    tokens: int
+    base_entropy: float
+    model_entropy: float
+    reverse_kl: float
+
+
+@dataclass(frozen=True)
 class Diagnostics:
     """Over some correct responses of the model; log-probs, entropies and divergences are in nats, at the
     setting's temperature, over the full vocabulary.
@@ -41,6 +58,7 @@ class Diagnostics:
         reverse_kl: `[positions]`, KL(model ‖ base).
         base_entropy, model_entropy: `[positions]`.
         reaching: `[positions]`, responses that reach it.
+        kinds: by what the token's text is: `words` where it has a letter, else `digits`, `signs`, `blank`.
     """
 
     responses: int
@@ -53,6 +71,7 @@ class Diagnostics:
     base_entropy: tuple[float, ...]
     model_entropy: tuple[float, ...]
     reaching: tuple[int, ...]
+    kinds: Mapping[str, OfKind] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,7 +97,12 @@ class Pair:
                 f"{base} has a vocabulary of {sizes[0]}, {model} of {sizes[1]}: the model was not trained "
                 "from this base; name its own"
             )
-        self.vocabulary = vocabulary_size(load_tokenizer(base), sizes[0])
+        self._tokenizer = load_tokenizer(base)
+        self.vocabulary = vocabulary_size(self._tokenizer, sizes[0])
+
+    def kinds(self, row: _Row) -> list[str]:
+        """`[tokens]`, the kind of each token of the response."""
+        return [_kind(self._tokenizer.decode([token])) for token in row.response]
 
     @torch.inference_mode()
     def statistics(self, row: _Row, temperature: float) -> Floats:
@@ -140,7 +164,24 @@ def diagnose(store: SampleStore, setting: SettingRecord, pair: Pair, *, limit: i
         base_entropy=tuple(by_position[4].tolist()),
         model_entropy=tuple(by_position[5].tolist()),
         reaching=tuple(reaching.tolist()),
+        kinds=_by_kind([kind for row in rows for kind in pair.kinds(row)], np.concatenate(found, axis=1)),
     )
+
+
+def _kind(text: str) -> str:
+    for kind, has in (("words", str.isalpha), ("digits", str.isdigit)):
+        if any(map(has, text)):
+            return kind
+    return "signs" if text.strip() else "blank"
+
+
+def _by_kind(kinds: Sequence[str], statistics: Floats) -> dict[str, OfKind]:
+    """Of the `[6, tokens]` that `Pair.statistics` gives, of all responses."""
+    found = {}
+    for kind in sorted(set(kinds)):
+        reverse, base, model = statistics[3:, np.array(kinds) == kind].mean(axis=1).tolist()
+        found[kind] = OfKind(kinds.count(kind), base, model, reverse)
+    return found
 
 
 def _choose(store: SampleStore, limit: int, vocabulary: int) -> list[_Row]:

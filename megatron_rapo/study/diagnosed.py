@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,8 @@ class Diagnosed:
         reaching: `[positions]`, responses that reach it.
         forms: solutions of different form, expected among four correct responses to a problem
             (`evaluation.diversity`); of problems with so many.
+        kinds: the same means over tokens of a kind, and `tokens`, how many they are
+            (`evaluation.diagnostics.OfKind`).
     """
 
     responses: int
@@ -35,6 +37,7 @@ class Diagnosed:
     reverse_kl: Sequence[float]
     reaching: Sequence[int]
     forms: float
+    kinds: Mapping[str, Mapping[str, float]]
 
 
 def diagnose(run: PlannedRun) -> dict[str, Diagnosed]:
@@ -65,6 +68,7 @@ def diagnose(run: PlannedRun) -> dict[str, Diagnosed]:
                 reverse_kl=_short(found.reverse_kl),
                 reaching=found.reaching,
                 forms=round(diversity(store).forms, DIGITS),
+                kinds={kind: _rounded(asdict(one)) for kind, one in found.kinds.items()},
             )
     return tables
 
@@ -81,6 +85,23 @@ def mean_by_position(tables: Sequence[Diagnosed], measure: str, fewest: int) -> 
     known = reaching.sum(axis=0)
     shown = int(np.argmax(known < fewest)) if (known < fewest).any() else longest
     return [float(value) for value in total[:shown] / known[:shown]]
+
+
+def mean_by_kind(tables: Sequence[Diagnosed]) -> dict[str, dict[str, float]]:
+    """The means over the tokens of all tables, by kind; `tokens` is their sum."""
+    found: dict[str, dict[str, float]] = {}
+    for kind in sorted({kind for one in tables for kind in one.kinds}):
+        parts = [one.kinds[kind] for one in tables if kind in one.kinds]
+        tokens = [part["tokens"] for part in parts]
+        found[kind] = {
+            name: float(np.average([part[name] for part in parts], weights=tokens)) for name in parts[0]
+        }
+        found[kind]["tokens"] = sum(tokens)
+    return found
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, DIGITS) for name, value in values.items()}
 
 
 def _short(values: Sequence[float]) -> list[float]:

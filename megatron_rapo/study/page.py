@@ -14,6 +14,7 @@ from megatron_rapo.report.figures import PageFigure, figure
 from megatron_rapo.report.page import Section, render_page
 from megatron_rapo.study.analysis import Analysis
 from megatron_rapo.study.answer import answer, changes, sentence
+from megatron_rapo.study.diagnosed import mean_by_kind
 from megatron_rapo.study.figures import plots
 from megatron_rapo.study.outcomes import judged, mean_outcome
 from megatron_rapo.study.results import Result
@@ -39,6 +40,17 @@ class ShownRun:
 
 
 @dataclass(frozen=True)
+class DiagnosedArm:
+    """Correct responses of all seeds: how many, means over seeds, and over tokens by kind (`diagnosed`)."""
+
+    name: str
+    responses: int
+    below_floor: float
+    forms: float
+    kinds: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
 class StudyPage:
     """What the templates show."""
 
@@ -53,7 +65,7 @@ class StudyPage:
     runs: Sequence[ShownRun]
     tokens: Mapping[str, float]
     core_hours: Mapping[str, float]
-    diagnosed: Sequence[tuple[str, int, float, float]]
+    diagnosed: Sequence[DiagnosedArm]
     cost: str
     versions: Sequence[Mapping[str, str]]
 
@@ -116,14 +128,14 @@ def _runs(analysis: Analysis, outcome: Outcome, folder: Path) -> Iterator[ShownR
         yield ShownRun(result, f"../runs/{result.run}", value)
 
 
-def _diagnosed(analysis: Analysis, outcome: Outcome) -> Iterator[tuple[str, int, float, float]]:
-    """Of each arm that has it: responses, the share below the floor, and forms, means over seeds."""
+def _diagnosed(analysis: Analysis, outcome: Outcome) -> Iterator[DiagnosedArm]:
     for arm in analysis.arms:
         found = [one.diagnosed.get(judged(one, outcome)[0]) for one in arm.results.values()]
         known = [one for one in found if one is not None]
         if known:
             below, forms = ([getattr(one, name) for one in known] for name in ("below_floor", "forms"))
-            yield arm.name, sum(one.responses for one in known), mean(below), mean(forms)
+            responses = sum(one.responses for one in known)
+            yield DiagnosedArm(arm.name, responses, mean(below), mean(forms), mean_by_kind(known))
 
 
 def _write_numbers(analysis: Analysis, folder: Path) -> None:

@@ -103,6 +103,17 @@ def test_log_probs_divergences_and_entropies_are_those_of_whole_logits(
     assert found.reverse_kl == pytest.approx(np.nanmean(reverse, axis=0), rel=1e-3)
     for path, told in zip(models, (found.base_entropy, found.model_entropy), strict=True):
         assert told == pytest.approx(np.nanmean(entropies[path], axis=0), rel=1e-3)
+    texts = [[pair._tokenizer.decode([token]) for token in ids] for ids in RESPONSES.values()]
+    digits = [
+        (row, place) for row, ids in enumerate(texts) for place, text in enumerate(ids) if text.isdigit()
+    ]
+    told_digits = found.kinds["digits"]
+    assert told_digits.tokens == len(digits) > 0
+    assert told_digits.model_entropy == pytest.approx(
+        np.mean([entropies[models[1]][one] for one in digits]), rel=1e-3
+    )
+    assert told_digits.reverse_kl == pytest.approx(np.mean([reverse[one] for one in digits]), rel=1e-3)
+    assert sum(one.tokens for one in found.kinds.values()) == sum(map(len, RESPONSES.values()))
 
 
 @pytest.mark.parametrize(("gpu", "device"), [(True, "cuda"), (False, "cpu")])

@@ -27,7 +27,7 @@ from megatron_rapo.study.analysis import analyse
 from megatron_rapo.study.answer import answer
 from megatron_rapo.study.attempts import Attempt, add_attempt, read_attempts
 from megatron_rapo.study.cost import left
-from megatron_rapo.study.diagnosed import mean_by_position
+from megatron_rapo.study.diagnosed import mean_by_kind, mean_by_position
 from megatron_rapo.study.figures import plots
 from megatron_rapo.study.local import run_all
 from megatron_rapo.study.making import Stopper
@@ -528,6 +528,21 @@ def test_responses_are_laid_beside_the_model_that_a_run_began_as(
     both = mean_by_position([found, short], "reverse_kl", 5)
     assert both[0] == pytest.approx((found.reverse_kl[0] * 5 + 9.0 * 15) / 20)
     assert len(mean_by_position([found, short], "reverse_kl", 6)) == 1
+    kind = next(iter(found.kinds))
+    other = replace(found, kinds={kind: {**found.kinds[kind], "tokens": 1, "reverse_kl": 9.0}})
+    tokens, own = found.kinds[kind]["tokens"], found.kinds[kind]["reverse_kl"]
+    assert own == pytest.approx(expected.kinds[kind].reverse_kl, abs=1e-5)
+    together = mean_by_kind([found, other])[kind]
+    assert together["tokens"] == tokens + 1
+    assert together["reverse_kl"] == pytest.approx((own * tokens + 9.0) / (tokens + 1))
+    leave_folder(opened.plan().main[2], [8, 3])
+    make_hf_model(opened.plan().main[2].directory / "model", seed=2)
+    assert maker(lambda _: [8, 3])(opened.plan().main[2], opened.folder, Stopper())
+    command.report(opened)
+    page = (opened.folder / "report/report.html").read_text()
+    assert "Correct responses beside the base" in page and kind in page
+    figures = {file.stem for file in (opened.folder / "report/figures").iterdir()}
+    assert {"entropy_by_position", "reverse_kl_by_position"} <= figures
 
 
 def test_hard_problems_are_chosen_by_samples_that_do_not_judge(
