@@ -10,6 +10,7 @@ import numpy as np
 from megatron_rapo.config import Parallel
 from megatron_rapo.episode.episode import Episode, ScoredEpisode
 from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.guide import PLAIN, Guide
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
@@ -156,5 +157,13 @@ def batch(seed: int = 0, *, facts: Sequence[str] = (), columns: Sequence[str] = 
 
 
 def batch_of(method: Method) -> list[Group]:
-    """The batch, with the facts and columns that a method reads."""
-    return batch(facts=method.facts, columns=method.columns)
+    """The batch, with the facts and columns that a method reads, and responses begun as it asks for."""
+    groups = batch(facts=method.facts, columns=method.columns)
+    asked = method.ask([replace(group, episodes=()) for group in groups])
+    return [_begun(group, guides) for group, guides in zip(groups, asked, strict=True)]
+
+
+def _begun(group: Group, guides: Sequence[Guide]) -> Group:
+    begun = [guide if guide.begins else PLAIN for guide in guides] + [PLAIN] * RESPONSES
+    pairs = zip(group.episodes, begun, strict=False)
+    return replace(group, episodes=tuple(replace(one, guide=guide) for one, guide in pairs))

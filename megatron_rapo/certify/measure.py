@@ -17,6 +17,7 @@ from megatron_rapo.certify.plain_loss import PlainModel, old_entropies, plain_lo
 from megatron_rapo.config import Optimizer, Parallel, RunConfig
 from megatron_rapo.data.batching import Microbatch
 from megatron_rapo.episode.group import Group
+from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.batch import Batch
 from megatron_rapo.experience.delivery import with_tokens
 from megatron_rapo.experience.sharing import share
@@ -104,6 +105,11 @@ def _expected(config: RunConfig, dtype: torch.dtype) -> tuple[float, float, dict
         temperature=config.rollout.temperature,
         vocabulary=VOCABULARY,
     )
+    if not size:
+        raise RapoError(
+            f'method "{method.options.method}" has a loss of 0 at every token of what is certified, so '
+            "there is nothing to compare; give it options by which it learns from rewards of 0 and 1"
+        )
     loss.backward()
     gradients = {name: tensor.grad for name, tensor in policy.weights.items() if tensor.grad is not None}
     return float(loss.detach()), size, gradients

@@ -8,8 +8,9 @@
 p_t is the policy's probability of the true answer a, were it to be told after turn t and what follows it; p_0
 after the prompt. So a turn that finds out something is rewarded, be the final answer wrong. After the
 abstract, public descriptions and the public code (github.com/GuoqingWang1/IGPO). Ours: a has the end of
-sequence, and words around it by an option, of which the code leaves its own out of the mean; a turn earns 0
-where a does not fit behind it; GRPO's clip; no divergence.
+sequence, and words around it by an option, of which the code leaves its own out of the mean; rewards are
+compared before they are summed, where the code compares sums; a turn earns 0 where a does not fit behind it;
+GRPO's clip; no divergence.
 """
 
 from __future__ import annotations
