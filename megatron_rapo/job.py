@@ -6,25 +6,22 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+from megatron_rapo.ahead.batches import Batches
+from megatron_rapo.ahead.keeping import keep, take_up
 from megatron_rapo.checkpoint.files import how_to_go_on
 from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.checkpoint.store import CheckpointStore
 from megatron_rapo.config import RunConfig
 from megatron_rapo.data.batching import Sample
 from megatron_rapo.data.order import MixedOrder, PromptOrder
-from megatron_rapo.data.prompts import Prompt
-from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluation.evaluator import Evaluator
 from megatron_rapo.evaluation.given_loss import GivenLoss
-from megatron_rapo.experience.asking import ask
-from megatron_rapo.experience.batch import Batch, collect
-from megatron_rapo.experience.collector import Collector
+from megatron_rapo.experience.batch import Batch
 from megatron_rapo.experience.engines import SharedEngines
-from megatron_rapo.experience.given import Given, summarise_given
-from megatron_rapo.experience.sharing import Shared
-from megatron_rapo.experience.summary import count_tokens, summarise
-from megatron_rapo.experience.unknown import UnknownRewards
+from megatron_rapo.experience.given import summarise_given
+from megatron_rapo.experience.summary import count_tokens, staleness, summarise
 from megatron_rapo.launch.stop import requests
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.methods.method import Method
@@ -38,12 +35,12 @@ from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.frozen import FrozenModel
 from megatron_rapo.policy.policy import Policy
 from megatron_rapo.publish.publisher import Publisher
-from megatron_rapo.record.answers import AnswerLog, drop_until
+from megatron_rapo.record.answers import drop_until
 from megatron_rapo.record.identity import Identity
 from megatron_rapo.record.standing import finish
 from megatron_rapo.record.start import begin
 from megatron_rapo.samples.recorder import SampleRecorder
-from megatron_rapo.samples.replay import Replay, Unpublished
+from megatron_rapo.samples.replay import Unpublished
 from megatron_rapo.scaling.devices import own_peak_tflops
 from megatron_rapo.scaling.flops import training_flops
 from megatron_rapo.weights.export import write_hf_model
@@ -61,8 +58,7 @@ class Job:
     vocabulary: int
     prompts: PromptOrder | MixedOrder
     engines: SharedEngines
-    collector: Collector | Replay | Given
-    unknown_rewards: UnknownRewards
+    batches: Batches
     recorder: SampleRecorder
     evaluator: Evaluator | None
     given_loss: GivenLoss | None
@@ -72,7 +68,6 @@ class Job:
     objective: Objective
     publisher: Publisher | Unpublished
     checkpoints: CheckpointStore
-    answers: AnswerLog | None  # of code outside: this head's own
     stop_signal: int = 0  # that asked to stop; a step's end agrees on it, on all ranks
 
     @property
@@ -88,6 +83,7 @@ class Job:
             if checkpoint is not None:
                 with self.observer.phase("resume"):
                     state = self.checkpoints.load(checkpoint, self.policy)
+                    self.batches.go_on(state.step, self._waiting_in(checkpoint))
         self.prompts.position = state.prompts_drawn
         if state.method_state is not None and state.method == self.config.algorithm.method:
             restore_state(self.method, state.method_state)
@@ -100,9 +96,21 @@ class Job:
         self.observer.begin_step(state.step)
         with self.observer.phase("publish"):
             self.publish(state.step, resumed=checkpoint is not None)
+        if checkpoint is not None:
+            self.batches.run_ahead(state.step)
         if state.step == 0:
             self.observer.finish_step(self._evaluate_if_due(step=0))
         return state
+
+    def _waiting_in(self, checkpoint: Path) -> dict[int, Batch]:
+        """Batches that were sampled ahead of their steps."""
+        return take_up(
+            checkpoint,
+            self.prompts,
+            self.placement,
+            prompts_per_step=self.config.rollout.prompts_per_step,
+            whole=self.method.reads_responses,
+        )
 
     def state_after(self, step: int) -> TrainState:
         """What goes on with the next step.
@@ -113,35 +121,10 @@ class Job:
         method = self.config.algorithm.method
         return TrainState(step, self.prompts.position, method, saved_state(self.method))
 
-    def sampling_seed(self, step: int) -> int:
-        """The seed of a step's samples; 0 is evaluation's, whose samples are the same each time."""
-        return (step << 31) + self.config.run.seed
-
     def collect(self, step: int) -> Batch:
-        """Rollouts and rewards of the step's prompts, and of further ones where need be; on all ranks."""
-        sampling = self.method.sampling()
-        if wrong := sampling.wrong(self.method.configured):
-            raise RapoError(f'sampling of method "{self.config.algorithm.method}" returned {wrong}; mend it')
-        self.objective.temperature = sampling.temperature
-
-        def score(prompts: Sequence[Prompt]) -> Shared:
-            collected = partial(
-                self.collector.collect,
-                prompts,
-                chosen=sampling,
-                weight_version=step - 1,
-                seed=self.sampling_seed(step),
-                phase=self.observer.phase,
-                whole=self.method.reads_responses,
-                answers=self.answers.of_step(step) if self.answers is not None else None,
-            )
-            return ask(self.method, prompts, lambda tries: collected(tries=tries))
-
-        rollout = self.config.rollout
-        batch = collect(
-            self.prompts, rollout.prompts_per_step, score, rollout.dynamic_sampling, self.method.teaches
-        )
-        self.unknown_rewards.check(step, batch.sampled)
+        """What the step trains on; on all ranks."""
+        batch = self.batches.take(step)
+        self.objective.temperature = batch.temperature
         return batch
 
     def publish(self, step: int, *, resumed: bool = False) -> Mapping[str, float]:
@@ -160,8 +143,7 @@ class Job:
         """Keeps what the step sampled (docs/samples.md)."""
         if self.method.demonstrations is not None:
             return
-        drawn, temperature = self.prompts.position, self.objective.temperature
-        self.recorder.record(step, batch, samples, prompts_drawn=drawn, temperature=temperature)
+        self.recorder.record(step, batch, samples)
 
     def finish_step(self, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Evaluates, saves and logs, each when due."""
@@ -180,7 +162,9 @@ class Job:
         if due or best or self.stop_signal:
             with self.observer.phase("checkpoint"):
                 self.recorder.finish()  # what the checkpoint goes on after is not sampled again
-                self.checkpoints.save(self.policy, state)
+                self.checkpoints.save(
+                    self.policy, state, partial(keep, self.batches.ready, placement=self.placement)
+                )
             if self.placement.is_main:
                 drop_until(self.config.run.directory, state.step)
         self.observer.finish_step(metrics)
@@ -217,12 +201,14 @@ class Job:
             )
         self.placement.share_from_main(None)
 
-    def measured(self, batch: Batch) -> Mapping[str, float]:
+    def measured(self, step: int, batch: Batch) -> Mapping[str, float]:
         """Metrics of what the step learnt from, and of how fast that was."""
         times, (response_tokens, _) = self.observer.times(), count_tokens(batch.drawn)
         if self.method.demonstrations is None:
             what = summarise(batch, self.vocabulary, self.config.source_names)
-            rate = {"throughput/rollout_tokens_per_s": response_tokens / times["time/rollout_s"]}
+            what = {**what, **staleness(batch, now=step - 1)}
+            seconds = self.placement.largest(batch.sampled.times.sampling_s) or times.get("time/rollout_s")
+            rate = {"throughput/rollout_tokens_per_s": response_tokens / seconds} if seconds else {}
         else:
             what, rate = summarise_given(batch, self.prompts), {}
         return {**what, **rate, **self._throughput(batch, times)}

@@ -43,8 +43,10 @@ def train(config: RunConfig) -> None:
                     with phase("update"):
                         updated = job.policy.update(minibatches, job.objective, job.distribution)
                         job.method.learn(updated)
+                job.batches.settle(step)
                 with phase("publish"):
                     published = job.publish(step)
                 state = job.state_after(step)
-                job.finish_step(state, {**job.measured(batch), **updated, **published})
+                job.batches.run_ahead(step)
+                job.finish_step(state, {**job.measured(step, batch), **updated, **published})
         job.end(state)

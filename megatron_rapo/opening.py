@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_rapo.ahead.batches import Batches, Source
 from megatron_rapo.checkpoint.files import how_to_go_on
 from megatron_rapo.checkpoint.store import CheckpointStore
 from megatron_rapo.config import RunConfig
@@ -25,6 +26,7 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluation.evaluator import Evaluator
 from megatron_rapo.evaluation.given_loss import GivenLoss
 from megatron_rapo.evaluation.held_out import load_held_out
+from megatron_rapo.experience.batch import Prompts
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import SharedEngines, open_engines
 from megatron_rapo.experience.given import Given
@@ -33,6 +35,7 @@ from megatron_rapo.hangs.opening import open_watch
 from megatron_rapo.job import Job
 from megatron_rapo.launch.stop import requests
 from megatron_rapo.loss.objective import Objective
+from megatron_rapo.methods.method import Method
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.observe.heartbeat import where_is
@@ -92,6 +95,9 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             held_out = prompts.held_out
         publisher = _open_publisher(config, policy, engines, prompts)
         collector = _open_collector(config, engines, runner, verifiers, publisher, placement)
+        source = _groups_from(config, placement, collector)
+        order = order_of(prompts, config.run.seed)
+        batches = _open_batches(stack, config, observer, placement, method, order, source)
         if placement.is_main:
             print(prompts.report)
         yield Job(
@@ -101,10 +107,9 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             identity=identity,
             architecture=architecture,
             vocabulary=vocabulary,
-            prompts=order_of(prompts, config.run.seed),
+            prompts=order,
             engines=engines,
-            collector=_groups_from(config, placement, collector),
-            unknown_rewards=UnknownRewards(config.reward.unknown_limit, placement),
+            batches=batches,
             recorder=stack.enter_context(SampleRecorder(config, placement)),
             evaluator=_open_evaluator(config, tokenizer, collector, verifiers),
             given_loss=GivenLoss(config, policy, objective, held_out) if held_out else None,
@@ -114,7 +119,6 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             objective=objective,
             publisher=publisher,
             checkpoints=CheckpointStore(config, identity.fingerprints()),
-            answers=stack.enter_context(closing(AnswerLog(config, placement.data_rank))) if runner else None,
         )
 
 
@@ -225,9 +229,32 @@ def _open_collector(
     return Collector(placement, engines, runner, judge, recover=publisher.publish)
 
 
-def _groups_from(
-    config: RunConfig, placement: Placement, collector: Collector | None
-) -> Collector | Replay | Given:
+def _open_batches(
+    stack: ExitStack,
+    config: RunConfig,
+    observer: Observer,
+    placement: Placement,
+    method: Method,
+    prompts: Prompts,
+    source: Source,
+) -> Batches:
+    """What is begun and not needed any more is given up when the run ends."""
+    answers: AnswerLog | None = None
+    if placement.is_head and config.opens_engines:
+        answers = stack.enter_context(closing(AnswerLog(config, placement.data_rank)))
+    batches = Batches(
+        config,
+        method,
+        prompts,
+        source,
+        phase=observer.phase,
+        check=UnknownRewards(config.reward.unknown_limit, placement).check,
+        answers=lambda step: answers.of_step(step) if answers else None,
+    )
+    return stack.enter_context(closing(batches))
+
+
+def _groups_from(config: RunConfig, placement: Placement, collector: Collector | None) -> Source:
     """Where the groups come from that are trained on."""
     if config.demonstrations is not None:
         return Given(placement)

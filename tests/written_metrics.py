@@ -29,7 +29,7 @@ from megatron_rapo.evaluation.statistics import summarise as summarise_samples
 from megatron_rapo.experience.batch import Batch
 from megatron_rapo.experience.given import summarise_given
 from megatron_rapo.experience.sharing import Shared
-from megatron_rapo.experience.summary import summarise
+from megatron_rapo.experience.summary import staleness, summarise
 from megatron_rapo.gateway.route import Route
 from megatron_rapo.loss.mismatch import STRETCHES, Mismatch
 from megatron_rapo.loss.objective import Objective
@@ -55,6 +55,7 @@ def of_rollouts() -> set[str]:
     prompts: Any = SimpleNamespace(position=1, size=2)
     return {
         *summarise(Batch([group], Shared([group]), rounds=1), 61, ["sums", "words"]),
+        *staleness(Batch([group], Shared([group]), 0), now=1),
         *summarise_given(Batch([group], Shared([group]), rounds=0), prompts),
     }
 

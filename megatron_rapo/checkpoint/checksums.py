@@ -21,7 +21,8 @@ def sums_of(directory: Path, placement: Placement) -> Sums:
     Raises:
         OSError: a file cannot be read; on all ranks.
     """
-    names = placement.share_from_main(sorted(path.name for path in directory.iterdir()))
+    found = [str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()]
+    names = placement.share_from_main(sorted(found))
     try:
         mine: Sums | OSError = {name: _sum(directory / name) for name in _share(names, placement)}
     except OSError as error:

@@ -94,9 +94,16 @@ class CheckpointStore:
             or 0 < options.every_minutes <= minutes
         )
 
-    def save(self, policy: Policy, state: TrainState) -> None:
+    def save(
+        self, policy: Policy, state: TrainState, beside: Callable[[Path], None] = lambda folder: None
+    ) -> None:
         """Saves weights, optimizer and state; keeps the newest `checkpoint.keep` and the best. All ranks must
         call it.
+
+        Args:
+            policy: whose weights and optimizer.
+            state: the rest.
+            beside: writes what else belongs to the checkpoint into its folder, on every rank.
 
         Raises:
             RapoError: it cannot be written (a full disk, say); earlier checkpoints are untouched. Every rank
@@ -110,7 +117,7 @@ class CheckpointStore:
         if failure is None:
             failure = _write_shards(policy, partial)
         if failure is None:
-            failure = self._finish(partial, final, state, placement)
+            failure = self._finish(partial, final, state, placement, beside)
         if failure is not None:
             if placement.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -161,8 +168,22 @@ class CheckpointStore:
         found = placement.share_from_main(found)
         return found if isinstance(found, str) else damage_to(checkpoint, found, placement)
 
-    def _finish(self, partial: Path, final: Path, state: TrainState, placement: Placement) -> str | None:
+    def _finish(
+        self,
+        partial: Path,
+        final: Path,
+        state: TrainState,
+        placement: Placement,
+        beside: Callable[[Path], None],
+    ) -> str | None:
         """Makes a checkpoint of the written files; what failed, on all ranks."""
+        failed = ""
+        try:
+            beside(partial)
+        except OSError as error:
+            failed = _reason(error)
+        if failures := [one for one in placement.share_from_all(failed) if one]:
+            return failures[0]
         try:
             sums = sums_of(partial, placement)
         except OSError as error:

@@ -50,7 +50,8 @@ CLASSES: Mapping[Change, tuple[str, ...]] = {
     # What is learnt, and how fast; what is measured.
     Change.ASKED: (
         *("rollout.prompts_per_step", "rollout.responses_per_prompt", "rollout.max_response_tokens"),
-        *("rollout.temperature", "rollout.dynamic_sampling", "rollout.replay", "reward", "data.reward"),
+        *("rollout.temperature", "rollout.dynamic_sampling", "rollout.replay", "rollout.max_staleness"),
+        *("reward", "data.reward"),
         *("algorithm", "optimizer", "environment", "evaluate"),
     ),
     # Order of prompts and seeds of samples are functions of these, and the state is of these types.

@@ -18,6 +18,7 @@ from megatron_rapo.section import (
 _OF_ENGINES = (
     *("engine", "colocated", "prompts_per_request", "requests_per_engine"),
     *("startup_timeout_s", "request_timeout_s", "health_interval_s", "minimum_engines", "restarts"),
+    "max_staleness",
 )
 
 
@@ -96,6 +97,12 @@ class Rollout(Section):
         "prompts it drew.",
     )
 
+    max_staleness: NonNegativeInt = Field(
+        0,
+        description="n: engines sample ahead while the trainer trains, so that a step trains on what the "
+        "weights of up to n steps before it sampled. 0: they wait for each other. More than 1 gives engines "
+        "no more to do (docs/ahead.md).",
+    )
     replay: PathOption | None = Field(
         None,
         description="Folder of a run whose recorded samples (docs/samples.md) are trained on again, with "
@@ -111,6 +118,11 @@ class Rollout(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Rollout:
+        if self.max_staleness and self.colocated:
+            raise ValueError(
+                f"max_staleness = {self.max_staleness} has engines sample while the trainer trains, and "
+                "colocated engines are offloaded then; remove one of them"
+            )
         if self.minimum_engines > self.engine.count:
             raise ValueError(
                 f"minimum_engines = {self.minimum_engines} is more than the run's {self.engine.count} "

@@ -19,6 +19,7 @@ from megatron_rapo.config.data import Data, MixtureData, TrainingData
 from megatron_rapo.config.engine import load_own_kind
 from megatron_rapo.config.environment import EnvironmentOptions
 from megatron_rapo.config.evaluation import Evaluate, Setting
+from megatron_rapo.config.older_samples import check_old_log_probs, refuse_alarm_of_older_samples
 from megatron_rapo.config.reward import Reward
 from megatron_rapo.config.running import Checkpoint, Observe, Run
 from megatron_rapo.config.sampling import Rollout
@@ -209,6 +210,7 @@ class RunConfig(Section):
             self._check_weights_of_sources,
             self._check_evaluation,
             self._check_colocation,
+            partial(refuse_alarm_of_older_samples, self),
             self._check_slurm,
             partial(refuse_options_beside_replay, self),
             partial(refuse_options_of_samples, self),
@@ -262,6 +264,7 @@ class RunConfig(Section):
                 f'algorithm.importance_correction = "{correction}" would have no effect: no term of method '
                 f"{self.algorithm.method} reads importance weights; remove it"
             )
+        check_old_log_probs(self, method)
         if method.wants_teacher and self.teacher is None:
             raise ValueError(
                 f"teacher is missing: method {self.algorithm.method} learns from one; name its model in "

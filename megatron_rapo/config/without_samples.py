@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from megatron_rapo.config.schema import RunConfig
 
 _OF_SAMPLES = {
-    "rollout": ("responses_per_prompt", "dynamic_sampling", "replay"),
+    "rollout": ("responses_per_prompt", "dynamic_sampling", "replay", "max_staleness"),
     "observe": ("samples_every", "samples_keep", "mismatch_alarm", "mismatch_action"),
 }
 # Where nothing is evaluated either.

@@ -127,12 +127,17 @@ class Runner:
         sampled: Future[None] = Future()
         times = Times()
         sampling_still = sum(len(one.guides) for one in tries)  # episodes
+        began = time.monotonic()
+
+        def end() -> None:
+            times.sampling_s = time.monotonic() - began
+            sampled.set_result(None)
 
         def ended() -> None:
             nonlocal sampling_still
             sampling_still -= 1
             if not sampling_still:
-                sampled.set_result(None)
+                end()
 
         with ExitStack() as stack:
             round_ = stack.enter_context(self._pool.round())
@@ -152,7 +157,7 @@ class Runner:
                     return [group for groups in await all_of(map(part, parts)) for group in groups]
                 finally:
                     if not sampled.done():  # there was nothing to sample, or some was given up
-                        sampled.set_result(None)
+                        end()
 
             groups = self._loop.start(every())
             stack.callback(groups.cancel)

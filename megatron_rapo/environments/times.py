@@ -44,6 +44,7 @@ class Times:
         episodes: that ended.
         engine_s: that they waited for their turns, all together.
         own_s: that they took for themselves: tools, functions that speak, the environment.
+        sampling_s: from their beginning until engines were asked nothing more.
         open: while any episode was under way.
         asking: while any request to an engine was.
     """
@@ -51,6 +52,7 @@ class Times:
     episodes: int = 0
     engine_s: float = 0.0
     own_s: float = 0.0
+    sampling_s: float = 0.0
     open: Busy = field(default_factory=Busy)
     asking: Busy = field(default_factory=Busy)
 
@@ -65,14 +67,16 @@ class Times:
         self.episodes += other.episodes
         self.engine_s += other.engine_s
         self.own_s += other.own_s
+        self.sampling_s += other.sampling_s
         self.open.seconds += other.open.seconds
         self.asking.seconds += other.asking.seconds
 
     def metrics(self) -> Mapping[str, float]:
-        """Means of an episode, and the share of time in which engines waited; nothing where none was run."""
+        """Of sampling, means of an episode, and how idle engines were; nothing where no episode was run."""
         if not self.episodes or not self.open.seconds:
             return {}
         return {
+            "time/sampling_s": self.sampling_s,
             "time/episode/engine_s": self.engine_s / self.episodes,
             "time/episode/own_s": self.own_s / self.episodes,
             "time/engines_idle": max(0.0, 1.0 - self.asking.seconds / self.open.seconds),

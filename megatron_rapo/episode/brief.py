@@ -25,6 +25,7 @@ class BriefSequence:
         turns: tokens of each stretch that was sampled without a token given between.
         highest_sampled: the highest id of a sampled token; −1 where none was.
         oldest_version: the lowest version of the weights that sampled a token; None where none was.
+        mean_version: their mean over sampled tokens; None where none was.
         trained_tokens: how many a loss may count: those sampled, and those taught.
     """
 
@@ -32,6 +33,7 @@ class BriefSequence:
     turns: tuple[int, ...]
     highest_sampled: int
     oldest_version: int | None
+    mean_version: float | None
     trained_tokens: int
 
     def __len__(self) -> int:

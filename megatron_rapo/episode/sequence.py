@@ -133,6 +133,11 @@ class Sequence:
         """The lowest version of the weights that sampled a token; None where none was sampled."""
         return int(self.versions[self.sampled].min()) if self.sampled.any() else None
 
+    @property
+    def mean_version(self) -> float | None:
+        """The mean version of the weights over sampled tokens; None where none was sampled."""
+        return float(self.versions[self.sampled].mean()) if self.sampled.any() else None
+
     def leaves(self, vocabulary: int) -> bool:
         """Whether a sampled token is no token of a tokenizer of that size.
 
@@ -143,4 +148,5 @@ class Sequence:
     def brief(self) -> BriefSequence:
         """What planning needs of it, without the tokens."""
         highest = int(self.token_ids[self.sampled].max(initial=-1))
-        return BriefSequence(len(self), self.turns, highest, self.oldest_version, self.trained_tokens)
+        versions = self.oldest_version, self.mean_version
+        return BriefSequence(len(self), self.turns, highest, *versions, self.trained_tokens)

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.environments.running import Tries
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.guide import Guide
 from megatron_rapo.errors import RapoError
+from megatron_rapo.experience.course import Course, Wanted
 from megatron_rapo.experience.sharing import Shared
 from megatron_rapo.methods.method import Method
 
 MOST_ROUNDS = 64
 
-Sample = Callable[[Sequence[Tries] | None], Shared]
-"""Samples these episodes of each prompt, or as many plain ones as the method's `sampling` says."""
 
-
-def ask(method: Method, prompts: Sequence[Prompt], sample: Sample) -> Shared:
-    """All episodes of the prompts that the method asks for; all ranks call it.
+def ask(method: Method, prompts: Sequence[Prompt]) -> Course[Shared]:
+    """All episodes of the prompts that the method asks for.
 
     Raises:
         RapoError: the method wants no episode of a prompt, or never has enough, or asks for what is no guide.
     """
     if not method.asks:
-        return sample(None)
+        return (yield Wanted(prompts))
     sampled: Shared | None = None
     groups = [Group(prompt.problem, ()) for prompt in prompts]
     for _ in range(MOST_ROUNDS):
@@ -37,7 +35,7 @@ def ask(method: Method, prompts: Sequence[Prompt], sample: Sample) -> Shared:
             Tries(len(group.episodes), tuple(guides), here[place].episodes if place in here else ())
             for place, (group, guides) in enumerate(zip(groups, wanted, strict=True))
         ]
-        found = sample(tries).guided(wanted)
+        found = (yield Wanted(prompts, tries)).guided(wanted)
         if sampled is None:
             sampled = found
         else:

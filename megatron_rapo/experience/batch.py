@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,10 +12,10 @@ import numpy as np
 from megatron_rapo.config.sampling import DynamicSampling
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.episode.group import Group, known_rewards
+from megatron_rapo.experience.asking import ask
+from megatron_rapo.experience.course import Course
 from megatron_rapo.experience.sharing import Shared
-
-Score = Callable[[Sequence[Prompt]], Shared]
-"""Samples and verifies prompts; all ranks call it."""
+from megatron_rapo.methods.method import Method
 
 
 class Prompts(Protocol):
@@ -25,9 +25,8 @@ class Prompts(Protocol):
     def size(self) -> int:
         """Different prompts that it has."""
 
-    @property
-    def position(self) -> int:
-        """Prompts drawn so far."""
+    position: int
+    """Prompts drawn so far."""
 
     def draw(self, count: int) -> list[Prompt]:
         """The next `count`."""
@@ -42,12 +41,16 @@ class Batch:
         sampled: all groups that were sampled; `groups` are of them.
         rounds: of dynamic sampling; 0 without it.
         teaching: how many of `sampled`, and of `groups`, teach; told of dynamic sampling alone.
+        first: the draw of the first prompt; the others follow it.
+        temperature: that it was sampled at.
     """
 
     groups: list[Group]
     sampled: Shared
     rounds: int
     teaching: tuple[int, int] = (0, 0)
+    first: int = 0
+    temperature: float = 1.0
 
     @property
     def drawn(self) -> list[Group]:
@@ -67,13 +70,7 @@ class Batch:
         }
 
 
-def collect(
-    prompts: Prompts,
-    wanted: int,
-    score: Score,
-    dynamic: DynamicSampling | None,
-    teaches: Callable[[Group], bool],
-) -> Batch:
+def collect(prompts: Prompts, wanted: int, method: Method, dynamic: DynamicSampling | None) -> Course[Batch]:
     """The groups of the next `wanted` prompts; with dynamic sampling, of the next that teach.
 
     Dynamic sampling ends early after `max_rounds`, or once a further round would meet a prompt of this step
@@ -82,13 +79,13 @@ def collect(
     Args:
         prompts: what to draw from. All that is drawn counts as drawn, also groups beyond those wanted.
         wanted: groups of a step.
-        score: samples and verifies.
+        method: says what is asked of a prompt (`ask`), and of each group, once, whether it teaches.
         dynamic: how many prompts a round draws, and how many rounds there are; None: one round of `wanted`.
-        teaches: whether a group teaches (`Method.teaches`); asked once of each.
     """
+    first = prompts.position
     if dynamic is None:
-        sampled = score(prompts.draw(wanted))
-        return Batch(sampled.groups, sampled, rounds=0)
+        sampled = yield from ask(method, prompts.draw(wanted))
+        return Batch(sampled.groups, sampled, rounds=0, first=first)
     # A batch may be larger than the set; then it meets prompts again as it would without dynamic sampling.
     most = max(wanted, prompts.size)
     sampled, drawn = Shared(), 0
@@ -96,13 +93,13 @@ def collect(
     rounds = 0
     while (missing := wanted - sum(teaching)) > 0 and rounds < dynamic.max_rounds and drawn < most:
         count = min(math.ceil(missing * dynamic.over_sampling), most - drawn)
-        found = score(prompts.draw(count))
+        found = yield from ask(method, prompts.draw(count))
         sampled.extend(found)
-        teaching += map(teaches, found.groups)
+        teaching += map(method.teaches, found.groups)
         drawn += count
         rounds += 1
     # The first that are wanted, those that teach before the others; in the order drawn.
     ranked = sorted(range(drawn), key=lambda place: not teaching[place])  # stable
     chosen = sorted(ranked[:wanted])
     counts = sum(teaching), sum(teaching[place] for place in chosen)
-    return Batch([sampled.groups[place] for place in chosen], sampled, rounds, counts)
+    return Batch([sampled.groups[place] for place in chosen], sampled, rounds, counts, first)

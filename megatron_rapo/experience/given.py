@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.environments.recorded import Answers
-from megatron_rapo.environments.running import Tries
 from megatron_rapo.episode.episode import Episode, ScoredEpisode
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.guide import Guide
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.experience.batch import Batch, Prompts
-from megatron_rapo.experience.collector import Phase
-from megatron_rapo.experience.sharing import Shared, share
+from megatron_rapo.experience.course import Known, Wanted
+from megatron_rapo.experience.sharing import share
 from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.parallel.placement import Placement
 
@@ -29,24 +28,23 @@ class Given:
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
 
-    def collect(
+    def begin(
         self,
-        prompts: Sequence[Prompt],
+        wanted: Wanted,
         *,
         chosen: Sampling,
         weight_version: int,
         seed: int,
-        phase: Phase,
         whole: bool = False,
-        tries: Sequence[Tries] | None = None,
         answers: Answers | None = None,
-    ) -> Shared:
-        """The prompts' groups; see `Collector.collect`. They count as right, which nobody asks."""
-        del chosen, weight_version, seed, phase, tries, answers
-        placement = self._placement
+    ) -> Known:
+        """The prompts' groups; see `Collector.begin`. They count as right, which nobody asks."""
+        del chosen, seed, answers
+        placement, prompts = self._placement, wanted.prompts
         own = slice(placement.data_rank, None, placement.layout.data_parallel)
         mine = list(map(_group, prompts[own] if placement.is_head else ()))
-        return share([prompt.problem for prompt in prompts], mine, placement, whole=whole)
+        problems = [prompt.problem for prompt in prompts]
+        return Known(weight_version, lambda phase: share(problems, mine, placement, whole=whole))
 
 
 def summarise_given(batch: Batch, prompts: Prompts) -> Mapping[str, float]:

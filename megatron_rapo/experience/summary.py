@@ -57,6 +57,31 @@ def summarise(batch: Batch, vocabulary: int, sources: Sequence[str] = ()) -> Map
     }
 
 
+def staleness(batch: Batch, now: int) -> Mapping[str, float]:
+    """How many updates' steps ago what a step trains on was sampled.
+
+    Args:
+        batch: of the step.
+        now: the version of the weights that it begins with.
+    """
+    sequences = [
+        sequence
+        for group in batch.groups
+        for one in group.episodes
+        for sequence in one.episode.sequences
+        if sequence.mean_version is not None
+    ]
+    if not sequences:
+        return {}
+    means = [float(sequence.mean_version or 0) for sequence in sequences]
+    oldest = min(sequence.oldest_version or 0 for sequence in sequences)
+    tokens = [sequence.sampled_tokens for sequence in sequences]
+    return {
+        "rollout/staleness_mean": now - float(np.average(means, weights=tokens)),
+        "rollout/staleness_max": now - oldest,
+    }
+
+
 def _plain(groups: Sequence[Group]) -> tuple[Sequence[Group], Mapping[str, float]]:
     """The groups without what was guided, and metrics of that; as they are where all was, or nothing."""
     apart = [[one.guide != PLAIN for one in group.episodes] for group in groups]

@@ -167,8 +167,8 @@ class Objective:
             with torch.no_grad():
                 sums.add_(torch.stack([parts[name].sum(dtype=torch.float64) for name in self.parts]))
                 own = ~chunk.off_policy
-                old = _old_log_prob(statistics, chunk)
-                mismatch.add(old[own], chunk.engine_log_probs[own], chunk.response_positions[own])
+                trainers = self._trainers_log_prob(statistics, chunk)
+                mismatch.add(trainers[own], chunk.engine_log_probs[own], chunk.response_positions[own])
             return chunk.weights * loss
 
         states = None
@@ -229,7 +229,7 @@ class Objective:
             loss = loss + coefficient * value
             parts.update(reported)
         with torch.no_grad():
-            uncorrected = (old - sampled).exp()
+            uncorrected = (self._trainers_log_prob(statistics, tokens) - sampled).exp()
             parts |= {
                 "total": tokens.weights * loss,
                 "entropy": statistics.entropy,
@@ -241,6 +241,13 @@ class Objective:
                 "tokens_in_loss": tokens.weights > 0,
             }
         return loss, parts
+
+    def _trainers_log_prob(self, statistics: TokenStatistics, tokens: _Tokens) -> Tensor:
+        """What is compared with the engine's: the trainer's, by the policy that the step began with, or by
+        this one where only the engine's is known of that."""
+        if self.method.options.old_log_probs == "engine":
+            return statistics.log_prob.detach()
+        return _old_log_prob(statistics, tokens)
 
     def _importance(self, old_log_probs: Tensor, engine_log_probs: Tensor) -> Tensor:
         options = self.method.options

@@ -38,6 +38,13 @@ class Options(Section):
         "share the mean of their weights, which leaves the loss as it is. The ratio is reported either way.",
     )
     importance_cap: float = Field(2.0, gt=1, allow_inf_nan=False, description="See `importance_correction`.")
+    old_log_probs: Literal["recomputed", "engine"] = Field(
+        "recomputed",
+        description="Of which policy the ratio that is clipped is over: `recomputed`, the one that the step "
+        "begins with, of which `importance_correction` then says how it differs from the one that sampled "
+        "(decoupled PPO, arXiv 2505.24298); `engine`, the one that sampled, by the engines' log-probs, which "
+        "saves a pass where a step has several updates.",
+    )
     max_tokens_per_microbatch: PositiveInt = Field(
         16384, description="Token budget (padded) of one packed microbatch, over all its CP ranks."
     )
@@ -47,6 +54,9 @@ class Options(Section):
 
     def without_effect(self) -> dict[str, str]:
         """As of every section."""
+        if self.old_log_probs == "engine":
+            reason = 'old_log_probs is "engine": the ratio is over the policy that sampled'
+            return dict.fromkeys(("importance_correction", "importance_cap"), reason)
         if self.importance_correction == "off":
             return {"importance_cap": 'importance_correction is "off"'}
         return {}

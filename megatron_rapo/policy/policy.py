@@ -89,6 +89,10 @@ class Policy:
         none, unless the method weighs or marks tokens by them.
         """
         method = objective.method
+        if method.options.old_log_probs == "engine":
+            for microbatch in (one for minibatch in minibatches for one in minibatch):
+                microbatch.old_log_probs = microbatch.engine_log_probs
+            return
         reads = method.weighs or method.marks_tokens
         if not reads and (len(minibatches) == 1 or method.demonstrations is not None):
             return

@@ -36,9 +36,6 @@ class SampleRecorder:
         step: int,
         batch: Batch,
         minibatches: Sequence[Sequence[Sample]],
-        *,
-        prompts_drawn: int,
-        temperature: float,
     ) -> None:
         """Keeps the step's episodes, also those of groups that dynamic sampling left out.
 
@@ -46,8 +43,6 @@ class SampleRecorder:
             step: whose they are.
             batch: all that was sampled.
             minibatches: what the step trains on.
-            prompts_drawn: by the run, up to this step's last.
-            temperature: that the step was sampled at.
 
         Raises:
             OSError: the samples of an earlier step could not be written.
@@ -55,7 +50,7 @@ class SampleRecorder:
         self.finish()
         if not self._every or step % self._every or not self._placement.is_head:
             return
-        rows = list(_rows(batch, prompts_drawn - len(batch.drawn), temperature, minibatches))
+        rows = list(_rows(batch, minibatches))
         self._writing = self._thread.submit(self._write, step, rows)
 
     def finish(self) -> None:
@@ -84,17 +79,15 @@ class SampleRecorder:
             self.finish()
 
 
-def _rows(
-    batch: Batch, first: int, temperature: float, minibatches: Sequence[Sequence[Sample]]
-) -> Iterator[Recorded]:
-    """Of this head; `first` is the draw of the step's first prompt."""
+def _rows(batch: Batch, minibatches: Sequence[Sequence[Sample]]) -> Iterator[Recorded]:
+    """Of this head."""
     in_loss = _in_loss(batch.groups, minibatches)
     trained = {id(group): flags for group, flags in zip(batch.groups, in_loss, strict=True)}
     for place, group in sorted(batch.sampled.whole.items()):
         flags = trained.get(id(batch.drawn[place]), [False] * len(group.episodes))
         for number, (scored, flag) in enumerate(zip(group.episodes, flags, strict=True)):
-            own = scored.guide.temperature or temperature
-            yield Recorded(first + place, number, own, group.problem, scored, flag)
+            own = scored.guide.temperature or batch.temperature
+            yield Recorded(batch.first + place, number, own, group.problem, scored, flag)
 
 
 def _in_loss(groups: Sequence[Group], minibatches: Sequence[Sequence[Sample]]) -> list[list[bool]]:

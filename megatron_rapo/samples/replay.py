@@ -6,22 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.environments.recorded import Answers
 from megatron_rapo.environments.running import Tries
-from megatron_rapo.episode.episode import Episode, ScoredEpisode
 from megatron_rapo.episode.group import Group
-from megatron_rapo.episode.outcome import Outcome, Verification
-from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.errors import RapoError
-from megatron_rapo.experience.collector import Phase
+from megatron_rapo.experience.course import Known, Phase, Wanted
 from megatron_rapo.experience.sharing import Shared, share
 from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.policy import Policy
-from megatron_rapo.samples.store import read_step, steps_of
+from megatron_rapo.samples.store import read_step, scored, steps_of
 
 
 class Replay:
@@ -32,31 +27,33 @@ class Replay:
         self._run = run
         self._files = steps_of(run)
 
-    def collect(
+    def begin(
         self,
-        prompts: Sequence[Prompt],
+        wanted: Wanted,
         *,
         chosen: Sampling,
         weight_version: int,
         seed: int,
-        phase: Phase,
         whole: bool = False,
-        tries: Sequence[Tries] | None = None,
         answers: Answers | None = None,
-    ) -> Shared:
-        """The prompts' groups as the run recorded them; see `Collector.collect`.
+    ) -> Known:
+        """The prompts' groups as the run recorded them; see `Collector.begin`.
 
         Raises:
-            RapoError: the run has not recorded these prompts at this step.
+            RapoError: once they are read: the run has not recorded these prompts at this step.
         """
         del seed, answers  # they are drawn already
-        placement = self._placement
+        placement, prompts, tries = self._placement, wanted.prompts, wanted.tries
         own = slice(placement.data_rank, None, placement.layout.data_parallel)
         mine = prompts[own] if placement.is_head else []
-        with phase("rollout"):
-            groups = self._groups(weight_version + 1, mine, chosen, None if tries is None else tries[own])
-        with phase("reward"):  # known already
-            return share([prompt.problem for prompt in prompts], groups, placement, whole=whole)
+
+        def read(phase: Phase) -> Shared:
+            with phase("rollout"):
+                groups = self._groups(weight_version + 1, mine, chosen, None if tries is None else tries[own])
+            with phase("reward"):  # known already
+                return share([prompt.problem for prompt in prompts], groups, placement, whole=whole)
+
+        return Known(weight_version, read)
 
     def _groups(
         self, step: int, prompts: Sequence[Prompt], chosen: Sampling, tries: Sequence[Tries] | None
@@ -100,7 +97,7 @@ class Replay:
                 f"{temperature:g}, where this run needs {chosen.temperature:g}: their log-probs would be of "
                 "another distribution; let rollout.temperature, and the method's own, be the same"
             )
-        return Group(prompt.problem, tuple(map(_scored, rows[tries.first if tries else 0 :])))
+        return Group(prompt.problem, tuple(map(scored, rows[tries.first if tries else 0 :])))
 
 
 class Unpublished:
@@ -114,30 +111,3 @@ class Unpublished:
         del version, resumed
         self._policy.synchronise_parameters()
         return {}
-
-
-def _scored(row: Mapping[str, Any]) -> ScoredEpisode:
-    episode = Episode(
-        tuple(map(_sequence, row["sequences"])),
-        row["text"],
-        truncated=row["truncated"],
-        facts=row["environment_facts"],
-    )
-    verification = Verification(
-        Outcome(row["outcome"]),
-        row["extracted"],
-        row["why"],
-        reward=row["reward"],
-        facts=row["facts"],
-        trace=row["trace"],
-    )
-    return ScoredEpisode(episode, verification)
-
-
-def _sequence(fields: Mapping[str, Any]) -> TokenSequence:
-    return TokenSequence(
-        token_ids=np.array(fields["token_ids"], np.int32),
-        sampled=np.array(fields["sampled"], bool),
-        log_probs=np.array(fields["log_probs"], np.float32),
-        versions=np.array(fields["versions"], np.int32),
-    )

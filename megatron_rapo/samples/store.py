@@ -18,7 +18,8 @@ import pyarrow
 import pyarrow.parquet
 
 from megatron_rapo.episode.brief import BriefSequence
-from megatron_rapo.episode.episode import ScoredEpisode
+from megatron_rapo.episode.episode import Episode, ScoredEpisode
+from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.errors import RapoError
@@ -155,6 +156,34 @@ def read_step(
                 f"{path} cannot be read: {error}; remove it to see the other samples of the run"
             ) from error
     return sorted(rows, key=lambda row: (row["draw"], row["number"]))
+
+
+def scored(row: Mapping[str, Any]) -> ScoredEpisode:
+    """The episode of a row that `read_step` read."""
+    episode = Episode(
+        tuple(map(_sequence_of, row["sequences"])),
+        row["text"],
+        truncated=row["truncated"],
+        facts=row["environment_facts"],
+    )
+    verification = Verification(
+        Outcome(row["outcome"]),
+        row["extracted"],
+        row["why"],
+        reward=row["reward"],
+        facts=row["facts"],
+        trace=row["trace"],
+    )
+    return ScoredEpisode(episode, verification)
+
+
+def _sequence_of(fields: Mapping[str, Any]) -> TokenSequence:
+    return TokenSequence(
+        token_ids=np.array(fields["token_ids"], np.int32),
+        sampled=np.array(fields["sampled"], bool),
+        log_probs=np.array(fields["log_probs"], np.float32),
+        versions=np.array(fields["versions"], np.int32),
+    )
 
 
 def _taken(batch: pyarrow.RecordBatch, only: Collection[tuple[int, int]] | None) -> pyarrow.RecordBatch:

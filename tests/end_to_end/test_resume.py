@@ -57,6 +57,56 @@ def test_a_killed_run_goes_on_bit_for_bit(finished: Finished, tmp_path: Path) ->
         assert (directory / "model" / written.name).read_bytes() == written.read_bytes(), written.name
 
 
+AHEAD = {"max_staleness": 1}
+
+
+@pytest.fixture(scope="module")
+def ahead(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps on two replicas, sampled ahead, in one go."""
+    base = tmp_path_factory.mktemp("ahead")
+    config = write_config(base / "run.toml", base / "run", rollout=AHEAD, parallel={"data_parallel": 2})
+    finished = run(config)
+    assert finished.process.returncode == 0, finished.stderr
+    return base / "run"
+
+
+@pytest.mark.parametrize("phase", ["update", "checkpoint"])
+def test_a_run_that_samples_ahead_goes_on_bit_for_bit(ahead: Path, phase: str, tmp_path: Path) -> None:
+    """Killed while a batch is being sampled, and another one waits for its step."""
+    directory = tmp_path / "run"
+    config = write_config(tmp_path / "run.toml", directory, rollout=AHEAD, parallel={"data_parallel": 2})
+
+    def in_step_3() -> bool:
+        beats = heartbeats(directory)
+        return bool(beats) and beats[0]["step"] == 3 and beats[0]["phase"] == phase
+
+    with started(config) as command:
+        command.wait_until(in_step_3)
+        command.kill()
+    assert command.left_processes() == []
+    assert checkpoints(directory)[-1] == "step_000002"
+
+    resumed = run(config)
+    assert resumed.process.returncode == 0, resumed.stderr
+    assert list(map(without_times, metrics(directory))) == list(map(without_times, metrics(ahead)))
+    for step in range(1, 5):
+        assert read_step(steps_of(directory)[step]) == read_step(steps_of(ahead)[step])
+    for written in (ahead / "model").iterdir():
+        assert (directory / "model" / written.name).read_bytes() == written.read_bytes(), written.name
+
+
+def test_each_step_trains_on_what_older_weights_sampled(ahead: Path) -> None:
+    for step in range(1, 5):
+        versions = {
+            version
+            for row in read_step(steps_of(ahead)[step])
+            for sequence in row["sequences"]
+            for version, sampled in zip(sequence["versions"], sequence["sampled"], strict=True)
+            if sampled
+        }
+        assert versions == {max(0, step - 2)}
+
+
 ROLL = """
 import random
 import time

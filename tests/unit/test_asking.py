@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -28,6 +27,7 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.asking import ask
 from megatron_rapo.experience.batch import Batch
 from megatron_rapo.experience.collector import Collector
+from megatron_rapo.experience.course import Wanted, follow
 from megatron_rapo.experience.sharing import Shared
 from megatron_rapo.experience.summary import summarise
 from megatron_rapo.methods.grpo import GRPO
@@ -35,6 +35,7 @@ from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.policy.batch import make_samples
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.requests import sample_seed
+from tests import rounds
 from tests.methods import a_method
 from tests.runners import single_turns
 from tests.stand_in import VOCAB, StandIn, stand_ins
@@ -75,16 +76,16 @@ def sampled(urls: list[str], method: GRPO = METHOD) -> Shared:
         single_turns(pool, guided=guided) as runner,
     ):
         collector = make_collector(pool, runner)
-        return ask(method, PROMPTS, lambda tries: collect(collector, tries))
+        return follow(ask(method, PROMPTS), lambda wanted: collect(collector, wanted.tries))
 
 
 def collect(collector: Collector, tries: Sequence[Tries] | None) -> Shared:
-    return collector.collect(
+    return rounds.collect(
+        collector,
         PROMPTS,
         chosen=Sampling(1.0, 2, 8),
         weight_version=3,
         seed=5,
-        phase=lambda name: nullcontext(),
         tries=tries,
     )
 
@@ -144,14 +145,15 @@ def test_what_cannot_be_asked_is_told(wanted: Callable[[Any], Any], said: str) -
         def ask(self, groups: Sequence[Group]) -> Any:
             return wanted(groups)
 
-    def sample(tries: Sequence[Tries] | None) -> Shared:
+    def sample(round_: Wanted) -> Shared:
+        tries = round_.tries
         assert tries is not None
         one = ScoredEpisode(Episode((), ""), Verification(Outcome.WRONG))
         groups = [Group(p.problem, (one,) * len(t.guides)) for p, t in zip(PROMPTS, tries, strict=True)]
         return Shared(groups, [0] * 4, dict(enumerate(groups)))
 
     with pytest.raises(RapoError, match=f"ask of method .* {said}"):
-        ask(Wrong(Wrong.Options(), Sampling(1.0, 2, 8)), PROMPTS, sample)
+        follow(ask(Wrong(Wrong.Options(), Sampling(1.0, 2, 8)), PROMPTS), sample)
 
 
 def test_what_does_not_fit_is_an_episode_of_unknown_reward() -> None:

@@ -9,6 +9,7 @@ from megatron_rapo.data.order import PromptOrder
 from megatron_rapo.data.prompts import LoadReport, Prompt, PromptSet
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.experience.batch import collect
+from megatron_rapo.experience.course import follow
 from megatron_rapo.experience.sharing import Shared
 from tests.episodes import group_of, scored_response
 from tests.methods import a_method
@@ -26,7 +27,8 @@ class Scores:
         self.rounds = []
         self.draws = []
 
-    def __call__(self, prompts):
+    def __call__(self, wanted):
+        prompts = wanted.prompts
         self.rounds.append([prompt.index for prompt in prompts])
         self.draws += [prompt.draw for prompt in prompts]
         groups = [
@@ -46,7 +48,7 @@ def order_of(size):
 def collected(outcomes, wanted, dynamic):
     """The indices chosen, those of each round, where the order stands, and the metrics."""
     prompts, score = order_of(len(outcomes)), Scores(outcomes)
-    batch = collect(prompts, wanted, score, dynamic, a_method().teaches)
+    batch = follow(collect(prompts, wanted, a_method(), dynamic), score)
     chosen = [int(group.problem.id) for group in batch.groups]
     metrics = {name.removeprefix("sampling/"): value for name, value in batch.metrics().items()}
     for place, group in batch.sampled.whole.items():
@@ -112,7 +114,7 @@ def test_a_step_meets_no_prompt_twice_when_the_data_run_out():
     # The next step goes on in the next epoch.
     prompts, score = order_of(5), Scores(outcomes)
     prompts.position = position
-    collect(prompts, 3, score, None, a_method().teaches)
+    follow(collect(prompts, 3, a_method(), None), score)
     assert (score.draws, prompts.position) == ([5, 6, 7], 8)
 
 

@@ -19,6 +19,7 @@ from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.revival import Reviver
 from tests.models import make_hf_model
+from tests.rounds import collect
 from tests.runners import single_turns
 from tests.stand_in import VOCAB, stand_ins
 
@@ -56,7 +57,7 @@ def make_pool(urls, reviver=None):
 
 
 def sample(collector, phase=lambda name: nullcontext()):
-    sampled = collector.collect(PROMPTS, chosen=Sampling(1.0, 2, 8), weight_version=3, seed=5, phase=phase)
+    sampled = collect(collector, PROMPTS, chosen=Sampling(1.0, 2, 8), weight_version=3, seed=5, phase=phase)
     return [
         (group.problem, [one.episode.sequences[0].token_ids.tolist() for one in group.episodes])
         for _, group in sorted(sampled.whole.items())

@@ -483,6 +483,16 @@ def test_a_value_out_of_range_is_refused(values: dict[str, Any], message: str) -
             "optimizer.min_learning_rate = 1e-08",
             'decay is "constant"',
         ),
+        (
+            with_options(algorithm={"method": "grpo", "old_log_probs": "engine", "importance_cap": 3.0}),
+            "algorithm.importance_cap = 3.0",
+            'old_log_probs is "engine": the ratio is over the policy that sampled',
+        ),
+        (
+            with_options(rollout__max_staleness=1, observe={"mismatch_action": "stop"}),
+            "observe.mismatch_action = 'stop'",
+            "rollout.max_staleness = 1: samples are of older weights",
+        ),
         (with_options(observe={"wandb_project": "p"}), "observe.wandb_project = 'p'", 'wandb is "off"'),
     ],
 )

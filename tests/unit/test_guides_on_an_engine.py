@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,10 +21,12 @@ from megatron_rapo.environments.single_turn import SingleTurn
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.guide import PLAIN, Guide
 from megatron_rapo.experience.asking import ask
+from megatron_rapo.experience.course import follow
 from megatron_rapo.methods.grpo import GRPO
 from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.rollout.requests import Ask, Request, sample_seed
 from megatron_rapo.rollout.requests import Sampling as OfRound
+from tests.rounds import collect
 from tests.unit.test_collector import make_collector
 from tests.unit.test_rollout_servers import make_pool, start
 
@@ -75,16 +76,15 @@ def test_guides_reach_the_engine_with_their_seeds_and_come_back_under_their_prom
             collector = make_collector(pool, runner)
 
             def sampled() -> list[Group]:
-                found = ask(
-                    method,
-                    prompts,
-                    lambda tries: collector.collect(
+                found = follow(
+                    ask(method, prompts),
+                    lambda wanted: collect(
+                        collector,
                         prompts,
                         chosen=method.sampling(),
                         weight_version=0,
                         seed=SEED,
-                        phase=lambda name: nullcontext(),
-                        tries=tries,
+                        tries=wanted.tries,
                     ),
                 )
                 return [group for _, group in sorted(found.whole.items())]

@@ -132,6 +132,29 @@ def test_importance_is_reported_whether_or_not_it_is_corrected():
         assert metrics["importance/corrected"] == pytest.approx(float(touched[correction].double().mean()))
 
 
+def test_the_ratio_may_be_over_the_policy_that_sampled():
+    """Then what is reported of importance and mismatch is of the policy as it is, not of that ratio."""
+    batch = microbatch()
+    chosen = batch.is_response
+    batch.old_log_probs = batch.engine_log_probs
+    policy = states(int(chosen.sum()), 0)
+    subject = objective("dapo", old_log_probs="engine")
+    loss, sums, mismatch = subject(batch, policy, None)
+    log_ratio = (
+        log_distribution(policy).gather(1, batch.targets[chosen][:, None]).squeeze(1)
+        - batch.engine_log_probs[chosen]
+    )
+    ratio, advantage = log_ratio.exp(), batch.advantages[chosen].double()
+    options = subject.method.options
+    clipped = ratio.clamp(1 - options.clip_low, 1 + options.clip_high)
+    surrogate = torch.minimum(ratio * advantage, clipped * advantage)
+    assert float(loss) == pytest.approx(-float((batch.weights[chosen] * surrogate).sum()), rel=1e-5)
+    assert not torch.equal(ratio, clipped), "nothing was clipped"
+    found = subject.metrics(sums)
+    assert found["importance/mean"] == pytest.approx(float(ratio.mean()))
+    assert mismatch.metrics()["mismatch/log_prob_mean"] == pytest.approx(float(log_ratio.abs().mean()))
+
+
 def test_mismatch_is_that_of_the_policy_that_sampled_by_position_in_the_response():
     """Also where the policy has moved since; every chunk of the loss counts."""
     lengths = (70, 1100)

@@ -6,18 +6,21 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
 import megatron_rapo
+from megatron_rapo.ahead.batches import Batches
 from megatron_rapo.config import RunConfig, to_toml
 from megatron_rapo.config.load import load_config
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.errors import RapoError
+from megatron_rapo.experience.batch import Batch
+from megatron_rapo.experience.course import Known, Wanted
 from megatron_rapo.experience.sharing import Shared
 from megatron_rapo.job import Job
 from megatron_rapo.loss.objective import HeadStates, Objective
@@ -293,26 +296,32 @@ def test_a_term_may_ask_for_the_reference(tmp_path: Path) -> None:
 
 
 class Step:
-    """Stands for a job that collects a step: it notes how responses are sampled."""
+    """Stands for what a step is collected of: it notes how responses are sampled."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.method = config, config.new_method()
-        self.observer = SimpleNamespace(phase=lambda name: nullcontext())
-        self.prompts = SimpleNamespace(size=100, draw=lambda count: [None] * count)
-        self.objective = SimpleNamespace(temperature=None)
-        self.unknown_rewards = SimpleNamespace(check=lambda *_: None)
-        self.answers = None
         self.asked: list[Any] = []
-        engines = SimpleNamespace(rest=lambda: None)
-        self.collector: Any = SimpleNamespace(collect=self.sample, engines=engines)
+        prompts: Any = SimpleNamespace(size=100, position=0, draw=lambda count: [None] * count)
+        self.batches = Batches(
+            config,
+            self.method,
+            prompts,
+            self,
+            phase=lambda name: nullcontext(),
+            check=lambda step, sampled: None,
+            answers=lambda step: None,
+        )
+        self.objective = SimpleNamespace(temperature=None)
 
-    def sampling_seed(self, step: int) -> int:
-        return step
-
-    def sample(self, prompts: Any, *, chosen: Any, whole: bool, **_: Any) -> Shared:
+    def begin(
+        self, wanted: Wanted, *, chosen: Any, weight_version: int, whole: bool = False, **_: Any
+    ) -> Known:
         self.whole = whole
-        self.asked.append((len(prompts), chosen))
-        return Shared([GROUPS[0]] * len(prompts))
+        self.asked.append((len(wanted.prompts), chosen))
+        return Known(weight_version, lambda phase: Shared([GROUPS[0]] * len(wanted.prompts)))
+
+    def collect(self, number: int = 1) -> Batch:
+        return Job.collect(cast(Any, self), number)
 
 
 def of_step(body: str) -> tuple[str, str]:
@@ -322,8 +331,8 @@ def of_step(body: str) -> tuple[str, str]:
 def test_it_may_say_how_a_step_is_sampled(tmp_path: Path) -> None:
     body = "def sampling(self):\n        return type(self.configured)(0.5 + self.baseline, 6, 7)"
     step: Any = Step(configured(tmp_path, of_step(body)))
-    for temperature in (0.5, 0.75):
-        Job.collect(step, 1)
+    for number, temperature in ((1, 0.5), (2, 0.75)):
+        step.collect(number)
         assert step.asked.pop() == (4, Sampling(temperature, 6, 7))
         assert step.objective.temperature == temperature, "the loss is of another temperature"
         step.method.baseline = 0.25
@@ -334,7 +343,7 @@ READS = "lengths = [[len(one.episode.answer) for one in group.episodes] for grou
 
 def test_it_may_read_responses_if_it_says_so(tmp_path: Path) -> None:
     step: Any = Step(configured(tmp_path, ("rewards, before", f"{READS}\n        rewards, before")))
-    Job.collect(step, 1)
+    step.collect()
     assert not step.whole
     brief = [group.brief() for group in GROUPS]
     with pytest.raises(RapoError, match=r"my_method\.py, line \d+, reads `answer` .*reads_responses = True"):
@@ -344,7 +353,7 @@ def test_it_may_read_responses_if_it_says_so(tmp_path: Path) -> None:
 
 def test_all_ranks_have_the_responses_that_it_reads(tmp_path: Path) -> None:
     step: Any = Step(configured(tmp_path, of_step("reads_responses = True")))
-    Job.collect(step, 1)
+    step.collect()
     assert step.whole
 
 
@@ -352,7 +361,7 @@ def test_a_run_is_sampled_as_configured_by_default(tmp_path: Path) -> None:
     step: Any = Step(
         configured(tmp_path, settings=("rollout.temperature=0.6", "rollout.responses_per_prompt=5"))
     )
-    Job.collect(step, 1)
+    step.collect()
     assert step.asked == [(4, Sampling(0.6, 5, 10))]
     assert step.objective.temperature == 0.6
 
@@ -370,18 +379,18 @@ def test_sampling_that_cannot_be_ends_the_run(tmp_path: Path, values: str, told:
     body = f"def sampling(self):\n        return type(self.configured)({values})"
     step: Any = Step(configured(tmp_path, of_step(body)))
     with pytest.raises(RapoError, match=told):
-        Job.collect(step, 1)
+        step.collect()
 
 
 def test_it_may_say_which_groups_dynamic_sampling_replaces(tmp_path: Path) -> None:
     """By default those whose known rewards are all the same; these are not."""
     settings = ("rollout.dynamic_sampling.over_sampling=1.0",)
     step: Any = Step(configured(tmp_path, settings=settings))
-    assert Job.collect(step, 1).rounds == 1
+    assert step.collect().rounds == 1
     sys.modules.pop("my_method")
     never = of_step("def teaches(self, group):\n        return False")
     step = Step(configured(tmp_path / "never", never, settings=settings))
-    found = Job.collect(step, 1)
+    found = step.collect()
     assert (found.rounds, len(found.drawn), found.metrics()["sampling/filled_up"]) == (4, 16, 4)
 
 

@@ -30,6 +30,7 @@ PAGES = [
 ]
 # The languages of a page's blocks, and the tests that run all of them.
 RUN_BY = {
+    "ahead.md": ({"toml"}, "test_ahead.py"),
     "configuration.md": ({"toml"}, "test_configuration.py"),
     "data.md": ({"toml", "jsonl", "python"}, "test_data_page.py"),
     "distillation.md": ({"toml"}, "test_pages.py"),

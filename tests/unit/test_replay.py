@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.record.replaying import check_recorded, check_recorded_identity
 from megatron_rapo.samples.replay import Replay
 from megatron_rapo.samples.store import Recorded, write_part
+from tests import rounds
 from tests.episodes import scored_response
 from tests.unit.test_record import PROMPTS, config, identity, run_until
 from tests.unit.test_samples import C, T, placement, tool_episode
@@ -57,12 +57,12 @@ def replaying(recorded: Path, steps: int = 2, **changes: dict[str, Any]) -> RunC
 
 def collect(recorded: Path, prompts: list[Prompt], responses: int = 3, step: int = 1) -> list[Group]:
     replay = Replay(recorded, alone())
-    sampled = replay.collect(
+    sampled = rounds.collect(
+        replay,
         prompts,
         chosen=Sampling(1.0, responses, 32),
         weight_version=step - 1,
         seed=0,
-        phase=lambda name: nullcontext(),
     )
     assert sampled.groups == [group.brief() for _, group in sorted(sampled.whole.items())]
     return [group for _, group in sorted(sampled.whole.items())]
@@ -83,9 +83,7 @@ def test_groups_come_back_as_they_were(recorded: Path) -> None:
 def test_prompts_may_be_asked_for_in_several_rounds(recorded: Path) -> None:
     replay = Replay(recorded, alone())
     for prompt in DRAWN[::-1]:
-        sampled = replay.collect(
-            [prompt], chosen=Sampling(1.0, 3, 32), weight_version=1, seed=0, phase=lambda name: nullcontext()
-        )
+        sampled = rounds.collect(replay, [prompt], chosen=Sampling(1.0, 3, 32), weight_version=1, seed=0)
         [found] = sampled.groups
         assert found.problem == prompt.problem
 
@@ -106,9 +104,8 @@ def test_other_prompts_are_refused(recorded: Path, prompts: list[Prompt], respon
 def test_another_temperature_of_the_method_is_refused(recorded: Path) -> None:
     said = "samples of step 1 at temperature 1, where this run needs 0.5"
     with pytest.raises(RapoError, match=said):
-        Replay(recorded, alone()).collect(
-            DRAWN, chosen=Sampling(0.5, 3, 32), weight_version=0, seed=0, phase=lambda name: nullcontext()
-        )
+        replay = Replay(recorded, alone())
+        rounds.collect(replay, DRAWN, chosen=Sampling(0.5, 3, 32), weight_version=0, seed=0)
 
 
 def test_a_run_like_the_recorded_one_is_accepted(recorded: Path) -> None:

@@ -68,14 +68,14 @@ def batch_of(groups: list[Group], drawn: list[Group], rank: int = 0, heads: int 
     places = range(rank, len(drawn), heads)
     whole = {place: drawn[place] for place in places}
     sampled = Shared([brief[id(group)] for group in drawn], [p % heads for p in range(len(drawn))], whole)
-    return Batch([brief[id(group)] for group in groups], sampled, 0)
+    chosen = [brief[id(group)] for group in groups]
+    return Batch(chosen, sampled, 0, first=100, temperature=0.7)
 
 
 def record(run: RunConfig, step: int, groups: list[Group], drawn: list[Group] | None = None) -> None:
     batch = batch_of(groups, drawn or groups)
     with SampleRecorder(run, placement()) as recorder:
-        last = 100 + len(batch.drawn)
-        recorder.record(step, batch, samples_of(run, batch.groups), prompts_drawn=last, temperature=0.7)
+        recorder.record(step, batch, samples_of(run, batch.groups))
 
 
 def rows(run: Path, step: int) -> list[dict[str, Any]]:
@@ -187,11 +187,11 @@ def test_heads_write_their_shares_and_other_ranks_nothing(tmp_path: Path) -> Non
     for rank, is_head in ((0, True), (1, True), (1, False)):
         with SampleRecorder(run, placement(rank, 2, is_head=is_head)) as recorder:
             batch = batch_of(groups, groups, rank, 2)
-            recorder.record(1, batch, samples_of(run, batch.groups), prompts_drawn=3, temperature=1.0)
+            recorder.record(1, batch, samples_of(run, batch.groups))
     files = steps_of(tmp_path)[1]
     assert [[row["problem"] for row in read_step([file])] for file in files] == [list("aacc"), list("bb")]
     assert [(row["draw"], row["number"]) for row in rows(tmp_path, 1)] == [
-        (d, n) for d in range(3) for n in (0, 1)
+        (d, n) for d in (100, 101, 102) for n in (0, 1)
     ]
 
 

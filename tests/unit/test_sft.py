@@ -20,6 +20,7 @@ from megatron_rapo.data.tokenizer import load_tokenizer
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluation.given_loss import GivenLoss
 from megatron_rapo.experience.batch import Batch, collect
+from megatron_rapo.experience.course import follow
 from megatron_rapo.experience.delivery import with_tokens
 from megatron_rapo.experience.given import Given, summarise_given
 from megatron_rapo.loss.objective import Objective
@@ -27,10 +28,10 @@ from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.observe.closing import metrics_summary
 from megatron_rapo.observe.idle_alarm import IdleAlarm
-from megatron_rapo.observe.phases import Phases
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.batch import build_minibatches, make_samples, plan_minibatches
 from megatron_rapo.policy.policy import Policy
+from tests import rounds
 from tests.methods import a_method
 from tests.models import make_hf_model
 from tests.unit.one_rank import one_placement
@@ -70,14 +71,13 @@ def config(model: Path, base: Path, **sections: Any) -> RunConfig:
 def batches(run: RunConfig, placement: Placement) -> Iterator[Batch]:
     """What each step learns from."""
     prompts = order_of(load_training_prompts(run, load_tokenizer(run.model.path)), run.run.seed)
-    given, phase = Given(placement), Phases([]).phase
+    given = Given(placement)
 
-    def score(drawn: Any) -> Any:
-        chosen = Sampling(1.0, 8, 40)
-        return given.collect(drawn, chosen=chosen, weight_version=0, seed=0, phase=phase)
+    def read(wanted: Any) -> Any:
+        return rounds.collect(given, wanted.prompts, chosen=Sampling(1.0, 8, 40), weight_version=0, seed=0)
 
     for step in range(STEPS):
-        yield (batch := collect(prompts, 4, score, None, lambda group: True))
+        yield (batch := follow(collect(prompts, 4, run.new_method(), None), read))
         summary = summarise_given(batch, prompts)
         assert summary["data/epochs"] == pytest.approx(4 * (step + 1) / 7)  # one of eight is too long
 
@@ -215,6 +215,8 @@ def test_texts_are_drawn_anew_each_epoch_by_the_runs_seed(
         ({"algorithm": {"held_out_every": 2}}, "algorithm.held_out_every = 2 would have no effect"),
         ({"algorithm": {"mask_truncated": True}}, "algorithm.mask_truncated = True would have no effect"),
         ({"algorithm": {"importance_correction": "masked"}}, "no term of method sft reads importance"),
+        ({"algorithm": {"old_log_probs": "engine"}}, "does not go with method sft"),
+        ({"rollout": {"max_staleness": 1}}, "rollout.max_staleness = 1 would have no effect"),
         ({"teacher": {"path": "t"}}, "no term of method sft reads a teacher"),
     ],
 )

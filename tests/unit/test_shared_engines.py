@@ -25,6 +25,7 @@ from megatron_rapo.experience.sharing import share
 from megatron_rapo.methods.sampling import Sampling as Chosen
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.rollout.requests import Sampling
+from tests import rounds
 from tests.episodes import scored_response
 from tests.ranks import Ranks
 
@@ -205,7 +206,7 @@ def collector_of(rank: Any, pool: Any, runner: Any = None, recover: Any = None) 
 
 
 def collect(collector: Collector) -> list[str]:
-    sampled = collector.collect(PROMPTS, chosen=CHOSEN, weight_version=4, seed=99, phase=phase)
+    sampled = rounds.collect(collector, PROMPTS, chosen=CHOSEN, weight_version=4, seed=99, phase=phase)
     return [group.problem.id for group in sampled.groups]
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from megatron_rapo.config.reward import TAKEN
 from megatron_rapo.episode.episode import Episode, ScoredEpisode
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.outcome import Outcome, Verification
+from megatron_rapo.episode.sequence import Sequence
 from megatron_rapo.experience.batch import Batch
 from megatron_rapo.experience.sharing import Shared
-from megatron_rapo.experience.summary import count_tokens, summarise
+from megatron_rapo.experience.summary import count_tokens, staleness, summarise
 from tests.episodes import group_of, scored_response
 
 VOCABULARY, VERSION = 61, 7
@@ -156,3 +158,19 @@ def test_a_step_without_any_sequence_is_told() -> None:
     found = summarise(Batch(groups, Shared(groups), 0), VOCABULARY)
     assert math.isnan(found["rollout/weight_version"])
     assert (found["reward/crash"], found["rollout/response_tokens_max"]) == (1.0, 0.0)
+
+
+def test_staleness_counts_every_sampled_token_once():
+    def of(*versions: int) -> ScoredEpisode:
+        array = np.array(versions, np.int32)
+        mask = array >= 0
+        log_probs = np.where(mask, -1.0, np.nan).astype(np.float32)
+        sequence = Sequence(np.arange(len(array), dtype=np.int32), mask, log_probs, array)
+        return ScoredEpisode(Episode((sequence,), ""), Verification(Outcome.WRONG))
+
+    group = Group(GROUPS[0].problem, (of(-1, 3, 3, 4), of(-1, 5), of(-1, -1)))
+    for one in (group, group.brief()):
+        found = staleness(Batch([one], Shared([one]), 0), now=5)
+        assert found == {"rollout/staleness_mean": (2 + 2 + 1 + 0) / 4, "rollout/staleness_max": 2}
+    nothing = Group(GROUPS[0].problem, (of(-1, -1),))
+    assert staleness(Batch([nothing], Shared([nothing]), 0), now=5) == {}

@@ -1,0 +1,1 @@
+"""Batches that are sampled ahead of the steps that train on them."""
