@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_rapo.observe.idling import told_of_idling
+
 WINDOW = 5  # steps that the reward's beginning and end are averaged over
 
 
@@ -19,8 +21,8 @@ def closing_summary(run_directory: Path) -> str:
 
 
 def metrics_summary(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines for people: mean reward at both ends, and a row for each evaluation; what there is."""
-    return _rewards(metrics) + _evaluations(metrics)
+    """For people: reward at both ends, a row for each evaluation, how idle engines were; what there is."""
+    return _rewards(metrics) + _evaluations(metrics) + told_of_idling(metrics)
 
 
 def _rewards(metrics: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -122,3 +122,34 @@ def test_a_copy_of_a_checkpoint_is_none_of_the_runs(tmp_path: Path) -> None:
     found = files.complete(tmp_path / "checkpoints")
     assert [path.name for path in found] == ["step_999999", "step_1000000"]
     assert files.newest(tmp_path) == found[-1]
+
+
+def step_of(sampling: float, trainer: float, publish: float, **more: float) -> dict[str, Any]:
+    """A step whose engines and trainer wait for each other."""
+    times = {"sampling": sampling, "rollout": sampling, "publish": publish}
+    times |= {"update": trainer, "step": sampling + trainer + publish}
+    return {"step": 1, **{f"time/{name}_s": seconds for name, seconds in times.items()}, **more}
+
+
+@pytest.mark.parametrize(
+    ("steps", "line"),
+    [
+        ([step_of(5, 4, 1)], "50% of a step; rollout.max_staleness = 1 would have saved about 40% of it"),
+        ([step_of(2, 7, 1)] * 3, "20% of a step; rollout.max_staleness = 1 would have saved about 20% of it"),
+        ([step_of(8, 1, 1)], "80% of a step; rollout.max_staleness = 1 would have saved about 10% of it"),
+        ([step_of(0.4, 9, 0.6)], "4% of a step"),
+        ([step_of(5, 4, 1), step_of(5, 4, 1), step_of(1, 9, 90)], "50% of a step; rollout.max_st"),
+        ([step_of(5, 4, 1, **{"rollout/staleness_max": 1})], "50% of a step"),
+        ([step_of(5, 4, 1), step_of(5, 94, 1, **{"time/evaluate_s": 90.0})], "50% of a step; rollout.max_st"),
+    ],
+)
+def test_how_long_engines_waited_is_told(tmp_path: Path, steps: list[dict[str, Any]], line: str) -> None:
+    [told] = [one for one in summary(tmp_path, *steps) if one.startswith("engines sampled")]
+    assert told.startswith(f"engines sampled for {line}")
+    assert ("saved" in told) == ("rollout.max" in line)
+
+
+def test_a_run_without_engines_tells_nothing_of_them(tmp_path: Path) -> None:
+    assert not [
+        line for line in summary(tmp_path, {"step": 1, "time/step_s": 2.0}) if line.startswith("engines")
+    ]
