@@ -118,7 +118,7 @@ def _batch(
             mine.append(Group(problems[place], tuple(map(scored, rows[place]))))
     sampled = share(problems, mine, placement, whole=whole)
     if described["guides"] is not None:
-        sampled = sampled.guided([[Guide(**one) for one in of_group] for of_group in described["guides"]])
+        sampled = sampled.guided([list(map(_guide, of_group)) for of_group in described["guides"]])
     return Batch(
         [sampled.groups[place] for place in described["chosen"]],
         sampled,
@@ -127,3 +127,9 @@ def _batch(
         described["first"],
         described["temperature"],
     )
+
+
+def _guide(fields: Mapping[str, Any]) -> Guide:
+    """JSON has no tuples."""
+    after = fields["after"]
+    return Guide(**{**fields, "after": None if after is None else tuple(after)})

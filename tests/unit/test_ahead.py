@@ -243,10 +243,14 @@ def test_guides_are_kept(tmp_path: Path) -> None:
     run.go(last=1)
     [(step, batch)] = run.batches.ready.items()
     guide = Guide(question="hinted", keeps_prompt=True, name="hint")
-    guided = batch.sampled.guided([[guide] * 2, [Guide()] * 2])
+    onward = Guide(after=(0, 1), temperature=0.5)
+    guided = batch.sampled.guided([[guide, onward], [Guide()] * 2])
     keep({step: replace(batch, groups=guided.groups, sampled=guided)}, tmp_path, alone())
     [found] = take_up(tmp_path, run.prompts, alone(), prompts_per_step=PROMPTS, whole=False).values()
-    assert [[one.guide for one in group.episodes] for group in found.groups] == [[guide] * 2, [Guide()] * 2]
+    assert [[one.guide for one in group.episodes] for group in found.groups] == [
+        [guide, onward],
+        [Guide()] * 2,
+    ]
 
 
 def test_engines_that_were_lost_sample_with_the_weights_that_there_are(tmp_path: Path) -> None:
