@@ -21,7 +21,7 @@ SGLANG_PYTHON = ROOT / ".venv-sglang/bin/python"
 VLLM_PYTHON = ROOT / ".venv-vllm/bin/python"
 CONNECTS: Mapping[str, Connect] = {"embedded": EmbeddedClient, "sglang": SGLangClient, "vllm": VLLMClient}
 _INSTALLED = {"embedded": Path(sys.executable), "sglang": SGLANG_PYTHON, "vllm": VLLM_PYTHON}
-_VLLM_ENVIRONMENT = {
+VLLM_ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -59,7 +59,7 @@ class VLLMOnCpu:
         arguments = [*_VLLM_ARGUMENTS, "--skip-tokenizer-init"]
         own = VLLMLauncher(self.model_path, self.dtype, str(VLLM_PYTHON), 1, None, arguments)
         launch = own.launch(number, port, socket_fd)
-        return Launch(launch.arguments, environment={**_VLLM_ENVIRONMENT, **launch.environment})
+        return Launch(launch.arguments, environment={**VLLM_ENVIRONMENT, **launch.environment})
 
 
 def installed() -> list[str]:

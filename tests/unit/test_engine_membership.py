@@ -528,11 +528,11 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
-def telling(url: str) -> Any:
+def telling(url: str, context_length: int | None = None) -> Any:
     client: Any = Client(url)
 
     async def info() -> Any:
-        return SimpleNamespace(model_path="models/m", context_length=None)
+        return SimpleNamespace(model_path="models/m", context_length=context_length)
 
     client.info = info
     return client
@@ -556,6 +556,17 @@ def test_a_given_engine_is_waited_for_and_checked(checked: list[Any]) -> None:
             with pytest.raises(RapoError, match="another model"):
                 await reviver.bring_back(4, "http://other:1", client_of)
             assert reviver.may_return(4) and reviver.returned == 2, number
+
+    run(work)
+
+
+def test_an_engine_that_takes_too_few_tokens_is_refused(checked: list[Any]) -> None:
+    async def work() -> None:
+        reviver = Reviver(None, SimpleNamespace(), restarts=1, startup_timeout=1.0, longest=96)  # type: ignore[arg-type]
+        for takes in (None, 96, 2048):
+            await reviver.check(telling(ONE, takes))
+        with pytest.raises(RapoError, match=f"{ONE} takes 95 tokens .* are 96: .*--max-model-len 96"):
+            await reviver.check(telling(ONE, 95))
 
     run(work)
 
