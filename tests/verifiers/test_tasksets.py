@@ -9,19 +9,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from megatron_rapo.cli import main
 from megatron_rapo.config import RunConfig, load_config
 from megatron_rapo.config.write import to_toml
+from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.engines.embedded.client import EmbeddedClient
+from megatron_rapo.engines.engine import Connect
+from megatron_rapo.engines.sglang.client import SGLangClient
+from megatron_rapo.engines.vllm.client import VLLMClient
 from megatron_rapo.environments.opening import open_environment
+from megatron_rapo.environments.runner import Runner
+from megatron_rapo.environments.running import EpisodeRunner
 from megatron_rapo.episode.episode import Episode
+from megatron_rapo.episode.outcome import Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
+from megatron_rapo.rollout.pool import EnginePool
+from megatron_rapo.rollout.requests import Sampling
 from megatron_rapo.wire.access import API_KEY_VARIABLE
 from tests.dialogues import SamplingIds, byte_level
 from tests.end_to_end.command import metrics, run
-from tests.engines.servers import KEY, SGLANG_CPU, VLLM_CPU, running, why_not
+from tests.engines.servers import EMBEDDED, KEY, SGLANG_CPU, VLLM_CPU, running, why_not
 from tests.leftovers import nothing_left
 from tests.models import make_hf_model
 from tests.verifiers.resource_server import ROW, resource_server
@@ -42,7 +55,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = max(tokenizer.get_vocab().values()) + 1
     folder = tmp_path_factory.mktemp("models") / "policy"
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    wide = {"hidden_size": 128, "head_dim": 32}  # vLLM's kernels for CPUs have no heads of 16
+    wide: dict[str, Any] = {"hidden_size": 128, "head_dim": 32}  # vLLM's kernels for CPUs have no heads of 16
     make_hf_model(folder, vocab_size=size, num_hidden_layers=2, max_position_embeddings=4096, **wide, **ends)
     tokenizer.save_pretrained(folder)
     told = json.loads((folder / "tokenizer_config.json").read_text())
@@ -66,9 +79,8 @@ def configured(
     taskset: dict[str, Any],
     agent: str,
     env: dict[str, Any] | None = None,
-    engine: dict[str, Any] | None = None,
 ) -> RunConfig:
-    """A run in an environment of verifiers; on an embedded engine unless another is given."""
+    """A run in an environment of verifiers."""
     seat = {"harness": {"id": "null"}, "runtime": {"type": "subprocess"}, "sampling": {"max_tokens": 24}}
     options = {
         "python": str(PYTHON),
@@ -88,7 +100,7 @@ def configured(
                     "responses_per_prompt": 2,
                     "max_prompt_tokens": 1024,
                     "max_response_tokens": 800,
-                    "engine": engine or {"kind": "embedded"},
+                    "engine": {"kind": "embedded"},
                 },
                 "algorithm": {"minibatch_prompts": 1, "max_tokens_per_microbatch": 4096},
             }
@@ -197,26 +209,6 @@ def test_what_verifiers_refuses_is_told_before_the_run(tmp_path: Path, model: Pa
 
 def test_a_run_trains_on_exactly_what_was_sampled(tmp_path: Path, model: Path) -> None:
     configured(tmp_path, model, HANGMAN, "player")
-    trains_on_what_was_sampled(tmp_path)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("kind", [SGLANG_CPU, VLLM_CPU])
-def test_so_does_one_on_a_server_that_is_not_ours(
-    tmp_path: Path, model: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if reason := why_not(kind):
-        pytest.skip(reason)
-    monkeypatch.setenv(API_KEY_VARIABLE, KEY)
-    log = tmp_path / "engine.log"
-    with running(kind, model, log, "--dtype", "float32") as url:
-        engine = {"kind": kind.partition("-")[0], "urls": [url]}
-        configured(tmp_path, model, HANGMAN, "player", engine=engine)
-        trains_on_what_was_sampled(tmp_path)
-
-
-def trains_on_what_was_sampled(tmp_path: Path) -> None:
-    """The run does, of two steps."""
     write_tasks(tmp_path)
     done = run(tmp_path / "run.toml")
     assert done.process.returncode == 0, done.stderr
@@ -229,3 +221,43 @@ def trains_on_what_was_sampled(tmp_path: Path) -> None:
         assert step["environment/refused"] == 0 and step["environment/sequences"] == 1
         assert step["mismatch/log_prob_mean"] < 1e-5, "the trainer finds the log-probs that passed"
         assert step["reward/game_reward"] == step["reward/mean"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", [EMBEDDED, SGLANG_CPU, VLLM_CPU])
+def test_a_game_on_a_server_that_is_not_ours_is_recorded_exactly(
+    tmp_path: Path, model: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log-probs are those of transformers, given the tokens of all turns before."""
+    if reason := why_not(kind):
+        pytest.skip(reason)
+    monkeypatch.setenv(API_KEY_VARIABLE, KEY)
+    config = configured(tmp_path, model, HANGMAN, "player")
+    write_tasks(tmp_path)
+    row = json.loads((tmp_path / "tasks.jsonl").read_text().splitlines()[0])
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    size = reference.config.vocab_size
+    clients: dict[str, Connect] = {EMBEDDED: EmbeddedClient, SGLANG_CPU: SGLangClient, VLLM_CPU: VLLMClient}
+    with (
+        running(kind, model, tmp_path / "engine.log", "--dtype=float32") as url,
+        EnginePool([url], clients[kind], vocab_size=size, prompts_per_request=1, request_timeout=120) as pool,
+    ):
+        pool.update_weights(model, 1)
+        episodes = EpisodeRunner(open_environment(config), config.environment, byte_level(), 1.0, size)
+        with Runner(episodes, pool) as runner:
+            sampling = Sampling(4, 1900, temperature=1.0, weight_version=1, seed=3)
+            [group] = runner.run([Prompt(0, "?", (1, 2), "", columns=row)], sampling, never)
+    assert group is not None
+    for one in group.episodes:
+        assert one.reward is not None, one.verification
+        [sequence] = one.episode.sequences
+        sampled = sequence.sampled[1:]
+        assert np.count_nonzero(np.diff(sequence.sampled.astype(int)) == 1) == 2, "two turns, and one between"
+        tokens = torch.from_numpy(sequence.token_ids).long()
+        with torch.inference_mode():
+            told = reference(tokens[None]).logits[0, :-1].log_softmax(-1).gather(-1, tokens[1:, None])[:, 0]
+        np.testing.assert_allclose(sequence.log_probs[1:][sampled], told.numpy()[sampled], atol=1e-4)
+
+
+async def never(answer: str, problem: Problem) -> Verification:
+    raise AssertionError("verifiers rewards itself")
