@@ -78,7 +78,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             check_recorded_identity(config, identity)
         with observer.phase("start engines"):
             verifiers = _open_verifiers(stack, config, placement)
-            engines = _open_engines(stack, config, placement, architecture)
+            engines = _open_engines(stack, config, placement, architecture, observer)
             runner = _open_runner(stack, config, engines, tokenizer, architecture)
         with observer.phase("build models"):
             total_updates = config.decay_steps * config.updates_per_step
@@ -173,12 +173,16 @@ def _open_evaluator(
 
 
 def _open_engines(
-    stack: ExitStack, config: RunConfig, placement: Placement, architecture: Architecture
+    stack: ExitStack,
+    config: RunConfig,
+    placement: Placement,
+    architecture: Architecture,
+    observer: Observer,
 ) -> SharedEngines:
     """None of them where nothing is sampled."""
     if not config.opens_engines:
         return SharedEngines(placement, None, None)
-    return stack.enter_context(open_engines(config, placement, architecture))
+    return stack.enter_context(open_engines(config, placement, architecture, observer.timeline.request))
 
 
 def _open_runner(

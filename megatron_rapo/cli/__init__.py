@@ -24,6 +24,7 @@ from megatron_rapo.cli import (
     samples,
     study,
     tasks,
+    trace,
     train,
     try_,
 )
@@ -41,6 +42,7 @@ COMMANDS = (
     report,
     study,
     samples,
+    trace,
     doctor,
     engine,
     convert,

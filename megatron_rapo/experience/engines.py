@@ -12,7 +12,7 @@ from megatron_rapo.engines.servers import LocalServers
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.rollout.identity import check_distinct
-from megatron_rapo.rollout.pool import EnginePool
+from megatron_rapo.rollout.pool import EnginePool, NoteRequest
 from megatron_rapo.rollout.revival import Reviver
 
 if TYPE_CHECKING:  # Megatron takes seconds, and commands that open engines alone need none of it
@@ -117,7 +117,10 @@ class SharedEngines:
 
 @contextmanager
 def open_engines(
-    config: RunConfig, placement: Placement, architecture: Architecture
+    config: RunConfig,
+    placement: Placement,
+    architecture: Architecture,
+    note: NoteRequest | None = None,
 ) -> Iterator[SharedEngines]:
     """Rank 0 starts the servers that the run is not given; each head opens its own pool of all.
 
@@ -131,7 +134,7 @@ def open_engines(
         if not placement.is_head:
             yield SharedEngines(placement, None, None, colocated=config.rollout.colocated)
             return
-        pool = _pool(config, architecture, urls, placement.data_rank, servers, reviver)
+        pool = _pool(config, architecture, urls, placement.data_rank, servers, reviver, note)
         yield SharedEngines(placement, stack.enter_context(pool), reviver, colocated=config.rollout.colocated)
 
 
@@ -186,6 +189,7 @@ def _pool(
     head: int,
     servers: LocalServers | None,
     reviver: Reviver | None,
+    note: NoteRequest | None = None,
 ) -> Iterator[EnginePool]:
     rollout, kind = config.rollout, config.engine_kind
     with EnginePool(
@@ -201,6 +205,7 @@ def _pool(
         reviver=reviver,
         diagnose=servers.diagnose if servers else None,
         router=kind.router,
+        note=note,
     ) as pool:
         pool.wait_until_healthy(rollout.startup_timeout_s)
         yield pool

@@ -14,15 +14,22 @@ from megatron_rapo.observe.metrics import MetricsLog
 from megatron_rapo.observe.mismatch_alarm import MismatchAlarm
 from megatron_rapo.observe.phases import Listener, Phases
 from megatron_rapo.observe.progress import Progress
+from megatron_rapo.timeline.record import Timeline
 
 
 class Observer:
-    """Phases are known from the first moment; the logs open once it is known where the run goes on."""
+    """Phases are known from the first moment; the logs open once it is known where the run goes on.
+
+    Attributes:
+        timeline: when this rank was in which phase, and what it asked engines.
+    """
 
     def __init__(self, config: RunConfig, rank: int, world_size: int) -> None:
         self._config = config
         self._rank = rank
-        self._phases = Phases([Heartbeat(config.run.directory, rank, world_size).beat])
+        self.timeline = Timeline(config.run.directory, rank)
+        beat = Heartbeat(config.run.directory, rank, world_size).beat
+        self._phases = Phases([beat, self.timeline.enter])
         self._alarms: tuple[MismatchAlarm | IdleAlarm, ...] = (MismatchAlarm(config), IdleAlarm(config))
         self._logs = ExitStack()
         self._metrics: MetricsLog | None = None
@@ -63,6 +70,7 @@ class Observer:
             RapoError: engines and trainer are apart, and the run is to stop then; or too many steps in a row
                 taught nothing.
         """
+        self.timeline.flush()
         if self._metrics is None or self._progress is None:
             return
         self._metrics.write(self._phases.step, {**metrics, **self._phases.times()})
@@ -76,4 +84,5 @@ class Observer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.timeline.__exit__(kind, error, trace)
         self._logs.__exit__(kind, error, trace)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -27,6 +28,9 @@ from megatron_rapo.rollout.watch import watch
 T = TypeVar("T")
 P = TypeVar("P")
 
+NoteRequest = Callable[[str, float, float, int], None]
+"""Engine, when the request was sent and when it ended (Unix seconds), and the responses wanted."""
+
 
 class EnginePool:
     """Servers that sample from the same policy, behind plain calls; a context manager.
@@ -49,6 +53,7 @@ class EnginePool:
         reviver: brings lost engines back; the main rank's pool has one.
         diagnose: says why the server at a URL is gone, where that can be known (`LocalServers.diagnose`).
         router: what speaks to the router through which prompts go; None: the pool spreads them itself.
+        note: is told of each request that has ended, from the pool's own thread.
 
     Attributes:
         resent: requests that were sent again so far, since the engine that had them was lost.
@@ -69,6 +74,7 @@ class EnginePool:
         reviver: Reviver | None = None,
         diagnose: Diagnose | None = None,
         router: ConnectRouter | None = None,
+        note: NoteRequest | None = None,
     ) -> None:
         if not urls:
             raise ValueError("a pool needs at least one server")
@@ -77,6 +83,7 @@ class EnginePool:
         self._prompts_per_request = prompts_per_request if router is None else 1
         self._head = head
         self._requests_per_engine = requests_per_engine
+        self._note = note
         self._updating = False
         self._offloaded: set[str] = set()  # engines that gave their memory back
         self._http = http_client()
@@ -182,6 +189,15 @@ class EnginePool:
 
     async def _send(self, member: Member, request: Request) -> list[Response]:
         check_tokens(request, self._vocab_size)
+        begun = time.time()
+        try:
+            return await self._answers(member, request)
+        finally:
+            if self._note is not None:
+                name = member.url if self._routing is None else "router"
+                self._note(name, begun, time.time(), len(request))
+
+    async def _answers(self, member: Member, request: Request) -> list[Response]:
         if self._routing is not None:  # `member` counts among the engines that bound what is under way
             return await self._routing.send(request, self._members)
 
