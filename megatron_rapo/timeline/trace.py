@@ -5,7 +5,7 @@ The format is Google's Trace Event Format, complete events (`ph` = "X"), times i
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -103,18 +103,18 @@ def chrome_trace(run: Run) -> dict[str, Any]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def idle_by_cause(run: Run) -> dict[str, Counter[str]]:
+def idle_by_cause(run: Run) -> dict[str, dict[str, float]]:
     """Of each engine, seconds: `busy`, and else the phase that rank 0 was in meanwhile."""
-    found: dict[str, Counter[str]] = {}
+    found: dict[str, dict[str, float]] = {}
     stays = run.stays[min(run.stays)]
     for engine, asked in run.asked.items():
         busy = list(_merged(asked))
-        seconds: Counter[str] = Counter()
+        seconds: defaultdict[str, float] = defaultdict(float)
         for stay in stays:
             working = sum(max(0.0, min(stay.ended, end) - max(stay.begun, begin)) for begin, end in busy)
             seconds["busy"] += working
             seconds[stay.phase] += stay.ended - stay.begun - working
-        found[engine] = seconds
+        found[engine] = dict(seconds)
     return found
 
 
@@ -123,8 +123,8 @@ def told(run: Run) -> list[str]:
     lines = []
     for engine, seconds in idle_by_cause(run).items():
         whole = sum(seconds.values())
-        causes = [(phase, s / whole) for phase, s in seconds.most_common() if phase != "busy"]
-        shares = ", ".join(f"{phase} {share:.0%}" for phase, share in causes if share >= 0.01)
+        causes = sorted((-s / whole, phase) for phase, s in seconds.items() if phase != "busy")
+        shares = ", ".join(f"{phase} {-share:.0%}" for share, phase in causes if share <= -0.01)
         lines.append(f"{engine}: busy {seconds['busy'] / whole:.0%}; idle while the trainer was in: {shares}")
     return lines
 

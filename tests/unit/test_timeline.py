@@ -86,7 +86,7 @@ def test_idle_time_is_told_by_what_the_trainer_did(tmp_path: Path) -> None:
     [seconds] = idle_by_cause(run).values()
     assert dict(seconds) == {"busy": 6.0, "rollout": 2.0, "update": 10.0, "between phases": 2.0}
     assert told(run) == [
-        "http://a: busy 30%; idle while the trainer was in: update 50%, rollout 10%, between phases 10%"
+        "http://a: busy 30%; idle while the trainer was in: update 50%, between phases 10%, rollout 10%"
     ]
     [seconds] = idle_by_cause(load(tmp_path, (2, 2))).values()
     assert dict(seconds) == {"busy": 3.0, "rollout": 1.0, "update": 5.0, "between phases": 1.0}
