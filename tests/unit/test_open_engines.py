@@ -117,6 +117,7 @@ def test_options_reach_the_pool(model, architecture, tmp_path, monkeypatch):
         "health_interval": 9.0,
         "diagnose": None,
         "router": None,
+        "note": None,
         "healthy within": 66.0,
     }
 
