@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rapo.config.resuming import changes
 from megatron_rapo.errors import RapoError
 from megatron_rapo.folder import write_whole
 from megatron_rapo.observe.step_lines import read_step_lines
@@ -140,15 +141,12 @@ def read_planned(folder: Path, runs: Sequence[PlannedRun]) -> dict[str, Result]:
 
 
 def check_same(before: Mapping[str, Any], run: PlannedRun, where: str) -> None:
-    """Refuses what was made by other options.
+    """Refuses what was made by other options. Those that came with later versions count as their default.
 
     Raises:
         RapoError: it names them.
     """
-    now = run.identity()
-    names = dict.fromkeys([*before, *now])
-    differing = {n: (before.get(n), now.get(n)) for n in names if before.get(n) != now.get(n)}
-    refuse_other(differing, run, where)
+    refuse_other(changes(before, run.identity()), run, where)
 
 
 def refuse_other(differing: Mapping[str, tuple[Any, Any]], run: PlannedRun, where: str) -> None:
