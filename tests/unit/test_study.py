@@ -280,6 +280,22 @@ def test_a_result_or_folder_of_another_configuration_is_refused(
         opened.standings(opened.plan())
 
 
+def test_options_that_came_after_a_result_count_as_their_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_study(tmp_path)
+    make_all(opened, monkeypatch)
+    file = file_of(opened.folder, "b-seed2")
+    values = json.loads(file.read_text())
+    del values["identity"]["rollout.temperature"]  # at its default
+    file.write_text(json.dumps(values))
+    assert "b-seed2" in opened.plan().results
+    del values["identity"]["optimizer.learning_rate"]  # not at it
+    file.write_text(json.dumps(values))
+    with pytest.raises(RapoError, match=r"learning_rate = 1e-06, now 0.002"):
+        opened.plan()
+
+
 @pytest.mark.parametrize("damage", ["", '{"format": 1', '{"format": 2}', "[]"])
 def test_a_half_written_result_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
