@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from megatron_rapo.ahead.batches import Batches
 from megatron_rapo.ahead.keeping import keep, take_up
-from megatron_rapo.checkpoint.files import how_to_go_on
+from megatron_rapo.checkpoint.files import how_to_go_on, step_of
 from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.checkpoint.store import CheckpointStore
 from megatron_rapo.config import RunConfig
-from megatron_rapo.data.batching import Sample
+from megatron_rapo.data.batching import Microbatch, Sample
 from megatron_rapo.data.order import MixedOrder, PromptOrder
 from megatron_rapo.evaluation.evaluator import Evaluator
 from megatron_rapo.evaluation.given_loss import GivenLoss
@@ -22,6 +22,7 @@ from megatron_rapo.experience.batch import Batch
 from megatron_rapo.experience.engines import SharedEngines
 from megatron_rapo.experience.given import summarise_given
 from megatron_rapo.experience.summary import count_tokens, staleness, summarise
+from megatron_rapo.guards.guards import Guards
 from megatron_rapo.launch.stop import requests
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.methods.method import Method
@@ -41,6 +42,7 @@ from megatron_rapo.record.standing import finish
 from megatron_rapo.record.start import begin
 from megatron_rapo.samples.recorder import SampleRecorder
 from megatron_rapo.samples.replay import Unpublished
+from megatron_rapo.samples.store import drop_after
 from megatron_rapo.scaling.devices import own_peak_tflops
 from megatron_rapo.scaling.flops import training_flops
 from megatron_rapo.weights.export import write_hf_model
@@ -59,6 +61,7 @@ class Job:
     prompts: PromptOrder | MixedOrder
     engines: SharedEngines
     batches: Batches
+    guards: Guards
     recorder: SampleRecorder
     evaluator: Evaluator | None
     given_loss: GivenLoss | None
@@ -77,21 +80,15 @@ class Job:
 
     def begin(self) -> TrainState:
         """Takes up the newest checkpoint, or starts; the engines then serve these weights."""
+        self.checkpoints.remove_partial(self.placement)
         checkpoint = self.checkpoints.newest_whole(self.placement)
-        state = TrainState()
-        with self.policy.onloaded():
-            if checkpoint is not None:
-                with self.observer.phase("resume"):
-                    state = self.checkpoints.load(checkpoint, self.policy)
-                    self.batches.go_on(state.step, self._waiting_in(checkpoint))
-        self.prompts.position = state.prompts_drawn
-        if state.method_state is not None and state.method == self.config.algorithm.method:
-            restore_state(self.method, state.method_state)
+        state = TrainState() if checkpoint is None else self._load(checkpoint)
         resume_step = None if checkpoint is None else state.step
         if self.placement.is_main:
             versions = {**software_versions(), "engines": self.engines.software()}
             for line in begin(self.config, self.identity, versions, resume_step):
                 print(line, flush=True)
+        self.guards.go_on(state.guards, state.step)
         self.observer.open_logs(resume_step)
         self.observer.begin_step(state.step)
         with self.observer.phase("publish"):
@@ -112,6 +109,39 @@ class Job:
             whole=self.method.reads_responses,
         )
 
+    def _load(self, checkpoint: Path) -> TrainState:
+        """Takes up a checkpoint."""
+        with self.policy.onloaded(), self.observer.phase("resume"):
+            state = self.checkpoints.load(checkpoint, self.policy)
+            self.batches.go_on(state.step, self._waiting_in(checkpoint))
+        self.prompts.position = state.prompts_drawn
+        if state.method_state is not None and state.method == self.config.algorithm.method:
+            restore_state(self.method, state.method_state)
+        return state
+
+    def _roll_back(self) -> TrainState:
+        """Goes back to the newest checkpoint, and on with prompts that were not drawn yet.
+
+        Raises:
+            RapoError: there is none, or the run has been rolled back often enough.
+        """
+        self._finish_checkpoint(wait=True)
+        checkpoint = self.checkpoints.newest_whole(self.placement)
+        self.guards.check_rollback(possible=checkpoint is not None)
+        assert checkpoint is not None
+        drawn, rollbacks = self.prompts.position, self.guards.rollbacks + 1
+        state = self._load(checkpoint)
+        state = replace(state, prompts_drawn=drawn, guards={**state.guards, "rollbacks": rollbacks})
+        self.prompts.position = drawn
+        if self.placement.is_main:
+            drop_after(self.config.run.directory, state.step)
+        self.guards.go_on(state.guards, state.step)
+        self.observer.open_logs(state.step)
+        self.observer.begin_step(state.step)
+        with self.observer.phase("publish"):
+            self.publish(state.step, resumed=True)
+        return state
+
     def state_after(self, step: int) -> TrainState:
         """What goes on with the next step.
 
@@ -123,9 +153,20 @@ class Job:
 
     def collect(self, step: int) -> Batch:
         """What the step trains on; on all ranks."""
+        self.guards.begin_step(step)
         batch = self.batches.take(step)
         self.objective.temperature = batch.temperature
+        self._finish_checkpoint(wait=False)
         return batch
+
+    def update(self, minibatches: Sequence[Sequence[Microbatch]], batch: Batch) -> Mapping[str, float]:
+        """The step's updates, as far as guards let them be applied; their metrics."""
+        known = self._summarised(batch) if self.guards.keep_updates else {}
+
+        def allow(metrics: Mapping[str, float], damage: str | None) -> bool:
+            return self.guards.allow({**known, **metrics}, damage)
+
+        return self.policy.update(minibatches, self.objective, self.distribution, allow)
 
     def publish(self, step: int, *, resumed: bool = False) -> Mapping[str, float]:
         """Has the engines serve the weights after a step, if they are to sample with them.
@@ -145,8 +186,12 @@ class Job:
             return
         self.recorder.record(step, batch, samples)
 
-    def finish_step(self, state: TrainState, metrics: Mapping[str, float]) -> None:
-        """Evaluates, saves and logs, each when due."""
+    def finish_step(self, state: TrainState, metrics: Mapping[str, float]) -> TrainState:
+        """Evaluates, saves and logs, each when due; what the run goes on from.
+
+        Raises:
+            RapoError: a guard ends the run.
+        """
         metrics = {
             **metrics,
             **told_by(self.method),
@@ -154,20 +199,33 @@ class Job:
             **self.engines.metrics(),
             "memory/peak_gib": self.placement.largest(peak_memory()) / 2**30,
         }
+        metrics |= self.guards.finish_step(metrics)
+        state = replace(state, guards=self.guards.state())
         self.stop_signal = int(self.placement.largest(requests.number))
         if self.stop_signal:
             requests.heed()
+        if self.guards.rolls_back:
+            self.observer.finish_step(metrics)
+            return self._roll_back()
+        self._finish_checkpoint(wait=False)
         best = self.checkpoints.best is not None and self.checkpoints.best.take(state.step, metrics)
         due = self.placement.share_from_main(self.checkpoints.due(state.step))  # clocks differ
         if due or best or self.stop_signal:
             with self.observer.phase("checkpoint"):
                 self.recorder.finish()  # what the checkpoint goes on after is not sampled again
-                self.checkpoints.save(
-                    self.policy, state, partial(keep, self.batches.ready, placement=self.placement)
-                )
-            if self.placement.is_main:
-                drop_until(self.config.run.directory, state.step)
+                self._finish_checkpoint(wait=True)
+                waiting = partial(keep, self.batches.ready, placement=self.placement)
+                self.checkpoints.save(self.policy, state, waiting)
+                self._finish_checkpoint(wait=state.step == self.config.run.steps or self.stop_signal > 0)
         self.observer.finish_step(metrics)
+        self.guards.check_end()
+        return state
+
+    def _finish_checkpoint(self, *, wait: bool) -> None:
+        """Completes the checkpoint that is being written; answers before it are needed no more."""
+        self.checkpoints.finish(self.placement, wait=wait)
+        if self.placement.is_main and (newest := self.checkpoints.newest()) is not None:
+            drop_until(self.config.run.directory, step_of(newest))
 
     def end(self, state: TrainState) -> None:
         """Leaves the trained policy as a HF model in `<run>/model`.
@@ -204,14 +262,20 @@ class Job:
     def measured(self, step: int, batch: Batch) -> Mapping[str, float]:
         """Metrics of what the step learnt from, and of how fast that was."""
         times, (response_tokens, _) = self.observer.times(), count_tokens(batch.drawn)
+        rate = {}
         if self.method.demonstrations is None:
-            what = summarise(batch, self.vocabulary, self.config.source_names)
-            what = {**what, **staleness(batch, now=step - 1)}
             seconds = self.placement.largest(batch.sampled.times.sampling_s) or times.get("time/rollout_s")
             rate = {"throughput/rollout_tokens_per_s": response_tokens / seconds} if seconds else {}
-        else:
-            what, rate = summarise_given(batch, self.prompts), {}
+        what = {**self._summarised(batch), **self._staleness(step, batch)}
         return {**what, **rate, **self._throughput(batch, times)}
+
+    def _staleness(self, step: int, batch: Batch) -> Mapping[str, float]:
+        return staleness(batch, now=step - 1) if self.method.demonstrations is None else {}
+
+    def _summarised(self, batch: Batch) -> Mapping[str, float]:
+        if self.method.demonstrations is None:
+            return summarise(batch, self.vocabulary, self.config.source_names)
+        return summarise_given(batch, self.prompts)
 
     def _throughput(self, batch: Batch, times: Mapping[str, float]) -> Mapping[str, float]:
         """Tokens a second of the step so far, whole and by phase of the trainer, prompts included."""

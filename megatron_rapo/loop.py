@@ -41,12 +41,12 @@ def train(config: RunConfig) -> None:
                             frozen.annotate(minibatches, job.objective)
                         weigh(minibatches, job.method, job.placement)
                     with phase("update"):
-                        updated = job.policy.update(minibatches, job.objective, job.distribution)
+                        updated = job.update(minibatches, batch)
                         job.method.learn(updated)
                 job.batches.settle(step)
                 with phase("publish"):
                     published = job.publish(step)
                 state = job.state_after(step)
                 job.batches.run_ahead(step)
-                job.finish_step(state, {**job.measured(step, batch), **updated, **published})
+                state = job.finish_step(state, {**job.measured(step, batch), **updated, **published})
         job.end(state)

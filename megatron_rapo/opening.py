@@ -30,7 +30,9 @@ from megatron_rapo.experience.batch import Prompts
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import SharedEngines, open_engines
 from megatron_rapo.experience.given import Given
+from megatron_rapo.experience.sharing import Shared
 from megatron_rapo.experience.unknown import UnknownRewards
+from megatron_rapo.guards.guards import Guards
 from megatron_rapo.hangs.opening import open_watch
 from megatron_rapo.job import Job
 from megatron_rapo.launch.stop import requests
@@ -97,7 +99,8 @@ def open_job(config: RunConfig) -> Iterator[Job]:
         collector = _open_collector(config, engines, runner, verifiers, publisher, placement)
         source = _groups_from(config, placement, collector)
         order = order_of(prompts, config.run.seed)
-        batches = _open_batches(stack, config, observer, placement, method, order, source)
+        guards = Guards(config, vocabulary, is_main=placement.is_main)
+        batches = _open_batches(stack, config, observer, placement, method, order, source, guards)
         if placement.is_main:
             print(prompts.report)
         yield Job(
@@ -110,6 +113,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             prompts=order,
             engines=engines,
             batches=batches,
+            guards=guards,
             recorder=stack.enter_context(SampleRecorder(config, placement)),
             evaluator=_open_evaluator(config, tokenizer, collector, verifiers),
             given_loss=GivenLoss(config, policy, objective, held_out) if held_out else None,
@@ -241,18 +245,24 @@ def _open_batches(
     method: Method,
     prompts: Prompts,
     source: Source,
+    guards: Guards,
 ) -> Batches:
     """What is begun and not needed any more is given up when the run ends."""
     answers: AnswerLog | None = None
     if placement.is_head and config.opens_engines:
         answers = stack.enter_context(closing(AnswerLog(config, placement.data_rank)))
+    unknown = UnknownRewards(config.reward.unknown_limit, placement)
+
+    def check(step: int, sampled: Shared) -> None:
+        guards.refuse_unknown(unknown.check(step, sampled), step)
+
     batches = Batches(
         config,
         method,
         prompts,
         source,
         phase=observer.phase,
-        check=UnknownRewards(config.reward.unknown_limit, placement).check,
+        check=check,
         answers=lambda step: answers.of_step(step) if answers else None,
     )
     return stack.enter_context(closing(batches))

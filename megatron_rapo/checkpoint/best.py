@@ -47,7 +47,11 @@ class BestCheckpoint:
         self.step, self.value = step, value
         return True
 
-    def write(self) -> None:
-        """Leaves the best step for people and the run's next start; the main rank's, once it is saved."""
+    def told(self, step: int) -> str | None:
+        """What the file is to say once the step's checkpoint is complete; None where it is not the best."""
         record = {"step": self.step, "metric": self.metric, "value": self.value}
-        write_whole(self._file, json.dumps(record, indent=1) + "\n")
+        return json.dumps(record, indent=1) + "\n" if self.step == step else None
+
+    def write(self, told: str) -> None:
+        """Leaves the best step for people and the run's next start; the main rank's, once it is saved."""
+        write_whole(self._file, told)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,15 @@ Sums = dict[str, dict[str, int]]
 """By file: `bytes`, and their `crc32`, which shows every single flipped bit."""
 
 
-def sums_of(directory: Path, placement: Placement) -> Sums:
-    """Of all files in the folder, on all ranks, which share the reading.
+def sums_of(directory: Path, known: Sequence[Sums]) -> Sums:
+    """Of all files in the folder: as they are `known` from each rank that wrote some, or else read now.
 
     Raises:
-        OSError: a file cannot be read; on all ranks.
+        OSError: a file cannot be read.
     """
-    found = [str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()]
-    names = placement.share_from_main(sorted(found))
-    try:
-        mine: Sums | OSError = {name: _sum(directory / name) for name in _share(names, placement)}
-    except OSError as error:
-        mine = error
-    sums: Sums = {}
-    for share in placement.share_from_all(mine):
-        if isinstance(share, OSError):
-            raise share
-        sums |= share
-    return sums
+    of_ranks = {name: sums for share in known for name, sums in share.items()}
+    paths = {str(path.relative_to(directory)): path for path in directory.rglob("*") if path.is_file()}
+    return {name: of_ranks.get(name) or sum_of(path) for name, path in sorted(paths.items())}
 
 
 def damage_to(directory: Path, saved: Mapping[str, Any], placement: Placement) -> str | None:
@@ -58,14 +49,19 @@ def _damage(path: Path, saved: Mapping[str, int] | int) -> str | None:
         size = path.stat().st_size
         if size != wanted["bytes"]:
             return f"{path.name} has {size} of {wanted['bytes']} bytes"
-        if "crc32" in wanted and _sum(path)["crc32"] != wanted["crc32"]:
+        if "crc32" in wanted and sum_of(path)["crc32"] != wanted["crc32"]:
             return f"{path.name} has other contents than were saved (crc32)"
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror}"
     return None
 
 
-def _sum(path: Path) -> dict[str, int]:
+def sum_of(path: Path) -> dict[str, int]:
+    """Of a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     size = crc = 0
     with path.open("rb") as file:
         while piece := file.read(_PIECE):

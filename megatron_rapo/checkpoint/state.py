@@ -18,9 +18,11 @@ class TrainState:
         prompts_drawn: prompts taken from the training set so far.
         method: whose state it is (`algorithm.method`).
         method_state: what the method learnt of the run, as JSON.
+        guards: what the guards remember, as JSON.
     """
 
     step: int = 0
     prompts_drawn: int = 0
     method: str = ""
     method_state: Any = None
+    guards: Any = None

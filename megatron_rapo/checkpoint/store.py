@@ -7,37 +7,48 @@
 from __future__ import annotations
 
 import json
-import logging
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rapo.checkpoint import files
 from megatron_rapo.checkpoint.best import BestCheckpoint
 from megatron_rapo.checkpoint.checksums import Sums, damage_to, sums_of
 from megatron_rapo.checkpoint.state import TrainState
+from megatron_rapo.checkpoint.writing import SHARDING, Writing, reason_of
 from megatron_rapo.config import RunConfig
 from megatron_rapo.errors import RapoError
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.policy import Policy
 
-# How optimizer shards are written so that they reload under another DP, TP and PP.
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
-
+_PARTIAL = ".partial_"
 _REMEDY = "remove it to go on from the one before"
 
 # What dist_checkpointing raises of a checkpoint that it cannot read; a lost peer is none of these.
 UNREADABLE = (CheckpointException, CheckpointingException, OSError, EOFError, pickle.UnpicklingError)
+
+
+@dataclass
+class _Saving:
+    """A checkpoint that is being saved, and what best.json is to say with it."""
+
+    state: TrainState
+    final: Path
+    best: str | None
+    writing: Writing | None = None
+
+    @property
+    def partial(self) -> Path:
+        """Where it is written."""
+        return self.final.with_name(f"{_PARTIAL}{self.final.name}")
 
 
 class CheckpointStore:
@@ -53,6 +64,7 @@ class CheckpointStore:
         self.fingerprints = fingerprints or {}
         self.directory = config.run.directory / files.FOLDER
         self._saved = time.monotonic()
+        self._saving: _Saving | None = None
         best = config.evaluate.best if config.evaluate else None
         self.best = None if best is None else BestCheckpoint(self.directory, best)
 
@@ -97,8 +109,10 @@ class CheckpointStore:
     def save(
         self, policy: Policy, state: TrainState, beside: Callable[[Path], None] = lambda folder: None
     ) -> None:
-        """Saves weights, optimizer and state; keeps the newest `checkpoint.keep` and the best. All ranks must
-        call it.
+        """Saves weights, optimizer and state; keeps the newest `checkpoint.keep`, the best, and each
+        `checkpoint.keep_every`. All ranks must call it.
+
+        With `checkpoint.in_background` it only begins, and training may go on until `finish`.
 
         Args:
             policy: whose weights and optimizer.
@@ -110,22 +124,64 @@ class CheckpointStore:
                 raises it, unless rank 0 failed while others wait for it inside dist_checkpointing.
         """
         placement = policy.placement
-        final = self.directory / files.folder_of(state.step)
-        partial = final.with_name(f".partial_{final.name}")
+        assert self._saving is None, "finish() the one before"
+        saving = _Saving(
+            state,
+            self.directory / files.folder_of(state.step),
+            self.best.told(state.step) if self.best else None,
+        )
         policy.synchronise_parameters()
-        failure = _on_main(placement, lambda: _make_empty(partial))
+        failure = _on_main(placement, lambda: _make_empty(saving.partial))
         if failure is None:
-            failure = _write_shards(policy, partial)
-        if failure is None:
-            failure = self._finish(partial, final, state, placement, beside)
-        if failure is not None:
-            if placement.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise RapoError(
-                f"checkpoint {final} cannot be written: {failure}; free space or mend the folder: "
-                f"{files.how_to_go_on(self.config.run.directory)}"
+            saving.writing = Writing(
+                _sharded_state(policy, is_loading=False),
+                saving.partial,
+                placement,
+                in_background=self.config.checkpoint.in_background,
             )
-        self._saved = time.monotonic()
+            failure = saving.writing.failure or _on_all(placement, lambda: beside(saving.partial))
+        self._refuse(failure, saving, placement)
+        self._saving, self._saved = saving, time.monotonic()
+        if not self.config.checkpoint.in_background:
+            self.finish(placement)
+
+    def finish(self, placement: Placement, *, wait: bool = True) -> None:
+        """Makes a checkpoint of what `save` began, once all ranks have written. All ranks must call it.
+
+        Args:
+            placement: this rank's.
+            wait: for them; else nothing is done before all have.
+
+        Raises:
+            RapoError: as `save`.
+        """
+        saving = self._saving
+        if saving is None or saving.writing is None:
+            return
+        if not wait and not all(placement.share_from_all(saving.writing.written)):
+            return
+        self._saving = None
+        failure = saving.writing.complete()
+        if failure is None:
+            sums = placement.share_from_all(saving.writing.sums)
+            failure = _on_main(placement, lambda: self._complete(saving, sums))
+        self._refuse(failure, saving, placement)
+
+    def remove_partial(self, placement: Placement) -> None:
+        """Removes what a start that was killed left half written. All ranks must call it."""
+        if placement.is_main:
+            for partial in self.directory.glob(f"{_PARTIAL}*"):
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _refuse(self, failure: str | None, saving: _Saving, placement: Placement) -> None:
+        if failure is None:
+            return
+        if placement.is_main:
+            shutil.rmtree(saving.partial, ignore_errors=True)
+        raise RapoError(
+            f"checkpoint {saving.final} cannot be written: {failure}; free space or mend the folder: "
+            f"{files.how_to_go_on(self.config.run.directory)}"
+        )
 
     def load(self, checkpoint: Path, policy: Policy) -> TrainState:
         """Fills the policy, saved under whatever layout, from a checkpoint. All ranks must call it.
@@ -150,7 +206,9 @@ class CheckpointStore:
         try:
             loaded = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(checkpoint))
         except UNREADABLE as error:
-            raise RapoError(f"checkpoint {checkpoint} cannot be read: {_reason(error)}; {_REMEDY}") from error
+            raise RapoError(
+                f"checkpoint {checkpoint} cannot be read: {reason_of(error)}; {_REMEDY}"
+            ) from error
         for key, chunk in zip(_chunk_keys(policy), policy.chunks, strict=True):
             chunk.load_state_dict(loaded[key], strict=True)
         policy.optimizer.load_state_dict(loaded["optimizer"])
@@ -168,42 +226,20 @@ class CheckpointStore:
         found = placement.share_from_main(found)
         return found if isinstance(found, str) else damage_to(checkpoint, found, placement)
 
-    def _finish(
-        self,
-        partial: Path,
-        final: Path,
-        state: TrainState,
-        placement: Placement,
-        beside: Callable[[Path], None],
-    ) -> str | None:
-        """Makes a checkpoint of the written files; what failed, on all ranks."""
-        failed = ""
-        try:
-            beside(partial)
-        except OSError as error:
-            failed = _reason(error)
-        if failures := [one for one in placement.share_from_all(failed) if one]:
-            return failures[0]
-        try:
-            sums = sums_of(partial, placement)
-        except OSError as error:
-            return _reason(error)
-        return _on_main(placement, lambda: self._complete(partial, final, state, sums))
-
-    def _complete(self, partial: Path, final: Path, state: TrainState, sums: Sums) -> None:
+    def _complete(self, saving: _Saving, sums: Sequence[Sums]) -> None:
         """Adds run.json, which makes a checkpoint of it, moves it into place, and removes old ones."""
         record = {
-            "state": asdict(state),
+            "state": asdict(saving.state),
             "must_match": self._must_match(),
             "model_path": str(self.config.model.path),  # whose tokenizer an export carries over
-            "files": sums,
+            "files": sums_of(saving.partial, sums),
         }
-        (partial / files.RECORD).write_text(json.dumps(record, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        (saving.partial / files.RECORD).write_text(json.dumps(record, indent=1))
+        shutil.rmtree(saving.final, ignore_errors=True)
+        saving.partial.rename(saving.final)
         self._prune()
-        if self.best is not None and self.best.step == state.step:
-            self.best.write()
+        if self.best is not None and saving.best is not None:
+            self.best.write(saving.best)
 
     def _must_match(self) -> dict[str, Any]:
         """What would silently change the meaning of the saved state if it changed."""
@@ -217,8 +253,10 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         best = None if self.best is None or self.best.step is None else files.folder_of(self.best.step)
-        for old in files.complete(self.directory)[: -self.config.checkpoint.keep]:
-            if old.name != best:
+        options = self.config.checkpoint
+        for old in files.complete(self.directory)[: -options.keep]:
+            for_good = options.keep_every is not None and files.step_of(old) % options.keep_every == 0
+            if old.name != best and not for_good:
                 shutil.rmtree(old)
 
 
@@ -250,60 +288,6 @@ def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
     return state
 
 
-def _write_shards(policy: Policy, directory: Path) -> str | None:
-    """Writes weights and optimizer; what failed, on all ranks or on rank 0 alone.
-
-    Raises:
-        Exception: anything but a folder that cannot be written to, such as a lost peer.
-    """
-    placement = policy.placement
-    try:
-        state = _sharded_state(policy, is_loading=False)
-        with _without_log_lines():
-            dist_checkpointing.save(state, str(directory), content_metadata=SHARDING)
-    except CheckpointException as error:
-        # All ranks raise it together, but the reasons are told to rank 0 alone.
-        told = (_refusal(directory) or _with_free_space(error, directory)) if placement.is_main else None
-        return placement.share_from_main(told)
-    except (OSError, RuntimeError):
-        # Rank 0's own files: the others wait for it inside, and end with it.
-        if placement.is_main and (refusal := _refusal(directory)):
-            return refusal
-        raise
-    return None
-
-
-@contextmanager
-def _without_log_lines() -> Iterator[None]:
-    """Megatron's writer prints what it raises as well, in torch's words and once a rank."""
-    writer = logging.getLogger(filesystem_async.__name__)
-    writer.addFilter(_nothing)
-    try:
-        yield
-    finally:
-        writer.removeFilter(_nothing)
-
-
-def _nothing(record: logging.LogRecord) -> bool:
-    return False
-
-
-def _refusal(directory: Path) -> str | None:
-    """Why the folder takes no more files, or None if it does: torch's own errors do not name a full disk."""
-    probe = directory / "probe"
-    try:
-        probe.write_bytes(bytes(1 << 20))
-        probe.unlink()
-    except OSError as error:
-        return _reason(error)
-    return None
-
-
-def _with_free_space(error: BaseException, directory: Path) -> str:
-    """The reason of a failed write, which may have left some space of a disk that was too small for it."""
-    return f"{_reason(error)}, with {shutil.disk_usage(directory).free >> 20} MiB free on that disk"
-
-
 def _on_main(placement: Placement, work: Callable[[], None]) -> str | None:
     """Has rank 0 do its part while the others wait; what failed, on all ranks."""
     failure = None
@@ -311,18 +295,20 @@ def _on_main(placement: Placement, work: Callable[[], None]) -> str | None:
         try:
             work()
         except OSError as error:
-            failure = _reason(error)
+            failure = reason_of(error)
     return placement.share_from_main(failure)
+
+
+def _on_all(placement: Placement, work: Callable[[], None]) -> str | None:
+    """Has every rank do its part; what failed, on all ranks."""
+    failure = None
+    try:
+        work()
+    except OSError as error:
+        failure = reason_of(error)
+    return next((one for one in placement.share_from_all(failure) if one is not None), None)
 
 
 def _make_empty(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-
-
-def _reason(error: BaseException) -> str:
-    """What happened, in a line; of what happened on several ranks, the first's."""
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, (error, _) = min(error.failures.items(), key=lambda failure: failure[0])
-        return f"{_reason(error)} (rank {rank})"
-    return f"{type(error).__name__}: {error}"

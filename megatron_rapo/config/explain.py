@@ -33,6 +33,9 @@ _MOVED = {
     "rollout.embedded_servers": "rollout.engine.servers",
     "rollout.embedded_device": "rollout.engine.device",
     "rollout.embedded_threads": "rollout.engine.threads",
+    "observe.mismatch_alarm": "guards.mismatch_limit",
+    "observe.mismatch_action": "guards.mismatch",
+    "observe.idle_steps": "guards.steps_in_a_row",
 }
 
 # Options that other trainers have, and why this one does not.
@@ -134,19 +137,20 @@ def _key(location: tuple[int | str, ...], values: Mapping[str, Any]) -> str:
 def _instead(key: str, location: tuple[int | str, ...], values: Mapping[str, Any]) -> str:
     """What may have been meant in place of an unknown key."""
     if key in _MOVED:
-        return f"; it is {_MOVED[key]} now (docs/engines.md)"
+        page = "guards" if key.startswith("observe.") else "engines"
+        return f"; it is {_MOVED[key]} now (docs/{page}.md)"
     if key in _ABSENT:
         return _ABSENT[key]
     table, _, option = key.rpartition(".")
     if table == "rollout.engine":
-        kind = values["rollout"]["engine"].get("kind", DEFAULT_KIND)
+        kind = _chosen(values["rollout"]["engine"], "kind", DEFAULT_KIND)
         have = [name for name, one in KINDS.items() if option in one.Options.model_fields]
         if have:
             return f' of kind = "{kind}"; kind = "{have[0]}" has it: change the kind, or remove it'
         return f' of kind = "{kind}", which has {", ".join(find_kind(kind).Options.model_fields)}'
     if table == "algorithm":
-        method = values["algorithm"].get("method", DEFAULT_METHOD)
-        own = find_method(method, [Path(folder) for folder in values["run"].get("code", ())]).Options
+        method = _chosen(values["algorithm"], "method", DEFAULT_METHOD)
+        own = find_method(method, _code_folders(values.get("run"))).Options
         return _of_methods(option, method, own)
     sources = [name for name, section in _SOURCES.items() if option in section.model_fields]
     if sources and location[-2] in _SOURCES:
@@ -156,6 +160,17 @@ def _instead(key: str, location: tuple[int | str, ...], values: Mapping[str, Any
     elsewhere = [name for name in names if name.rpartition(".")[2] == option]
     near = elsewhere or difflib.get_close_matches(key, names, n=1, cutoff=0.8)
     return f"; {f'did you mean {near[0]}? ' if near else ''}docs/configuration.md lists them"
+
+
+def _code_folders(run: Any) -> list[Path]:
+    folders = run.get("code") if isinstance(run, dict) else None
+    return [Path(one) for one in folders if isinstance(one, str)] if isinstance(folders, list) else []
+
+
+def _chosen(table: Mapping[str, Any], option: str, default: str) -> str:
+    """What a table's options hang on; that it is no name at all is a problem of its own."""
+    found = table.get(option, default)
+    return found if isinstance(found, str) else default
 
 
 def _listed(methods: Sequence[str]) -> str:

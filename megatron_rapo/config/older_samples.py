@@ -38,7 +38,7 @@ def refuse_alarm_of_older_samples(config: RunConfig) -> None:
         reason = 'algorithm.old_log_probs = "engine": samples are compared with later updates as well'
     else:
         return
-    for name in ("mismatch_alarm", "mismatch_action"):
-        value = getattr(config.observe, name)
-        if value != type(config.observe).model_fields[name].get_default():
-            raise ValueError(f"observe.{name} = {value!r} would have no effect: {reason}; remove it")
+    for name in ("mismatch", "mismatch_limit"):
+        value = getattr(config.guards, name)
+        if value != type(config.guards).model_fields[name].get_default():
+            raise ValueError(f"guards.{name} = {value!r} would have no effect: {reason}; remove it")

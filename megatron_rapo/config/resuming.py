@@ -30,7 +30,7 @@ CLASSES: Mapping[Change, tuple[str, ...]] = {
     # How and where it is computed, observed and kept; and how far the run goes.
     Change.FREE: (
         *("run.directory", "run.steps", "run.code", "run.relaunches"),
-        *("parallel", "weights", "checkpoint", "observe", "slurm"),
+        *("parallel", "weights", "checkpoint", "observe", "guards", "slurm"),
         *("model.config", "model.recompute", "model.reference_in_host_memory", "model.vocabulary_multiple"),
         "teacher.in_host_memory",
         *("rollout.engine", "rollout.colocated", "rollout.restarts"),

@@ -165,5 +165,6 @@ class Reward(Judging):
     )
     unknown_limit: Fraction = Field(
         0.5,
-        description="Share of a step's rewards that may be unknown; beyond it the run ends, and says why.",
+        description="Share of a step's rewards that may be unknown; beyond it the run ends, and says why "
+        "(`guards.unknown_rewards`).",
     )

@@ -80,6 +80,14 @@ class Checkpoint(Section):
         30.0, description="Minutes between checkpoints, at the end of a step; 0: none by time."
     )
     keep: PositiveInt = Field(2, description="Newest checkpoints to keep; older ones are removed.")
+    keep_every: PositiveInt | None = Field(
+        None, description="Checkpoints of steps that this divides are kept for good. Default: none are."
+    )
+    in_background: bool = Field(
+        False,
+        description="Training goes on while a checkpoint is written (docs/resume.md). It takes host memory, "
+        "a copy of the rank's weights and optimizer.",
+    )
     resume: bool = Field(
         True,
         description="Go on from the newest checkpoint in run.directory, if there is one. "
@@ -97,27 +105,21 @@ class Checkpoint(Section):
         "lists them as to be asked for; what `--accept-changes` names. It is not kept with the run.",
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> Checkpoint:
+        if self.keep_every is not None and (self.every is None or self.keep_every % self.every):
+            raise ValueError(
+                f"keep_every = {self.keep_every} is no multiple of every = {self.every}: no such step would "
+                "be saved; set every to a divisor"
+            )
+        return self
+
 
 class Observe(Section):
-    """Where metrics go besides metrics.jsonl and TensorBoard, which are always written, and their alarm."""
+    """Where metrics go besides metrics.jsonl and TensorBoard, which are always written; hangs."""
 
     wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases.")
     wandb_project: str | None = Field(None, description="Project in Weights & Biases.")
-    mismatch_alarm: PositiveFloat = Field(
-        0.1,
-        description="Mean absolute difference of trainer's and engines' log-probs at a step's tokens, in "
-        "nats (`mismatch/log_prob_mean`), beyond which more than rounding must be wrong (docs/mismatch.md).",
-    )
-    mismatch_action: Literal["warn", "stop"] = Field(
-        "warn", description="What then happens: a warning at each crossing, or the end of the run."
-    )
-    idle_steps: PositiveInt = Field(
-        5,
-        description="Steps in a row that teach nothing (no response is in the loss, or the gradient is 0) "
-        "after which the run ends; the first is warned of. So are as many in which every group earned the "
-        "same throughout, though divergence or entropy has a gradient.",
-    )
-
     peak_tflops: PositiveFloat | None = Field(
         None,
         description="Dense peak of one rank's device in `model.dtype`, in TFLOP/s, which `throughput/mfu` is "

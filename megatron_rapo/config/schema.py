@@ -19,6 +19,7 @@ from megatron_rapo.config.data import Data, MixtureData, TrainingData
 from megatron_rapo.config.engine import load_own_kind
 from megatron_rapo.config.environment import EnvironmentOptions
 from megatron_rapo.config.evaluation import Evaluate, Setting
+from megatron_rapo.config.guards import Guards, check_guards
 from megatron_rapo.config.older_samples import check_old_log_probs, refuse_alarm_of_older_samples
 from megatron_rapo.config.reward import Reward
 from megatron_rapo.config.running import Checkpoint, Observe, Run
@@ -66,6 +67,7 @@ class RunConfig(Section):
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate | None = None
     observe: Observe = Observe()
+    guards: Guards = Guards()
     slurm: Slurm | None = None
 
     def new_method(self) -> Method:
@@ -212,6 +214,7 @@ class RunConfig(Section):
             self._check_colocation,
             partial(refuse_alarm_of_older_samples, self),
             self._check_slurm,
+            partial(check_guards, self),
             partial(refuse_options_beside_replay, self),
             partial(refuse_options_of_samples, self),
         ]
@@ -299,21 +302,17 @@ class RunConfig(Section):
         every = self.checkpoint.every
         if every is not None and every > self.run.steps:
             raise ValueError(
-                f"checkpoint.every = {every} is beyond run.steps = {self.run.steps} and would have no "
-                "effect; lower or remove it"
+                f"checkpoint.every = {every} is beyond run.steps = {self.run.steps}; lower or remove it"
             )
         if self.run.relaunches and not self.checkpoint.resume:
             raise ValueError(
-                f"run.relaunches = {self.run.relaunches} needs checkpoint.resume = true, to go on from the "
-                "newest checkpoint; set it, or remove run.relaunches"
+                f"run.relaunches = {self.run.relaunches} needs checkpoint.resume = true; set it, or remove it"
             )
 
     def _check_samples(self) -> None:
-        if self.observe.samples_every > self.run.steps:
-            raise ValueError(
-                f"observe.samples_every = {self.observe.samples_every} is beyond run.steps = "
-                f"{self.run.steps} and would keep no samples; lower it, or set 0"
-            )
+        every, steps = self.observe.samples_every, self.run.steps
+        if every > steps:
+            raise ValueError(f"observe.samples_every = {every} is beyond run.steps = {steps}; set 0 for none")
 
     def _check_rewards(self) -> None:
         own = [data for data in self.evaluation_data if data.reward is not None]
@@ -347,8 +346,7 @@ class RunConfig(Section):
         for table, data in alone.items():
             if data.weight is not None:
                 raise ValueError(
-                    f"{table}.weight = {data.weight} would have no effect: it is no source of a mixture; "
-                    "remove it"
+                    f"{table}.weight = {data.weight} would have no effect: it is in no mixture; remove it"
                 )
 
     def _check_evaluation(self) -> None:
@@ -361,8 +359,7 @@ class RunConfig(Section):
         every = self.evaluate.every
         if every is not None and every > self.run.steps:
             raise ValueError(
-                f"evaluate.every = {every} is beyond run.steps = {self.run.steps} and would have no "
-                "effect; lower or remove it"
+                f"evaluate.every = {every} is beyond run.steps = {self.run.steps}; lower or remove it"
             )
         best = self.evaluate.best
         if best is not None and best not in (names := self._evaluation_metrics()):

@@ -11,7 +11,11 @@ if TYPE_CHECKING:
 
 _OF_SAMPLES = {
     "rollout": ("responses_per_prompt", "dynamic_sampling", "replay", "max_staleness"),
-    "observe": ("samples_every", "samples_keep", "mismatch_alarm", "mismatch_action"),
+    "observe": ("samples_every", "samples_keep"),
+    "guards": (
+        *("equal_rewards", "unknown_rewards", "truncation", "truncated_share", "engine_log_probs"),
+        *("mismatch", "mismatch_limit"),
+    ),
 }
 # Where nothing is evaluated either.
 _OF_ENGINES = (

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import httpx
 import numpy as np
@@ -21,6 +21,18 @@ from megatron_rapo.wire.slices import SliceMessage
 
 Diagnose = Callable[[str], str | None]
 """Says what is known of the server at a URL once a request to it has failed: None if nothing."""
+
+
+def numbers(values: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """`[n]` from a list of numbers in an engine's answer.
+
+    Raises:
+        ValueError, TypeError, OverflowError: it is none.
+    """
+    found = np.array(values, dtype=dtype)
+    if found.ndim != 1:
+        raise ValueError(f"no list of numbers: {str(values)[:100]}")
+    return found
 
 
 @dataclass(frozen=True)

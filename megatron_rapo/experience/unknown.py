@@ -1,4 +1,4 @@
-"""Unknown rewards, of responses that could not be judged: told at the first, an error beyond a share."""
+"""Unknown rewards, of responses that could not be judged: told at the first, a fault beyond a share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from textwrap import indent
 
 from megatron_rapo.episode.outcome import Verification
 from megatron_rapo.episode.problem import Problem
-from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.sharing import Shared
 from megatron_rapo.parallel.placement import Placement
 
@@ -20,18 +19,18 @@ class UnknownRewards:
     def __init__(self, limit: float, placement: Placement) -> None:
         """
         Args:
-            limit: the share of a step's responses beyond which the run ends (`reward.unknown_limit`).
+            limit: the share of a step's responses beyond which it is a fault (`reward.unknown_limit`).
             placement: this rank's; the main rank prints.
         """
         self._limit = limit
         self._placement = placement
         self._told = False
 
-    def check(self, step: int, sampled: Shared) -> None:
+    def check(self, step: int, sampled: Shared) -> str | None:
         """Looks at all groups that a step sampled; all ranks call it.
 
-        Raises:
-            RapoError: on all ranks, where the share is beyond the limit.
+        Returns:
+            What is wrong where the share is beyond the limit, on all ranks.
         """
         groups = sampled.groups
         unknown = [
@@ -43,7 +42,7 @@ class UnknownRewards:
         responses = sum(len(group.episodes) for group in groups)
         beyond = len(unknown) / max(responses, 1) > self._limit
         if not unknown or (self._told and not beyond):
-            return
+            return None
         place, number = unknown[0]
         verification = groups[place].episodes[number].verification
         response = sampled.answer(place, number, self._placement)
@@ -53,7 +52,7 @@ class UnknownRewards:
             f"{verification.outcome}: {verification.why}"
         )
         if beyond:
-            raise RapoError(
+            return (
                 f"{message}; that is more than reward.unknown_limit = {self._limit:g}: mend the reward, or "
                 f"raise reward.time_limit_s (or reward.unknown_limit)\n{told}"
             )
@@ -62,6 +61,7 @@ class UnknownRewards:
             print(
                 f"warning: {message}; such responses are not trained on\n{told}", file=sys.stderr, flush=True
             )
+        return None
 
 
 def _described(problem: Problem, response: str, verification: Verification) -> str:

@@ -1,4 +1,4 @@
-"""megatron-core starts a process for a queue that a synchronous save needs in one process alone.
+"""megatron-core starts a process for a queue that a save needs in one process alone.
 
 It is a multiprocessing manager (strategies/filesystem_async.py), which nothing ends where its rank is killed:
 it stays behind and holds the job's output open, for whose end a launcher then waits.
@@ -14,5 +14,5 @@ VERSIONS = ">=0.16.1,<0.20"
 
 
 def repair() -> None:
-    """Gives saves a plain queue. Those in the background, which this package does not use, need the other."""
+    """Gives saves a plain queue; those in the background are written by a thread (checkpoint/writing.py)."""
     filesystem_async._results_queue = queue.Queue()

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_rapo.guards.findings import read_findings, told
 from megatron_rapo.observe.idling import told_of_idling
 
 WINDOW = 5  # steps that the reward's beginning and end are averaged over
@@ -17,7 +18,8 @@ def closing_summary(run_directory: Path) -> str:
     """The summary of a run from its metrics.jsonl, for people."""
     lines = (run_directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     metrics = [json.loads(line) for line in lines]
-    return "\n".join([*metrics_summary(metrics), "", *_files(run_directory)])
+    guards = [f"guards: {line}" for line in told(read_findings(run_directory))]
+    return "\n".join([*metrics_summary(metrics), *guards, "", *_files(run_directory)])
 
 
 def metrics_summary(metrics: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -9,9 +9,7 @@ from typing import Self
 
 from megatron_rapo.config import RunConfig
 from megatron_rapo.observe.heartbeat import Heartbeat
-from megatron_rapo.observe.idle_alarm import IdleAlarm
 from megatron_rapo.observe.metrics import MetricsLog
-from megatron_rapo.observe.mismatch_alarm import MismatchAlarm
 from megatron_rapo.observe.phases import Listener, Phases
 from megatron_rapo.observe.progress import Progress
 from megatron_rapo.timeline.record import Timeline
@@ -30,22 +28,23 @@ class Observer:
         self.timeline = Timeline(config.run.directory, rank)
         beat = Heartbeat(config.run.directory, rank, world_size).beat
         self._phases = Phases([beat, self.timeline.enter])
-        self._alarms: tuple[MismatchAlarm | IdleAlarm, ...] = (MismatchAlarm(config), IdleAlarm(config))
         self._logs = ExitStack()
         self._metrics: MetricsLog | None = None
         self._progress: Progress | None = None
+        self._phases.listen(self._show_phase)
 
     def open_logs(self, resume_step: int | None) -> None:
-        """Opens the logs of a new run (None), or of one that goes on after `resume_step`.
+        """Opens the logs of a new run (None), or of one that goes on after `resume_step`; also of one that is
+        rolled back.
 
         Raises:
             RapoError: metrics.jsonl is damaged, or wandb is asked for and not there.
         """
         if self._rank != 0:
             return
+        self._logs.close()
         self._metrics = self._logs.enter_context(MetricsLog(self._config, resume_step))
         self._progress = self._logs.enter_context(Progress(self._config.run.steps, self._metrics.history))
-        self._phases.listen(self._progress.show_phase)
 
     def listen(self, listener: Listener) -> None:
         """Tells one more listener of each change of phase from now on."""
@@ -64,19 +63,16 @@ class Observer:
         return self._phases.times()
 
     def finish_step(self, metrics: Mapping[str, float]) -> None:
-        """Ends the step: rank 0 logs its `metrics` and phase times; other ranks' are not used.
-
-        Raises:
-            RapoError: engines and trainer are apart, and the run is to stop then; or too many steps in a row
-                taught nothing.
-        """
+        """Ends the step: rank 0 logs its `metrics` and phase times; other ranks' are not used."""
         self.timeline.flush()
         if self._metrics is None or self._progress is None:
             return
         self._metrics.write(self._phases.step, {**metrics, **self._phases.times()})
         self._progress.finish_step(self._phases.step, metrics)
-        for alarm in self._alarms:
-            alarm.check(self._phases.step, metrics)
+
+    def _show_phase(self, step: int, phase: str) -> None:
+        if self._progress is not None:
+            self._progress.show_phase(step, phase)
 
     def __enter__(self) -> Self:
         return self

@@ -63,9 +63,8 @@ def read_step_lines(path: Path, last_step: int | None = None) -> list[dict[str, 
     if not path.exists():
         return []
     lines = []
-    text = path.read_text(encoding="utf-8")
-    for number, line in enumerate(text.splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
             break  # The run was killed while it wrote this line: its step was not finished.
         try:
             values = json.loads(line)

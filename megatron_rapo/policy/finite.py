@@ -27,9 +27,34 @@ def named_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, t
             yield f"{prefix}{name}", parameter
 
 
+def refuse_not_finite(metrics: Mapping[str, float], damage: str | None) -> bool:
+    """Lets an update be applied that is finite (`policy.Allow`).
+
+    Raises:
+        RapoError: `damage` says what is not.
+    """
+    if damage is not None:
+        raise RapoError(damage)
+    return True
+
+
 def check_finite(
     what: str, tensors: Mapping[str, Tensor], placement: Placement, remedy: str, bound: float = math.inf
 ) -> float:
+    """As `find_damage`, but it raises what was found.
+
+    Raises:
+        RapoError: on every rank, where a tensor of any rank holds NaN, infinity, or more than `bound`.
+    """
+    largest, damage = find_damage(what, tensors, placement, remedy, bound)
+    if damage is not None:
+        raise RapoError(damage)
+    return largest
+
+
+def find_damage(
+    what: str, tensors: Mapping[str, Tensor], placement: Placement, remedy: str, bound: float = math.inf
+) -> tuple[float, str | None]:
     """One pass over this rank's tensors; all ranks call it.
 
     Args:
@@ -40,10 +65,8 @@ def check_finite(
         bound: magnitudes beyond it count as infinite.
 
     Returns:
-        The largest magnitude of all ranks' tensors.
-
-    Raises:
-        RapoError: on every rank, where a tensor of any rank holds NaN, infinity, or more than `bound`.
+        The largest magnitude of all ranks' tensors; and what is wrong where one of any rank holds NaN,
+        infinity, or more than `bound`. The same on all ranks.
     """
 
     def damaged(largest: float) -> bool:
@@ -52,7 +75,7 @@ def check_finite(
     mine = _largest(list(tensors.values()))
     largest = placement.largest(math.inf if damaged(mine) else mine)
     if not damaged(largest):
-        return largest
+        return largest, None
     stage = f"rank {placement.rank} (pipeline stage {placement.pipeline_rank})"
     found = [
         f"{name} on {stage}: {own:.3g}"
@@ -64,7 +87,7 @@ def check_finite(
     first, *others = [name for share in shares for name in share]
     more = f", and {len(others)} more" if others else ""
     beyond = "" if bound == math.inf else f", or more than {bound:.3g}"
-    raise RapoError(f"{what} hold NaN or infinity{beyond}: {first}{more}; {remedy}")
+    return largest, f"{what} hold NaN or infinity{beyond}: {first}{more}; {remedy}"
 
 
 def _largest(tensors: Sequence[Tensor]) -> float:

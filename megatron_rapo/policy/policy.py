@@ -25,7 +25,13 @@ from megatron_rapo.model.build import Body, build_chunks
 from megatron_rapo.model.dtypes import DTYPES
 from megatron_rapo.parallel.device import device
 from megatron_rapo.parallel.placement import Placement
-from megatron_rapo.policy.finite import DIVERGED, check_finite, named_parameters
+from megatron_rapo.policy.finite import (
+    DIVERGED,
+    check_finite,
+    find_damage,
+    named_parameters,
+    refuse_not_finite,
+)
 from megatron_rapo.policy.frozen import FrozenModel
 from megatron_rapo.policy.gradients import accumulate_gradients, main_gradient, wrap
 from megatron_rapo.policy.hidden_states import whole_tokens
@@ -34,9 +40,14 @@ from megatron_rapo.policy.pipeline import run_forward
 from megatron_rapo.policy.weighing import mark
 from megatron_rapo.weights.load import load_weights
 
+Allow = Callable[[Mapping[str, float], str | None], bool]
+"""Of a minibatch's metrics, and what is not finite: whether its update is applied; the same on all ranks."""
+
 # Times the largest weight at the start. No training comes near; far beyond, activations overflow unseen: an
 # infinite variance makes a norm's output 0, and every logit the same.
 MOST_GROWTH = 100.0
+
+NORM = "optimizer/gradient_norm"
 
 
 class Policy:
@@ -132,9 +143,14 @@ class Policy:
         return self.chunks[-1].head_weight
 
     def update(
-        self, minibatches: Sequence[Sequence[Microbatch]], objective: Objective, frozen: FrozenModel | None
+        self,
+        minibatches: Sequence[Sequence[Microbatch]],
+        objective: Objective,
+        frozen: FrozenModel | None,
+        allow: Allow = refuse_not_finite,
     ) -> Mapping[str, float]:
-        """One optimizer update a minibatch.
+        """One optimizer update a minibatch, where `allow` lets it be applied. One that is not counts in the
+        learning rate's schedule all the same, and unless it is not finite in the metrics.
 
         `frozen` is the model whose whole distribution the objective may want; it has annotated them.
 
@@ -143,30 +159,66 @@ class Policy:
             updates. The same on all ranks.
 
         Raises:
-            RapoError: a loss, gradient or weight is not finite, or a weight is MOST_GROWTH times what was the
-                largest; on all ranks.
+            RapoError: a weight is not finite, or MOST_GROWTH times what was the largest; on all ranks. So is
+                what `allow` raises.
         """
         sums = torch.zeros(len(objective.parts), dtype=torch.float64, device=device())
-        mismatch, norms, rates = Mismatch(device()), [], []
+        mismatch, norms, rates, before = Mismatch(device()), [], [], self._bit_sums()
         for number, minibatch in enumerate(minibatches):
             self._mark(minibatch, objective, moved=number > 0)
-            of_minibatch, apart = self._accumulate(minibatch, objective, frozen)
-            sums += of_minibatch
-            mismatch.merge(apart)
             self.learning_rate.begin_update()
-            _, norm, _ = self.optimizer.step()
-            if not math.isfinite(norm):
-                raise RapoError(f"optimizer/gradient_norm = {norm}: {DIVERGED}")
-            norms.append(float(norm))
             rates.append(self.optimizer.param_groups[0]["lr"])
+            of_minibatch, apart = self._accumulate(minibatch, objective, frozen)
+            norm = self._gradient_norm()
+            told = {**self._told(objective, of_minibatch, apart), NORM: norm}
+            damage = self._not_finite(objective.metrics(of_minibatch), norm)
+            if damage is None:
+                sums += of_minibatch
+                mismatch.merge(apart)
+                norms.append(norm)
+            if allow(told, damage):
+                self.optimizer.step()
         self.synchronise_parameters()
         self._check_parameters("after the step's updates, weights", DIVERGED, self._largest_weight)
         return {
-            **objective.metrics(sums, updates=len(minibatches)),
-            **(mismatch.metrics() if objective.method.demonstrations is None else {}),
-            "optimizer/gradient_norm": sum(norms) / len(norms),
+            **self._told(objective, sums, mismatch, updates=max(len(norms), 1)),
+            NORM: sum(norms) / len(norms) if norms else math.nan,
             "optimizer/learning_rate": sum(rates) / len(rates),
+            "optimizer/changed_tensors": self._changed(before),
         }
+
+    @staticmethod
+    def _told(objective: Objective, sums: Tensor, mismatch: Mismatch, updates: int = 1) -> dict[str, float]:
+        """What is told of minibatches."""
+        apart = mismatch.metrics() if objective.method.demonstrations is None else {}
+        return {**objective.metrics(sums, updates=updates), **apart}
+
+    def _gradient_norm(self) -> float:
+        """As `optimizer.step` computes it, before it is called."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    def _not_finite(self, metrics: Mapping[str, float], norm: float) -> str | None:
+        """What is NaN or infinite in a minibatch's loss and gradients, on all ranks."""
+        if damage := _damage_to(metrics):
+            return damage
+        gradients = {name: main_gradient(parameter) for name, parameter in named_parameters(self.chunks)}
+        _, damage = find_damage("gradients", gradients, self.placement, DIVERGED)
+        return damage or _damage_to({"loss/not_finite": 0.0, NORM: norm})  # a sum of squares that overflows
+
+    def _bit_sums(self) -> Tensor:
+        """`[tensors]` int64: of each of this rank's weights the sum of its values' bits, read as integers."""
+        integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        return torch.stack(
+            [
+                parameter.detach().view(integers[parameter.element_size()]).sum(dtype=torch.int64)
+                for _, parameter in named_parameters(self.chunks)
+            ]
+        )
+
+    def _changed(self, before: Tensor) -> float:
+        """The share of tensors that changed since, on the rank where it is the largest."""
+        return self.placement.largest(float((self._bit_sums() != before).double().mean()))
 
     def _mark(self, minibatch: Sequence[Microbatch], objective: Objective, *, moved: bool) -> None:
         """What the method makes of a minibatch's tokens before its update (`Method.mark_tokens`)."""
@@ -178,15 +230,11 @@ class Policy:
     def _accumulate(
         self, minibatch: Sequence[Microbatch], objective: Objective, frozen: FrozenModel | None
     ) -> tuple[Tensor, Mismatch]:
-        """The minibatch's gradients, which are finite, in the buffers; the sums that metrics are made of."""
+        """The minibatch's gradients in the buffers; the sums that metrics are made of."""
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        found = accumulate_gradients(self.wrapped, minibatch, objective, frozen, self.placement)
-        _check_metrics(objective.metrics(found[0]))
-        gradients = {name: main_gradient(parameter) for name, parameter in named_parameters(self.chunks)}
-        check_finite("gradients", gradients, self.placement, DIVERGED)
-        return found
+        return accumulate_gradients(self.wrapped, minibatch, objective, frozen, self.placement)
 
     def _check_parameters(self, what: str, remedy: str, bound: float = math.inf) -> float:
         return check_finite(what, dict(named_parameters(self.chunks)), self.placement, remedy, bound)
@@ -225,15 +273,14 @@ class Policy:
                 chunk.start_param_sync(force_sync=True)
 
 
-def _check_metrics(metrics: Mapping[str, float]) -> None:
+def _damage_to(metrics: Mapping[str, float]) -> str | None:
     if metrics["loss/not_finite"] > 0:
-        raise RapoError(
+        return (
             f"{metrics['loss/not_finite']:.2%} of the response tokens have NaN or infinite logits under the "
             f"policy: {DIVERGED}"
         )
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise RapoError(f"{name} = {value}: {DIVERGED}")
+    broken = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+    return next((f"{name} = {value}: {DIVERGED}" for name, value in broken.items()), None)
 
 
 def _megatron_optimizer(

@@ -11,6 +11,7 @@ from megatron_rapo.config import RunConfig
 from megatron_rapo.config.write import to_toml
 from megatron_rapo.errors import RapoError
 from megatron_rapo.folder import write_whole
+from megatron_rapo.guards import findings
 from megatron_rapo.observe.step_lines import read_step_lines
 from megatron_rapo.record import configurations, identity
 from megatron_rapo.record.configurations import record_configuration
@@ -23,7 +24,7 @@ EARLIER = "earlier"
 # What a start that left no checkpoint has told; a new one begins anew.
 RECORDS = (
     *(METRICS, "published.jsonl", "versions.jsonl", "config.toml", configurations.FILE, identity.FILE),
-    *("tensorboard", "evaluations", FOLDER),
+    *("tensorboard", "evaluations", FOLDER, findings.FILE),
 )
 
 

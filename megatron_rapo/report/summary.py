@@ -117,5 +117,6 @@ def summary_text(report: Report) -> str:
             )
         ]
     for run in report.runs:
-        lines += ["", f"{run.name}:", *(f"  {line}" for line in metrics_summary(run.steps))]
+        guards = [f"guards: {line}" for line in run.guards]
+        lines += ["", f"{run.name}:", *(f"  {line}" for line in [*metrics_summary(run.steps), *guards])]
     return "\n".join(lines) + "\n"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rapo.errors import RapoError
+from megatron_rapo.guards.findings import read_findings, told
 from megatron_rapo.observe.catalogue import recorded
 from megatron_rapo.observe.step_lines import read_step_lines
 from megatron_rapo.report.drawing import Line, Plot
@@ -25,10 +26,12 @@ class TrainingRun:
     Attributes:
         name: of its directory.
         steps: the lines of metrics.jsonl, oldest first.
+        guards: what its guards found and did, lines for people.
     """
 
     name: str
     steps: Sequence[dict[str, Any]]
+    guards: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def read_training(directory: Path) -> TrainingRun:
     steps = read_step_lines(path)
     if not steps:
         raise RapoError(f"{path} holds no step; report a run that has finished one")
-    return TrainingRun(directory.resolve().name, steps)
+    return TrainingRun(directory.resolve().name, steps, told(read_findings(directory)))
 
 
 def training_plots(runs: Sequence[TrainingRun]) -> list[Plot]:

@@ -28,6 +28,7 @@ class VerifierProcess:
     Attributes:
         connection: readable when `collect` has something to say.
         deadline: `time.monotonic()` at which the process must have spoken.
+        killed: whether SIGKILL ended it, which nothing of ours sends to one that is still listened to.
     """
 
     def __init__(self, plan: RewardPlan, time_limit_s: float, memory_limit_gib: float) -> None:
@@ -35,6 +36,7 @@ class VerifierProcess:
         self._time_limit_s = time_limit_s
         self._ready = False
         self._verifying = False
+        self.killed = False
         self.connection, theirs = multiprocessing.Pipe()
         with theirs:
             arguments = [_in_json(plan), str(time_limit_s), str(memory_limit_gib)]
@@ -113,6 +115,7 @@ class VerifierProcess:
         self.connection.close()
         if not self._ready:
             raise self._cannot_start(f"its process ended with status {status}")
+        self.killed = status == -signal.SIGKILL
         if status == -signal.SIGALRM:  # it ended itself, before the trainer could
             return self._timeout()
         logger.info("a verifier process died with status %d", status)

@@ -24,11 +24,16 @@ from megatron_rapo.reward.process import VerifierProcess
 
 
 class _Item(NamedTuple):
-    """A response, or None for the problem's gold answer, and who waits for what is found."""
+    """A response, or None for the problem's gold answer, and who waits for what is found.
+
+    `again`: whether a process was killed from outside over it. That may be none of its doing, so it is judged
+    once more.
+    """
 
     response: str | None
     problem: Problem
     found: Future[Verification]
+    again: bool = False
 
 
 class Verifier:
@@ -148,7 +153,11 @@ class Verifier:
             while not self._closed:
                 self._hand_out(under_way)
                 for process, verification in self._next_verifications():
-                    under_way.pop(process).found.set_result(verification)
+                    item = under_way.pop(process)
+                    if process.killed and not item.again:
+                        self._waiting.appendleft(item._replace(again=True))
+                    else:
+                        item.found.set_result(verification)
         except BaseException as error:
             failure = error
         with self._lock:

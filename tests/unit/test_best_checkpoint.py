@@ -29,7 +29,9 @@ def test_the_highest_value_is_the_best_and_a_tie_the_first(tmp_path: Path) -> No
 def test_it_is_remembered_while_its_checkpoint_is_there(tmp_path: Path) -> None:
     best = BestCheckpoint(tmp_path, "pass@1")
     best.take(7, {"evaluate/pass@1": 0.5})
-    best.write()
+    told = best.told(7)
+    assert told is not None and best.told(1) is None
+    best.write(told)
     assert BestCheckpoint(tmp_path, "pass@1").step is None  # the checkpoint is not there
     (tmp_path / "step_000007").mkdir()
     again = BestCheckpoint(tmp_path, "pass@1")

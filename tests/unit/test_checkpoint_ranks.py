@@ -10,9 +10,11 @@ from typing import Any, cast
 
 import pytest
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rapo.checkpoint import store as stores
+from megatron_rapo.checkpoint import writing
 from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.checkpoint.store import CheckpointStore
 from megatron_rapo.config import RunConfig
@@ -110,9 +112,10 @@ def test_every_chunk_gets_its_own_state_back(
 ) -> None:
     saved: dict[str, Any] = {}
 
-    def save(state: dict[str, Any], directory: str, content_metadata: Any) -> None:
+    def save(state: dict[str, Any], directory: str, **_: Any) -> AsyncRequest:
         saved.update(state)
         (Path(directory) / "shard").write_text("written")
+        return AsyncRequest(None, (), [])
 
     def load(state: dict[str, Any], directory: str) -> dict[str, Any]:
         assert state["optimizer"]["loading"] and (Path(directory) / "shard").exists()
@@ -142,9 +145,10 @@ def test_all_ranks_write_shards_and_the_main_one_all_else(
     wrote, completed = [], []
     complete = CheckpointStore._complete
 
-    def save(state: Any, directory: str, content_metadata: Any) -> None:
+    def save(state: Any, directory: str, **_: Any) -> AsyncRequest:
         assert not (Path(directory) / "left").exists()
         wrote.append(state)
+        return AsyncRequest(None, (), [])
 
     def counted(store: CheckpointStore, *arguments: Any) -> None:
         completed.append(store)
@@ -158,7 +162,13 @@ def test_all_ranks_write_shards_and_the_main_one_all_else(
     on_ranks(monkeypatch, config, save, lambda store, policy, _: store.save(policy, state))
     assert len(wrote) == 4 and len(completed) == 1
     record = json.loads((tmp_path / "run/checkpoints/step_000004/run.json").read_text())
-    assert record["state"] == {"step": 4, "prompts_drawn": 40, "method": "rapo", "method_state": {"seen": 3}}
+    assert record["state"] == {
+        "step": 4,
+        "prompts_drawn": 40,
+        "method": "rapo",
+        "method_state": {"seen": 3},
+        "guards": None,
+    }
     assert record["model_path"] == str(config.model.path)
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_000004"]
 
@@ -173,9 +183,10 @@ def test_what_fails_is_told_on_all_ranks_and_found_out_by_the_main_one(
         asked.append(arguments)
         raise OSError("no way")
 
-    def save(state: Any, directory: str, content_metadata: Any) -> None:
+    def save(state: Any, directory: str, **_: Any) -> AsyncRequest:
         if fault in ("shards", "a full disk"):
             raise CheckpointException("both", {0: (ValueError("of shards"), cast(Any, None))})
+        return AsyncRequest(None, (), [])
 
     def refusal(directory: Path) -> str | None:
         asked.append(directory)
@@ -186,7 +197,7 @@ def test_what_fails_is_told_on_all_ranks_and_found_out_by_the_main_one(
     elif fault == "record":
         monkeypatch.setattr(CheckpointStore, "_complete", fail)
     else:
-        monkeypatch.setattr(stores, "_refusal", refusal)
+        monkeypatch.setattr(writing, "refusal", refusal)
     told = on_ranks(monkeypatch, config, save, lambda store, policy, _: store.save(policy, TrainState(4, 4)))
     reason = {"shards": "of shards", "a full disk": "cannot be written: full;"}.get(fault, "OSError: no way")
     assert len(set(told)) == 1 and reason in told[0]
@@ -197,7 +208,7 @@ def test_what_fails_is_told_on_all_ranks_and_found_out_by_the_main_one(
 
 def test_rank_0s_own_refusal_is_its_alone(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others fail as they will: they lost their peer."""
-    monkeypatch.setattr(stores, "_refusal", lambda _: "full")
+    monkeypatch.setattr(writing, "refusal", lambda _: "full")
 
     def write(store: CheckpointStore, policy: Any, place: Placement) -> str:
         def save(*_: Any, **__: Any) -> None:
@@ -205,7 +216,7 @@ def test_rank_0s_own_refusal_is_its_alone(config: RunConfig, monkeypatch: pytest
 
         monkeypatch.setattr(dist_checkpointing, "save", save)
         try:
-            return str(stores._write_shards(policy, store.directory))
+            return str(writing.Writing({}, store.directory, place, in_background=False).failure)
         except RuntimeError as error:
             return str(error)
 

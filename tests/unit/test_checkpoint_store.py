@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -68,6 +69,12 @@ def config(tmp_path: Path, model: Path) -> RunConfig:
 def make_policy(config: RunConfig, placement: Placement) -> Policy:
     architecture = read_architecture(config.model.path)
     return Policy(config.model, config.optimizer, architecture, placement, total_updates=9)
+
+
+def changed(config: RunConfig, sections: dict[str, dict[str, Any]]) -> RunConfig:
+    """The configuration with other options in these sections."""
+    new = {name: getattr(config, name).model_copy(update=options) for name, options in sections.items()}
+    return config.model_copy(update=new)
 
 
 def train(policy: Policy, config: RunConfig, updates: range) -> list[float]:
@@ -137,6 +144,74 @@ def test_the_newest_and_the_best_are_kept(config: RunConfig, placement: Placemen
     assert record["files"] == {
         name: {"bytes": len(content), "crc32": zlib.crc32(content)} for name, content in found.items()
     }
+
+
+def test_what_is_saved_in_the_background_is_as_it_was_when_it_began(
+    config: RunConfig, placement: Placement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training goes on, with other weights and moments, before the first byte is written."""
+    config = changed(config, {"checkpoint": {"in_background": True}})
+    policy, store = make_policy(config, placement), CheckpointStore(config)
+    train(policy, config, range(2))
+    begin, started = threading.Event(), threading.Thread.run
+
+    def late(thread: threading.Thread) -> None:
+        if thread.name == "checkpoint":
+            assert begin.wait(60)
+        started(thread)
+
+    monkeypatch.setattr(threading.Thread, "run", late)
+    store.save(policy, TrainState(2, 7))
+    expected = train(policy, config, range(2, 4))
+    store.finish(placement, wait=False)
+    assert names(store) == [".partial_step_000002"] and store.newest_whole(placement) is None
+    begin.set()
+    store.finish(placement)
+    assert names(store) == ["step_000002"]
+    store.finish(placement)  # there is no more to complete
+
+    resumed, store = make_policy(config, placement), CheckpointStore(config)
+    newest = store.newest_whole(placement)
+    assert newest is not None
+    assert store.load(newest, resumed) == TrainState(2, 7)
+    assert train(resumed, config, range(2, 4)) == expected
+    assert all(torch.equal(one, other) for one, other in zip(weights(resumed), weights(policy), strict=True))
+
+
+def test_what_a_killed_start_left_half_written_is_removed(config: RunConfig, placement: Placement) -> None:
+    """And is never gone on from."""
+    store = CheckpointStore(config)
+    half = store.directory / ".partial_step_000003"
+    half.mkdir(parents=True)
+    (half / "__0_0.distcp").write_bytes(b"half")
+    assert store.newest() is None and store.newest_whole(placement) is None
+    store.remove_partial(placement)
+    assert names(store) == []
+
+
+def test_a_write_in_the_background_that_fails_is_told_when_it_is_completed(
+    config: RunConfig, placement: Placement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(changed(config, {"checkpoint": {"in_background": True}}))
+    policy = make_policy(config, placement)
+    store.save(policy, TrainState(1, 1))
+    store.finish(placement)
+    largest = max(file.stat().st_size for file in (store.directory / "step_000001").iterdir())
+    with no_file_beyond(largest // 2):
+        store.save(policy, TrainState(2, 2))
+        with pytest.raises(
+            RapoError, match=r"step_000002 cannot be written: .*the newest checkpoint is .*01"
+        ):
+            store.finish(placement)
+    assert names(store) == ["step_000001"]
+
+
+def test_some_are_kept_for_good(config: RunConfig, placement: Placement) -> None:
+    policy = make_policy(config, placement)
+    store = CheckpointStore(changed(config, {"checkpoint": {"every": 1, "keep_every": 2}}))
+    for step in range(1, 6):
+        store.save(policy, TrainState(step, step))
+    assert names(store) == ["step_000002", "step_000004", "step_000005"]
 
 
 @pytest.mark.parametrize(

@@ -489,8 +489,8 @@ def test_a_value_out_of_range_is_refused(values: dict[str, Any], message: str) -
             'old_log_probs is "engine": the ratio is over the policy that sampled',
         ),
         (
-            with_options(rollout__max_staleness=1, observe={"mismatch_action": "stop"}),
-            "observe.mismatch_action = 'stop'",
+            with_options(rollout__max_staleness=1, guards={"mismatch": "stop"}),
+            "guards.mismatch = 'stop'",
             "rollout.max_staleness = 1: samples are of older weights",
         ),
         (with_options(observe={"wandb_project": "p"}), "observe.wandb_project = 'p'", 'wandb is "off"'),
@@ -624,15 +624,31 @@ def test_an_option_without_effect_is_refused(values: dict[str, Any], option: str
         ),
         (
             with_options(evaluate={"every": 4}),
-            "evaluate.every = 4 is beyond run.steps = 3 and would have no effect; lower or remove it",
+            "evaluate.every = 4 is beyond run.steps = 3; lower or remove it",
         ),
         (
             with_options(checkpoint={"every": 4}),
-            "checkpoint.every = 4 is beyond run.steps = 3 and would have no effect; lower or remove it",
+            "checkpoint.every = 4 is beyond run.steps = 3; lower or remove it",
+        ),
+        (
+            with_options(checkpoint={"every": 2, "keep_every": 3}),
+            "checkpoint.keep_every = 3 is no multiple of every = 2: no such step would be saved",
+        ),
+        (
+            with_options(guards={"mismatch": "roll_back"}),
+            'guards with the action "roll_back" need checkpoint.every',
+        ),
+        (
+            with_options(guards={"mismatch": "off", "mismatch_limit": 0.2}),
+            'guards.mismatch_limit = 0.2 would have no effect: mismatch = "off"; remove it',
+        ),
+        (
+            with_options(guards={"unknown_rewards": "off"}, reward={"unknown_limit": 0.2}),
+            'reward.unknown_limit = 0.2 would have no effect: guards.unknown_rewards = "off"',
         ),
         (
             with_options(run__relaunches=2, checkpoint__resume=False),
-            "run.relaunches = 2 needs checkpoint.resume = true, to go on from the newest checkpoint",
+            "run.relaunches = 2 needs checkpoint.resume = true; set it",
         ),
         (
             with_options(data={"source": "countdown", "problems": 1_000_001}),

@@ -223,6 +223,51 @@ def test_a_gradient_that_is_not_finite_is_named_before_it_is_applied(
     assert torch.equal(parameter.detach(), before)
 
 
+def test_an_update_that_is_not_allowed_changes_nothing_and_counts_in_the_schedule(
+    models: Path, placement: Placement
+) -> None:
+    """Of three minibatches the second: weights and moments are those of the other two, at their own rates."""
+    batches, objective = [make_minibatches(placement, [n])[0] for n in range(3)], make_objective(placement)
+    options = {"learning_rate": 1e-3, "decay": "linear"}
+    skipping, other = make_policy(models, placement, **options), make_policy(models, placement, **options)
+    seen: list[dict[str, float]] = []
+
+    def allow(metrics: Any, damage: str | None) -> bool:
+        assert damage is None
+        seen.append(dict(metrics))
+        return len(seen) != 2
+
+    told = skipping.update(batches, objective, None, allow)
+    other.update(batches[:1], objective, None)
+    other.go_to_update(2)
+    other.update(batches[2:], objective, None)
+    for mine, its in zip(skipping.chunks[0].parameters(), other.chunks[0].parameters(), strict=True):
+        assert torch.equal(mine, its)
+    assert told["optimizer/gradient_norm"] == pytest.approx(
+        sum(one["optimizer/gradient_norm"] for one in seen) / 3
+    )
+    assert told["optimizer/learning_rate"] == pytest.approx(1e-3 * (1.0 + 0.9 + 0.8) / 3)
+    assert told["optimizer/changed_tensors"] == 1.0
+    assert all(math.isfinite(one["mismatch/engine_log_prob_spread"]) for one in seen)
+
+
+def test_a_step_whose_updates_are_not_finite_goes_on_without_them(models: Path, placement: Placement) -> None:
+    policy, _, parameter = named(models, placement)
+    before = [p.detach().clone() for p in policy.chunks[0].parameters()]
+    parameter.register_hook(lambda gradient: gradient * math.nan)
+    found: list[str | None] = []
+
+    def allow(metrics: Any, damage: str | None) -> bool:
+        found.append(damage)
+        return damage is None
+
+    told = policy.update(make_minibatches(placement, [0]), make_objective(placement), None, allow)
+    assert found[0] is not None and "gradients hold NaN or infinity" in found[0]
+    assert all(torch.equal(p, b) for p, b in zip(policy.chunks[0].parameters(), before, strict=True))
+    assert told["optimizer/changed_tensors"] == 0.0 and math.isnan(told["optimizer/gradient_norm"])
+    assert math.isfinite(told["loss/total"])
+
+
 def test_all_damaged_tensors_are_counted(models: Path, placement: Placement) -> None:
     policy, name, parameter = named(models, placement)
     parameter.data[0] = math.nan

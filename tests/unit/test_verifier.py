@@ -49,6 +49,11 @@ def check(response, answer):
         return eval(argument)
     if word == "segfault":
         os.kill(os.getpid(), signal.SIGSEGV)
+    if word == "killed":  # as by the kernel, or by a person; "killed FILE": the first time
+        if not argument or not os.path.exists(argument):
+            open(argument or os.devnull, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return True
     if word == "memory":
         return bytes(6 * 2**30) == b""  # more than a worker may have; untouched, it costs nothing
     if word == "hash":
@@ -130,6 +135,13 @@ def test_a_crash_is_counted_apart_and_costs_its_own_item(obedient, crash):
     with pool(workers=1) as verifier:
         items = [("1", "1"), (crash, "1"), (crash, "1"), ("1", "1"), ("2", "1")]
         assert outcomes(verifier, items) == [CORRECT, CRASH, CRASH, CORRECT, WRONG]
+
+
+def test_what_a_process_was_killed_over_is_judged_once_more(obedient):
+    """So that a kill from outside changes no reward; what is killed each time is a crash."""
+    with pool(workers=1) as verifier:
+        items = [("1", "1"), (f"killed {obedient / 'once'}", "1"), ("killed", "1"), ("2", "1")]
+        assert outcomes(verifier, items) == [CORRECT, CORRECT, CRASH, WRONG]
 
 
 def test_a_verification_has_its_time_limit_and_no_more(obedient):

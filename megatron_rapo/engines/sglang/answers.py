@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rapo.engines.engine import Generated, Generation
+from megatron_rapo.engines.engine import Generated, Generation, numbers
 from megatron_rapo.errors import EngineLost, RapoError
 
 
@@ -50,15 +50,15 @@ def to_generated(answer: Any, source: str) -> Generated:
     """
     try:
         meta = answer["meta_info"]
-        token_ids = np.array(answer["output_ids"], dtype=np.int64)
+        token_ids = numbers(answer["output_ids"], np.int64)
         reported = meta["output_token_logprobs"]
-        log_probs = np.array([entry[0] for entry in reported], dtype=np.float32)
-        log_prob_ids = np.array([entry[1] for entry in reported], dtype=np.int64)
+        log_probs = numbers([entry[0] for entry in reported], np.float32)
+        log_prob_ids = numbers([entry[1] for entry in reported], np.int64)
         reason = meta["finish_reason"]
         finish = reason["type"] if reason["type"] in ("stop", "length") else str(reason)
         versions = [meta["weight_version"]]
         versions += [span["version"] for span in meta.get("weight_versions") or []]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise EngineLost(
             f"{source} sent a response that lacks what SGLang sends ({error!r}): {str(answer)[:500]}; "
             "is this an SGLang server, 0.5.14 or later?"

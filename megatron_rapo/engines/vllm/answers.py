@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_rapo.engines.engine import Generated, Generation
+from megatron_rapo.engines.engine import Generated, Generation, numbers
 from megatron_rapo.errors import EngineLost, RapoError
 
 
@@ -44,13 +44,13 @@ def to_generated(answer: Any, source: str) -> Generated:
     """
     try:
         [choice] = answer["choices"]
-        token_ids = np.array(choice["token_ids"], dtype=np.int64)
+        token_ids = numbers(choice["token_ids"], np.int64)
         reported = choice["logprobs"]["content"]
-        log_probs = np.array([entry["logprob"] for entry in reported], dtype=np.float32)
-        log_prob_ids = np.array([entry["token_id"] for entry in reported], dtype=np.int64)
+        log_probs = numbers([entry["logprob"] for entry in reported], np.float32)
+        log_prob_ids = numbers([entry["token_id"] for entry in reported], np.int64)
         versions = tuple(str(span["version"]) for span in choice["weight_versions"])
         finish = str(choice["finish_reason"])
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise EngineLost(
             f"{source} sent a response that lacks what vLLM 0.32 sends ({error!r}): {str(answer)[:500]}"
         ) from error

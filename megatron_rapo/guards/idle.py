@@ -1,4 +1,4 @@
-"""The alarm on steps that teach nothing: a warning at the first, the end of the run after some in a row.
+"""Steps that teach nothing: no response is in the loss, or the gradient is exactly 0.
 
 Nothing is a gradient of exactly 0, since Adam divides a gradient by its size and so makes much of a small
 one: where every group earned the same, a divergence from a reference that the policy still equals has a
@@ -7,59 +7,27 @@ gradient of rounding at first, and one 10,000 times as large some updates later.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 
 from megatron_rapo.config import RunConfig
-from megatron_rapo.errors import RapoError
 
 
-class IdleAlarm:
-    """Watches for steps without a response in the loss, or with a gradient of 0; and for such as have one by
-    divergence and entropy alone, which may be meant: these are warned of once they are as many in a row.
+class Idle:
+    """Tells that a step teaches nothing, and why.
 
     One alone can be chance: without divergence and entropy, groups that all earned the same have no gradient.
     """
 
     def __init__(self, config: RunConfig) -> None:
         self._algorithm = config.algorithm
-        self._most = config.observe.idle_steps
-        self._in_a_row = 0
-        self._alike_in_a_row = 0
         self._samples = config.demonstrations is None
-        self._compares = self._samples and config.rollout.responses_per_prompt > 1
 
-    def check(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Looks at a step's metrics; those of what comes before the first step say nothing of it.
-
-        Raises:
-            RapoError: it is the last of `observe.idle_steps` such steps in a row.
-        """
-        if "loss/tokens" not in metrics:
-            return
+    def __call__(self, metrics: Mapping[str, float]) -> str | None:
+        """What the step's metrics tell; None where it teaches, or a guard kept updates from being applied."""
+        if "loss/tokens" not in metrics or metrics.get("guards/skipped_updates"):
+            return None
         idle = metrics["loss/tokens"] == 0 or metrics["optimizer/gradient_norm"] == 0
-        self._in_a_row = self._in_a_row + 1 if idle else 0
-        if self._in_a_row == self._most:
-            raise RapoError(
-                f"step {step} is number {self._most} in a row that teaches nothing (observe.idle_steps): "
-                f"{self._cause(metrics)}"
-            )
-        if self._in_a_row == 1:
-            print(
-                f"warning: step {step} teaches nothing: {self._cause(metrics)}", file=sys.stderr, flush=True
-            )
-        alike = self._compares and metrics["reward/groups_without_variance"] == 1 and not idle
-        self._alike_in_a_row = self._alike_in_a_row + 1 if alike else 0
-        if self._alike_in_a_row == self._most:
-            print(
-                f"warning: step {step} is number {self._most} in a row in which every group earned the same "
-                f"reward throughout (mean {metrics['reward/mean']:.3f}), so that comparing responses teaches "
-                "nothing: what moves the policy is the rest of its loss, such as divergence and entropy. See "
-                "by `megatron-rapo samples` whether the reward is right; else take prompts that are solved "
-                "sometimes, or sample more responses a prompt",
-                file=sys.stderr,
-                flush=True,
-            )
+        return f"it teaches nothing: {self._cause(metrics)}" if idle else None
 
     def _cause(self, metrics: Mapping[str, float]) -> str:
         if not self._samples:
