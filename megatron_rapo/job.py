@@ -140,6 +140,7 @@ class Job:
         self.observer.begin_step(state.step)
         with self.observer.phase("publish"):
             self.publish(state.step, resumed=True)
+        self.batches.run_ahead(state.step)
         return state
 
     def state_after(self, step: int) -> TrainState:

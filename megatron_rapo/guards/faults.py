@@ -59,7 +59,8 @@ def _spike(norms: Sequence[float], factor: float, metrics: Metrics) -> str | Non
 
 def _collapse(least: float, metrics: Metrics) -> str | None:
     entropy = metrics.get("loss/entropy", math.inf)
-    if entropy >= least:
+    nothing_measured = math.isnan(metrics.get(NORM, 0.0))  # no minibatch was finite
+    if entropy >= least or nothing_measured:
         return None
     return (
         f"the policy's entropy is {entropy:.3g} nats a token, below guards.entropy_least = {least:g}: it has "

@@ -40,7 +40,7 @@ def test_a_step_that_is_not_finite_is_rolled_back(tmp_path: Path) -> None:
         tmp_path / "run",
         algorithm={"method": "faulty:Faulty"},
         parallel={"pipeline_parallel": 2},
-        checkpoint={"every": 2},
+        checkpoint={"every": 2, "in_background": True},
         guards={"not_finite": "roll_back", "rollbacks": 1},
     )
     loaded = load_config([config])
@@ -52,6 +52,7 @@ def test_a_step_that_is_not_finite_is_rolled_back(tmp_path: Path) -> None:
     assert command.process.returncode == 0, command.stderr
     assert "the step is rolled back (guards.not_finite)" in command.stderr
     assert "guards: not_finite: rolled back, 1 time, first in step 3: " in command.stdout
+    assert command.stdout.count("guards: ") == 1 and " is out " not in command.stdout
     lines = metrics(tmp_path / "run")
     assert [(line["step"], line["guards/rollbacks"]) for line in lines[1:]] == [
         (1, 0),

@@ -158,6 +158,16 @@ def test_updates_are_not_applied_where_that_is_asked_for(tmp_path: Path, name: s
     assert [one.action for one in read_findings(tmp_path)] == (["skip"] if is_main else [])
 
 
+def test_a_step_of_which_nothing_is_finite_sets_off_that_guard_alone(tmp_path: Path) -> None:
+    """Its metrics are those of no tokens."""
+    guards = guards_of(config(tmp_path, not_finite="skip"))
+    guards.begin_step(1)
+    assert not guards.allow({**SOUND, "loss/entropy": math.nan}, "gradient_norm = inf")
+    nothing = {"loss/entropy": 0.0, "loss/tokens": 0.0, "optimizer/gradient_norm": math.nan}
+    guards.finish_step({**SOUND, **nothing, "optimizer/changed_tensors": 0.0})
+    assert [one.guard for one in read_findings(tmp_path)] == ["not_finite"]
+
+
 def test_a_skipped_step_is_counted_and_teaches_nothing_on_purpose(tmp_path: Path) -> None:
     guards = guards_of(config(tmp_path, mismatch="skip"))
     guards.begin_step(1)
