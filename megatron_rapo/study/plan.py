@@ -37,6 +37,7 @@ class PlannedRun:
         configs, settings: as on the command line.
         evaluation: options of `[evaluate]` after training; None: the run's own last evaluation counts.
         diagnosed: correct responses that are laid beside the base's; 0: none.
+        following: options whose value is a folder of the run that it follows.
         config: what they come to.
         cores: that it keeps busy.
     """
@@ -51,6 +52,7 @@ class PlannedRun:
     settings: Options
     evaluation: Options | None
     diagnosed: int
+    following: Sequence[str]
     config: RunConfig
     cores: int
 
@@ -83,6 +85,7 @@ class PlannedRun:
     def identity(self) -> dict[str, Any]:
         """What makes its result this run's and no other's, by name."""
         options = {option: value for option, value in options_of(self.config).items() if is_identity(option)}
+        options |= dict.fromkeys(self.following, RUN)  # the study's folder may be elsewhere
         judged = {f"evaluation.{key}": value for key, value in (self.evaluation or {}).items()}
         found: dict[str, Any] = json.loads(json.dumps({**options, **judged, "train": self.train}))
         return found
@@ -144,8 +147,9 @@ def _run(
     name = f"{'' if stage == 'main' else 'tuning-'}{file_name(arm.name)}{number}-seed{seed}"
     follows = f"{file_name(arm.follows)}-seed{seed}" if arm.follows else None
     first = str(folder / FOLLOWED / follows) if follows else RUN
+    own = _dotted(arm.options)
     settings = {
-        **{option: first if value == RUN else value for option, value in _dotted(arm.options).items()},
+        **{option: first if value == RUN else value for option, value in own.items()},
         **last,
         "run.seed": seed + arm.seed_offset,
         "run.directory": str(folder / "runs" / name),
@@ -181,6 +185,7 @@ def _run(
         settings=settings,
         evaluation=evaluation,
         diagnosed=study.diagnose or 0 if arm.train and stage == "main" else 0,
+        following=[option for option, value in own.items() if value == RUN],
         config=config,
         cores=study.cores_per_run or config.parallel.world_size if arm.train else 1,
     )

@@ -693,6 +693,11 @@ def test_an_arm_follows_another_with_its_choice(tmp_path: Path, monkeypatch: pyt
         assert run.config.algorithm.entropy_of == opened.folder / f"followed/b-seed{run.seed}"  # type: ignore[attr-defined]
         assert run.config.optimizer.learning_rate == 2e-4
     assert not any(run.arm == "control" for run in made if run.stage == "tuning")
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path / "study/results", moved / "study/results")
+    for file in tmp_path.glob("*.toml"):
+        shutil.copy(file, moved)
+    assert {"control-seed1", "control-seed2"} <= set(Opened.at(moved / "study.toml").plan().results)
 
 
 # Further seeds
