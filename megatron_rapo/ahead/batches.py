@@ -86,7 +86,8 @@ class Batches:
         self._served = 0  # version that engines have
 
     def go_on(self, step: int, ready: dict[int, Batch]) -> None:
-        """After a checkpoint of a step, with the batches that it has."""
+        """After a checkpoint of a step, with the batches that it has; what is under way is given up."""
+        self.close()
         self.ready = dict(ready)
         self._newest = max([step, *ready])
 
@@ -129,6 +130,7 @@ class Batches:
         """Gives up what is under way."""
         if self._begun is not None:
             self._begun.round.give_up()
+            self._begun = None
 
     def _begin(self) -> None:
         number = self._newest + 1
