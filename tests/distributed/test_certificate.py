@@ -112,7 +112,7 @@ OBJECTIVES = {
     **{
         name: Certified({"method": name, **options}, "qwen3", SPREAD[: 2 if name == "copg" else 1])
         for name, options in {
-            # Not bapo, whose bounds are made of fp32 annotations: its loss is 3e-8 off in fp64.
+            # tests/unit/test_certified_alone.py has all methods, on one rank.
             "dcpo": {},
             "copg": {},
             "zero_success": {"penalty": 1.0},
