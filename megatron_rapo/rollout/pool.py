@@ -84,7 +84,7 @@ class EnginePool:
         self._head = head
         self._requests_per_engine = requests_per_engine
         self._note = note
-        self._updating = False
+        self._starting = self._updating = False
         self._offloaded: set[str] = set()  # engines that gave their memory back
         self._http = http_client()
         self._routing: Routing | None = None
@@ -134,7 +134,11 @@ class EnginePool:
             RapoError: one is not within `timeout` seconds, is known to have ended, or serves another model;
                 or the router cannot be reached, or has workers that are none of them.
         """
-        self._loop.run(self._members.until_healthy(timeout))
+        self._starting = True  # a server that is not up yet is silent
+        try:
+            self._loop.run(self._members.until_healthy(timeout))
+        finally:
+            self._starting = False
         if self._routing is not None:
             self._loop.run(self._routing.check(self.urls))
 
@@ -375,8 +379,8 @@ class EnginePool:
         return await all_of(member.ask(ask(member.client)) for member in self._members.live)
 
     def _to_watch(self) -> list[Member]:
-        """Those that must answer now. In an update engines may be silent; its requests have time limits."""
-        return [] if self._updating else self._members.live
+        """Those that must answer now: a start and an update have time limits of their own."""
+        return [] if self._starting or self._updating else self._members.live
 
 
 async def _check_version(client: Engine, weight_version: int) -> None:

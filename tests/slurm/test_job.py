@@ -14,6 +14,8 @@ import psutil
 import pytest
 
 from tests.end_to_end.command import COMMAND, MARK, checkpoints, metrics, run, without_times, write_config
+from tests.end_to_end.wide_heads import with_wide_heads
+from tests.engines.servers import VLLM_CPU, VLLM_ON_CPU, VLLM_PYTHON, why_not
 from tests.ports import free_ports
 from tests.slurm.cluster import Cluster, missing_programs
 
@@ -160,6 +162,38 @@ def test_a_job_whose_time_is_up_goes_on_in_another_allocation(
     next(rank for rank in _processes(job, "train") if rank.environ()["SLURM_PROCID"] == "1").kill()
     cluster.wait_until(lambda: cluster.job(job)["JobState"] == "FAILED", 60, "the job failed")
     # Helpers of a dead rank must end by themselves: linuxproc, unlike cgroups, loses sight of orphans.
+    cluster.wait_until(lambda: not _processes(job), 20, "nothing of the job is left")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(why_not(VLLM_CPU) is not None, reason=str(why_not(VLLM_CPU)))
+def test_a_job_trains_on_a_vllm_that_it_starts(cluster: Cluster, tmp_path: Path) -> None:
+    engine_port, master_port = free_ports(2)
+    directory = tmp_path / "run"
+    slurm = {
+        "engine": "vllm",
+        "engine_python": str(VLLM_PYTHON),
+        "engine_arguments": ["--max-model-len", "64", "--max-num-seqs", "16", "--enforce-eager"],
+        "gpus_per_node": 0,
+        "ranks_per_node": 2,
+        "engine_ports": [engine_port],
+        "master_port": master_port,
+    }
+    config = write_config(
+        tmp_path / "vllm.toml",
+        directory,
+        run={"steps": 2},
+        model={"path": str(with_wide_heads(tmp_path / "model"))},
+        parallel={"data_parallel": 2, "timeout_s": 300.0},
+        rollout={"startup_timeout_s": 280.0},
+        slurm=slurm,
+    )
+    cluster.environment |= VLLM_ON_CPU
+    job = number(submit(cluster, config))
+    wait(cluster, job, lambda: cluster.job(job)["JobState"] == "COMPLETED", 330, "the job's end")
+    lines = metrics(directory)
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert all(line["mismatch/log_prob_mean"] < 1e-5 for line in lines[1:])
     cluster.wait_until(lambda: not _processes(job), 20, "nothing of the job is left")
 
 

@@ -188,6 +188,18 @@ def wait_until(true: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
+def test_servers_that_are_still_starting_are_not_called_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stand_ins(1) as (_, urls), make_pool(urls) as pool:
+        seen: list[int] = []
+
+        async def until_healthy(timeout: float) -> None:
+            seen.append(len(pool._to_watch()))
+
+        monkeypatch.setattr(pool._members, "until_healthy", until_healthy)
+        pool.wait_until_healthy(1.0)
+        assert (seen, len(pool._to_watch())) == ([0], 1)
+
+
 def test_engines_are_not_watched_while_an_update_is_open(tmp_path: Any) -> None:
     with stand_ins(1) as ([server], urls), make_pool(urls) as pool:
         seen: list[int] = []
