@@ -25,9 +25,9 @@ END_WAIT_S = 3.0
 CLEANUP_WAIT_S = 0.5
 # How often it notes what the family has in shared memory: whose a file was cannot be told afterwards.
 NOTE_S = 2.0
-# SGLang's names, and those of Python's multiprocessing, which vLLM uses.
+# SGLang's names, those of Python's multiprocessing, which vLLM uses, and those of vLLM's ranks on CPUs.
 SHARED_MEMORY = Path("/dev/shm")
-NAMES = ("sglang_", "sgl_", "psm_", "sem.mp-")
+NAMES = ("sglang_", "sgl_", "psm_", "sem.mp-", "vllm_dist_")
 _PR_SET_PDEATHSIG = 1
 
 

@@ -50,9 +50,9 @@ def gone(pid: int) -> bool:
 
 @pytest.fixture
 def files() -> Iterator[list[Path]]:
-    """Files in shared memory: three with engines' names, and a stranger's."""
+    """Files in shared memory: four with engines' names, and a stranger's."""
     mark = f"{os.getpid()}_{time.monotonic_ns()}"
-    made = [HERE / f"{name}_{mark}" for name in ("sglang_x", "sgl_y", "psm_v", "other_z")]
+    made = [HERE / f"{name}_{mark}" for name in ("sglang_x", "sgl_y", "psm_v", "vllm_dist_w", "other_z")]
     yield made
     for file in made:
         file.unlink(missing_ok=True)
@@ -165,7 +165,7 @@ def test_files_of_engines_in_shared_memory_are_removed_and_no_others(
                 process.terminate()
             process.wait(SOON)
             process.stdout.close()
-            assert [file.exists() for file in files] == [False, False, False, True]
+            assert [file.exists() for file in files] == [False, False, False, False, True]
             assert by_another.exists()
         finally:
             by_another.unlink()
