@@ -90,9 +90,8 @@ class Guards:
         if damage is not None:
             self._refuse(damage)
             return False
-        allowed = (
-            self._step not in self._held
-        )  # what was found of the whole step holds for all of its updates
+        # What was found of the whole step holds for all of its updates.
+        allowed = self._step not in self._held
         for name, find in self._faults.items():
             if self._actions[name] not in KEEPS_OUT or (self._looked and name in _OF_STEPS):
                 continue
