@@ -125,6 +125,12 @@ class Observe(Section):
         description="Dense peak of one rank's device in `model.dtype`, in TFLOP/s, which `throughput/mfu` is "
         "a share of. Default: NVIDIA's figure for the GPU in bfloat16; on others no share is told.",
     )
+    profile_steps: list[PositiveInt] = Field(
+        [],
+        description="Steps that PyTorch's profiler records into `<run>/profile`, operator by operator; they "
+        "take longer.",
+    )
+    profile_ranks: list[NonNegativeInt] = Field([0], description="Ranks that it records them on.")
     hang_factor: float = Field(
         5.0,
         gt=1,
@@ -155,6 +161,8 @@ class Observe(Section):
         inert = {}
         if self.wandb == "off":
             inert["wandb_project"] = 'wandb is "off"'
+        if not self.profile_steps:
+            inert["profile_ranks"] = "profile_steps = [] profiles nothing"
         if not self.samples_every:
             inert["samples_keep"] = "samples_every = 0 keeps none"
         return inert

@@ -21,6 +21,7 @@ from megatron_rapo.config.environment import EnvironmentOptions
 from megatron_rapo.config.evaluation import Evaluate, Setting
 from megatron_rapo.config.guards import Guards, check_guards
 from megatron_rapo.config.older_samples import check_old_log_probs, refuse_alarm_of_older_samples
+from megatron_rapo.config.ranks import check_ranks
 from megatron_rapo.config.reward import Reward
 from megatron_rapo.config.running import Checkpoint, Observe, Run
 from megatron_rapo.config.sampling import Rollout
@@ -213,7 +214,7 @@ class RunConfig(Section):
             self._check_evaluation,
             self._check_colocation,
             partial(refuse_alarm_of_older_samples, self),
-            self._check_slurm,
+            partial(check_ranks, self),
             partial(check_guards, self),
             partial(refuse_options_beside_replay, self),
             partial(refuse_options_of_samples, self),
@@ -381,15 +382,6 @@ class RunConfig(Section):
             for data, setting in pairs
             for kind in (["reward", *kinds] if self.is_graded(data) else kinds)
         ]
-
-    def _check_slurm(self) -> None:
-        slurm, layout = self.slurm, self.parallel
-        if slurm is not None and slurm.ranks != layout.world_size:
-            raise ValueError(
-                f"slurm.trainer_nodes = {slurm.trainer_nodes} × slurm.ranks_per_node = "
-                f"{slurm.ranks_per_node} are {slurm.ranks} ranks, but [parallel] lays out "
-                f"{layout.world_size} (TP × PP × CP × DP); make them equal"
-            )
 
     def resolved(self) -> dict[str, Any]:
         """All options that have an effect, with their values, as written beside a run's output.

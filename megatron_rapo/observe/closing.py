@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rapo.guards.findings import read_findings, told
-from megatron_rapo.observe.idling import told_of_idling
+from megatron_rapo.observe.speed import told_of_speed
 
 WINDOW = 5  # steps that the reward's beginning and end are averaged over
 
@@ -23,8 +23,8 @@ def closing_summary(run_directory: Path) -> str:
 
 
 def metrics_summary(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For people: reward at both ends, a row for each evaluation, how idle engines were; what there is."""
-    return _rewards(metrics) + _evaluations(metrics) + told_of_idling(metrics)
+    """For people: reward at both ends, a row for each evaluation, how fast it was; what there is."""
+    return _rewards(metrics) + _evaluations(metrics) + told_of_speed(metrics)
 
 
 def _rewards(metrics: Sequence[Mapping[str, Any]]) -> list[str]:

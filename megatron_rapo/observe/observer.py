@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -11,6 +11,7 @@ from megatron_rapo.config import RunConfig
 from megatron_rapo.observe.heartbeat import Heartbeat
 from megatron_rapo.observe.metrics import MetricsLog
 from megatron_rapo.observe.phases import Listener, Phases
+from megatron_rapo.observe.profile import Profiler
 from megatron_rapo.observe.progress import Progress
 from megatron_rapo.timeline.record import Timeline
 
@@ -26,6 +27,7 @@ class Observer:
         self._config = config
         self._rank = rank
         self.timeline = Timeline(config.run.directory, rank)
+        self._profiler = Profiler(config, rank)
         beat = Heartbeat(config.run.directory, rank, world_size).beat
         self._phases = Phases([beat, self.timeline.enter])
         self._logs = ExitStack()
@@ -52,11 +54,14 @@ class Observer:
 
     def begin_step(self, step: int) -> None:
         """`step` begins; 0 is what comes before the first."""
+        self._profiler.begin_step(step)
         self._phases.begin_step(step)
 
-    def phase(self, name: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
         """A phase of the step, such as `rollout`: timed, shown, and in the heartbeat."""
-        return self._phases.phase(name)
+        with self._phases.phase(name), self._profiler.phase(name):
+            yield
 
     def times(self) -> dict[str, float]:
         """Seconds of the step so far: `time/<phase>_s`, and `time/step_s`."""
@@ -65,6 +70,7 @@ class Observer:
     def finish_step(self, metrics: Mapping[str, float]) -> None:
         """Ends the step: rank 0 logs its `metrics` and phase times; other ranks' are not used."""
         self.timeline.flush()
+        self._profiler.finish_step()
         if self._metrics is None or self._progress is None:
             return
         self._metrics.write(self._phases.step, {**metrics, **self._phases.times()})

@@ -153,3 +153,24 @@ def test_a_run_without_engines_tells_nothing_of_them(tmp_path: Path) -> None:
     assert not [
         line for line in summary(tmp_path, {"step": 1, "time/step_s": 2.0}) if line.startswith("engines")
     ]
+
+
+def test_how_fast_a_run_was_is_told(tmp_path: Path) -> None:
+    def step(tokens: float, rate: float, memory: float, **more: float) -> dict[str, Any]:
+        names = ("throughput/tokens_per_s", "throughput/update_tflop_per_s", "memory/peak_gib")
+        return {
+            "step": 1,
+            "time/step_s": 1.0,
+            **dict(zip(names, (tokens, rate, memory), strict=True)),
+            **more,
+        }
+
+    steps = [step(1000.4, 0.5, 1.0), step(2000, 1.25, 3.0), step(9000, 9.0, 2.0)]
+    assert "speed: 2,000 tokens/s, updates at 1.25 TFLOP/s a rank, at most 3.00 GiB a rank" in summary(
+        tmp_path, *steps
+    )
+    evaluated = step(1, 0.1, 9.0, **{"time/evaluate_s": 50.0})
+    known = [{**one, "throughput/mfu": 0.375} for one in steps]
+    assert [line for line in summary(tmp_path, evaluated, *known) if line.startswith("speed")] == [
+        "speed: 2,000 tokens/s, updates at 1.25 TFLOP/s a rank (38% of the device's peak), at most 3.00 GiB a rank"
+    ]

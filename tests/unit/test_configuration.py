@@ -410,6 +410,14 @@ def test_a_value_out_of_range_is_refused(values: dict[str, Any], message: str) -
 # Refusals of what would have no effect
 
 
+def test_a_profile_is_of_ranks_and_steps_that_there_are() -> None:
+    said = refusal(with_options(observe={"profile_steps": [1], "profile_ranks": [0, 1]}))
+    assert "observe.profile_ranks = [0, 1] names a rank beyond those of [parallel], 0 to 0; lower it" in said
+    said = refusal(with_options(observe={"profile_steps": [1, 10**6]}))
+    assert "observe.profile_steps = [1, 1000000] has a step beyond run.steps" in said
+    validate(with_options(observe={"profile_steps": [1]}), source="test")
+
+
 @pytest.mark.parametrize(
     ("values", "option", "reason"),
     [
@@ -492,6 +500,11 @@ def test_a_value_out_of_range_is_refused(values: dict[str, Any], message: str) -
             with_options(rollout__max_staleness=1, guards={"mismatch": "stop"}),
             "guards.mismatch = 'stop'",
             "rollout.max_staleness = 1: samples are of older weights",
+        ),
+        (
+            with_options(observe={"profile_ranks": [1]}),
+            "observe.profile_ranks = [1]",
+            "profile_steps = [] profiles nothing",
         ),
         (with_options(observe={"wandb_project": "p"}), "observe.wandb_project = 'p'", 'wandb is "off"'),
     ],

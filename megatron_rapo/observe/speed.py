@@ -1,0 +1,56 @@
+"""How fast a run was, for how long its engines sampled, and what sampling ahead would have saved."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+WORTH_TELLING = 0.05  # of a step
+
+Steps = Sequence[Mapping[str, Any]]
+
+
+def told_of_speed(metrics: Steps) -> list[str]:
+    """Lines for people, of the median step that was not evaluated after; none where there is no step."""
+    steps = [line for line in metrics if "time/step_s" in line and "time/evaluate_s" not in line]
+    return [*_throughput(steps), *_engines([line for line in steps if "time/sampling_s" in line])]
+
+
+def _throughput(steps: Steps) -> list[str]:
+    """Tokens a second, what the updates' computing came to, and the memory of the largest rank."""
+    parts = []
+    if (tokens := _median(steps, "throughput/tokens_per_s")) is not None:
+        parts.append(f"{tokens:,.0f} tokens/s")
+    if (rate := _median(steps, "throughput/update_tflop_per_s")) is not None:
+        share = _median(steps, "throughput/mfu")
+        of_peak = "" if share is None else f" ({share:.0%} of the device's peak)"
+        parts.append(f"updates at {rate:.3g} TFLOP/s a rank{of_peak}")
+    if memory := max((line.get("memory/peak_gib", 0.0) for line in steps), default=0.0):
+        parts.append(f"at most {memory:.2f} GiB a rank")
+    return [f"speed: {', '.join(parts)}"] if parts else []
+
+
+def _engines(steps: Steps) -> list[str]:
+    """For how long they sampled, and what a step would have taken ahead: the longer of its sampling and of its
+    other work, and its publication. For that both must have devices, or cores, of their own.
+    """
+    if not steps:
+        return []
+    step, sampling, waited, publish = (
+        statistics.median(line.get(f"time/{name}_s", 0.0) for line in steps)
+        for name in ("step", "sampling", "rollout", "publish")
+    )
+    line = f"engines sampled for {min(1.0, sampling / step):.0%} of a step"
+    if max(one.get("rollout/staleness_max", 0) for one in steps) > 0:
+        return [line]
+    ahead = max(sampling, step - waited - publish) + publish
+    saved = 1.0 - ahead / step
+    if saved >= WORTH_TELLING:
+        line += f"; rollout.max_staleness = 1 would have saved about {saved:.0%} of it (docs/ahead.md)"
+    return [line]
+
+
+def _median(steps: Steps, name: str) -> float | None:
+    values = [line[name] for line in steps if line.get(name) is not None]
+    return statistics.median(values) if values else None
