@@ -32,8 +32,10 @@ def _throughput(steps: Steps) -> list[str]:
 
 
 def _engines(steps: Steps) -> list[str]:
-    """For how long they sampled, and what a step would have taken ahead: the longer of its sampling and of its
-    other work, and its publication. For that both must have devices, or cores, of their own.
+    """For how long they sampled, and what a step would have taken ahead.
+
+    That is the longer of its sampling and of its other work, and its publication, where engines and trainer
+    have devices, or cores, of their own.
     """
     if not steps:
         return []

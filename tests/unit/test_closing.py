@@ -172,5 +172,6 @@ def test_how_fast_a_run_was_is_told(tmp_path: Path) -> None:
     evaluated = step(1, 0.1, 9.0, **{"time/evaluate_s": 50.0})
     known = [{**one, "throughput/mfu": 0.375} for one in steps]
     assert [line for line in summary(tmp_path, evaluated, *known) if line.startswith("speed")] == [
-        "speed: 2,000 tokens/s, updates at 1.25 TFLOP/s a rank (38% of the device's peak), at most 3.00 GiB a rank"
+        "speed: 2,000 tokens/s, updates at 1.25 TFLOP/s a rank (38% of the device's peak), "
+        "at most 3.00 GiB a rank"
     ]

@@ -271,7 +271,9 @@ def test_an_observer_logs_metrics_with_phase_times(
     ]
 
 
-def test_other_ranks_write_only_their_heartbeat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_write_only_their_heartbeat_and_timeline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with Observer(configuration(tmp_path), rank=1, world_size=2) as observer:
         observer.open_logs(resume_step=None)
         observer.begin_step(1)
@@ -279,7 +281,7 @@ def test_other_ranks_write_only_their_heartbeat(tmp_path: Path, capsys: pytest.C
             pass
         observer.finish_step({"reward/mean": 0.5})
     written = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
-    assert written == ["heartbeat/rank_00001.json"]
+    assert sorted(written) == ["heartbeat/rank_00001.json", "timeline/rank_00001.jsonl"]
     assert capsys.readouterr().out == ""
 
 
