@@ -43,6 +43,8 @@ def refuse_options_of_samples(config: RunConfig) -> None:
                 found.append(
                     f"{section}.{name}" if name == "engine" else f"{section}.{name} = {_written(value)}"
                 )
+    if config.optimizer.in_host_memory_during_rollouts:
+        found.append("optimizer.in_host_memory_during_rollouts = true")
     if config.evaluate is None:
         if config.slurm is not None:
             raise ValueError(
@@ -66,6 +68,11 @@ def refuse_options_beside_replay(config: RunConfig) -> None:
     if config.rollout.replay is None:
         return
     replay = f"rollout.replay = {config.rollout.replay}"
+    if config.optimizer.in_host_memory_during_rollouts:
+        raise ValueError(
+            "optimizer.in_host_memory_during_rollouts = true would have no effect: "
+            f"{replay} takes recorded samples, so there is no rollout; remove it"
+        )
     inert = {"evaluate": config.evaluate is not None}
     inert |= {
         name: getattr(config, name) != type(getattr(config, name))() for name in ("weights", "environment")

@@ -167,6 +167,14 @@ def test_what_is_no_recorded_run_is_refused(recorded: Path, tmp_path: Path) -> N
         ({"evaluate": {"problems": 4}}, r"\[evaluate\] would have no effect: rollout.replay"),
         ({"weights": {"transport": "disk"}}, r"\[weights\] would have no effect"),
         ({"environment": {"use": "mine:Mine"}}, r"\[environment\] would have no effect"),
+        (
+            {
+                "optimizer": {"in_host_memory_during_rollouts": True},
+                "model": {"dtype": "bfloat16"},
+            },
+            r"in_host_memory_during_rollouts = true would have no effect: rollout.replay",
+        ),
+        ({"rollout": {"max_staleness": 1}}, r"max_staleness = 1 would have no effect: replay takes recorded"),
     ],
 )
 def test_options_of_engines_are_refused(recorded: Path, changes: dict[str, Any], said: str) -> None:

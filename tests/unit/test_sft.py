@@ -52,7 +52,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_hf_model(tmp_path_factory.mktemp("sft") / "model", num_hidden_layers=2)
 
 
-def config(model: Path, base: Path, **sections: Any) -> RunConfig:
+def config(model: Path, base: Path, /, **sections: Any) -> RunConfig:
     data = base / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     options: dict[str, Any] = {
@@ -215,6 +215,10 @@ def test_texts_are_drawn_anew_each_epoch_by_the_runs_seed(
         ({"algorithm": {"held_out_every": 2}}, "algorithm.held_out_every = 2 would have no effect"),
         ({"algorithm": {"mask_truncated": True}}, "algorithm.mask_truncated = True would have no effect"),
         ({"algorithm": {"importance_correction": "masked"}}, "no term of method sft reads importance"),
+        (
+            {"optimizer": {"in_host_memory_during_rollouts": True}, "model": {"dtype": "bfloat16"}},
+            "optimizer.in_host_memory_during_rollouts = true would have no effect",
+        ),
         ({"algorithm": {"old_log_probs": "engine"}}, "does not go with method sft"),
         ({"rollout": {"max_staleness": 1}}, "rollout.max_staleness = 1 would have no effect"),
         ({"teacher": {"path": "t"}}, "no term of method sft reads a teacher"),
