@@ -15,7 +15,7 @@ from megatron_rapo.data.guided import Guided
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.engines.sglang.client import SGLangClient
 from megatron_rapo.environments.runner import Runner
-from megatron_rapo.environments.running import EpisodeRunner, Tries
+from megatron_rapo.environments.running import EpisodeRunner
 from megatron_rapo.episode.environment import Generate, Transcript
 from megatron_rapo.episode.episode import Episode
 from megatron_rapo.episode.group import Group
@@ -24,6 +24,7 @@ from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.asking import ask
+from megatron_rapo.experience.course import Wanted, follow
 from megatron_rapo.experience.sharing import Shared
 from megatron_rapo.methods.grpo import GRPO
 from megatron_rapo.methods.sampling import Sampling as Chosen
@@ -91,8 +92,8 @@ def played(environment: Any = None) -> Iterator[tuple[StandIn, Any]]:
         Runner(episodes, pool) as runner,
     ):
 
-        def more(tries: Sequence[Tries]) -> Shared:
-            with runner.begin([PROMPT], SAMPLING, judge, tries, answers) as rollout:
+        def more(wanted: Wanted) -> Shared:
+            with runner.begin(wanted.prompts, SAMPLING, judge, wanted.tries, answers) as rollout:
                 [group] = rollout.groups()
             assert group is not None
             return Shared([group], [0], {0: group})
@@ -112,7 +113,7 @@ def grown(more: Any, *rounds: Sequence[Guide]) -> Group:
             return [list(left[0]) if left else []]
 
     method = Asks(Asks.Options(), Chosen(1.0, 2, 64))
-    return ask(method, [PROMPT], more).whole[0]
+    return follow(ask(method, [PROMPT]), more).whole[0]
 
 
 def tokens(group: Group, number: int) -> list[int]:

@@ -102,7 +102,7 @@ def test_what_is_no_mixture_is_refused(sources: list[dict[str, Any]], message: s
 def test_a_weight_outside_of_a_mixture_is_refused() -> None:
     alone = values() | {"data": SUMS}
     with pytest.raises(
-        RapoError, match=r"data\.weight = 1\.0 would have no effect: it is no source of a mixt"
+        RapoError, match=r"data\.weight = 1\.0 would have no effect: it is in no mixture; remove it"
     ):
         validate(alone, source="run.toml")
     with_evaluation = values(COUNTDOWN, SUMS)

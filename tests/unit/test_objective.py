@@ -178,6 +178,8 @@ def test_mismatch_is_that_of_the_policy_that_sampled_by_position_in_the_response
             expected[f"mismatch/log_prob_max{where}"] = np.abs(delta[at]).max()
             k3 = np.exp(delta[at]) - 1 - delta[at]
             expected[f"mismatch/kl{where}"] = k3.mean()
+        expected["mismatch/engine_log_prob"] = engine.mean()
+        expected["mismatch/engine_log_prob_spread"] = np.ptp(engine)
         *_, mismatch = objective("dapo")(batch, policy, None)
         assert mismatch.metrics() == pytest.approx(expected, rel=1e-5)
 

@@ -312,6 +312,10 @@ class Step:
             answers=lambda step: None,
         )
         self.objective = SimpleNamespace(temperature=None)
+        self.guards = SimpleNamespace(begin_step=lambda step: None)
+
+    def _finish_checkpoint(self, *, wait: bool) -> None:
+        pass
 
     def begin(
         self, wanted: Wanted, *, chosen: Any, weight_version: int, whole: bool = False, **_: Any

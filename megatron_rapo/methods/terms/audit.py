@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from megatron_rapo.methods.terms.divergences import DIVERGENCES, FlattenedKind, ReverseKind
-from megatron_rapo.methods.terms.term import OF_THE_REFERENCE, AtToken, Term, present
+from megatron_rapo.methods.terms.term import AtToken, Need, Term, present
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ ESTIMATES: Mapping[FlattenedKind | ReverseKind, str] = {
 class Audit(Term):
     """Adds nothing to the loss; reports both exact divergences, and each estimator's bias and variance."""
 
-    needs = OF_THE_REFERENCE
+    needs = frozenset({Need.FORWARD_KL, Need.REVERSE_KL, Need.FLATTENED_LOG_PROB, Need.REFERENCE_LOG_PROB})
 
     def __call__(self, token: AtToken) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Reports both exact divergences, and each estimator's error and its square."""
