@@ -131,10 +131,12 @@ def plain_mismatch(log_probs: list[np.ndarray]) -> dict[str, float]:
     """Of the samples, each with the trainer's log-probs of its response, by numpy."""
     lengths = [len(of_sample) for of_sample in log_probs]
     position = np.concatenate([np.arange(length) for length in lengths])
-    delta = np.concatenate(log_probs) - np.concatenate(
-        [sample.sequence.log_probs[sample.sequence.sampled] for sample in samples()]
-    )
-    found = {}
+    engine = np.concatenate([sample.sequence.log_probs[sample.sequence.sampled] for sample in samples()])
+    delta = np.concatenate(log_probs) - engine
+    found = {
+        "mismatch/engine_log_prob": float(engine.astype(np.float64).mean()),
+        "mismatch/engine_log_prob_spread": float(np.ptp(engine)),
+    }
     for where, at in {"": position >= 0, "/0_15": position < 16, "/16_63": position >= 16}.items():
         d = delta[at].astype(np.float64)
         found[f"mismatch/log_prob_mean{where}"] = float(np.abs(d).mean())

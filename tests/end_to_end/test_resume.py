@@ -144,7 +144,7 @@ def test_a_step_that_was_killed_among_its_tools_hears_the_same_answers(tmp_path:
         return [json.loads(line)[1]["text"] for line in whole.splitlines()[1:]]
 
     with started(config) as command:
-        command.wait_until(lambda: len(kept()) >= 4)
+        command.wait_until(lambda: len(kept()) >= 2)  # of few: what dice say decides how many there are
         command.kill()
     assert command.left_processes() == []
     assert checkpoints(directory)[-1] == "step_000001"
