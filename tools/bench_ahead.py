@@ -90,8 +90,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--prompts", type=int, default=4, help="of a step, with 8 responses each")
-    parser.add_argument("--tokens", type=int, default=64, help="of most responses")
+    parser.add_argument("--prompts", type=int, default=2, help="of a step, with 8 responses each")
+    parser.add_argument("--tokens", type=int, default=96, help="of most responses")
     parser.add_argument("--tail", type=float, default=0.0, help="share of responses that are 4 times as long")
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--layers", type=int, default=4)

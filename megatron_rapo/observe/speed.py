@@ -25,7 +25,8 @@ def _throughput(steps: Steps) -> list[str]:
     if (rate := _median(steps, "throughput/update_tflop_per_s")) is not None:
         share = _median(steps, "throughput/mfu")
         of_peak = "" if share is None else f" ({share:.0%} of the device's peak)"
-        parts.append(f"updates at {rate:.3g} TFLOP/s a rank{of_peak}")
+        shown = f"{rate:.3g} TFLOP/s" if rate >= 1 else f"{1000 * rate:.3g} GFLOP/s"
+        parts.append(f"updates at {shown} a rank{of_peak}")
     if memory := max((line.get("memory/peak_gib", 0.0) for line in steps), default=0.0):
         parts.append(f"at most {memory:.2f} GiB a rank")
     return [f"speed: {', '.join(parts)}"] if parts else []

@@ -169,6 +169,8 @@ def test_how_fast_a_run_was_is_told(tmp_path: Path) -> None:
     assert "speed: 2,000 tokens/s, updates at 1.25 TFLOP/s a rank, at most 3.00 GiB a rank" in summary(
         tmp_path, *steps
     )
+    [slow] = [line for line in summary(tmp_path, step(5, 0.00824, 0.0)) if line.startswith("speed")]
+    assert slow == "speed: 5 tokens/s, updates at 8.24 GFLOP/s a rank"
     evaluated = step(1, 0.1, 9.0, **{"time/evaluate_s": 50.0})
     known = [{**one, "throughput/mfu": 0.375} for one in steps]
     assert [line for line in summary(tmp_path, evaluated, *known) if line.startswith("speed")] == [
