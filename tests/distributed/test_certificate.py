@@ -113,11 +113,16 @@ OBJECTIVES = {
         name: Certified({"method": name, **options}, "qwen3", SPREAD[: 2 if name == "copg" else 1])
         for name, options in {
             # tests/unit/test_certified_alone.py has all methods, on one rank.
+            "bapo": {},
+            "hapo": {},
+            "d3s": {},
+            "capo": {},
             "dcpo": {},
             "copg": {},
             "zero_success": {"penalty": 1.0},
             "epo": {},
-            "dph_rl": {"divergence_coefficient": 0.5},
+            "igpo": {},
+            "dph_rl": {"divergence_coefficient": 0.5, "divergence": "jensen_shannon"},
             "sage": {"entropy_threshold": 0.0},
             "mara": {"beta": 0.5},
             "matched_entropy": {"target_entropy": 1.0},
