@@ -231,13 +231,14 @@ def copy_through_shared_memory(nbytes: int, folder: Path) -> float:
 
 def write_and_read(nbytes: int, folder: Path) -> float:
     """Seconds of a file's way to the disk's cache and back."""
-    piece, file = bytes(PIECE), folder / "floor"
+    size = min(nbytes, PIECE)
+    piece, file = bytes(size), folder / "floor"
     began = time.perf_counter()
     with file.open("wb", buffering=0) as sink:
-        for _ in range(nbytes // PIECE):
+        for _ in range(nbytes // size):
             sink.write(piece)
     with file.open("rb", buffering=0) as source:
-        while source.read(PIECE):
+        while source.read(size):
             pass
     took = time.perf_counter() - began
     file.unlink()
@@ -257,11 +258,12 @@ def broadcast(nbytes: int, folder: Path) -> float:
             wait_for_workers=False,
             master_listen_fd=os.dup(listener.fileno()),
         )
-    pieces = nbytes // PIECE
-    other = multiprocessing.get_context("spawn").Process(target=receive, args=(meeting, pieces))
+    size = min(nbytes, PIECE)
+    pieces = nbytes // size
+    other = multiprocessing.get_context("spawn").Process(target=receive, args=(meeting, size, pieces))
     other.start()
     group = join(meeting, 0)
-    flat = torch.ones(PIECE, dtype=torch.uint8)
+    flat = torch.ones(size, dtype=torch.uint8)
     group.broadcast(flat, 0).wait()
     began = time.perf_counter()
     for _ in range(pieces):
@@ -272,11 +274,11 @@ def broadcast(nbytes: int, folder: Path) -> float:
     return took
 
 
-def receive(meeting: Meeting, pieces: int) -> None:
+def receive(meeting: Meeting, size: int, pieces: int) -> None:
     """The other process of `broadcast`."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torch wants one
     group = join(meeting, 1)
-    flat = torch.empty(PIECE, dtype=torch.uint8)
+    flat = torch.empty(size, dtype=torch.uint8)
     for _ in range(pieces + 1):
         group.broadcast(flat, 0).wait()
     os._exit(0)  # gloo's threads are still there: an orderly end would wait for the other side's
