@@ -17,7 +17,7 @@ from megatron_rapo.config import RunConfig
 from megatron_rapo.environments.recorded import Answers
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.batch import Batch, Prompts, collect
-from megatron_rapo.experience.course import Course, Phase, Sampled, Wanted
+from megatron_rapo.experience.course import Course, Phase, Sampled, Wanted, follow
 from megatron_rapo.experience.sharing import Shared
 from megatron_rapo.methods.method import Method
 from megatron_rapo.methods.sampling import Sampling
@@ -155,14 +155,17 @@ class Batches:
     def _finish(self, now: int) -> None:
         begun = self._begun
         assert begun is not None
-        batch: Batch | None = None
-        while batch is None:
+
+        def finish() -> Shared:
             found = begun.round.finish(self._phase, now)
             self._served = begun.round.weight_version
-            try:
-                begun.round = begun.ask(begun.course.send(found), self._served)
-            except StopIteration as ended:
-                batch = ended.value
+            return found
+
+        def sample(wanted: Wanted) -> Shared:
+            begun.round = begun.ask(wanted, self._served)
+            return finish()
+
+        batch = follow(begun.course, sample, finish())
         self._begun = None
         self._check(begun.number, batch.sampled)
         self.ready[begun.number] = replace(batch, temperature=begun.temperature)

@@ -71,7 +71,7 @@ def take_up(
             raise RapoError(
                 f"{checkpoint} has a batch of {len(described['chosen'])} prompts for step {name}, which was "
                 f"sampled ahead, and rollout.prompts_per_step is {prompts_per_step}; go on with the former "
-                f"value, or remove {folder} to sample those steps with the weights of the checkpoint"
+                "value, at first with rollout.max_staleness = 0: the next checkpoint has no such batch then"
             )
         ready[int(name)] = _batch(described, files[int(name)], prompts, placement, whole=whole)
     return ready
