@@ -484,7 +484,7 @@ PAPERS: dict[str, Paper] = {
             ("> 0.0, False", ">= 1.0, False"),
             ("* ratio", "/ ratio"),
             ("weight / (weight + share)", "weight"),
-            ("self.entropy > self", "self.entropy < self"),
+            ("math.inf if self.entropy is None else self.entropy", "math.inf"),
         ],
         base={"target_entropy": 1.5},
         heard=[{"loss/entropy": 1.0}],

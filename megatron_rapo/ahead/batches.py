@@ -86,8 +86,7 @@ class Batches:
         self._served = 0  # version that engines have
 
     def go_on(self, step: int, ready: dict[int, Batch]) -> None:
-        """After a checkpoint of a step, with the batches that it has; what is under way is given up."""
-        self.close()
+        """After a checkpoint of a step, with the batches that it has; nothing may be under way."""
         self.ready = dict(ready)
         self._newest = max([step, *ready])
 
@@ -130,7 +129,6 @@ class Batches:
         """Gives up what is under way."""
         if self._begun is not None:
             self._begun.round.give_up()
-            self._begun = None
 
     def _begin(self) -> None:
         number = self._newest + 1

@@ -23,10 +23,10 @@ from megatron_rapo.episode.episode import ScoredEpisode
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.guide import PLAIN, Guide
 from megatron_rapo.methods.advantages import standardised
-from megatron_rapo.methods.clipping import Clipping
 from megatron_rapo.methods.guided import chosen_of, rewards_of, solved
 from megatron_rapo.methods.method import Method, OfEpisodes
 from megatron_rapo.methods.sampling import Sampling
+from megatron_rapo.methods.tempered import Tempered
 from megatron_rapo.methods.terms.likelihood import Likelihood
 from megatron_rapo.methods.terms.term import Term
 from megatron_rapo.section import PositiveFloat, PositiveInt
@@ -35,15 +35,11 @@ from megatron_rapo.section import PositiveFloat, PositiveInt
 class AEPO(Method):
     """Clipped policy gradient, and REINFORCE on right responses at a temperature that holds the entropy."""
 
-    class Options(Clipping):
+    class Options(Tempered):
         """AEPO (arXiv 2510.08141)."""
 
         method: str = "aepo"
         target_entropy: PositiveFloat = Field(0.5, description="H0, in nats.")
-        high_temperature: float = Field(
-            1.2, gt=1, allow_inf_nan=False, description="T_high, in multiples of the rollouts' temperature."
-        )
-        low_temperature: float = Field(0.8, gt=0, lt=1, description="T_low, likewise.")
         tempered_responses: PositiveInt = Field(1, description="Further responses to a prompt, at T.")
         reinforce_coefficient: PositiveFloat = Field(1.0, description="α.")
 
@@ -56,8 +52,7 @@ class AEPO(Method):
     def ask(self, groups: Sequence[Group]) -> Sequence[Sequence[Guide]]:
         """G responses, and some at T."""
         o = self.options
-        flattens = self.entropy <= o.target_entropy
-        temperature = (o.high_temperature if flattens else o.low_temperature) * self.configured.temperature
+        temperature = o.against(self.entropy) * self.configured.temperature
         tempered = [Guide(temperature=temperature, name="tempered")] * o.tempered_responses
         wanted = [PLAIN] * self.configured.responses_per_prompt + tempered
         return [[] if group.episodes else wanted for group in groups]

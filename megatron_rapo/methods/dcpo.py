@@ -14,6 +14,7 @@ deviation (n − 1).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,9 @@ from pydantic import Field
 from megatron_rapo.episode.group import Group, known_rewards
 from megatron_rapo.methods.advantages import standardised
 from megatron_rapo.methods.annotated import Annotated
-from megatron_rapo.methods.clipping import Clipping
 from megatron_rapo.methods.method import Method, OfEpisodes
 from megatron_rapo.methods.sampling import Sampling
+from megatron_rapo.methods.tempered import Tempered
 from megatron_rapo.methods.terms.policy_gradient import AdvantageOfMark
 from megatron_rapo.methods.terms.term import Term
 from megatron_rapo.section import Fraction, PositiveFloat
@@ -37,15 +38,11 @@ if TYPE_CHECKING:
 class DCPO(Method):
     """Right responses count as if a flatter or sharper policy had sampled them, to hold the entropy."""
 
-    class Options(Clipping):
+    class Options(Tempered):
         """DCPO (arXiv 2601.12730)."""
 
         method: str = "dcpo"
         target_entropy: PositiveFloat = Field(0.25, description="H0, in nats.")
-        high_temperature: float = Field(
-            1.2, gt=1, allow_inf_nan=False, description="T_high, in multiples of the rollouts' temperature."
-        )
-        low_temperature: float = Field(0.8, gt=0, lt=1, description="T_low, likewise.")
         largest_weight: Fraction = Field(0.1, description="λ: of the entropy's distance from H0.")
 
     options: Options
@@ -56,9 +53,7 @@ class DCPO(Method):
 
     @property
     def tempered(self) -> float | None:  # type: ignore[override]
-        if self.entropy is None or self.entropy > self.options.target_entropy:
-            return self.options.low_temperature
-        return self.options.high_temperature
+        return self.options.against(math.inf if self.entropy is None else self.entropy)
 
     def advantages(self, groups: Sequence[Group]) -> OfEpisodes:
         """GRPO's; the marks replace them."""

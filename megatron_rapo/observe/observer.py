@@ -86,5 +86,5 @@ class Observer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.timeline.__exit__(kind, error, trace)
+        self.timeline.flush()
         self._logs.__exit__(kind, error, trace)

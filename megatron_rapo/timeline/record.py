@@ -10,8 +10,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 FOLDER = "timeline"
 _MOST_HELD = 256  # lines in memory
@@ -37,7 +35,7 @@ class Asked:
 
 
 class Timeline:
-    """Writes one rank's record, some lines at a time; a context manager. An earlier start's lines stay."""
+    """Writes one rank's record, some lines at a time. An earlier start's lines stay."""
 
     def __init__(self, run_directory: Path, rank: int) -> None:
         self._path = run_directory / FOLDER / f"rank_{rank:05d}.jsonl"
@@ -58,14 +56,6 @@ class Timeline:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write("".join(f"{line}\n" for line in lines))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.flush()
 
     def _add(self, line: list[object]) -> None:
         self._lines.append(json.dumps(line))

@@ -15,7 +15,6 @@ from typing import Any
 from megatron_rapo.errors import RapoError
 from megatron_rapo.timeline.record import Asked, Entered, read
 
-BETWEEN = "between phases"
 _TRAINER, _ENGINES = 1, 2  # processes of the trace
 
 
@@ -59,7 +58,7 @@ def load(run_directory: Path, steps: tuple[int, int] | None = None) -> Run:
         stays[rank] = [
             Stay(one.at, other.at, one.step, one.phase)
             for one, other in pairwise(entered)
-            if _within(one.step, steps) and (one.phase != BETWEEN or other.step >= one.step)
+            if _within(one.step, steps) and other.step >= one.step  # else the run was started anew between
         ]
         for entry in entries:
             if isinstance(entry, Asked):

@@ -270,16 +270,6 @@ def test_a_batch_of_another_size_is_refused(tmp_path: Path) -> None:
         take_up(tmp_path / "1", run.prompts, alone(), prompts_per_step=3, whole=False)
 
 
-def test_a_run_that_goes_back_gives_up_what_is_under_way(tmp_path: Path) -> None:
-    run = Run(1, tmp_path / "one")
-    found = run.go(last=3)
-    assert run.engines.under_way == [5]
-    run.resume(1)
-    assert run.engines.under_way == [3]
-    run.folder = tmp_path / "again"
-    assert run.go(2, 3) == {step: found[step] for step in (2, 3)}
-
-
 def test_what_is_under_way_is_given_up(tmp_path: Path) -> None:
     run = Run(1, tmp_path)
     run.batches.take(1)

@@ -37,11 +37,12 @@ def written(run: Path) -> Path:
 def test_a_record_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100))
     monkeypatch.setattr("megatron_rapo.timeline.record.time.time", lambda: float(next(clock)))
-    with Timeline(tmp_path, 3) as timeline:
-        phases = Phases([timeline.enter])
-        phases.begin_step(7)
-        with phases.phase("evaluate"), phases.phase("rollout"):
-            timeline.request("http://a", 0.25, 0.5, 4)
+    timeline = Timeline(tmp_path, 3)
+    phases = Phases([timeline.enter])
+    phases.begin_step(7)
+    with phases.phase("evaluate"), phases.phase("rollout"):
+        timeline.request("http://a", 0.25, 0.5, 4)
+    timeline.flush()
     [(rank, entries)] = read(tmp_path)
     assert rank == 3
     names = ["between phases", "evaluate", "evaluate/rollout", "evaluate", "between phases"]
@@ -49,8 +50,9 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.
         Entered(float(at), 7, name) for at, name in enumerate(names)
     ]
     assert [one for one in entries if isinstance(one, Asked)] == [Asked(0.25, 0.5, "http://a", 4)]
-    with Timeline(tmp_path, 3) as timeline:  # the run goes on
-        timeline.enter(8, "rollout")
+    timeline = Timeline(tmp_path, 3)  # the run goes on
+    timeline.enter(8, "rollout")
+    timeline.flush()
     assert len(next(read(tmp_path))[1]) == 7
 
 
@@ -79,6 +81,17 @@ def test_a_trace_has_every_stay_and_request(tmp_path: Path) -> None:
     ]
     names = {event["args"]["name"] for event in trace["traceEvents"] if event["ph"] == "M"}
     assert names == {"trainer", "engines", "rank 0", "rank 1", "http://a (0)", "http://a (1)"}
+
+
+def test_a_killed_run_did_nothing_until_it_was_started_again(tmp_path: Path) -> None:
+    """It was in an update of step 2 when it was killed; a day later it goes on after step 1."""
+    (tmp_path / record.FOLDER).mkdir()
+    entered = [[10.0, 1, "update"], [20.0, 2, "update"], [86400.0, 0, "load"], [86405.0, 2, "update"]]
+    lines = "".join(json.dumps(one) + "\n" for one in [*entered, [86409.0, 2, "publish"]])
+    (tmp_path / record.FOLDER / "rank_00000.jsonl").write_text(lines)
+    [stays] = load(tmp_path).stays.values()
+    found = [(one.step, one.phase, one.ended - one.begun) for one in stays]
+    assert found == [(1, "update", 10.0), (0, "load", 5.0), (2, "update", 4.0)]
 
 
 def test_idle_time_is_told_by_what_the_trainer_did(tmp_path: Path) -> None:
