@@ -51,6 +51,12 @@ def hand_over(engine, tensors, version=None):
     engine.ask(lambda client: client.receive_handles(list(tensors.items()), 1, version, timeout=SOON_S))
 
 
+def seconds_of_long(engine):
+    begun = time.monotonic()
+    engine.generate(LONG)
+    return time.monotonic() - begun
+
+
 def test_it_says_what_it_is(engine, checkpoints):
     info = engine.ask(lambda client: client.info())
     assert info.model_path in [str(checkpoint.path) for checkpoint in checkpoints]
@@ -147,9 +153,6 @@ def test_a_request_whose_client_is_gone(engine):
     """Whether it ends, or holds the engine up until it is complete."""
 
     async def scenario(client):
-        begun = time.monotonic()
-        await client.generate([LONG])
-        whole = time.monotonic() - begun
         running = asyncio.create_task(client.generate([LONG]))
         await asyncio.sleep(0.1 * whole)
         running.cancel()
@@ -158,9 +161,10 @@ def test_a_request_whose_client_is_gone(engine):
         with suppress(RapoError):
             await client.flush_cache()  # refused while a request is under way, for some time
         await client.generate([Generation((5,), 1, 0.0)])
-        return time.monotonic() - begun, whole
+        return time.monotonic() - begun
 
-    waited, whole = engine.ask(scenario)
+    whole = seconds_of_long(engine)
+    waited = min(engine.ask(scenario) for _ in range(3))  # what else the machine does only adds to it
     told = cell("a request whose client is gone", engine.name)
     if told == "ends within seconds":  # as SGLang looks now and then
         assert waited < whole + 5.0
@@ -223,9 +227,11 @@ def test_keys_and_values_of_other_weights_are_forgotten(engine, checkpoints):
 
 
 def test_an_update_holds_requests_back(engine, checkpoints):
+    whole = seconds_of_long(engine)
+
     async def scenario(client):
         running = asyncio.create_task(client.generate([LONG]))
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.3 * whole)
         await client.begin_update()
         held = asyncio.create_task(client.generate([Generation((5,), 1, 0.0)]))
         await asyncio.sleep(0.5)
