@@ -12,6 +12,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from megatron_rapo import file_sums
 from megatron_rapo.config import Data, FileData, FunctionData, RunConfig
 from megatron_rapo.config.write import to_toml
 from megatron_rapo.data.load import Judge, load_training_prompts
@@ -39,7 +40,7 @@ from megatron_rapo.reward.trial import Trial, try_rewards
 from megatron_rapo.scaling.memory import GIB, MemoryEstimate, estimate_memory
 from megatron_rapo.weights.hf_check import check_tensors
 from megatron_rapo.weights.hf_files import HFTensors
-from megatron_rapo.weights.megatron_files import MegatronTensors
+from megatron_rapo.weights.megatron_files import MegatronTensors, find_checkpoint
 from megatron_rapo.weights.plan import make_plan
 from megatron_rapo.weights.tensor_table import tensor_table
 
@@ -64,6 +65,8 @@ def check(config: RunConfig) -> Architecture:
     if environment is None or environment.rank == 0:  # which starts the run's own servers, and logs
         for problem in _missing_here(config):
             raise RapoError(problem)
+        for folder in _saved_weights(config):
+            file_sums.check(folder, "model or checkpoint")
     for option, data in _data_tables(config):
         if isinstance(data, FileData) and not data.path.exists():
             raise RapoError(f"data file {data.path} does not exist; correct {option}.path")
@@ -317,6 +320,15 @@ def _weight_routes(config: RunConfig, architecture: Architecture) -> list[str]:
 def _model_paths(config: RunConfig) -> list[Path]:
     teacher = None if config.teacher is None else config.teacher.path
     return [path for path in (config.model.path, config.model.reference_path, teacher) if path is not None]
+
+
+def _saved_weights(config: RunConfig) -> Iterator[Path]:
+    """Folders on this machine of weights that the run begins with."""
+    teacher = None if config.teacher is None else config.teacher.checkpoint
+    yield from _model_paths(config)
+    for checkpoint in (config.model.checkpoint, teacher):
+        if checkpoint is not None and checkpoint.exists():
+            yield find_checkpoint(checkpoint)
 
 
 def _data_tables(config: RunConfig) -> list[tuple[str, Data]]:

@@ -2,6 +2,7 @@
 
 <run>/checkpoints/step_000010/       torch_dist shards of weights and optimizer (megatron dist_checkpointing)
 <run>/checkpoints/step_000010/run.json   step, prompts drawn, and what the run must share with it
+<run>/checkpoints/step_000010/checksums.json   of all these files
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rapo.checkpoint import files
 from megatron_rapo.checkpoint.best import BestCheckpoint
-from megatron_rapo.checkpoint.checksums import Sums, damage_to, sums_of
+from megatron_rapo.checkpoint.checksums import damage_to, saved_sums
 from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.checkpoint.writing import SHARDING, Writing, reason_of
 from megatron_rapo.config import RunConfig
 from megatron_rapo.errors import RapoError
+from megatron_rapo.file_sums import DAMAGED, FILE, Sums, write_sums
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.policy import Policy
 
@@ -192,7 +194,7 @@ class CheckpointStore:
         """
         try:
             record = _record_of(checkpoint)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except DAMAGED as error:
             raise RapoError(
                 f"checkpoint {checkpoint} is damaged ({files.RECORD}: {error!r}); {_REMEDY}"
             ) from error
@@ -220,9 +222,9 @@ class CheckpointStore:
         found: Any = None  # its files, or why they are not known
         if placement.is_main:
             try:
-                found = _record_of(checkpoint)["files"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                found = f"{files.RECORD}: {error!r}"
+                found = saved_sums(checkpoint, _record_of(checkpoint))
+            except DAMAGED as error:
+                found = f"{files.RECORD} or {FILE}: {error!r}"
         found = placement.share_from_main(found)
         return found if isinstance(found, str) else damage_to(checkpoint, found, placement)
 
@@ -232,9 +234,9 @@ class CheckpointStore:
             "state": asdict(saving.state),
             "must_match": self._must_match(),
             "model_path": str(self.config.model.path),  # whose tokenizer an export carries over
-            "files": sums_of(saving.partial, sums),
         }
         (saving.partial / files.RECORD).write_text(json.dumps(record, indent=1))
+        write_sums(saving.partial, sums)
         shutil.rmtree(saving.final, ignore_errors=True)
         saving.partial.rename(saving.final)
         self._prune()
@@ -264,10 +266,10 @@ def _record_of(checkpoint: Path) -> dict[str, Any]:
     """What its run.json says.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: it is damaged.
+        DAMAGED: one of these.
     """
     record: dict[str, Any] = json.loads((checkpoint / files.RECORD).read_text())
-    TrainState(**record["state"]), record["must_match"], record["files"]
+    TrainState(**record["state"]), record["must_match"]
     return record
 
 

@@ -20,7 +20,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_rapo.checkpoint.checksums import Sums, sum_of
+from megatron_rapo.file_sums import Sums, sum_of
 from megatron_rapo.parallel.placement import Placement
 
 # How optimizer shards are written so that they reload under another DP, TP and PP.

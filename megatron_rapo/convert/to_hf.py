@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron_rapo import file_sums
 from megatron_rapo.convert.destination import new_directory
 from megatron_rapo.convert.progress import Progress
 from megatron_rapo.errors import RapoError
@@ -31,6 +32,7 @@ def convert_to_hf(source: Path, destination: Path, model: Path | None = None) ->
         RapoError: nothing is written, and the message says why.
     """
     checkpoint = find_checkpoint(source)
+    file_sums.check(checkpoint, "checkpoint")
     companions = _companions(checkpoint, model)
     tensors = MegatronTensors(checkpoint, read_architecture(companions))
     sizes = [_bytes(parameter, tensors) for parameter in tensors.parameters]
@@ -50,6 +52,7 @@ def convert_to_hf(source: Path, destination: Path, model: Path | None = None) ->
             weight_map.update(dict.fromkeys(layer, file))
             progress.add(sum(tensor.nbytes for tensor in layer.values()))
         write_companions(directory, companions, weight_map)
+        file_sums.write_sums(directory)
 
 
 def _bytes(parameter: StoredParameter, tensors: MegatronTensors) -> int:

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
+from megatron_rapo import file_sums
 from megatron_rapo.convert.destination import new_directory
 from megatron_rapo.convert.progress import Progress
 from megatron_rapo.errors import RapoError
@@ -51,6 +52,7 @@ def convert_to_megatron(source: Path, destination: Path) -> None:
         RapoError: nothing is written, and the message says why.
     """
     architecture = read_architecture(source)
+    file_sums.check(source, "model")
     with HFTensors(source) as tensors:
         check_tensors(tensors, architecture)
         parameters = list(stored_parameters(architecture))
@@ -64,6 +66,7 @@ def convert_to_megatron(source: Path, destination: Path) -> None:
             save_config(CheckpointingConfig("torch_dist", 1), str(release))
             torch.save(COMMON, release / "common.pt")
             write_companions(release, companions_of=source)
+            file_sums.write_sums(release)
             (directory / TRACKER).write_text("release\n")
 
 

@@ -6,6 +6,7 @@ import json
 import tomllib
 from pathlib import Path
 
+from megatron_rapo import file_sums
 from megatron_rapo.convert.to_hf import convert_to_hf
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluation.manifest import ModelRecord
@@ -37,6 +38,7 @@ def open_model(model: Path, directory: Path) -> tuple[Path, ModelRecord]:
         hf = directory / f"model-{checkpoint.name}"  # what an interrupted evaluation left is taken up again
         if not hf.is_dir():
             convert_to_hf(checkpoint, hf)
+    file_sums.check(hf, "model")
     run, step = _origin(model)
     return hf, ModelRecord(path=str(model), run=run, step=step, fingerprint=weights_fingerprint(hf))
 

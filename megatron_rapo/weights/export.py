@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_rapo.checksum import tensor_checksum
 from megatron_rapo.errors import RapoError
+from megatron_rapo.file_sums import Sums, sum_of, write_sums
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.weights.gather import StageWeights
@@ -72,22 +73,26 @@ def write_hf_model(
     failure: str | None = None
     files: dict[str, str] = {}
     checksums: dict[str, int] = {}
+    sums: Sums = {}
     if placement.is_main:
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier(group=placement.host_group)
     tensors = _summed(hf_tensors(chunks, architecture, placement), checksums)
     try:
         files = _write_files(tensors, partial, placement.rank)
+        sums = {name: sum_of(partial / name) for name in sorted(set(files.values()))}
     except OSError as error:
         failure = f"{error.strerror or error}"
         for _ in tensors:  # other ranks are still sending their slices
             pass
     written: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(written, (files, checksums, failure), group=placement.host_group)
-    failure = next((text for _, _, text in written if text), None)
+    dist.all_gather_object(written, (files, sums, checksums, failure), group=placement.host_group)
+    failure = next((text for *_, text in written if text), None)
     if placement.is_main and failure is None:
-        weight_map = {name: file for part, _, _ in written for name, file in part.items()}
-        failure = _finish_directory(partial, directory, weight_map, companions_of)
+        weight_map = {name: file for part, *_ in written for name, file in part.items()}
+        failure = _finish_directory(
+            partial, directory, weight_map, companions_of, [own for _, own, *_ in written]
+        )
     failure = placement.share_from_main(failure)
     if failure is not None:
         if placement.is_main:
@@ -95,7 +100,7 @@ def write_hf_model(
         raise RapoError(
             f"model cannot be written to {directory}: {failure}; free space or choose another place"
         )
-    return {name: value for _, part, _ in written for name, value in part.items()}
+    return {name: value for *_, part, _ in written for name, value in part.items()}
 
 
 def _summed(tensors: Iterator[tuple[str, Tensor]], checksums: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
@@ -128,11 +133,16 @@ def _write_files(tensors: Iterator[tuple[str, Tensor]], directory: Path, rank: i
 
 
 def _finish_directory(
-    partial: Path, directory: Path, weight_map: dict[str, str], companions_of: Path
+    partial: Path,
+    directory: Path,
+    weight_map: dict[str, str],
+    companions_of: Path,
+    sums: Sequence[Sums],
 ) -> str | None:
-    """Adds index and companion files, and moves the directory into place; returns what failed."""
+    """Adds index, companion files and checksums, and moves the directory into place; returns what failed."""
     try:
         write_companions(partial, companions_of, weight_map)
+        write_sums(partial, sums)
         if directory.exists():
             shutil.rmtree(directory)
         partial.rename(directory)

@@ -11,13 +11,15 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_rapo.file_sums import FILE
+
 INDEX = "model.safetensors.index.json"
 # What stands beside weights is configuration, tokenizer and chat templates: text in files of these kinds. A
 # list of names would forget those of the next tokenizer.
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenizer*", "vocab*", "merges*")
 TEMPLATES = "additional_chat_templates"  # transformers' folder of templates for special uses
-# Of the weights, not beside them: indices, and what a Megatron checkpoint says of itself.
-NOT_COMPANIONS = ("*.index.json", "metadata.json", "run.json")
+# Of the weights, not beside them: indices, and what checkpoint and checksums say of themselves.
+NOT_COMPANIONS = ("*.index.json", "metadata.json", "run.json", FILE)
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
@@ -138,10 +139,10 @@ def test_the_newest_and_the_best_are_kept(config: RunConfig, placement: Placemen
         store.save(policy, TrainState(step, step))
     assert names(store) == ["best.json", "step_000002", "step_000004"]
     assert json.loads((store.directory / "best.json").read_text())["step"] == 2
-    record = json.loads((store.directory / "step_000004/run.json").read_text())
+    sums = json.loads((store.directory / "step_000004/checksums.json").read_text())
     found = {path.name: path.read_bytes() for path in (store.directory / "step_000004").iterdir()}
-    found.pop("run.json")
-    assert record["files"] == {
+    found.pop("checksums.json")
+    assert sums == {
         name: {"bytes": len(content), "crc32": zlib.crc32(content)} for name, content in found.items()
     }
 
@@ -260,17 +261,42 @@ def test_the_newest_whole_one_is_taken_and_damaged_ones_are_put_aside(
     assert [line.partition(": ")[2] for line in told] == [
         f"checkpoint {store.directory}/step_000003 is damaged: {shard.name} has other contents than were "
         "saved (crc32); it is now damaged_step_000003",
-        f"checkpoint {store.directory}/step_000002 is damaged: run.json: KeyError('state'); "
-        "it is now damaged_step_000002",
+        f"checkpoint {store.directory}/step_000002 is damaged: run.json or checksums.json: KeyError('state')"
+        "; it is now damaged_step_000002",
     ]
     assert names(store) == ["damaged_step_000002", "damaged_step_000003", "step_000001"]
+
+
+def test_a_flipped_bit_in_any_file_is_found(
+    config: RunConfig, placement: Placement, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of run.json and of the checksums among them: another digit there is still JSON."""
+    policy, store = make_policy(config, placement), CheckpointStore(config)
+    store.save(policy, TrainState(1, 40))
+    whole, draw = store.directory / "step_000001", random.Random(0)
+    paths = [path for path in whole.rglob("*") if path.is_file()]
+    assert {path.suffix for path in paths} >= {".distcp", ".json", ".pt", ""}
+    for path in paths:
+        content = path.read_bytes()
+        for _ in range(20):
+            damaged = bytearray(content)
+            damaged[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            path.write_bytes(damaged)
+            with pytest.raises(RapoError, match=r"checkpoint .*step_000001 is damaged: "):
+                store.newest_whole(placement)
+            (store.directory / "damaged_step_000001").rename(whole)
+        path.write_bytes(content)
+    assert store.newest_whole(placement) == whole
 
 
 def test_a_checkpoint_of_an_earlier_version_has_sizes_alone(config: RunConfig, placement: Placement) -> None:
     policy, store = make_policy(config, placement), CheckpointStore(config)
     store.save(policy, TrainState(1, 1))
     record = json.loads((store.directory / "step_000001/run.json").read_text())
-    record["files"] = {name: saved["bytes"] for name, saved in record["files"].items()}
+    sums = store.directory / "step_000001/checksums.json"
+    record["files"] = {name: saved["bytes"] for name, saved in json.loads(sums.read_text()).items()}
+    del record["files"]["run.json"]
+    sums.unlink()
     (store.directory / "step_000001/run.json").write_text(json.dumps(record))
     assert store.newest_whole(placement) == store.directory / "step_000001"
     os.truncate(next((store.directory / "step_000001").glob("*.distcp")), 100)

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_rapo import file_sums
 from megatron_rapo.cli import main
 from megatron_rapo.convert.to_hf import convert_to_hf
 from megatron_rapo.convert.to_megatron import convert_to_megatron
@@ -196,6 +197,7 @@ def test_a_broken_checkpoint_is_refused_before_anything_is_written(
 ) -> None:
     break_it, message = BROKEN_CHECKPOINTS[case]
     shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    (tmp_path / "checkpoint/release" / file_sums.FILE).unlink()  # as of another trainer
     break_it(tmp_path / "checkpoint")
     with pytest.raises(RapoError, match=message):
         convert_to_hf(tmp_path / "checkpoint", tmp_path / "out")
@@ -218,6 +220,20 @@ def test_a_damaged_index_is_refused_whatever_it_runs_into(checkpoint: Path, tmp_
         except RapoError:
             refused += 1
     assert refused > 100
+
+
+def test_a_flipped_bit_of_what_was_converted_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """In both forms: in weights it would be another model, without an error."""
+    convert_to_hf(checkpoint, tmp_path / "model")
+    shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    for file, back in ((tmp_path / "model/model-00002-of-00004.safetensors", convert_to_megatron),
+                       (tmp_path / "checkpoint/release/__0_0.distcp", convert_to_hf)):  # fmt: skip
+        content = bytearray(file.read_bytes())
+        content[-100] ^= 4
+        file.write_bytes(content)
+        with pytest.raises(RapoError, match=f"{file.parent} is damaged: {file.name} has other contents"):
+            back(tmp_path / file.relative_to(tmp_path).parts[0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_legacy_checkpoint_is_named_as_such(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rapo import preflight
+from megatron_rapo import file_sums, preflight
 from megatron_rapo.config import RunConfig, load_config
 from megatron_rapo.config.load import validate
+from megatron_rapo.convert.to_megatron import convert_to_megatron
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.parameters import count_parameters
 from megatron_rapo.reward import golds
@@ -207,6 +209,26 @@ def test_weights_that_are_not_there_are_refused(tmp_path: Path, model: Path) -> 
     (tmp_path / "bare/config.json").write_text((model / "config.json").read_text())
     with pytest.raises(RapoError, match=r"bare holds no weights .*; download or convert them"):
         preflight.check(config(tmp_path, tmp_path / "bare"))
+
+
+def test_weights_that_are_not_as_they_were_written_are_refused(tmp_path: Path, model: Path) -> None:
+    """By checksums, where they have some; of a Megatron checkpoint that the run begins with, too."""
+    shutil.copytree(model, tmp_path / "model")
+    convert_to_megatron(model, tmp_path / "megatron")
+    from_checkpoint = {"path": str(model), "checkpoint": str(tmp_path / "megatron")}
+    runs = {
+        tmp_path / "model": config(tmp_path, tmp_path / "model"),
+        tmp_path / "megatron/release": config(tmp_path, model, model=from_checkpoint),
+    }
+    file_sums.write_sums(tmp_path / "model")
+    for folder, run in runs.items():
+        preflight.check(run)
+        file = max(folder.iterdir(), key=lambda path: path.stat().st_size)
+        content = bytearray(file.read_bytes())
+        content[-8] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(RapoError, match=f"{folder} is damaged: {file.name} has other contents .* remove"):
+            preflight.check(run)
 
 
 def test_a_run_directory_that_cannot_be_is_refused(tmp_path: Path, model: Path) -> None:

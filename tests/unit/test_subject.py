@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rapo import file_sums
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluation import subject
 from megatron_rapo.evaluation.subject import default_name, open_model, recorded_configuration
@@ -51,6 +52,15 @@ def test_a_runs_final_model_is_of_its_last_step(tmp_path: Path) -> None:
     (model / "config.json").write_text("{}")
     (tmp_path / "one" / "config.toml").write_text("[run]\nsteps = 40\n")
     assert open_model(model, tmp_path / "out")[1].label == "one step 40"
+
+
+def test_a_model_that_is_not_as_it_was_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"vocab_size": 40}')
+    file_sums.write_sums(tmp_path)
+    open_model(tmp_path, tmp_path / "out")
+    (tmp_path / "config.json").write_text('{"vocab_size": 41}')
+    with pytest.raises(RapoError, match=r"damaged: config.json has other contents .*, or remove checksums"):
+        open_model(tmp_path, tmp_path / "out")
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
