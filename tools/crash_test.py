@@ -24,20 +24,29 @@ import signal
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import psutil
-from crashes.cells import CELLS, PHASES, Cell
+from crashes.cells import AT_START, CELLS, MET, PHASES, Cell
 from crashes.clock import build_clock
 from crashes.comparing import contents, differences
 from crashes.run import Run, wait
 
 RUN_LIMIT_S = 900.0  # of one start
 END_LIMIT_S = 90.0  # from a deadly signal until no process is left
+STOPPED_LIMIT_S = 300.0  # until a job with a stopped rank has ended: it is found by its bound
 EVERY_RUN = 6  # disturbances
+SIGNALS = {
+    "SIGKILL": signal.SIGKILL,
+    "SIGSTOP": signal.SIGSTOP,
+    "SIGTERM": signal.SIGTERM,
+    "SIGINT twice": signal.SIGINT,
+}
+JUMPS = {"clock +1 h": 3600, "clock -2 h": -7200}  # seconds
 
 
 def disturb(run: Run, cell: Cell, draw: random.Random, usual: float) -> dict[str, Any]:
@@ -45,41 +54,61 @@ def disturb(run: Run, cell: Cell, draw: random.Random, usual: float) -> dict[str
 
     `usual`: seconds that this phase takes when nothing disturbs it.
     """
-    if cell.does == "full disk" and not run.ended():
-        run.process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
-        run.process.wait(END_LIMIT_S * 2)  # type: ignore[union-attr]
-    if run.process is None or run.ended():
-        run.start(small_files=cell.does == "full disk")
-    part = draw.random()
-    told: dict[str, Any] = {}
     if cell.does == "full disk":
-        return {**told, **_after_end(run, RUN_LIMIT_S)}
+        return _fill_disk(run)
+    if cell.phase in AT_START:
+        _stop(run)
+    if run.process is None or run.ended():
+        run.start()
+    wait(lambda: run.ended() or _is_in(run, cell.phase), RUN_LIMIT_S)
+    began, delay = time.monotonic(), draw.random() * usual
+    members = run.members(cell.victim)  # before the rest of the wait: some phases are short
+    wait(run.ended, delay - (time.monotonic() - began))
     if cell.phase == "any":
-        wait(lambda: run.ended() or run.phase()[1] != "", RUN_LIMIT_S)
-        wait(run.ended, part * 20.0)
-    else:
-        wait(lambda: run.ended() or run.phase()[1].split("/")[0] == cell.phase, RUN_LIMIT_S)
-        wait(run.ended, part * usual)
-    told["step"], told["in"] = run.phase()
-    members = run.members(cell.victim)
+        members = run.members(cell.victim)
+    step, phase = run.phase()
+    told: dict[str, Any] = {"step": step, "in": phase}
     if not members or run.ended():
         return {**told, "missed": True}
+    if cell.does in JUMPS:
+        run.jump(JUMPS[cell.does])
+        return told
     if cell.victim in ("a rank", "engine", "verifier"):
         members = [draw.choice(members)]
-    if cell.does.startswith("clock"):
-        run.jump({"clock +1 h": 3600, "clock -2 h": -7200}[cell.does])
-        return told
-    number = {"SIGKILL": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP, "SIGTERM": signal.SIGTERM}.get(cell.does)
     for process in members:
-        with suppress(psutil.NoSuchProcess):
-            process.send_signal(number or signal.SIGINT)
+        _send(process, SIGNALS[cell.does])
     if cell.does == "SIGINT twice":
         time.sleep(1.5)
-        with suppress(psutil.NoSuchProcess):
-            members[0].send_signal(signal.SIGINT)
+        _send(members[0], signal.SIGINT)
     if cell.victim in ("engine", "verifier"):
         return told  # the run goes on by itself
-    return {**told, **_after_end(run, END_LIMIT_S if cell.does != "SIGSTOP" else 300.0)}
+    return {**told, **_after_end(run, END_LIMIT_S if cell.does != "SIGSTOP" else STOPPED_LIMIT_S)}
+
+
+def _fill_disk(run: Run) -> dict[str, Any]:
+    """Has the run go on where no file may become as large as a checkpoint's, until it ends by that."""
+    _stop(run)
+    run.start(small_files=True)
+    told = _after_end(run, RUN_LIMIT_S)
+    step, phase = run.phase()
+    return {"step": step, "in": phase, **told}
+
+
+def _is_in(run: Run, phase: str) -> bool:
+    now = run.phase()[1]
+    return now == phase or (phase == "any" and now != "")
+
+
+def _stop(run: Run) -> None:
+    """Has it save what it is at, and end."""
+    if run.process is not None and not run.ended():
+        _send(psutil.Process(run.process.pid), signal.SIGTERM)
+        wait(run.ended, 2 * END_LIMIT_S)
+
+
+def _send(process: psutil.Process, number: signal.Signals) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
 
 
 def _after_end(run: Run, limit: float) -> dict[str, Any]:
@@ -108,16 +137,29 @@ def finish(run: Run) -> int:
     return run.process.returncode if run.process is not None else -1
 
 
+@contextmanager
+def ending(run: Run) -> Iterator[None]:
+    """Leaves no process of the run behind, also where this command is ended."""
+    try:
+        yield
+    finally:
+        if run.process is not None:
+            run.kill_all()
+
+
 def undisturbed(out: Path) -> tuple[dict[str, Any], dict[str, float]]:
     """The run that is left alone: what it computed, and how long its phases took."""
     folder = out / "undisturbed"
     if not (folder / "run/finished.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         run = Run(folder, None)
-        if finish(run) != 0:
+        with ending(run):
+            status = finish(run)
+        if status != 0:
             raise SystemExit(f"the undisturbed run failed:\n{run.last_words()}")
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     usual: defaultdict[str, float] = defaultdict(lambda: 1.0)
+    usual["any"] = sum(line.get("time/step_s", 0.0) for line in lines) / EVERY_RUN
     for phase in PHASES:
         if times := [line[key] for line in lines if (key := f"time/{phase}_s") in line]:
             usual[phase] = sum(times) / len(times)
@@ -135,15 +177,21 @@ def runs_of(cells: Sequence[Cell], seed: int) -> Iterator[list[Cell]]:
 def disturbed(out: Path, number: int, cells: Sequence[Cell], seed: int, clock: Path | None) -> dict[str, Any]:
     """One run with its disturbances, from its start to its end, compared with the undisturbed one."""
     expected, usual = undisturbed(out)
-    folder = out / f"run_{number:03d}"
+    folder = out / f"seed_{seed}_run_{number:03d}"
     shutil.rmtree(folder, ignore_errors=True)
     run, draw = Run(folder, clock), random.Random(f"{seed}/{number}")
     told = []
-    for cell in cells:
-        what = {"run": number, **asdict(cell), **disturb(run, cell, draw, usual[cell.phase])}
-        told.append(what)
-        print(json.dumps(what), flush=True)
-    status = finish(run)
+    with ending(run):
+        for cell in cells:
+            what = {
+                "seed": seed,
+                "run": number,
+                **asdict(cell),
+                **disturb(run, cell, draw, usual[cell.phase]),
+            }
+            told.append(what)
+            print(json.dumps(what), flush=True)
+        status = finish(run)
     found = differences(expected, contents(run.directory)) if status == 0 else [f"status {status}"]
     if found:
         print(run.last_words(), flush=True)
@@ -151,28 +199,28 @@ def disturbed(out: Path, number: int, cells: Sequence[Cell], seed: int, clock: P
         shutil.rmtree(folder)
     with (out / "disturbances.jsonl").open("a") as file:
         file.write("".join(json.dumps({**what, "differences": len(found)}) + "\n" for what in told))
-    result = {"run": number, "seed": seed, "differences": found}
+    result = {"seed": seed, "run": number, "differences": found}
     with (out / "runs.jsonl").open("a") as file:
         file.write(json.dumps(result) + "\n")
     return result
 
 
 def table(out: Path) -> str:
-    """Disturbances by what was done and phase: survived of tried."""
+    """Disturbances by what was done and the phase in which it met rank 0: survived of tried."""
     path = out / "disturbances.jsonl"
     if not path.is_file():
         raise SystemExit(f"{out} has no disturbances; run tools/crash_test.py {out} first, without --table")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines = [line for line in lines if not line.get("missed")]
-    whom = list(dict.fromkeys(f"{line['does']}, {line['victim']}" for line in lines))
     tried, survived = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for line in lines:
-        key = f"{line['does']}, {line['victim']}", line["phase"]
+        key = f"{line['does']}, {line['victim']}", line["in"] or "before the first"
         tried[key] += 1
         survived[key] += line["differences"] == 0
-    rows = [["", *PHASES, "all"]]
-    for who in sorted(whom):
-        cells = [(survived[who, phase], tried[who, phase]) for phase in PHASES]
+    phases = sorted({phase for _, phase in tried}, key=MET.index)
+    rows = [["", *phases, "all"]]
+    for who in sorted({who for who, _ in tried}):
+        cells = [(survived[who, phase], tried[who, phase]) for phase in phases]
         total = tuple(map(sum, zip(*cells, strict=True)))
         rows.append([who, *(f"{good} of {all_}" if all_ else "" for good, all_ in [*cells, total])])
     rows.insert(1, ["---"] * len(rows[0]))
@@ -186,34 +234,32 @@ def table(out: Path) -> str:
     return text + "."
 
 
+def undone(out: Path, cells: Sequence[Cell], seed: int) -> Iterator[tuple[int, list[Cell]]]:
+    """Numbers and cells of the runs that are not in the folder yet."""
+    path = out / "runs.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {line["run"] for line in lines if line["seed"] == seed}
+    return ((number, own) for number, own in enumerate(runs_of(cells, seed)) if number not in done)
+
+
 def main() -> None:
     """Disturbs runs until all cells are done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of runs and results")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cells", type=int, default=len(CELLS), help="how many of them, drawn by the seed")
+    parser.add_argument("--runs", type=int, help="end after so many; the same command goes on")
     parser.add_argument("--table", action="store_true", help="only print what stands there")
     options = parser.parse_args()
     if not options.table:
-        options.out = options.out.absolute()
-        options.out.mkdir(parents=True, exist_ok=True)
-        clock = build_clock(options.out)
-        cells = [cell for cell in CELLS if clock or not cell.does.startswith("clock")]
+        out = options.out.absolute()
+        out.mkdir(parents=True, exist_ok=True)
+        clock = build_clock(out)
+        cells = [cell for cell in CELLS if clock or cell.does not in JUMPS]
         random.Random(options.seed).shuffle(cells)
-        done_file = options.out / "runs.jsonl"
-        done = (
-            {json.loads(line)["run"] for line in done_file.read_text().splitlines()}
-            if done_file.exists()
-            else set()
-        )
-        for number, chosen in enumerate(runs_of(cells[: options.cells], options.seed)):
-            if number not in done:
-                preloads = any(cell.does.startswith("clock") for cell in chosen)
-                print(
-                    json.dumps(
-                        disturbed(options.out, number, chosen, options.seed, clock if preloads else None)
-                    )
-                )
+        for number, own in islice(undone(out, cells[: options.cells], options.seed), options.runs):
+            preloaded = clock if any(cell.does in JUMPS for cell in own) else None
+            print(json.dumps(disturbed(out, number, own, options.seed, preloaded)))
     print(table(options.out))
     if any(json.loads(line)["differences"] for line in (options.out / "runs.jsonl").read_text().splitlines()):
         raise SystemExit(1)

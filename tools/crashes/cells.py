@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 PHASES = ("start engines", "build models", "rollout", "reward", "annotate", "update", "publish", "evaluate",
           "checkpoint", "export", "any")  # fmt: skip
+AT_START = PHASES[:2]  # once in each start of the command
+# Where a signal may meet a run: also between these, or before the heartbeat of this start.
+MET = ("before the first", "load", *AT_START, "resume", *PHASES[len(AT_START) : -1], "between phases")
 
 
 @dataclass(frozen=True)
