@@ -85,6 +85,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
         with observer.phase("build models"):
             total_updates = config.decay_steps * config.updates_per_step
             policy = Policy(config.model, config.optimizer, architecture, placement, total_updates)
+            stack.callback(policy.close)
             method = config.new_method()
             frozen = open_frozen(config, architecture, method, placement)
             objective = Objective(

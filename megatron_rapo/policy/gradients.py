@@ -40,6 +40,15 @@ def wrap(chunks: Sequence[Body], optimizer: Optimizer) -> list[DistributedDataPa
     return wrapped
 
 
+def unwrap(wrapped: Sequence[DistributedDataParallel]) -> None:
+    """Lets go of chunks that are done with, and with them of their process groups.
+
+    Hooks of autograd's nodes refer to the chunk that holds the nodes: a circle that Python can't see.
+    """
+    for chunk in wrapped:
+        chunk.grad_accs.clear()
+
+
 def _finalize(model: Any, num_tokens: Tensor | None = None, **groups: Any) -> None:
     # No token count: the loss's weights have normalised it already.
     finalize_model_grads(model, None, **groups)

@@ -33,7 +33,7 @@ from megatron_rapo.policy.finite import (
     refuse_not_finite,
 )
 from megatron_rapo.policy.frozen import FrozenModel
-from megatron_rapo.policy.gradients import accumulate_gradients, main_gradient, wrap
+from megatron_rapo.policy.gradients import accumulate_gradients, main_gradient, unwrap, wrap
 from megatron_rapo.policy.hidden_states import whole_tokens
 from megatron_rapo.policy.learning_rate import LearningRate
 from megatron_rapo.policy.pipeline import run_forward
@@ -92,6 +92,12 @@ class Policy:
         self.optimizer = _megatron_optimizer(self.wrapped, optimizer, DTYPES[model.dtype])
         self.learning_rate = LearningRate(self.optimizer, optimizer, total_updates)
         _connect(self.wrapped, self.optimizer, optimizer)
+
+    def close(self) -> None:
+        """Frees memory and process groups; the policy cannot be updated any more."""
+        unwrap(self.wrapped)
+        config = self.wrapped[0].config  # Megatron keeps it
+        config.grad_scale_func = config.no_sync_func = None
 
     def annotate(self, minibatches: Sequence[Sequence[Microbatch]], objective: Objective) -> None:
         """Records the log-probs under the policy as it is now, wherever it will have moved before their use.

@@ -7,6 +7,7 @@ of that. `make test` trains a few methods, whose hooks differ the most.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import shutil
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 
 from megatron_rapo import opening
 from megatron_rapo.config import Parallel, load_config
@@ -99,6 +101,9 @@ def measure(names: Sequence[str], base: Path, report: Path) -> None:
                 shutil.rmtree(resumed / f"run/checkpoints/step_{STEPS:06d}")
             dist.barrier()
             train(load_config([resumed / "run.toml"]))
+            gc.collect()
+            kept = [one for one in gc.get_objects() if isinstance(one, DistributedDataParallel)]
+            assert not kept, "a run that has ended keeps its models and their process groups"
             if everyone.is_main:
                 found[name] = [
                     {
@@ -200,6 +205,7 @@ def test_three_steps_and_a_kill(few: dict[str, Any], name: str) -> None:
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(3000)  # eighty-six runs
 @pytest.mark.parametrize("name", OTHERS)
 def test_three_steps_and_a_kill_of_the_others(others: dict[str, Any], name: str) -> None:
     check(others, name)

@@ -51,7 +51,7 @@ def _answer(path: str, body: dict[str, Any]) -> dict[str, Any]:
     if path == "/double":
         return {"doubled": 2 * body["number"]}
     if path == "/verify":
-        said = [part["text"] for part in body["response"]["output"][-1]["content"]]  # not ids: they hold digits
+        said = [part["text"] for part in body["response"]["output"][-1]["content"]]  # ids hold digits
         right = body["expected"] in " ".join(said)
         return {**body, "reward": float(right), "items": len(body["response"]["output"])}
     return {}
