@@ -5,11 +5,12 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from megatron_rapo.ahead.batches import Batches
 from megatron_rapo.ahead.keeping import keep, take_up
+from megatron_rapo.ahead.partial import PartialBatches
+from megatron_rapo.ahead.unfinished import keep_unfinished, take_up_unfinished
 from megatron_rapo.checkpoint.files import how_to_go_on, step_of
 from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.checkpoint.store import CheckpointStore
@@ -60,7 +61,7 @@ class Job:
     vocabulary: int
     prompts: PromptOrder | MixedOrder
     engines: SharedEngines
-    batches: Batches
+    batches: Batches | PartialBatches
     guards: Guards
     recorder: SampleRecorder
     evaluator: Evaluator | None
@@ -99,21 +100,24 @@ class Job:
             self.observer.finish_step(self._evaluate_if_due(step=0))
         return state
 
-    def _waiting_in(self, checkpoint: Path) -> dict[int, Batch]:
-        """Batches that were sampled ahead of their steps."""
-        return take_up(
-            checkpoint,
-            self.prompts,
-            self.placement,
-            prompts_per_step=self.config.rollout.prompts_per_step,
-            whole=self.method.reads_responses,
-        )
+    def _take_up_batches(self, checkpoint: Path, step: int) -> None:
+        """Those that were sampled ahead of their steps, to their end or not."""
+        rollout = self.config.rollout
+        size, tokens = rollout.prompts_per_step, rollout.partial_tokens
+        unfinished = take_up_unfinished(checkpoint, prompts_per_step=size, partial_tokens=tokens)
+        whole = self.method.reads_responses
+        ready = take_up(checkpoint, self.prompts, self.placement, prompts_per_step=size, whole=whole)
+        self.batches.go_on(step, ready, unfinished)
+
+    def _keep_batches(self, checkpoint: Path) -> None:
+        keep(self.batches.ready, checkpoint, self.placement)
+        keep_unfinished(self.batches.unfinished, checkpoint, self.placement)
 
     def _load(self, checkpoint: Path) -> TrainState:
         """Takes up a checkpoint."""
         with self.policy.onloaded(), self.observer.phase("resume"):
             state = self.checkpoints.load(checkpoint, self.policy)
-            self.batches.go_on(state.step, self._waiting_in(checkpoint))
+            self._take_up_batches(checkpoint, state.step)
         self.prompts.position = state.prompts_drawn
         if state.method_state is not None and state.method == self.config.algorithm.method:
             restore_state(self.method, state.method_state)
@@ -215,8 +219,7 @@ class Job:
             with self.observer.phase("checkpoint"):
                 self.recorder.finish()  # what the checkpoint goes on after is not sampled again
                 self._finish_checkpoint(wait=True)
-                waiting = partial(keep, self.batches.ready, placement=self.placement)
-                self.checkpoints.save(self.policy, state, waiting)
+                self.checkpoints.save(self.policy, state, self._keep_batches)
                 self._finish_checkpoint(wait=state.step == self.config.run.steps or self.stop_signal > 0)
         self.observer.finish_step(metrics)
         self.guards.check_end()
@@ -271,7 +274,9 @@ class Job:
         return {**what, **rate, **self._throughput(batch, times)}
 
     def _staleness(self, step: int, batch: Batch) -> Mapping[str, float]:
-        return staleness(batch, now=step - 1) if self.method.demonstrations is None else {}
+        if self.method.demonstrations is not None:
+            return {}
+        return staleness(batch, step - 1, self.config.rollout.partial_tokens)
 
     def _summarised(self, batch: Batch) -> Mapping[str, float]:
         if self.method.demonstrations is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from megatron_rapo.ahead.batches import Batches, Source
+from megatron_rapo.ahead.partial import PartialBatches
 from megatron_rapo.checkpoint.files import how_to_go_on
 from megatron_rapo.checkpoint.store import CheckpointStore
 from megatron_rapo.config import RunConfig
@@ -27,6 +28,7 @@ from megatron_rapo.evaluation.evaluator import Evaluator
 from megatron_rapo.evaluation.given_loss import GivenLoss
 from megatron_rapo.evaluation.held_out import load_held_out
 from megatron_rapo.experience.batch import Prompts
+from megatron_rapo.experience.carried import Carried
 from megatron_rapo.experience.collector import Collector
 from megatron_rapo.experience.engines import SharedEngines, open_engines
 from megatron_rapo.experience.given import Given
@@ -47,7 +49,7 @@ from megatron_rapo.policy.beside import open_frozen
 from megatron_rapo.policy.policy import Policy
 from megatron_rapo.publish.opening import open_publisher
 from megatron_rapo.publish.publisher import Publisher
-from megatron_rapo.record.answers import AnswerLog
+from megatron_rapo.record.answers import AnswerLog, StepAnswers
 from megatron_rapo.record.identity import Identity, prompts_fingerprint
 from megatron_rapo.record.replaying import check_recorded_identity
 from megatron_rapo.record.start import check_identity
@@ -247,7 +249,7 @@ def _open_batches(
     prompts: Prompts,
     source: Source,
     guards: Guards,
-) -> Batches:
+) -> Batches | PartialBatches:
     """What is begun and not needed any more is given up when the run ends."""
     answers: AnswerLog | None = None
     if placement.is_head and config.opens_engines:
@@ -257,15 +259,18 @@ def _open_batches(
     def check(step: int, sampled: Shared) -> None:
         guards.refuse_unknown(unknown.check(step, sampled), step)
 
-    batches = Batches(
-        config,
-        method,
-        prompts,
-        source,
-        phase=observer.phase,
-        check=check,
-        answers=lambda step: answers.of_step(step) if answers else None,
-    )
+    def of_step(step: int) -> StepAnswers | None:
+        return answers.of_step(step) if answers else None
+
+    batches: Batches | PartialBatches
+    if config.rollout.partial_tokens is None:
+        batches = Batches(config, method, prompts, source, phase=observer.phase, check=check, answers=of_step)
+    else:
+        assert isinstance(source, Collector)
+        carried = Carried(source, config.rollout.prompts_per_step)
+        batches = PartialBatches(
+            config, method, prompts, carried, phase=observer.phase, check=check, answers=of_step
+        )
     return stack.enter_context(closing(batches))
 
 

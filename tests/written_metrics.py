@@ -55,7 +55,7 @@ def of_rollouts() -> set[str]:
     prompts: Any = SimpleNamespace(position=1, size=2)
     return {
         *summarise(Batch([group], Shared([group]), rounds=1), 61, ["sums", "words"]),
-        *staleness(Batch([group], Shared([group]), 0), now=1),
+        *staleness(Batch([group], Shared([group]), 0), now=1, partial_tokens=1),
         *summarise_given(Batch([group], Shared([group]), rounds=0), prompts),
     }
 

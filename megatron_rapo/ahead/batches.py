@@ -8,14 +8,15 @@ from how fast anything was, so a run repeats bit for bit, also one that was kill
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
+from megatron_rapo.ahead.asking import sampling_of, seed_of
+from megatron_rapo.ahead.unfinished import Unfinished
 from megatron_rapo.config import RunConfig
 from megatron_rapo.environments.recorded import Answers
-from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.batch import Batch, Prompts, collect
 from megatron_rapo.experience.course import Course, Phase, Sampled, Wanted, follow
 from megatron_rapo.experience.sharing import Shared
@@ -55,6 +56,7 @@ class Batches:
 
     Attributes:
         ready: those that are sampled and wait for their steps.
+        unfinished: none (`PartialBatches` has such).
     """
 
     def __init__(
@@ -79,14 +81,16 @@ class Batches:
             answers: of code outside, in a step; this head's own.
         """
         self.ready: dict[int, Batch] = {}
+        self.unfinished: Mapping[int, Unfinished] = {}
         self._config, self._method, self._prompts, self._source = config, method, prompts, source
         self._phase, self._check, self._answers = phase, check, answers
         self._begun: _Begun | None = None
         self._newest = 0  # batch that was begun
         self._served = 0  # version that engines have
 
-    def go_on(self, step: int, ready: dict[int, Batch]) -> None:
+    def go_on(self, step: int, ready: Mapping[int, Batch], unfinished: Mapping[int, Unfinished]) -> None:
         """After a checkpoint of a step, with the batches that it has; nothing may be under way."""
+        assert not unfinished
         self.ready = dict(ready)
         self._newest = max([step, *ready])
 
@@ -132,11 +136,11 @@ class Batches:
 
     def _begin(self) -> None:
         number = self._newest + 1
-        sampling = self._sampling()
+        sampling = sampling_of(self._method, self._config)
         begin = partial(
             self._source.begin,
             chosen=sampling,
-            seed=self._seed(number),
+            seed=seed_of(number, self._config),
             whole=self._method.reads_responses,
             answers=self._answers(number),
         )
@@ -167,13 +171,3 @@ class Batches:
         self._begun = None
         self._check(begun.number, batch.sampled)
         self.ready[begun.number] = replace(batch, temperature=begun.temperature)
-
-    def _seed(self, number: int) -> int:
-        """The seed of a step's samples; 0 is evaluation's, whose samples are the same each time."""
-        return (number << 31) + self._config.run.seed
-
-    def _sampling(self) -> Sampling:
-        sampling = self._method.sampling()
-        if wrong := sampling.wrong(self._method.configured):
-            raise RapoError(f'sampling of method "{self._config.algorithm.method}" returned {wrong}; mend it')
-        return sampling

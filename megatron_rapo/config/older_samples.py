@@ -26,6 +26,20 @@ def check_old_log_probs(config: RunConfig, method: Method) -> None:
         )
 
 
+def check_partial_responses(config: RunConfig, method: Method) -> None:
+    """Refuses responses of several versions where a method asks for more once it has seen them.
+
+    Raises:
+        ValueError: they are asked for.
+    """
+    if config.rollout.partial_tokens is not None and method.asks:
+        raise ValueError(
+            f"rollout.partial_tokens = {config.rollout.partial_tokens} does not go with method "
+            f"{config.algorithm.method}, which asks for further responses once it has seen some, when no "
+            "version is left to go on with these; remove it"
+        )
+
+
 def refuse_alarm_of_older_samples(config: RunConfig) -> None:
     """Refuses options of an alarm on a difference that is there as it should be.
 

@@ -51,6 +51,7 @@ CLASSES: Mapping[Change, tuple[str, ...]] = {
     Change.ASKED: (
         *("rollout.prompts_per_step", "rollout.responses_per_prompt", "rollout.max_response_tokens"),
         *("rollout.temperature", "rollout.dynamic_sampling", "rollout.replay", "rollout.max_staleness"),
+        "rollout.partial_tokens",
         *("reward", "data.reward"),
         *("algorithm", "optimizer", "environment", "evaluate"),
     ),

@@ -18,7 +18,7 @@ from megatron_rapo.section import (
 _OF_ENGINES = (
     *("engine", "colocated", "prompts_per_request", "requests_per_engine"),
     *("startup_timeout_s", "request_timeout_s", "health_interval_s", "minimum_engines", "restarts"),
-    "max_staleness",
+    *("max_staleness", "partial_tokens"),
 )
 
 
@@ -103,6 +103,12 @@ class Rollout(Section):
         "weights of up to n steps before it sampled. 0: they wait for each other. More than 1 gives engines "
         "no more to do (docs/ahead.md).",
     )
+    partial_tokens: PositiveInt | None = Field(
+        None,
+        description="Most tokens of a response (of all turns of an episode) that one version of the weights "
+        "samples; the next one's goes on with it, up to `max_staleness` versions, of which the last samples "
+        "it to its end (docs/ahead.md). Default: one version samples all of it.",
+    )
     replay: PathOption | None = Field(
         None,
         description="Folder of a run whose recorded samples (docs/samples.md) are trained on again, with "
@@ -123,9 +129,30 @@ class Rollout(Section):
                 f"max_staleness = {self.max_staleness} has engines sample while the trainer trains, and "
                 "colocated engines are offloaded then; remove one of them"
             )
+        self._check_partial_tokens()
         if self.minimum_engines > self.engine.count:
             raise ValueError(
                 f"minimum_engines = {self.minimum_engines} is more than the run's {self.engine.count} "
                 "engines; lower it"
             )
         return self
+
+    def _check_partial_tokens(self) -> None:
+        if self.partial_tokens is None:
+            return
+        told = f"partial_tokens = {self.partial_tokens}"
+        if self.max_staleness < 2:
+            raise ValueError(
+                f"{told} has several versions of the weights sample a response, and max_staleness = "
+                f"{self.max_staleness} leaves one; raise it to 2 or more, or remove partial_tokens"
+            )
+        if self.partial_tokens >= self.max_response_tokens:
+            raise ValueError(
+                f"{told} would have no effect: no response has more than max_response_tokens = "
+                f"{self.max_response_tokens}; lower it, or remove it"
+            )
+        if self.dynamic_sampling is not None:
+            raise ValueError(
+                f"{told} does not go with dynamic_sampling, which draws further prompts once responses are "
+                "whole, when no version is left to go on with theirs; remove one of them"
+            )

@@ -20,7 +20,11 @@ from megatron_rapo.config.engine import load_own_kind
 from megatron_rapo.config.environment import EnvironmentOptions
 from megatron_rapo.config.evaluation import Evaluate, Setting
 from megatron_rapo.config.guards import Guards, check_guards
-from megatron_rapo.config.older_samples import check_old_log_probs, refuse_alarm_of_older_samples
+from megatron_rapo.config.older_samples import (
+    check_old_log_probs,
+    check_partial_responses,
+    refuse_alarm_of_older_samples,
+)
 from megatron_rapo.config.ranks import check_ranks
 from megatron_rapo.config.reward import Reward
 from megatron_rapo.config.running import Checkpoint, Observe, Run
@@ -269,6 +273,7 @@ class RunConfig(Section):
                 f"{self.algorithm.method} reads importance weights; remove it"
             )
         check_old_log_probs(self, method)
+        check_partial_responses(self, method)
         if method.wants_teacher and self.teacher is None:
             raise ValueError(
                 f"teacher is missing: method {self.algorithm.method} learns from one; name its model in "

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from megatron_rapo.config.schema import RunConfig
 
 _OF_SAMPLES = {
-    "rollout": ("responses_per_prompt", "dynamic_sampling", "replay", "max_staleness"),
+    "rollout": ("responses_per_prompt", "dynamic_sampling", "replay", "max_staleness", "partial_tokens"),
     "observe": ("samples_every", "samples_keep"),
     "guards": (
         *("equal_rewards", "unknown_rewards", "truncation", "truncated_share", "engine_log_probs"),

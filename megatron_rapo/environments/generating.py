@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,31 @@ from megatron_rapo.episode.environment import Turn
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.errors import RapoError
 from megatron_rapo.rollout.requests import Ask
+from megatron_rapo.rollout.response import Response
 
 Played = tuple[list[int], Turn]
 """A turn, after the tokens that it continues."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A turn as far as it is sampled.
+
+    Attributes:
+        context: a digest of the tokens that it continues.
+        sampled: its pieces, each by weights of one version.
+    """
+
+    context: str
+    sampled: list[Response]
+
+    def copy(self) -> Pieces:
+        """It as it is now, whatever is added."""
+        return Pieces(self.context, list(self.sampled))
+
+
+Turns = dict[int, Pieces]
+"""The turns of an episode, by number."""
 
 
 class Generating:
@@ -44,6 +68,7 @@ class Generating:
         recorded: Recorded,
         played: Sequence[Played] = (),
         temperature: float | None = None,
+        so_far: Turns | None = None,
     ) -> None:
         """
         Args:
@@ -59,6 +84,8 @@ class Generating:
             recorded: answers of code outside.
             played: its first turns, which another episode had: they are not sampled again.
             temperature: of the others; None: the bundle's.
+            so_far: what was sampled of it before the run went on from a checkpoint; all that is sampled is
+                added. Where the episode asks for something else now, that is sampled.
         """
         self.turns: list[Played] = []
         self.failure: Exception | None = None
@@ -74,6 +101,7 @@ class Generating:
         self._recorded = recorded
         self._played = played
         self._temperature = temperature
+        self._so_far: Turns = {} if so_far is None else so_far
         self._numbers: set[int] = set()
 
     async def __call__(
@@ -102,29 +130,37 @@ class Generating:
         count = left if max_tokens is None else min(left, max_tokens)
         if count < 1:
             return _nothing()
+        ask = Ask(
+            self._name_of(turn), tuple(given), self._seed_of(turn), count, tuple(stop), self._temperature
+        )
+        pieces = self._pieces_of(turn, given)
         self._on_waiting(True)
         try:
-            response = await self._bundle.ask(
-                self._episode,
-                Ask(
-                    self._name_of(turn),
-                    tuple(given),
-                    self._seed_of(turn),
-                    count,
-                    tuple(stop),
-                    self._temperature,
-                ),
-            )
+            await self._bundle.ask(self._episode, ask, pieces)
         finally:
             self._on_waiting(False)
-        sampled = Turn(
-            token_ids=response.token_ids,
-            log_probs=response.log_probs,
-            versions=np.full(len(response.token_ids), response.weight_version, np.int32),
-            finish=response.finish_reason,
-            text=self.decode(response.token_ids.tolist()),
+        return self._had(given, self._joined(pieces))
+
+    def _pieces_of(self, turn: int, given: Sequence[int]) -> list[Response]:
+        """What there is of a turn."""
+        context = hashlib.blake2b(np.asarray(given, np.int32).tobytes(), digest_size=16).hexdigest()
+        known = self._so_far.get(turn)
+        if known is None or known.context != context:
+            known = self._so_far[turn] = Pieces(context, [])
+        return known.sampled
+
+    def _joined(self, pieces: Sequence[Response]) -> Turn:
+        token_ids = np.concatenate([piece.token_ids for piece in pieces])
+        return Turn(
+            token_ids=token_ids,
+            log_probs=np.concatenate([piece.log_probs for piece in pieces]),
+            versions=np.repeat(
+                np.array([piece.weight_version for piece in pieces], np.int32),
+                [len(piece.token_ids) for piece in pieces],
+            ),
+            finish=pieces[-1].finish_reason,
+            text=self.decode(token_ids.tolist()),
         )
-        return self._had(given, sampled)
 
     def _play_again(self, given: list[int]) -> Turn:
         """The next turn of the episode that this one goes on from."""

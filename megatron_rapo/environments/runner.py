@@ -6,29 +6,33 @@ import asyncio
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import accumulate
+from itertools import accumulate, starmap
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from megatron_rapo.background import BackgroundLoop, all_of
 from megatron_rapo.data.prompts import Prompt
-from megatron_rapo.environments.bundle import Bundle
+from megatron_rapo.environments.bundle import Bundle, Window
+from megatron_rapo.environments.generating import Turns
 from megatron_rapo.environments.recorded import Answers
 from megatron_rapo.environments.running import Attempt, Common, EpisodeRunner, Judge, Tries
 from megatron_rapo.environments.times import Times
 from megatron_rapo.episode.environment import close
 from megatron_rapo.episode.episode import Episode
 from megatron_rapo.episode.group import Group
-from megatron_rapo.episode.guide import PLAIN
+from megatron_rapo.episode.guide import PLAIN, Guide
 from megatron_rapo.episode.outcome import Verification
 from megatron_rapo.errors import RapoError
 from megatron_rapo.rollout.dispatch import TooFewEngines
 from megatron_rapo.rollout.pool import EnginePool
 from megatron_rapo.rollout.requests import Sampling
+
+T = TypeVar("T")
 
 Play = Callable[[Attempt], Awaitable[Episode | Verification]]
 
@@ -36,17 +40,50 @@ _BEAT_S = 0.1  # between two looks at whether environments let others run
 _GRACE_S = 1.0  # for a machine that is busy
 
 
+@dataclass(frozen=True)
+class Episodes:
+    """What is to be run.
+
+    Attributes:
+        prompts: of each, a group.
+        tries: of each prompt, its episodes.
+        sampling: of all.
+        judge: the configured reward.
+        answers: where what code outside answers is kept; None: nowhere.
+        so_far: of each prompt and episode, what is sampled already, to which more is added; None: nothing.
+    """
+
+    prompts: Sequence[Prompt]
+    tries: Sequence[Tries]
+    sampling: Sampling
+    judge: Judge
+    answers: Answers | None = None
+    so_far: Sequence[Sequence[Turns]] | None = None
+
+    @property
+    def counts(self) -> list[int]:
+        """Of each prompt."""
+        return [len(one.guides) for one in self.tries]
+
+
 class Rollout:
     """Episodes under way.
 
     Attributes:
         times: of those that have ended.
+        numbers: of its episodes in each bundle.
     """
 
     def __init__(
-        self, runner: Runner, sampled: Future[None], groups: Future[list[Group | None]], times: Times
+        self,
+        runner: Runner,
+        sampled: Future[None],
+        groups: Future[list[Group | None]],
+        times: Times,
+        numbers: Sequence[range],
     ) -> None:
         self.times = times
+        self.numbers = numbers
         self._runner = runner
         self._sampled = sampled
         self._groups = groups
@@ -67,6 +104,15 @@ class Rollout:
         """
         self._runner.wait(self._groups)
         return self._groups.result()
+
+    def check(self) -> None:
+        """Raises what it has failed with so far."""
+        if self._groups.done():
+            self._groups.result()
+
+    def give_up(self) -> None:
+        """Ends what is under way."""
+        self._groups.cancel()
 
 
 class Runner:
@@ -122,11 +168,36 @@ class Runner:
             answers: where what code outside answers is kept; default: nowhere.
         """
         tries = tries or [Tries(0, (PLAIN,) * sampling.responses_per_prompt)] * len(prompts)
-        asked = list(zip(prompts, tries, strict=True))
-        size, gather_all = self._pool.requests(len(prompts)), self._gather_all
+        times, bundles = Times(), self.bundles(len(prompts))
+        with ExitStack() as stack:
+            window = Window(stack.enter_context(self._pool.round()), sampling, times)
+            rollout = self.start(Episodes(prompts, tries, sampling, judge, answers), bundles, times)
+            stack.callback(rollout.give_up)
+            for bundle in bundles:
+                self.call(partial(bundle.open, window))
+            yield rollout
+
+    def bundles(self, prompts: int, *, goes_on: bool = False) -> list[Bundle]:
+        """Of so many prompts: one for those that share requests."""
+        size = self._pool.requests(prompts)
+        return [Bundle(gather_all=self._gather_all, goes_on=goes_on) for _ in range(0, prompts, size)]
+
+    def start(self, episodes: Episodes, bundles: Sequence[Bundle], times: Times) -> Rollout:
+        """Begins episodes, whose turns are sampled once their bundles are opened; none of these may be open.
+
+        Args:
+            episodes: to be run.
+            bundles: `bundles` of as many prompts.
+            times: counts the episodes.
+        """
+        size, counts = self._pool.requests(len(episodes.prompts)), episodes.counts
+        parts = [range(len(counts))[start : start + size] for start in range(0, len(counts), size)]
+        numbers = [
+            bundle.admit(sum(counts[place] for place in part))
+            for bundle, part in zip(bundles, parts, strict=True)
+        ]
         sampled: Future[None] = Future()
-        times = Times()
-        sampling_still = sum(len(one.guides) for one in tries)  # episodes
+        sampling_still = sum(counts)
         began = time.monotonic()
 
         def end() -> None:
@@ -139,29 +210,39 @@ class Runner:
             if not sampling_still:
                 end()
 
-        with ExitStack() as stack:
-            round_ = stack.enter_context(self._pool.round())
+        async def part(bundle: Bundle, places: range, first: int) -> list[Group | None]:
+            firsts = accumulate((counts[place] for place in places), initial=first)
+            common = Common(bundle, episodes.sampling, times, episodes.answers)
+            play = partial(self._episodes.play, common=common)
+            return await all_of(
+                self._group(episodes, place, first, play, ended)
+                for place, first in zip(places, firsts, strict=False)
+            )
 
-            async def part(asked: Sequence[tuple[Prompt, Tries]]) -> list[Group | None]:
-                firsts = [0, *accumulate(len(tries.guides) for _, tries in asked)]
-                bundle = Bundle(round_, sampling, firsts[-1], gather_all=gather_all, times=times)
-                play = partial(self._episodes.play, common=Common(bundle, sampling, times, answers))
-                return await all_of(
-                    self._group(prompt, tries, first, play, judge, ended)
-                    for (prompt, tries), first in zip(asked, firsts, strict=False)
-                )
+        async def every() -> list[Group | None]:
+            each = zip(bundles, parts, numbers, strict=True)
+            try:
+                found = await all_of(part(bundle, places, own.start) for bundle, places, own in each)
+                return [group for groups in found for group in groups]
+            finally:
+                if not sampled.done():  # there was nothing to sample, or some was given up
+                    end()
 
-            async def every() -> list[Group | None]:
-                parts = [asked[start : start + size] for start in range(0, len(asked), size)]
-                try:
-                    return [group for groups in await all_of(map(part, parts)) for group in groups]
-                finally:
-                    if not sampled.done():  # there was nothing to sample, or some was given up
-                        end()
+        return Rollout(self, sampled, self._loop.start(every()), times, numbers)
 
-            groups = self._loop.start(every())
-            stack.callback(groups.cancel)
-            yield Rollout(self, sampled, groups, times)
+    def call(self, function: Callable[[], object]) -> None:
+        """Has the environments' loop call a plain function, after what it was given before."""
+        self._loop.call(function)
+
+    def wait_for(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of work in the environments' loop.
+
+        Raises:
+            RapoError: as `wait`.
+        """
+        future = self._loop.start(work)
+        self.wait(future)
+        return future.result()
 
     def run(self, prompts: Sequence[Prompt], sampling: Sampling, judge: Judge) -> list[Group | None]:
         """The groups of the prompts (`Rollout.groups`)."""
@@ -184,21 +265,22 @@ class Runner:
         future.result()
 
     async def _group(
-        self, prompt: Prompt, tries: Tries, first: int, play: Play, judge: Judge, ended: Callable[[], None]
+        self, episodes: Episodes, place: int, first: int, play: Play, ended: Callable[[], None]
     ) -> Group | None:
-        """`first` is the place of the prompt's first episode in the bundle."""
+        """Of the prompt at `place`, whose first episode has this number in the bundle."""
+        prompt, tries = episodes.prompts[place], episodes.tries[place]
 
-        async def episode(place: int) -> Any:
-            attempt = Attempt(prompt, tries.first + place, first + place, tries.guides[place], tries.before)
+        async def episode(number: int, guide: Guide) -> Any:
+            so_far = None if episodes.so_far is None else episodes.so_far[place][number]
+            attempt = Attempt(prompt, tries.first + number, first + number, guide, tries.before, so_far)
             try:
                 found = await play(attempt)
             finally:
                 ended()
-            return await self._episodes.judge(found, prompt.problem, judge)
+            return await self._episodes.judge(found, prompt.problem, episodes.judge)
 
         try:
-            places = range(len(tries.guides))
-            return Group(prompt.problem, tuple(await all_of(episode(place) for place in places)))
+            return Group(prompt.problem, tuple(await all_of(starmap(episode, enumerate(tries.guides)))))
         except TooFewEngines:
             return None
 

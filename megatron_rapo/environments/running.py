@@ -14,7 +14,7 @@ from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.environments.bundle import Bundle
 from megatron_rapo.environments.fault import EnvironmentFault
 from megatron_rapo.environments.following import Followed, follow
-from megatron_rapo.environments.generating import Generating
+from megatron_rapo.environments.generating import Generating, Turns
 from megatron_rapo.environments.own_time import OwnTime
 from megatron_rapo.environments.recorded import Answers, Recorded
 from megatron_rapo.environments.times import Times
@@ -38,13 +38,16 @@ _OWN_DRAWS = -1  # the "turn" that seeds what an environment itself draws
 
 @dataclass(frozen=True)
 class Attempt:
-    """The number-th episode of a prompt, its place in a bundle, what it is given, and those before it."""
+    """The number-th episode of a prompt, its place in a bundle, what it is given, those before it, and what
+    is sampled of it already, to which more is added.
+    """
 
     prompt: Prompt
     number: int
     place: int
     guide: Guide = PLAIN
     before: tuple[ScoredEpisode, ...] = ()
+    so_far: Turns | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,8 @@ class EpisodeRunner:
             on_waiting=own_time.wait,
             recorded=Recorded(common.answers, f"{sampling.seed}/{attempt.prompt.draw}/{origin}"),
             played=() if after is None else after.turns,
-            temperature=attempt.guide.temperature,
+            temperature=attempt.guide.temperature or sampling.temperature,
+            so_far=attempt.so_far,
         )
         seed = sampling.seed_of(attempt.prompt, origin, _OWN_DRAWS)
         found: Episode | Verification | None = None

@@ -24,16 +24,14 @@ class BriefSequence:
         tokens: how many it has (`len`).
         turns: tokens of each stretch that was sampled without a token given between.
         highest_sampled: the highest id of a sampled token; −1 where none was.
-        oldest_version: the lowest version of the weights that sampled a token; None where none was.
-        mean_version: their mean over sampled tokens; None where none was.
+        by_version: each version of the weights that sampled tokens, and how many; in order.
         trained_tokens: how many a loss may count: those sampled, and those taught.
     """
 
     tokens: int
     turns: tuple[int, ...]
     highest_sampled: int
-    oldest_version: int | None
-    mean_version: float | None
+    by_version: tuple[tuple[int, int], ...]
     trained_tokens: int
 
     def __len__(self) -> int:
@@ -43,6 +41,11 @@ class BriefSequence:
     def sampled_tokens(self) -> int:
         """How many of its tokens were sampled."""
         return sum(self.turns)
+
+    @property
+    def oldest_version(self) -> int | None:
+        """The lowest version of the weights that sampled a token; None where none was."""
+        return min((version for version, _ in self.by_version), default=None)
 
     def leaves(self, vocabulary: int) -> bool:
         """See `Sequence.leaves`."""

@@ -134,9 +134,10 @@ class Sequence:
         return int(self.versions[self.sampled].min()) if self.sampled.any() else None
 
     @property
-    def mean_version(self) -> float | None:
-        """The mean version of the weights over sampled tokens; None where none was sampled."""
-        return float(self.versions[self.sampled].mean()) if self.sampled.any() else None
+    def by_version(self) -> tuple[tuple[int, int], ...]:
+        """Each version of the weights that sampled tokens, and how many; in order."""
+        versions, counts = np.unique(self.versions[self.sampled], return_counts=True)
+        return tuple(zip(versions.tolist(), counts.tolist(), strict=True))
 
     def leaves(self, vocabulary: int) -> bool:
         """Whether a sampled token is no token of a tokenizer of that size.
@@ -148,5 +149,4 @@ class Sequence:
     def brief(self) -> BriefSequence:
         """What planning needs of it, without the tokens."""
         highest = int(self.token_ids[self.sampled].max(initial=-1))
-        versions = self.oldest_version, self.mean_version
-        return BriefSequence(len(self), self.turns, highest, *versions, self.trained_tokens)
+        return BriefSequence(len(self), self.turns, highest, self.by_version, self.trained_tokens)

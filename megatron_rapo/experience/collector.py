@@ -26,6 +26,7 @@ class Collector:
 
     Attributes:
         runner: this head's own; None on other ranks.
+        judge: the reward of the training data, this head's own; None on other ranks.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Collector:
         self.placement = placement
         self.engines = engines
         self.runner = runner
-        self._judge = judge
+        self.judge = judge
         self._recover = recover
 
     def begin(
@@ -84,9 +85,9 @@ class Collector:
         self, prompts: Sequence[Prompt], tries: Sequence[Tries], sampling: Sampling, answers: Answers | None
     ) -> AbstractContextManager[Rollout] | None:
         """This head's episodes of its prompts; None on other ranks."""
-        if self.runner is None or self._judge is None:
+        if self.runner is None or self.judge is None:
             return None
-        return self.runner.begin(prompts, sampling, self._judge, tries, answers)
+        return self.runner.begin(prompts, sampling, self.judge, tries, answers)
 
     def until_complete(
         self, ask: Callable[[], int], weight_version: int, phase: Phase = lambda name: nullcontext()

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rapo.episode.brief import BriefEpisode
+from megatron_rapo.episode.episode import Episode
 from megatron_rapo.episode.group import Group, known_rewards
 from megatron_rapo.episode.guide import PLAIN
 from megatron_rapo.episode.outcome import Outcome
@@ -57,29 +59,40 @@ def summarise(batch: Batch, vocabulary: int, sources: Sequence[str] = ()) -> Map
     }
 
 
-def staleness(batch: Batch, now: int) -> Mapping[str, float]:
+def staleness(batch: Batch, now: int, partial_tokens: int | None = None) -> Mapping[str, float]:
     """How many updates' steps ago what a step trains on was sampled.
 
     Args:
         batch: of the step.
         now: the version of the weights that it begins with.
+        partial_tokens: the option of rollouts; where it is set, shares by staleness are told as well.
     """
-    sequences = [
-        sequence
-        for group in batch.groups
-        for one in group.episodes
-        for sequence in one.episode.sequences
-        if sequence.mean_version is not None
-    ]
-    if not sequences:
+    episodes = [one.episode for group in batch.groups for one in group.episodes]
+    by_episode = [_by_staleness([episode], now) for episode in episodes if episode.sampled_tokens]
+    if not by_episode:
         return {}
-    means = [float(sequence.mean_version or 0) for sequence in sequences]
-    oldest = min(sequence.oldest_version or 0 for sequence in sequences)
-    tokens = [sequence.sampled_tokens for sequence in sequences]
-    return {
-        "rollout/staleness_mean": now - float(np.average(means, weights=tokens)),
-        "rollout/staleness_max": now - oldest,
+    tokens = _by_staleness(episodes, now)
+    found: dict[str, float] = {
+        "rollout/staleness_mean": sum(steps * count for steps, count in tokens.items()) / tokens.total(),
+        "rollout/staleness_max": max(tokens),
     }
+    if partial_tokens is not None:
+        found |= {
+            f"rollout/staleness/{steps}": count / tokens.total() for steps, count in sorted(tokens.items())
+        }
+        found["rollout/carried_over"] = float(np.mean([len(one) > 1 for one in by_episode]))
+        beyond = [max(one.values()) > partial_tokens for one in by_episode]
+        found["rollout/beyond_partial_tokens"] = float(np.mean(beyond))
+    return found
+
+
+def _by_staleness(episodes: Sequence[Episode | BriefEpisode], now: int) -> Counter[int]:
+    """Sampled tokens by the steps that they are older than the policy."""
+    found: Counter[int] = Counter()
+    for episode in episodes:
+        for sequence in episode.sequences:
+            found.update({now - version: count for version, count in sequence.by_version})
+    return found
 
 
 def _plain(groups: Sequence[Group]) -> tuple[Sequence[Group], Mapping[str, float]]:

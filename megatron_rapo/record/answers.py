@@ -33,19 +33,21 @@ class AnswerLog:
         self._folder = config.run.directory / FOLDER
         self._head = head
         self._made_by = _made_by(config)
-        self._open: StepAnswers | None = None
+        self._open: dict[int, StepAnswers] = {}
+        self._steps = 1 + config.rollout.max_staleness  # that may be sampled at a time
 
     def of_step(self, step: int) -> StepAnswers:
         """Those of a step: what was kept of it before, by whichever head, and what comes now."""
-        if self._open is None or self._open.step != step:
-            self.close()
-            self._open = StepAnswers(self._folder, step, self._head, self._made_by)
-        return self._open
+        for done in [number for number in self._open if number <= step - self._steps]:
+            self._open.pop(done).close()
+        if step not in self._open:
+            self._open[step] = StepAnswers(self._folder, step, self._head, self._made_by)
+        return self._open[step]
 
     def close(self) -> None:
-        """Closes the file of the newest step."""
-        if self._open is not None:
-            self._open.close()
+        """Closes their files."""
+        for answers in self._open.values():
+            answers.close()
 
 
 class StepAnswers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.engines.engine import Generated, Generation
@@ -73,6 +73,19 @@ class Ask:
     max_tokens: int
     stop: tuple[int, ...] = ()
     temperature: float | None = None
+
+    def after(self, piece: Response) -> Ask:
+        """What is still wanted once a piece of it is there; `max_tokens` is 0 where nothing is.
+
+        With another seed, since engines draw a seed's numbers from the first on with each request.
+        """
+        digest = hashlib.blake2b(f"{self.seed}+".encode(), digest_size=4).digest()
+        return replace(
+            self,
+            token_ids=(*self.token_ids, *piece.token_ids.tolist()),
+            seed=int.from_bytes(digest, "big") >> 1,
+            max_tokens=self.max_tokens - len(piece.token_ids),
+        )
 
 
 @dataclass(frozen=True)
