@@ -156,7 +156,7 @@ def undisturbed(out: Path) -> tuple[dict[str, Any], dict[str, float]]:
         with ending(run):
             status = finish(run)
         if status != 0:
-            raise SystemExit(f"the undisturbed run failed:\n{run.last_words()}")
+            raise SystemExit(f"the undisturbed run failed:\n{run.said()[-3000:]}")
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     usual: defaultdict[str, float] = defaultdict(lambda: 1.0)
     usual["any"] = sum(line.get("time/step_s", 0.0) for line in lines) / EVERY_RUN
@@ -194,7 +194,7 @@ def disturbed(out: Path, number: int, cells: Sequence[Cell], seed: int, clock: P
         status = finish(run)
     found = differences(expected, contents(run.directory)) if status == 0 else [f"status {status}"]
     if found:
-        print(run.last_words(), flush=True)
+        print(run.said()[-3000:], flush=True)
     else:
         shutil.rmtree(folder)
     with (out / "disturbances.jsonl").open("a") as file:

@@ -100,11 +100,11 @@ def held_out(monkeypatch) -> None:
 
 
 @contextmanager
-def evaluation(directory, reviver=None, settings=(SETTING,), recover=None):
+def evaluation(directory, reviver=None, settings=(SETTING,), recover=None, request_timeout=60.0):
     """Stand-ins, their pool, and the evaluator of the one rank of a run."""
     with (
         engines_of(2) as (servers, urls),
-        pool_of(urls, reviver) as pool,
+        pool_of(urls, reviver, request_timeout) as pool,
         evaluator_of(directory, ALONE, pool, reviver, settings, recover) as evaluator,
     ):
         yield servers, pool, evaluator
@@ -118,9 +118,14 @@ def engines_of(count):
         yield servers, urls
 
 
-def pool_of(urls, reviver=None) -> EnginePool:
+def pool_of(urls, reviver=None, request_timeout=60.0) -> EnginePool:
     return EnginePool(
-        urls, SGLangClient, vocab_size=VOCAB, prompts_per_request=1, request_timeout=60.0, reviver=reviver
+        urls,
+        SGLangClient,
+        vocab_size=VOCAB,
+        prompts_per_request=1,
+        request_timeout=request_timeout,
+        reviver=reviver,
     )
 
 
@@ -162,6 +167,18 @@ def test_samples_are_the_same_when_all_engines_are_lost_on_the_way(tmp_path, rev
     assert recovered == [STEP]
     assert stored(tmp_path / "disturbed") == stored(tmp_path / "undisturbed")
     assert len(stored(tmp_path / "disturbed")) == len(PROMPTS) * SAMPLES
+
+
+def test_an_engine_that_never_answers_is_named_and_others_draw_its_samples(tmp_path) -> None:
+    with evaluation(tmp_path / "undisturbed") as (_, _, evaluator):
+        undisturbed = evaluator.run(STEP)
+    with evaluation(tmp_path / "disturbed", request_timeout=2.0) as (servers, pool, evaluator):
+        silent = pool.urls[0]
+        servers[0].fault, servers[0].faulty = "silent", "/generate"
+        assert evaluator.run(STEP) == undisturbed
+        servers[0].over.set()
+        assert f"{silent}/generate was not answered within 2 s" in pool.failures[silent]
+    assert stored(tmp_path / "disturbed") == stored(tmp_path / "undisturbed")
 
 
 def test_engines_that_do_not_come_back_are_named(tmp_path) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -64,14 +64,21 @@ every = 2
 
 
 class Run:
-    """One run's folder, and the command that works in it."""
+    """One run's folder, and the command that works in it.
 
-    def __init__(self, folder: Path, clock: Path | None) -> None:
-        folder.mkdir(parents=True)
+    Args:
+        folder: of the run, its configuration and its output.
+        clock: the library that makes its clock jump (`build_clock`), or None.
+        settings: options other than CONFIG's, as `--set` takes them.
+    """
+
+    def __init__(self, folder: Path, clock: Path | None, settings: Sequence[str] = ()) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.directory = folder / "run"
         self._config = folder / "run.toml"
         model = ROOT / "examples/models/tiny-countdown"
         self._config.write_text(CONFIG.format(directory=self.directory, model=model))
+        self._settings = [word for setting in settings for word in ("--set", setting)]
         self._log = folder / "output.txt"
         self._environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self._offset = folder / "clock"
@@ -88,7 +95,7 @@ class Run:
         self._heard: dict[Path, float] = {path: _mtime(path) for path in self._beats()}
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                [str(COMMAND), "train", str(self._config)],
+                [str(COMMAND), "train", str(self._config), *self._settings],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -155,9 +162,9 @@ class Run:
         if self.process is not None:
             self.process.wait()
 
-    def last_words(self) -> str:
-        """The end of what it printed."""
-        return self._log.read_text(errors="replace")[-3000:]
+    def said(self) -> str:
+        """All that it printed."""
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     def _beats(self) -> list[Path]:
         return sorted((self.directory / "heartbeat").glob("rank_*.json"))
