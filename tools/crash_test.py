@@ -2,6 +2,7 @@
 
     python tools/crash_test.py OUT                       # all cells of CELLS: an hour or two on two cores
     python tools/crash_test.py OUT --cells 8 --seed 3    # a selection
+    python tools/crash_test.py OUT --set rollout.max_staleness=1    # other options: an OUT of their own
     python tools/crash_test.py OUT --table               # what stands in OUT so far
 
 Each run is small (two pipeline stages, an engine and verifiers of its own, evaluations, a checkpoint each
@@ -147,12 +148,12 @@ def ending(run: Run) -> Iterator[None]:
             run.kill_all()
 
 
-def undisturbed(out: Path) -> tuple[dict[str, Any], dict[str, float]]:
+def undisturbed(out: Path, settings: Sequence[str]) -> tuple[dict[str, Any], dict[str, float]]:
     """The run that is left alone: what it computed, and how long its phases took."""
     folder = out / "undisturbed"
     if not (folder / "run/finished.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        run = Run(folder, None)
+        run = Run(folder, None, settings)
         with ending(run):
             status = finish(run)
         if status != 0:
@@ -174,12 +175,19 @@ def runs_of(cells: Sequence[Cell], seed: int) -> Iterator[list[Cell]]:
         yield sorted(shuffled[first : first + EVERY_RUN], key=lambda cell: cell.phase == "export")
 
 
-def disturbed(out: Path, number: int, cells: Sequence[Cell], seed: int, clock: Path | None) -> dict[str, Any]:
+def disturbed(
+    out: Path,
+    number: int,
+    cells: Sequence[Cell],
+    seed: int,
+    clock: Path | None,
+    settings: Sequence[str] = (),
+) -> dict[str, Any]:
     """One run with its disturbances, from its start to its end, compared with the undisturbed one."""
-    expected, usual = undisturbed(out)
+    expected, usual = undisturbed(out, settings)
     folder = out / f"seed_{seed}_run_{number:03d}"
     shutil.rmtree(folder, ignore_errors=True)
-    run, draw = Run(folder, clock), random.Random(f"{seed}/{number}")
+    run, draw = Run(folder, clock, settings), random.Random(f"{seed}/{number}")
     told = []
     with ending(run):
         for cell in cells:
@@ -248,6 +256,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder of runs and results")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cells", type=int, default=len(CELLS), help="how many of them, drawn by the seed")
+    parser.add_argument(
+        "--set", nargs="*", default=[], help="options of the runs, as `train --set` takes them"
+    )
     parser.add_argument("--runs", type=int, help="end after so many; the same command goes on")
     parser.add_argument("--table", action="store_true", help="only print what stands there")
     options = parser.parse_args()
@@ -259,7 +270,7 @@ def main() -> None:
         random.Random(options.seed).shuffle(cells)
         for number, own in islice(undone(out, cells[: options.cells], options.seed), options.runs):
             preloaded = clock if any(cell.does in JUMPS for cell in own) else None
-            print(json.dumps(disturbed(out, number, own, options.seed, preloaded)))
+            print(json.dumps(disturbed(out, number, own, options.seed, preloaded, options.set)))
     print(table(options.out))
     if any(json.loads(line)["differences"] for line in (options.out / "runs.jsonl").read_text().splitlines()):
         raise SystemExit(1)

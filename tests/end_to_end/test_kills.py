@@ -35,6 +35,21 @@ def test_a_run_that_is_killed_twice_computes_the_same(out: Path) -> None:
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["rollout.max_staleness=1"],
+        ["rollout.max_staleness=2"],
+        ["rollout.max_staleness=2", "rollout.partial_tokens=8"],
+    ],
+    ids="-".join,
+)
+def test_a_run_that_samples_ahead_computes_the_same(settings: list[str], tmp_path: Path) -> None:
+    cells = [*(Cell("SIGKILL", "all ranks", phase) for phase in ("update", "publish", "checkpoint")), *FEW]
+    assert disturbed(tmp_path, 0, cells, SEED, None, settings)["differences"] == []
+
+
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("number", range(-(-len(CELLS) // EVERY_RUN)))
 def test_whatever_is_done_to_a_run_it_computes_the_same(out: Path, number: int) -> None:

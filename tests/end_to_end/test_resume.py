@@ -70,6 +70,7 @@ def ahead(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "run"
 
 
+@pytest.mark.exhaustive  # test_ahead.py has one with partial responses
 def test_a_run_that_samples_ahead_goes_on_bit_for_bit(ahead: Path, tmp_path: Path) -> None:
     """Killed while a batch is being sampled, and another one waits for its step."""
     directory = tmp_path / "run"
@@ -94,6 +95,7 @@ def test_a_run_that_samples_ahead_goes_on_bit_for_bit(ahead: Path, tmp_path: Pat
         assert (directory / "model" / written.name).read_bytes() == written.read_bytes(), written.name
 
 
+@pytest.mark.exhaustive
 def test_each_step_trains_on_what_older_weights_sampled(ahead: Path) -> None:
     for step in range(1, 5):
         versions = {

@@ -10,6 +10,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -47,6 +48,7 @@ from tests.stand_in import VOCAB, StandIn, stand_ins
 from tests.unit.test_configuration import refusal, with_options
 from tests.unit.test_environments import Sequential
 from tests.unit.test_replay import alone
+from tests.unit.test_samples import placement
 
 STEPS, PROMPTS, RESPONSES, TOKENS = 7, 3, 4, 4
 LONGEST = 28
@@ -276,6 +278,14 @@ def test_each_token_is_of_the_version_that_is_its_turn(
                     assert places[-1] >= ids[2] - 10 + 1 or places[-1] + 1 == LONGEST + 2
                     trained.update((tuple(ids[:3]), int(place)) for place in places)
         assert sum((server.sampled for server in run.servers), Counter()) == trained, "each token once"
+        seeds = [
+            params["sampling_seed"]
+            for server in run.servers
+            for path, body in server.asked
+            if path == "/generate"
+            for params in body["sampling_params"]
+        ]
+        assert len(set(seeds)) == len(seeds), "each piece has random numbers of its own"
         assert run.checked == list(range(1, STEPS + 1))
         assert run.batches.ready == run.batches.unfinished == {}
         assert run.prompts.position == STEPS * PROMPTS
@@ -387,6 +397,23 @@ def test_an_episode_that_asks_for_something_else_is_sampled_again(tmp_path: Path
             for one in group.episodes:
                 [sequence] = cast(Episode, one.episode).sequences
                 assert (sequence.versions[sequence.sampled] == 3).all()
+
+
+def test_what_several_heads_kept_is_one_batch(tmp_path: Path) -> None:
+    """So that a run may go on with another number of heads."""
+    with a_run(2, tmp_path) as run:
+        run.go(last=1)
+        whole = run.batches.unfinished
+    for head in (0, 1):
+        shares = {
+            number: replace(one, so_far={p: turns for p, turns in one.so_far.items() if p % 2 == head})
+            for number, one in whole.items()
+        }
+        keep_unfinished(shares, tmp_path, placement(head, 2))
+    found = take_up_unfinished(tmp_path, prompts_per_step=PROMPTS, partial_tokens=TOKENS)
+    assert repr(
+        {number: replace(one, so_far=dict(sorted(one.so_far.items()))) for number, one in found.items()}
+    ) == repr(dict(whole))
 
 
 @pytest.mark.parametrize(
