@@ -17,6 +17,7 @@ from megatron_rapo.checkpoint.store import CheckpointStore
 from megatron_rapo.config import RunConfig
 from megatron_rapo.data.batching import Microbatch, Sample
 from megatron_rapo.data.order import MixedOrder, PromptOrder
+from megatron_rapo.data.trees import segment_sizes
 from megatron_rapo.evaluation.evaluator import Evaluator
 from megatron_rapo.evaluation.given_loss import GivenLoss
 from megatron_rapo.experience.batch import Batch
@@ -295,9 +296,12 @@ class Job:
 
     def _compute(self, batch: Batch, seconds: float) -> Mapping[str, float]:
         """What the step's updates took of computing, and how near a rank came to its device's peak."""
-        episodes = [one.episode for group in batch.groups for one in group.episodes]
-        lengths = [len(sequence) for episode in episodes for sequence in episode.sequences]
-        tflop = training_flops(self.architecture, lengths) / 1e12
+        if self.config.algorithm.share_prompts:
+            lengths, attended = segment_sizes(batch.groups)
+        else:
+            episodes = [one.episode for group in batch.groups for one in group.episodes]
+            lengths = attended = [len(sequence) for episode in episodes for sequence in episode.sequences]
+        tflop = training_flops(self.architecture, lengths, attended) / 1e12
         rate = tflop / seconds / self.placement.layout.world_size
         peak = self.config.observe.peak_tflops or own_peak_tflops(self.config.model.dtype)
         used = {} if peak is None else {"throughput/mfu": rate / peak}

@@ -32,12 +32,14 @@ class Case:
         layout: of RANKS ranks.
         token_budget: of a microbatch; None packs each sequence alone.
         permuted: whether the groups come in another order.
+        share_prompts: whether what sequences begin with is computed once.
     """
 
     name: str
     layout: Parallel
     token_budget: int | None = 96
     permuted: bool = False
+    share_prompts: bool = False
 
 
 def _layout(**options: int | bool) -> Parallel:
@@ -67,6 +69,19 @@ CASES = (
         "TP 2, PP 2, VPP 2, sequence parallel",
         _layout(tensor_parallel=2, pipeline_parallel=2, virtual_pipeline_parallel=2, sequence_parallel=True),
         token_budget=64,
+    ),
+    Case("TP 2, shared prompts", _layout(tensor_parallel=2), share_prompts=True),
+    Case("PP 2, shared prompts, permuted", _layout(pipeline_parallel=2), permuted=True, share_prompts=True),
+    Case(
+        "TP 2, PP 2, shared prompts",
+        _layout(tensor_parallel=2, pipeline_parallel=2),
+        token_budget=None,
+        share_prompts=True,
+    ),
+    Case(
+        "TP 2, PP 2, VPP 2, sequence parallel, shared prompts",
+        _layout(tensor_parallel=2, pipeline_parallel=2, virtual_pipeline_parallel=2, sequence_parallel=True),
+        share_prompts=True,
     ),
 )
 

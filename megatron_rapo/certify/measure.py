@@ -127,7 +127,8 @@ def _computed(config: RunConfig, case: Case, dtype: str) -> tuple[float, dict[st
     # Not validated: float64 is no option of a run.
     model = config.model.model_copy(update={"dtype": dtype})
     budget = case.token_budget or _longest(config, case.layout)
-    algorithm = config.algorithm.model_copy(update={"max_tokens_per_microbatch": budget})
+    options = {"max_tokens_per_microbatch": budget, "share_prompts": case.share_prompts}
+    algorithm = config.algorithm.model_copy(update=options)
     config = config.model_copy(update={"model": model, "parallel": case.layout, "algorithm": algorithm})
     method = config.new_method()
 

@@ -38,7 +38,7 @@ CLASSES: Mapping[Change, tuple[str, ...]] = {
         *("rollout.startup_timeout_s", "rollout.request_timeout_s", "rollout.health_interval_s"),
         *("reward.workers", "reward.memory_limit_gib", "reward.unknown_limit", "environment.time_limit_s"),
         "algorithm.audit_estimators",
-        *("algorithm.max_tokens_per_microbatch", "algorithm.loss_chunk_tokens"),
+        *("algorithm.max_tokens_per_microbatch", "algorithm.loss_chunk_tokens", "algorithm.share_prompts"),
         *("optimizer.overlap_communication", "optimizer.in_host_memory_during_rollouts"),
         *("evaluate.k", "evaluate.every", "evaluate.best", "evaluate.batch"),
     ),

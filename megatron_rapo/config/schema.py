@@ -29,6 +29,7 @@ from megatron_rapo.config.ranks import check_ranks
 from megatron_rapo.config.reward import Reward
 from megatron_rapo.config.running import Checkpoint, Observe, Run
 from megatron_rapo.config.sampling import Rollout
+from megatron_rapo.config.shared_prompts import check_shared_prompts
 from megatron_rapo.config.templates import Templated
 from megatron_rapo.config.training import Model, Optimizer, Parallel, Teacher
 from megatron_rapo.config.verifiers import RewardPlan, built_in
@@ -220,6 +221,7 @@ class RunConfig(Section):
             partial(refuse_alarm_of_older_samples, self),
             partial(check_ranks, self),
             partial(check_guards, self),
+            partial(check_shared_prompts, self),
             partial(refuse_options_beside_replay, self),
             partial(refuse_options_of_samples, self),
         ]

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_rapo.episode.beginnings import Beginning
 from megatron_rapo.episode.brief import BriefSequence
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.parallel.context import rank_major_order
@@ -32,6 +33,7 @@ class Sample:
         has_probability: whether all its tokens exist; where not, it is not even measured.
         off_policy: whether its log-probs are of another distribution than the policy's.
         marks: the method's numbers by name, of all its trained tokens or one of each; every sample has all.
+        beginnings: what it begins with like others, to be computed once (`data/trees.py`); ascending.
     """
 
     sequence: TokenSequence | BriefSequence
@@ -41,29 +43,52 @@ class Sample:
     has_probability: bool = True
     off_policy: bool = False
     marks: Mapping[str, float | npt.NDArray[np.floating]] = field(default_factory=dict)
+    beginnings: tuple[Beginning, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tree:
+    """How segments attend, where sequences share what they begin with.
+
+    Attributes:
+        keys: int64 `[Σ key_lengths]`, the rows that each segment's rows attend to: those of the segments
+            before it on its path, then its own. Its last row sees all of them, the one before it all but one…
+        key_lengths: how many of them each segment has.
+        sequences: how many sequences there are.
+    """
+
+    keys: Tensor
+    key_lengths: list[int]
+    sequences: int
 
 
 @dataclass
 class Microbatch:
     """Packed sequences, this context-parallel rank's tokens of them.
 
-    Position t predicts `targets[t]`, the next token of its sequence. Fields over tokens are `[tokens / CP]`.
+    The model sees rows, one a token: `token_ids` and `position_ids`. All else is of places, where a token is
+    predicted. Without a tree they are the rows: row t predicts `targets[t]`, the next token of its sequence,
+    and both are `[tokens / CP]`. With one, a row is of all sequences that begin with it, and places are the
+    trained tokens of each sequence.
 
     Attributes:
-        token_ids, position_ids, targets: int64.
+        token_ids, position_ids: int64, of rows.
+        targets: int64, the token that is predicted.
         weights: fp32, of the token in the minibatch's loss; 0 where it takes no part.
         phi, advantages, engine_log_probs: fp32, of the predicted token; log-probs are 0 of given ones.
         response_positions: int64, of the predicted token among its sequence's trained ones; −1 where it is
             none of them.
-        sequences: int64, which of the packed sequences the position belongs to.
+        sequences: int64, which of the packed sequences the place belongs to.
         off_policy: bool, whether the predicted token's log-prob is of another distribution than the policy's.
         marks: fp32, the method's numbers of the predicted token by name.
-        lengths: padded length of each sequence, over all CP ranks.
+        lengths: padded length of each sequence, over all CP ranks; with a tree, of each segment.
+        tree: how segments attend; None: each is a sequence of its own.
+        sources: int64, the row by which each place is predicted; None: the place's own.
         old_log_probs: fp32, under the policy that starts the step; None: the policy has not moved yet.
         old_entropies: fp32, of its distributions; None where no method asks for them.
         tempered_log_probs: fp32, as old_log_probs at another temperature; None where no method asks.
         reference_hidden: `[tokens / CP (/ TP under sequence parallelism), hidden]`, the reference's final
-            hidden states, from which its head makes logits.
+            hidden states of rows, from which its head makes logits.
         teacher_hidden: of the teacher, likewise; its own hidden size.
         reference_log_probs, flattened_log_probs: `[response tokens]` fp32, under the reference as it is, and
             flattened by φ.
@@ -81,6 +106,8 @@ class Microbatch:
     off_policy: Tensor
     marks: dict[str, Tensor]
     lengths: list[int]
+    tree: Tree | None = None
+    sources: Tensor | None = None
     old_log_probs: Tensor | None = None
     old_entropies: Tensor | None = None
     tempered_log_probs: Tensor | None = None
@@ -91,8 +118,22 @@ class Microbatch:
 
     @property
     def is_response(self) -> Tensor:
-        """`[tokens / CP]` bool: whether a trained token is predicted, be it masked out of the loss."""
+        """`[places]` bool: whether a trained token is predicted, be it masked out of the loss."""
         return self.response_positions >= 0
+
+    @property
+    def sequence_count(self) -> int:
+        """How many sequences places may belong to, the same on all CP ranks."""
+        return len(self.lengths) if self.tree is None else self.tree.sequences
+
+    def at_places(self, hidden: Tensor) -> Tensor:
+        """`[places, hidden]`, of hidden states of rows: those that predict."""
+        return hidden if self.sources is None else hidden[self.sources]
+
+    def at_responses(self, hidden: Tensor) -> Tensor:
+        """`[response tokens, hidden]`, likewise."""
+        chosen = self.is_response
+        return hidden[chosen if self.sources is None else self.sources[chosen]]
 
 
 def padded_length(tokens: int, multiple: int) -> int:
@@ -166,7 +207,6 @@ def _fill(share: Sequence[int], lengths: Sequence[int], token_budget: int, count
     return bins + [[] for _ in range(count - len(bins))]
 
 
-_INTEGERS = ("token_ids", "position_ids", "targets", "response_positions")
 _FLOATS = ("weights", "phi", "advantages", "engine_log_probs")
 
 
@@ -192,46 +232,74 @@ def pack(
         device: where the tensors go.
     """
     lengths = [padded_length(len(sample.sequence), sequence_multiple) for sample in samples]
-    longest = max(lengths, default=sequence_multiple)
-    missing = max(total_tokens or 0, sequence_multiple) - sum(lengths)
-    while missing > 0:
-        lengths.append(min(missing, longest))
-        missing -= lengths[-1]
+    lengths += padding(lengths, total_tokens or 0, sequence_multiple)
     total = sum(lengths)
-    integers = {name: np.zeros(total, np.int64) for name in _INTEGERS}
-    integers["response_positions"] -= 1
-    floats = {name: np.zeros(total, np.float32) for name in _FLOATS}
-    marks = {name: np.zeros(total, np.float32) for name in mark_names}
-    off_policy = np.zeros(total, bool)
-    sequences = np.repeat(np.arange(len(lengths)), lengths)
+    token_ids, position_ids, targets = (np.zeros(total, np.int64) for _ in range(3))
+    predicting = []
     start = 0
     for sample, length in zip(samples, lengths, strict=False):
         sequence = sample.sequence
         tokens = len(sequence)
-        integers["token_ids"][start : start + tokens] = sequence.token_ids
-        integers["targets"][start : start + tokens - 1] = sequence.token_ids[1:]
-        integers["position_ids"][start : start + length] = np.arange(length)
-        chosen = np.flatnonzero(sequence.trained)
-        predicting = start + chosen - 1  # a trained token is never its sequence's first
-        if sample.has_probability:
-            integers["response_positions"][predicting] = np.arange(len(chosen))
-        floats["weights"][predicting] = sample.token_weight
-        floats["phi"][predicting] = sample.phi
-        floats["advantages"][predicting] = sample.advantage
-        floats["engine_log_probs"][predicting] = np.nan_to_num(sequence.log_probs[chosen])
-        off_policy[predicting] = sample.off_policy
-        for name, values in sample.marks.items():
-            marks[name][predicting] = values
+        token_ids[start : start + tokens] = sequence.token_ids
+        targets[start : start + tokens - 1] = sequence.token_ids[1:]
+        position_ids[start : start + length] = np.arange(length)
+        # A trained token is never its sequence's first.
+        predicting.append(start + np.flatnonzero(sequence.trained) - 1)
         start += length
+    places, marks = of_places(samples, predicting, total, mark_names)
+    fields = {
+        **places,
+        "token_ids": token_ids,
+        "position_ids": position_ids,
+        "targets": targets,
+        "sequences": np.repeat(np.arange(len(lengths)), lengths),
+    }
     mine = rank_major_order(lengths, context_ranks)[context_rank].numpy()
 
-    def of_this_rank(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Tensor]:
+    def of_this_rank(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
         return {name: torch.from_numpy(array[mine]).to(device) for name, array in arrays.items()}
 
-    fields: dict[str, npt.NDArray[Any]] = {
-        **integers,
-        **floats,
-        "sequences": sequences,
-        "off_policy": off_policy,
-    }
     return Microbatch(lengths=lengths, marks=of_this_rank(marks), **of_this_rank(fields))
+
+
+def padding(lengths: Sequence[int], total: int, multiple: int) -> list[int]:
+    """Lengths of sequences of padding, none longer than the others, up to `total` tokens, or `multiple`."""
+    longest = max(lengths, default=multiple)
+    missing = max(total, multiple) - sum(lengths)
+    added = []
+    while missing > 0:
+        added.append(min(missing, longest))
+        missing -= added[-1]
+    return added
+
+
+def of_places(
+    samples: Sequence[Sample],
+    predicting: Sequence[npt.NDArray[np.int64]],
+    total: int,
+    mark_names: Iterable[str],
+) -> tuple[dict[str, npt.NDArray[Any]], dict[str, npt.NDArray[np.float32]]]:
+    """What a microbatch's places know of the trained tokens that they predict, by field; and its marks.
+
+    Args:
+        samples: in order.
+        predicting: the places of each sample's trained tokens.
+        total: how many places there are.
+        mark_names: of the samples' marks.
+    """
+    response_positions = np.full(total, -1)
+    floats = {name: np.zeros(total, np.float32) for name in _FLOATS}
+    marks = {name: np.zeros(total, np.float32) for name in mark_names}
+    off_policy = np.zeros(total, bool)
+    for sample, places in zip(samples, predicting, strict=True):
+        chosen = np.flatnonzero(sample.sequence.trained)
+        if sample.has_probability:
+            response_positions[places] = np.arange(len(chosen))
+        floats["weights"][places] = sample.token_weight
+        floats["phi"][places] = sample.phi
+        floats["advantages"][places] = sample.advantage
+        floats["engine_log_probs"][places] = np.nan_to_num(sample.sequence.log_probs[chosen])
+        off_policy[places] = sample.off_policy
+        for name, values in sample.marks.items():
+            marks[name][places] = values
+    return {**floats, "response_positions": response_positions, "off_policy": off_policy}, marks

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_rapo.episode.beginnings import Beginning
 from megatron_rapo.episode.score import Score
 from megatron_rapo.errors import RapoError
 
@@ -26,6 +27,7 @@ class BriefSequence:
         highest_sampled: the highest id of a sampled token; −1 where none was.
         by_version: each version of the weights that sampled tokens, and how many; in order.
         trained_tokens: how many a loss may count: those sampled, and those taught.
+        beginnings: what it begins with like others of its group (`beginnings`).
     """
 
     tokens: int
@@ -33,6 +35,7 @@ class BriefSequence:
     highest_sampled: int
     by_version: tuple[tuple[int, int], ...]
     trained_tokens: int
+    beginnings: tuple[Beginning, ...] = ()
 
     def __len__(self) -> int:
         return self.tokens

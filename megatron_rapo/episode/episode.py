@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from megatron_rapo.episode.beginnings import Beginning
 from megatron_rapo.episode.brief import BriefEpisode
 from megatron_rapo.episode.guide import PLAIN, Guide
 from megatron_rapo.episode.outcome import Verification
@@ -56,9 +57,10 @@ class Episode:
         """Whether a sampled token is no token of a tokenizer of that size."""
         return any(sequence.leaves(vocabulary) for sequence in self.sequences)
 
-    def brief(self) -> BriefEpisode:
-        """What planning needs of it, without tokens and text."""
-        sequences = tuple(sequence.brief() for sequence in self.sequences)
+    def brief(self, beginnings: Iterable[tuple[Beginning, ...]]) -> BriefEpisode:
+        """What planning needs of it, without tokens and text; `beginnings` are of each of its sequences."""
+        pairs = zip(self.sequences, beginnings, strict=True)
+        sequences = tuple(sequence.brief(shared) for sequence, shared in pairs)
         return BriefEpisode(sequences, self.score, self.truncated, self.facts)
 
 
@@ -79,7 +81,8 @@ class ScoredEpisode:
         """None where it is unknown."""
         return self.verification.reward
 
-    def brief(self) -> ScoredEpisode:
-        """It without tokens and text."""
-        brief = self.episode.brief() if isinstance(self.episode, Episode) else self.episode
-        return ScoredEpisode(brief, self.verification, self.guide)
+    def brief(self, beginnings: Iterable[tuple[Beginning, ...]]) -> ScoredEpisode:
+        """It without tokens and text (`Episode.brief`)."""
+        if isinstance(self.episode, BriefEpisode):
+            return self
+        return ScoredEpisode(self.episode.brief(beginnings), self.verification, self.guide)

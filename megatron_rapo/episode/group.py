@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rapo.episode.beginnings import Beginning, beginnings
+from megatron_rapo.episode.brief import BriefSequence
 from megatron_rapo.episode.episode import ScoredEpisode
 from megatron_rapo.episode.problem import Problem
 
@@ -26,7 +28,21 @@ class Group:
 
     def brief(self) -> Group:
         """It without tokens and texts."""
-        return replace(self, episodes=tuple(episode.brief() for episode in self.episodes))
+        pairs = zip(self.episodes, self.beginnings(), strict=True)
+        return replace(self, episodes=tuple(episode.brief(shared) for episode, shared in pairs))
+
+    def beginnings(self) -> list[list[tuple[Beginning, ...]]]:
+        """What each sequence of each episode begins with like others of the group."""
+        sequences = [sequence for one in self.episodes for sequence in one.episode.sequences]
+        whole = [sequence.token_ids for sequence in sequences if not isinstance(sequence, BriefSequence)]
+        found = iter(beginnings(whole, self.problem.token_ids))
+        return [
+            [
+                sequence.beginnings if isinstance(sequence, BriefSequence) else next(found)
+                for sequence in one.episode.sequences
+            ]
+            for one in self.episodes
+        ]
 
 
 def known_rewards(groups: Sequence[Group]) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megatron_rapo.episode.beginnings import Beginning
 from megatron_rapo.episode.brief import BriefSequence
 
 TAUGHT = -2
@@ -146,7 +147,7 @@ class Sequence:
         """
         return bool((self.token_ids[self.sampled] >= vocabulary).any())
 
-    def brief(self) -> BriefSequence:
-        """What planning needs of it, without the tokens."""
+    def brief(self, beginnings: tuple[Beginning, ...] = ()) -> BriefSequence:
+        """What planning needs of it, without the tokens; with what it begins with like others."""
         highest = int(self.token_ids[self.sampled].max(initial=-1))
-        return BriefSequence(len(self), self.turns, highest, self.by_version, self.trained_tokens)
+        return BriefSequence(len(self), self.turns, highest, self.by_version, self.trained_tokens, beginnings)

@@ -312,7 +312,7 @@ class Objective:
         old = log_prob if microbatch.old_log_probs is None else microbatch.old_log_probs[chosen]
         importance = self._importance(old, torch.where(microbatch.off_policy[chosen], old, engine))
         sequence = microbatch.sequences[chosen]
-        totals = log_prob.new_zeros(3, len(microbatch.lengths))
+        totals = log_prob.new_zeros(3, microbatch.sequence_count)
         values = torch.stack([log_prob - old, importance, torch.ones_like(log_prob)])
         totals.index_add_(1, sequence, values.to(totals.dtype))
         if self.context_group is not None:

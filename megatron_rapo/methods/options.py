@@ -48,6 +48,12 @@ class Options(Section):
     max_tokens_per_microbatch: PositiveInt = Field(
         16384, description="Token budget (padded) of one packed microbatch, over all its CP ranks."
     )
+    share_prompts: bool = Field(
+        False,
+        description="Compute what sequences of a group begin with alike once, as responses do with their "
+        "prompt, in annotation and update: faster where prompts are long, and equal up to rounding "
+        "(docs/shared-prompts.md). Not with context parallelism.",
+    )
     loss_chunk_tokens: PositiveInt = Field(
         1024, description="Tokens whose logits exist at a time; memory of the loss grows with it."
     )

@@ -17,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_rapo.model.branches import Branches, attend
 from megatron_rapo.parallel.context import gather_tokens, rank_major_order
 
 
@@ -64,6 +65,8 @@ class PackedAttention(MegatronModule):
             `[tokens/CP, heads × dim]`.
         """
         assert packed_seq_params is not None, "sequences are always packed (thd)"
+        if isinstance(packed_seq_params, Branches):
+            return attend(query, key, value, packed_seq_params, self.scale)
         ranks = self.group.size()
         starts = packed_seq_params.cu_seqlens_q.long()
         lengths = starts.diff()

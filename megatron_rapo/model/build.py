@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_rapo.config import Model, Parallel
 from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.model.branches import Branches
 from megatron_rapo.model.dtypes import DTYPES
 from megatron_rapo.model.families.named import family_of
 from megatron_rapo.model.layer_spec import block_spec
@@ -62,6 +63,14 @@ def transformer_config(
 
 class Body(GPTModel):
     """A GPTModel that ends in final hidden states: its head is applied in the loss, chunk by chunk."""
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *given: Any, **options: Any) -> Any:
+        # Megatron's rotary embedding counts positions by itself, from 0 in each sequence. Given as many
+        # angles as there are rows, it takes one for each: rows of branches have positions that they are told.
+        embedded, angles, *rest = super()._preprocess(input_ids, position_ids, *given, **options)
+        if isinstance(options.get("packed_seq_params"), Branches):
+            angles = angles[position_ids[0]]
+        return embedded, angles, *rest
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         # Last: [tokens, 1, hidden] becomes [1, tokens, hidden], as Megatron returns logits.

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rapo.model.attention import PackedAttention, RMSNorm
+from megatron_rapo.model.branches import branching
 
 
 def uses_transformer_engine() -> bool:
@@ -24,7 +25,10 @@ def uses_transformer_engine() -> bool:
 def block_spec(config: TransformerConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
     """The layers of one model chunk."""
     if uses_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = branching(attention.core_attention)
+        return layer
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     modules = layer.submodules
     modules.input_layernorm = modules.pre_mlp_layernorm = RMSNorm

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -12,9 +12,12 @@ import numpy.typing as npt
 
 from megatron_rapo.config import RunConfig
 from megatron_rapo.data.batching import Microbatch, Plan, Sample, pack, padded_length, plan_microbatches
-from megatron_rapo.episode.brief import BriefEpisode
+from megatron_rapo.data.trees import count_rows, pack_trees, plan_trees
+from megatron_rapo.episode.beginnings import Beginning
+from megatron_rapo.episode.brief import BriefEpisode, BriefSequence
 from megatron_rapo.episode.episode import Episode, ScoredEpisode
 from megatron_rapo.episode.group import Group
+from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.errors import RapoError
 from megatron_rapo.methods.method import Method, OfEpisodes
 from megatron_rapo.parallel.device import device
@@ -41,10 +44,12 @@ def make_samples(
         name: _checked(said, f"mark_responses, of {name!r}", groups, method)
         for name, said in method.mark_responses(groups).items()
     }
+    shared = [group.beginnings() if method.options.share_prompts else None for group in groups]
     judged = [
         [
             _Judged(
                 scored,
+                beginnings=None if (own := shared[place]) is None else own[number],
                 in_loss=bool(asked["choose"][place][number]) and scored.reward is not None,
                 advantage=asked["advantages"][place][number],
                 phi=asked["flatten"][place][number],
@@ -65,6 +70,7 @@ class _Judged:
     """An episode, and what the method says of it."""
 
     scored: ScoredEpisode
+    beginnings: Sequence[tuple[Beginning, ...]] | None
     in_loss: bool
     advantage: Any
     phi: Any
@@ -75,16 +81,20 @@ class _Judged:
 def plan_minibatches(minibatches: Sequence[Sequence[Sample]], config: RunConfig) -> list[Plan]:
     """Which replica trains on which samples of each minibatch, and in which microbatch.
 
-    Lengths are all it needs: every rank plans alike, so microbatches agree without communication.
+    Lengths are all it needs, and what sequences share: every rank plans alike, so microbatches agree without
+    communication.
     """
-    layout = config.parallel
+    layout, multiple = config.parallel, config.sequence_multiple
+    budget = config.algorithm.max_tokens_per_microbatch
+    options: dict[str, int] = {
+        "replicas": layout.data_parallel,
+        "token_budget": budget // multiple * multiple,
+        "count_multiple": layout.pipeline_parallel if layout.virtual_pipeline_parallel else 1,
+    }
+    if config.algorithm.share_prompts:
+        return [plan_trees(samples, **options) for samples in minibatches]
     return [
-        plan_microbatches(
-            [padded_length(len(sample.sequence), config.sequence_multiple) for sample in samples],
-            replicas=layout.data_parallel,
-            token_budget=config.algorithm.max_tokens_per_microbatch,
-            count_multiple=layout.pipeline_parallel if layout.virtual_pipeline_parallel else 1,
-        )
+        plan_microbatches([padded_length(len(sample.sequence), multiple) for sample in samples], **options)
         for samples in minibatches
     ]
 
@@ -97,21 +107,33 @@ def build_minibatches(
     Of this replica's samples, which must have their tokens, this context-parallel rank's tokens become
     tensors.
     """
-    mine = [plan[placement.data_rank] for plan in plans]
-    total_tokens = _common_length(minibatches, mine, config)
-    return [
-        [
-            pack(
-                [samples[index] for index in chosen],
-                sequence_multiple=config.sequence_multiple,
+    mine = [
+        [[samples[index] for index in chosen] for chosen in plan[placement.data_rank]]
+        for samples, plan in zip(minibatches, plans, strict=True)
+    ]
+    multiple, total_tokens = config.sequence_multiple, _common_length(mine, config)
+
+    def packed(chosen: Sequence[Sample], mark_names: Iterable[str]) -> Microbatch:
+        if config.algorithm.share_prompts:
+            return pack_trees(
+                chosen,
+                multiple=multiple,
                 total_tokens=total_tokens,
-                mark_names=samples[0].marks,
-                context_rank=placement.context_rank,
-                context_ranks=config.parallel.context_parallel,
+                mark_names=mark_names,
                 device=device(),
             )
-            for chosen in microbatches
-        ]
+        return pack(
+            chosen,
+            sequence_multiple=multiple,
+            total_tokens=total_tokens,
+            mark_names=mark_names,
+            context_rank=placement.context_rank,
+            context_ranks=config.parallel.context_parallel,
+            device=device(),
+        )
+
+    return [
+        [packed(chosen, samples[0].marks) for chosen in microbatches]
         for samples, microbatches in zip(minibatches, mine, strict=True)
     ]
 
@@ -177,7 +199,8 @@ def _samples(judged: _Judged, weight: float, method: Method, vocabulary: int) ->
             "negative"
         )
     start = 0
-    for sequence in episode.sequences:
+    sequences: Sequence[TokenSequence | BriefSequence] = episode.sequences
+    for number, sequence in enumerate(sequences):
         end = start + sequence.trained_tokens
         yield Sample(
             sequence=sequence,
@@ -187,6 +210,7 @@ def _samples(judged: _Judged, weight: float, method: Method, vocabulary: int) ->
             has_probability=not sequence.leaves(vocabulary),
             off_policy=judged.off_policy,
             marks={name: _part(values, start, end) for name, values in marks.items()},
+            beginnings=() if judged.beginnings is None else judged.beginnings[number],
         )
         start = end
 
@@ -220,14 +244,14 @@ def _named(method: Method) -> str:
     return f'method "{method.options.method}"'
 
 
-def _common_length(
-    minibatches: Sequence[Sequence[Sample]], mine: Sequence[Sequence[Sequence[int]]], config: RunConfig
-) -> int | None:
+def _common_length(mine: Sequence[Sequence[Sequence[Sample]]], config: RunConfig) -> int | None:
     """What the replica's microbatches are padded to, if pipeline stages exchange their tensors."""
     if config.parallel.pipeline_parallel == 1:
         return None
-    return max(
-        sum(padded_length(len(samples[index].sequence), config.sequence_multiple) for index in chosen)
-        for samples, microbatches in zip(minibatches, mine, strict=True)
-        for chosen in microbatches
-    )
+
+    def tokens(samples: Sequence[Sample]) -> int:
+        if config.algorithm.share_prompts:
+            return count_rows(samples)
+        return sum(padded_length(len(sample.sequence), config.sequence_multiple) for sample in samples)
+
+    return max(tokens(samples) for microbatches in mine for samples in microbatches)

@@ -96,7 +96,7 @@ class FrozenModel:
         assert hidden is not None, f"annotate the batch with the {self.name} first"
         assert self._head is not None, "only the last pipeline stage has the head"
         states = whole_tokens(hidden.to(device()), self.placement)
-        return HeadStates(states[microbatch.is_response], self._head)
+        return HeadStates(microbatch.at_responses(states), self._head)
 
     def _kept(self, hidden: Tensor) -> Tensor:
         return hidden.cpu() if self._in_host_memory else hidden

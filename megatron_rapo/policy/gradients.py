@@ -81,7 +81,7 @@ def accumulate_gradients(
     """
 
     def loss(microbatch: Microbatch, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, Mismatch]]:
-        chosen = shared_tokens(hidden, placement)[microbatch.is_response]
+        chosen = microbatch.at_responses(shared_tokens(hidden, placement))
         policy = HeadStates(chosen, wrapped[-1].module.head_weight)
         pull = None
         if frozen is not None and objective.wants_distribution:

@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_rapo.data.batching import Microbatch
+from megatron_rapo.model.branches import Branches, starts_of
 
 T = TypeVar("T")
 
@@ -73,18 +74,21 @@ def run_forward_backward(
 
 
 def _forward(chunk: torch.nn.Module, microbatch: Microbatch) -> Tensor:
-    starts = torch.tensor([0, *microbatch.lengths], device=microbatch.token_ids.device).cumsum(0)
-    starts = starts.to(torch.int32)
-    longest = max(microbatch.lengths)
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=starts,
-        cu_seqlens_kv=starts,
-        cu_seqlens_q_padded=starts,
-        cu_seqlens_kv_padded=starts,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
+    packed: PackedSeqParams
+    if microbatch.tree is None:
+        starts = starts_of(microbatch.lengths, microbatch.token_ids.device)
+        longest = max(microbatch.lengths)
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=starts,
+            cu_seqlens_kv=starts,
+            cu_seqlens_q_padded=starts,
+            cu_seqlens_kv_padded=starts,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+    else:
+        packed = Branches.of(microbatch.lengths, microbatch.tree.key_lengths, microbatch.tree.keys)
     return chunk(
         microbatch.token_ids[None],
         microbatch.position_ids[None],

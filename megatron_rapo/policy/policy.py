@@ -116,7 +116,8 @@ class Policy:
         microbatches = [microbatch for minibatch in minibatches for microbatch in minibatch]
 
         def collect(microbatch: Microbatch, hidden: Tensor) -> None:
-            states, head = whole_tokens(hidden, self.placement), objective.head(self.head_weight)
+            states = microbatch.at_places(whole_tokens(hidden, self.placement))
+            head = objective.head(self.head_weight)
             statistics = chunked_statistics(states, microbatch.targets, head)
             microbatch.old_log_probs = statistics.log_prob
             if reads:
@@ -128,7 +129,7 @@ class Policy:
         run_forward(self.wrapped, microbatches, collect)
 
     def log_probs(self, microbatches: Sequence[Microbatch], head: Callable[[Tensor], Head]) -> list[Tensor]:
-        """`[tokens / CP]` log-probs of each microbatch's targets, on the last stage; nothing elsewhere.
+        """`[places]` log-probs of each microbatch's targets, on the last stage; nothing elsewhere.
 
         `head` says how this rank's rows of the head are read. All ranks must call it together.
         """
@@ -138,7 +139,7 @@ class Policy:
         self, microbatches: Sequence[Microbatch], head: Callable[[Tensor], Head]
     ) -> list[TokenStatistics]:
         def collect(microbatch: Microbatch, hidden: Tensor) -> TokenStatistics:
-            states = whole_tokens(hidden, self.placement)
+            states = microbatch.at_places(whole_tokens(hidden, self.placement))
             return chunked_statistics(states, microbatch.targets, head(self.head_weight))
 
         return run_forward(self.wrapped, microbatches, collect)

@@ -15,8 +15,16 @@ from megatron_rapo.model.architecture import Architecture
 FORWARD_AND_BACKWARD = 3  # times the forward pass
 
 
-def forward_flops(architecture: Architecture, lengths: Iterable[int]) -> int:
-    """Of one forward pass over sequences of these lengths in tokens."""
+def forward_flops(
+    architecture: Architecture, lengths: Iterable[int], attended: Iterable[int] | None = None
+) -> int:
+    """Of one forward pass.
+
+    Args:
+        architecture: of the model.
+        lengths: tokens of each sequence, or of each segment where sequences share some (`data/trees.py`).
+        attended: tokens that each attends to; default: itself.
+    """
     lengths = list(lengths)
     queries = architecture.heads * architecture.head_dim
     keys = architecture.kv_heads * architecture.head_dim
@@ -24,10 +32,13 @@ def forward_flops(architecture: Architecture, lengths: Iterable[int]) -> int:
     layer = 2 * architecture.hidden * (2 * queries + 2 * keys + 3 * architecture.feed_forward)
     head = 2 * architecture.hidden * architecture.vocabulary
     # Scores, and values weighed by them.
-    attention = 2 * 2 * queries * sum(length * length for length in lengths)
+    pairs = zip(lengths, lengths if attended is None else attended, strict=True)
+    attention = 2 * 2 * queries * sum(length * keys for length, keys in pairs)
     return sum(lengths) * (architecture.layers * layer + head) + architecture.layers * attention
 
 
-def training_flops(architecture: Architecture, lengths: Iterable[int]) -> int:
-    """Of a forward and a backward pass over sequences of these lengths: what an update takes."""
-    return FORWARD_AND_BACKWARD * forward_flops(architecture, lengths)
+def training_flops(
+    architecture: Architecture, lengths: Iterable[int], attended: Iterable[int] | None = None
+) -> int:
+    """Of a forward and a backward pass, as `forward_flops`: what an update takes."""
+    return FORWARD_AND_BACKWARD * forward_flops(architecture, lengths, attended)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_rapo.certify import measure as certificates
 from megatron_rapo.certify.cases import CASES, RANKS, Case
 from megatron_rapo.certify.certificate import DEFAULT, as_json, certify, configuration, table, write_models
 from megatron_rapo.certify.measure import Result, compare
@@ -23,6 +24,7 @@ from megatron_rapo.parallel.placement import process_groups
 from megatron_rapo.policy import gradients
 from megatron_rapo.policy.frozen import FrozenModel
 from tests.distributed.jobs import run_job
+from tests.shared_past import deep_batch
 
 FEW = tuple(
     case for case in CASES if case.name in ("TP 2, sequence parallel", "CP 4", "TP 2, PP 2", "PP 2, VPP 2")
@@ -33,6 +35,7 @@ MODELS = {
 }
 # Tokens of a minibatch on several ranks, and on the last of two stages.
 SPREAD = tuple(case for case in CASES if case.name in ("CP 2", "TP 2, PP 2"))
+SHARED = tuple(case for case in CASES if case.name == "TP 2, PP 2, shared prompts")
 TENSOR = tuple(case for case in CASES if case.name in ("DP 4", "TP 2"))
 
 
@@ -85,6 +88,14 @@ def rows_of_its_own() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def deep() -> Iterator[None]:
+    """No fault: a batch of episodes that share a turn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certificates, "batch_of", deep_batch)
+        yield
+
+
 @dataclass(frozen=True)
 class Certified:
     """What is certified, on which model, at which layouts, and with which fault."""
@@ -107,6 +118,7 @@ OBJECTIVES = {
     ),
     "distill_reverse": Certified({"method": "distill"}, "smollm3"),
     "sft": Certified({"method": "sft"}, "smollm3"),
+    "shared past": Certified({"method": "grpo"}, "smollm3", SHARED, deep),
     "k2": Certified({"method": "grpo", "divergence": "k2", "loss_aggregation": "constant"}, "smollm3"),
     # Of each method with a term, a weight or marks of its own.
     **{

@@ -49,7 +49,11 @@ STEPS = 3
 FEW = ["bapo", "d3s", "igpo"]
 # `sft` samples nothing: test_cold_start.py trains it, and goes on.
 OTHERS = [name for name in METHODS if name not in (*FEW, "sft")]
-OPTIONS: dict[str, dict[str, Any]] = {"distill": {"policy_coefficient": 1.0}, "arpo": {"shared": "hard"}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "distill": {"policy_coefficient": 1.0, "share_prompts": True},
+    "arpo": {"shared": "hard", "share_prompts": True},
+    "igpo": {"share_prompts": True},
+}
 # Of episodes of one sequence that call few tools, they say the same.
 SAME = {"dapo", "tapo", "eapo"}
 

@@ -106,7 +106,7 @@ def test_rounds_ask_for_their_prompts_with_seeds_of_their_own() -> None:
     assert [len(group.episodes) for group in found.groups] == [5, 2, 5, 2]
     assert [one.guide.name for one in found.groups[0].episodes] == ["", "", "hint", "hint", ""]
     for place, group in found.whole.items():
-        assert [one.brief() for one in group.episodes] == list(found.groups[place].episodes)
+        assert group.brief().episodes == found.groups[place].episodes
     prompts = [one.episode.sequences[0].token_ids[:-2].tolist() for one in found.whole[2].episodes]
     assert prompts == [[2, 7], [2, 7], [2, 7], [2, 7, 9], [2, 7]], "trained under the wrong prompt"
 

@@ -520,6 +520,13 @@ def test_an_option_without_effect_is_refused(values: dict[str, Any], option: str
     ("values", "message"),
     [
         (
+            with_options(
+                algorithm={"share_prompts": True}, parallel={"context_parallel": 2, "tensor_parallel": 2}
+            ),
+            "algorithm.share_prompts = true does not go with parallel.context_parallel = 2, which cuts each "
+            "sequence into chunks of one length: sequences that share some of their tokens cannot be; remove",
+        ),
+        (
             with_options(data={"source": "file", "path": "a.csv"}),
             "data.path = 'a.csv' is neither .jsonl nor .parquet; convert it",
         ),

@@ -265,10 +265,10 @@ def test_the_highest_of_all_sampled_tokens_and_the_oldest_of_all_versions_count(
 
 def test_a_brief_episode_has_all_but_tokens_and_text() -> None:
     episode = Episode((sequence(1), sequence(4)), "text", truncated=True, facts={"calls": 2.0})
-    brief = pickle.loads(pickle.dumps(ScoredEpisode(episode, Verification(Outcome.WRONG)).brief()))
+    brief = pickle.loads(pickle.dumps(ScoredEpisode(episode, Verification(Outcome.WRONG)).brief([(), ()])))
     assert (brief.reward, brief.episode.truncated, brief.episode.facts) == (0.0, True, {"calls": 2.0})
     assert (brief.episode.tokens, brief.episode.sampled_tokens) == (9, 6)
     assert [brief.episode.leaves(vocabulary) for vocabulary in (405, 406)] == [True, False]
-    assert brief.brief() == brief
+    assert brief.brief([(), ()]) == brief
     with pytest.raises(RapoError, match="reads `answer` of a response"):
         print(brief.episode.answer)

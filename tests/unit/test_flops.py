@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from megatron_rapo.certify.certificate import DEFAULT
+from megatron_rapo.data.trees import segment_sizes
+from megatron_rapo.episode.outcome import Outcome
+from megatron_rapo.episode.problem import Problem
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.scaling.devices import own_peak_tflops, peak_tflops
 from megatron_rapo.scaling.flops import forward_flops, training_flops
+from tests.episodes import group_of, scored_response
 from tests.models import make_hf_model
 
 LENGTHS = (7, 40)
@@ -33,6 +40,23 @@ def test_flops_are_those_that_pytorch_counts(tmp_path: Path, family: str, tied: 
         both += counter.get_total_flops()
     assert forward_flops(architecture, LENGTHS) == pytest.approx(forward, rel=0.01)
     assert training_flops(architecture, LENGTHS) == pytest.approx(forward + both, rel=0.01)
+
+
+def test_what_sequences_share_is_counted_once() -> None:
+    """Three responses of 4, 2 and 6 tokens to a prompt of 10, and one to a prompt of 5."""
+    ids = [np.array([*range(10), *[20 + n] * length], np.int32) for n, length in enumerate((4, 2, 6))]
+    groups = [
+        group_of(*(scored_response(Outcome.CORRECT, one[10:].tolist(), prompt=range(10)) for one in ids)),
+        group_of(scored_response(Outcome.WRONG, [3], prompt=range(5))),
+    ]
+    groups[0] = replace(groups[0], problem=Problem("0", "", token_ids=tuple(range(10))))
+    assert segment_sizes(groups) == ([10, 4, 2, 6, 6], [10, 14, 12, 16, 6])
+    assert segment_sizes([group.brief() for group in groups]) == segment_sizes(groups)
+    apart = forward_flops(DEFAULT, [14, 12, 16, 6])
+    shared = forward_flops(DEFAULT, *segment_sizes(groups))
+    of_tokens = forward_flops(DEFAULT, [1] * 20) - forward_flops(DEFAULT, [1] * 20, [0] * 20)
+    pairs = 14 * 14 + 12 * 12 + 16 * 16 - (10 * 10 + 4 * 14 + 2 * 12 + 6 * 16)
+    assert apart - shared == forward_flops(DEFAULT, [1] * 20, [0] * 20) + of_tokens * pairs // 20
 
 
 def test_peaks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,7 @@ RUN_BY = {
     "rewards.md": ({"python", "toml"}, "test_rewards_page.py"),
     "samples.md": ({"python"}, "test_pages.py"),
     "sft.md": ({"toml"}, "test_pages.py"),
+    "shared-prompts.md": ({"toml"}, "test_pages.py"),
     "studies.md": ({"toml"}, "test_study.py"),
 }
 LANGUAGES = {"python", "toml", "jsonl", "json", "bash", "sh", "console"}
@@ -117,7 +118,11 @@ def test_a_command_in_a_block_is_taken_as_it_stands(page: str, command: str) -> 
 
 
 @pytest.mark.parametrize(
-    "page", ["distillation.md", "engines.md", "environments.md", "gateway.md", "methods.md", "sft.md"]
+    "page",
+    [
+        *("distillation.md", "engines.md", "environments.md", "gateway.md", "methods.md", "sft.md"),
+        "shared-prompts.md",
+    ],
 )
 def test_configurations_of_a_page_are_valid(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

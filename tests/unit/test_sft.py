@@ -219,6 +219,7 @@ def test_texts_are_drawn_anew_each_epoch_by_the_runs_seed(
             {"optimizer": {"in_host_memory_during_rollouts": True}, "model": {"dtype": "bfloat16"}},
             "optimizer.in_host_memory_during_rollouts = true would have no effect",
         ),
+        ({"algorithm": {"share_prompts": True}}, 'share_prompts = true would have no effect: method "sft"'),
         ({"algorithm": {"old_log_probs": "engine"}}, "does not go with method sft"),
         ({"rollout": {"max_staleness": 1}}, "rollout.max_staleness = 1 would have no effect"),
         ({"teacher": {"path": "t"}}, "no term of method sft reads a teacher"),
