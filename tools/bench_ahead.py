@@ -1,4 +1,4 @@
-"""What sampling ahead saves: whole runs with `rollout.max_staleness` 0, 1 and 2, side by side.
+"""What sampling ahead saves: whole runs with `rollout.max_staleness` 0, 1 and 2, and with partial responses.
 
     python tools/bench_ahead.py                              # engines and trainer take about the same
     python tools/bench_ahead.py --tokens 4 --json result.json    # rollouts are negligible
@@ -6,8 +6,10 @@
 
 Real runs of `megatron-rapo train`, one after the other in each round: a trainer of one rank and one thread
 beside an embedded server of one thread, so two cores. Responses have given lengths, whatever the (random)
-model says. A step's seconds are its median after the first three; told are medians over rounds, and beside
-them what the closing summary of the run that does not sample ahead said would be saved.
+model says. `partial` lets a version of the weights sample as many tokens of a response as most have, and
+has as many versions as the longest need; without a tail, half of them. A step's seconds are its median
+after the first five; told are medians over rounds, and beside them what the closing summary of the run that
+does not sample ahead said would be saved.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 VOCABULARY = 4096  # so many that the random model hardly ever ends a response by itself
-WARM_UP = 3  # steps; and batches that no weights were newer for
-MODES = (0, 1, 2)
+WARM_UP = 5  # steps; and batches that no weights were newer for
+TIMES_LONGER = 4  # the tail's responses
+MODES = ("0", "1", "2", "partial")
 ENVIRONMENT = '''
 """Problems without a question, and responses of given lengths."""
 
@@ -45,7 +48,7 @@ def problems(split, seed, count=None):
 class GivenLengths:
     async def run(self, problem, generate, seed):
         draw = random.Random(seed)
-        tokens = TOKENS * (4 if draw.random() < TAIL else 1)
+        tokens = TOKENS * (TIMES_LONGER if draw.random() < TAIL else 1)
         transcript = Transcript(problem.token_ids)
         turn = 0
         while (left := tokens - (len(transcript.token_ids) - len(problem.token_ids))) > 0:
@@ -73,7 +76,7 @@ prompts_per_step = {prompts}
 responses_per_prompt = 8
 max_prompt_tokens = 16
 max_response_tokens = {longest}
-max_staleness = {ahead}
+{ahead}
 [rollout.engine]
 kind = "embedded"
 [algorithm]
@@ -95,14 +98,14 @@ def main() -> None:
     parser.add_argument("--tail", type=float, default=0.0, help="share of responses that are 4 times as long")
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(folder / "model", options.hidden, options.layers)
-        given = {"TOKENS": options.tokens, "TAIL": options.tail}
+        given = {"TOKENS": options.tokens, "TAIL": options.tail, "TIMES_LONGER": TIMES_LONGER}
         text = "\n".join([*(f"{key} = {value}" for key, value in given.items()), ENVIRONMENT])
         (folder / "given_lengths.py").write_text(text)
         found = measure(folder, options)
@@ -132,29 +135,41 @@ def make_model(directory: Path, hidden: int, layers: int) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def measure(folder: Path, options: argparse.Namespace) -> dict[int, dict[str, Any]]:
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Of each mode, the medians over rounds."""
-    rounds: dict[int, list[dict[str, Any]]] = {ahead: [] for ahead in MODES}
+    rounds: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
     for number in range(options.rounds):
-        for ahead in MODES:
-            rounds[ahead].append(run(folder, options, ahead, f"run-{number}-{ahead}"))
-            print(f"round {number}, max_staleness {ahead}: {rounds[ahead][-1]}", file=sys.stderr, flush=True)
+        for mode in MODES:
+            rounds[mode].append(run(folder, options, mode, f"run-{number}-{mode}"))
+            print(f"round {number}, {mode}: {rounds[mode][-1]}", file=sys.stderr, flush=True)
     found = {
-        ahead: {key: statistics.median(one[key] for one in runs) for key in runs[0] if key != "told"}
-        for ahead, runs in rounds.items()
+        mode: {key: statistics.median(one[key] for one in runs) for key in runs[0] if key != "told"}
+        for mode, runs in rounds.items()
     }
-    for ahead, runs in rounds.items():
-        found[ahead]["told"] = runs[-1]["told"]
-        each = zip(rounds[0], runs, strict=True)
-        found[ahead]["speed"] = statistics.median(base["step_s"] / one["step_s"] for base, one in each)
+    for mode, runs in rounds.items():
+        found[mode]["told"] = runs[-1]["told"]
+        each = zip(rounds[MODES[0]], runs, strict=True)
+        found[mode]["speed"] = statistics.median(base["step_s"] / one["step_s"] for base, one in each)
     return found
 
 
-def run(folder: Path, options: argparse.Namespace, ahead: int, name: str) -> dict[str, Any]:
+def staleness(mode: str, options: argparse.Namespace) -> str:
+    """The options of a mode."""
+    if mode != "partial":
+        return f"max_staleness = {mode}"
+    versions, tokens = (TIMES_LONGER, options.tokens) if options.tail else (2, -(-options.tokens // 2))
+    return f"max_staleness = {versions}\npartial_tokens = {tokens}"
+
+
+def run(folder: Path, options: argparse.Namespace, mode: str, name: str) -> dict[str, Any]:
     """One run: medians over its steps, in seconds, and what its summary says of engines."""
-    longest = options.tokens * (4 if options.tail else 1)
+    longest = options.tokens * (TIMES_LONGER if options.tail else 1)
     text = CONFIG.format(
-        directory=name, steps=options.steps, prompts=options.prompts, longest=longest, ahead=ahead
+        directory=name,
+        steps=options.steps,
+        prompts=options.prompts,
+        longest=longest,
+        ahead=staleness(mode, options),
     )
     (folder / f"{name}.toml").write_text(text)
     command = [str(Path(sys.executable).with_name("megatron-rapo")), "train", f"{name}.toml"]
@@ -186,14 +201,14 @@ def run(folder: Path, options: argparse.Namespace, ahead: int, name: str) -> dic
     }
 
 
-def table(found: dict[int, dict[str, Any]]) -> str:
+def table(found: dict[str, dict[str, Any]]) -> str:
     """For people."""
     columns = ("step_s", "sampling_s", "waited_s", "trainer_s", "publish_s")
     lines = [f"{'max_staleness':14}" + "".join(f"{column:>12}" for column in columns) + f"{'speed':>9}"]
-    for ahead, one in found.items():
+    for mode, one in found.items():
         cells = "".join(f"{one[column]:12.3f}" for column in columns)
-        lines.append(f"{ahead:<14}{cells}{one['speed']:8.2f}×")
-    return "\n".join([*lines, *(f"{ahead}: {one['told']}" for ahead, one in found.items())])
+        lines.append(f"{mode:<14}{cells}{one['speed']:8.2f}×")
+    return "\n".join([*lines, *(f"{mode}: {one['told']}" for mode, one in found.items() if one["told"])])
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ class Rollout(Section):
         0,
         description="n: engines sample ahead while the trainer trains, so that a step trains on what the "
         "weights of up to n steps before it sampled. 0: they wait for each other. More than 1 gives engines "
-        "no more to do (docs/ahead.md).",
+        "no more to do, but with `partial_tokens` (docs/ahead.md).",
     )
     partial_tokens: PositiveInt | None = Field(
         None,
