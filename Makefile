@@ -7,6 +7,7 @@
 # make install   into .venv, versions pinned by constraints.txt
 # make sglang    a real SGLang on CPU into .venv-sglang, for tests/engines; they skip where it cannot be had
 # make verifiers  the package verifiers into .venv-verifiers, for tests/verifiers, as SGLang
+# make trl       TRL into .venv-trl, for tools/bench_step.py
 # make vllm      a real vLLM on CPU into .venv-vllm, as SGLang (3.5 GB)
 # make lint      style and types alone
 # make clean     remove .venv and all .venv-*, and caches; runs/ stays
@@ -30,7 +31,7 @@ OF_MEGATRON = tests/unit/test_megatron_repairs.py tests/unit/test_checkpoint_sto
 	tests/distributed/test_training_modes.py tests/distributed/test_checkpoint.py \
 	tests/distributed/test_publishing.py tests/end_to_end/test_demo.py
 
-.PHONY: demo test test-all test-newest test-slurm test-docker lint install sglang vllm verifiers clean
+.PHONY: demo test test-all test-newest test-slurm test-docker lint install sglang vllm verifiers trl clean
 
 demo: install
 	examples/run_cpu.sh
@@ -113,6 +114,15 @@ vllm: .venv-vllm/installed
 	touch $@ || { \
 		rm -rf .venv-vllm; \
 		echo "note: vLLM cannot be installed; the tests that need it will skip" >&2; }
+
+trl: .venv-trl/installed
+
+# Transformers and torch as the trainer's: the comparison is of trainers.
+.venv-trl/installed: constraints.txt
+	rm -rf .venv-trl
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/pip install --quiet --constraint constraints.txt trl==1.16.0 torch transformers accelerate datasets
+	@touch $@
 
 clean:
 	rm -rf .venv .venv-newest .venv-sglang .venv-vllm .venv-verifiers .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,4 +1,4 @@
-"""A method that asks by other questions, beginnings and given responses: trained on, resumed and replayed."""
+"""A method that asks by all kinds of guides that one turn can have: trained on, resumed and replayed."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class AllGuides(Method):
                 0: [Guide()] * 2,
                 2: [Guide(question=question), Guide(question=question, keeps_prompt=True)],
                 4: [Guide(begins="1+"), Guide(response="1+2")],
+                6: [Guide(after=(0, 0), response="1+2"), Guide(temperature=1.5)],
             }.get(len(group.episodes), [])
 
         return list(map(wanted, groups))
@@ -43,7 +44,7 @@ class AllGuides(Method):
     def terms(self):
         return [(1.0, MixedGradient(self.options.surrogate(), 0.1))]
 """
-GUIDED = 4  # of six episodes
+GUIDED = 6  # of eight episodes
 
 
 def prompt_of(row: dict[str, Any]) -> list[int]:
@@ -70,20 +71,21 @@ def test_guides_are_asked_trained_on_resumed_and_replayed(tmp_path: Path) -> Non
     command = run(config(whole))
     assert command.process.returncode == 0, command.stderr
     lines = metrics(whole)
-    assert lines[1]["rollout/guided"] == pytest.approx(GUIDED / 6)
+    assert lines[1]["rollout/guided"] == pytest.approx(GUIDED / 8)
     assert lines[2]["mismatch/log_prob_max"] < 1e-4, "log-probs of two prompts are compared"
     assert lines[2]["importance/mean"] == pytest.approx(1.0, abs=1e-4)
 
     decode = AutoTokenizer.from_pretrained(MODEL).decode
     rows = read_step(steps_of(whole)[2])
-    assert len(rows) == 4 * 6
+    assert len(rows) == 4 * 8
     for row in rows:
         question, number = row["question"], row["number"]
         asked = {3: "1+" + question, 4: question + "1+"}.get(number, question)
         assert decode(prompt_of(row)) == asked
         [sequence] = row["sequences"]
-        assert any(sequence["sampled"]) == (number != 5)
-        if number == 5:
+        assert any(sequence["sampled"]) == (number not in (5, 6))
+        assert row["temperature"] == (1.5 if number == 7 else 1.0)
+        if number in (5, 6):
             assert decode(sequence["token_ids"], skip_special_tokens=True) == question + "1+2"
     hinted = [row["text"] for row in rows if row["number"] in (2, 3)]
     assert len(set(hinted)) > len(hinted) // 2, "episodes of a group were drawn by one seed"
