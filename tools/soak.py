@@ -29,6 +29,8 @@ from crashes.run import Run, wait
 
 SETTINGS = (
     "run.steps=1000000",
+    "parallel.timeout_s=600",
+    "rollout.startup_timeout_s=600",
     "rollout.engine.servers=2",
     "rollout.restarts=1000000",
     "reward.workers=2",
@@ -97,7 +99,7 @@ def soak(out: Path, seconds: float, every: float, kill: float) -> None:
     run = Run(out, None, SETTINGS)
     with ending(run), (out / "samples.jsonl").open("a") as file:
         run.start()
-        if not wait(lambda: run.ended() or run.phase()[1] == "update", 300.0):
+        if not wait(lambda: run.ended() or run.phase()[1] == "update", 900.0):
             raise SystemExit(f"the run did not come to its first update:\n{run.said()[-3000:]}")
         noted, victims = Noted(run), itertools.cycle(("engine", "verifier"))
         spared = {kind: noted.spared(kind) for kind in ("engine", "verifier")}

@@ -18,7 +18,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rapo.config import Model, Optimizer, Parallel
+from megatron_rapo.config import Model, Optimizer, Parallel, RunConfig
+from megatron_rapo.config.load import validate
+from megatron_rapo.guards.guards import Guards
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.parallel.placement import Placement, arrange, process_groups
@@ -68,6 +70,7 @@ MODES = {
     "recomputation": Mode("tp2-pp2", minibatches=2, model={"recompute": "full"}),
     "bf16": Mode("tp2-cp2", minibatches=2, model={"dtype": "bfloat16"}),
 }
+GUARDED = ["dp4", "tp2-pp2"]
 EXACT = [name for name, mode in MODES.items() if "dtype" not in mode.model]
 
 
@@ -147,12 +150,21 @@ def test_recomputation_changes_no_bit(measured: dict[str, Any]) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", GUARDED)
+def test_a_fault_of_one_rank_keeps_the_update_out_on_all(measured: dict[str, Any], name: str) -> None:
+    """Bit for bit: a rank that applied it would train another model from then on."""
+    applied, kept_out = [True, True], [False, False]
+    assert measured["guarded"][name] == [[applied, kept_out, kept_out, applied]] * 4
+
+
 def measure(base: Path, report: Path) -> None:
-    """In each rank: every mode's metrics, step by step."""
-    results = {}
+    """In each rank: every mode's metrics, step by step; and what guards did."""
+    results: dict[str, Any] = {"guarded": {}}
     with process_groups(Parallel(data_parallel=4), seed=1) as everyone:
         for name, mode in MODES.items():
             results[name] = _train(base, mode, arrange(layout(mode.layout), seed=1))
+        for name in GUARDED:
+            results["guarded"][name] = _guarded(base, arrange(layout(name), seed=1))
         if everyone.is_main:
             report.write_text(json.dumps(results))
 
@@ -181,6 +193,64 @@ def _train(base: Path, mode: Mode, placement: Placement) -> dict[str, Any]:
         "mismatch": [[metrics[f"mismatch/{name}"] for name in MISMATCHES] for metrics in steps],
         "exported": _exported(policy, architecture, placement),
     }
+
+
+def _guarded(base: Path, placement: Placement) -> list[list[tuple[bool, bool]]]:
+    """Of each rank, of each update: whether its guards allow it, and whether weights or moments changed.
+
+    The first replica's advantages are NaN in the second update, its engine's log-probs damaged in the third.
+    """
+    guards = Guards(_guarded_config(base), VOCABULARY, is_main=False)
+    model = Model(path=base / "policy", dtype="float32")
+    policy = Policy(model, Optimizer(learning_rate=RATE), read_architecture(model.path), placement, 4)
+    objective = Objective(
+        a_method(divergence_coefficient=0.0),
+        temperature=TEMPERATURE,
+        vocabulary=VOCABULARY,
+        group=placement.tensor_group,
+    )
+    told = []
+    for step in range(4):
+        [minibatch] = make_minibatches(placement, [step])
+        for microbatch in minibatch if placement.data_rank == 0 else ():
+            microbatch.advantages.mul_(math.nan if step == 1 else 1.0)
+            microbatch.engine_log_probs.sub_(1000.0 if step == 2 else 0.0)
+        policy.annotate([minibatch], objective)
+        guards.begin_step(step)
+        allowed: list[bool] = []
+
+        def allow(metrics: Any, damage: str | None, allowed: list[bool] = allowed) -> bool:
+            allowed.append(guards.allow(metrics, damage))
+            return allowed[-1]
+
+        before = _bits(policy)
+        policy.update([minibatch], objective, None, allow)
+        told.append((*allowed, _bits(policy) != before))
+    return placement.share_from_all(told)
+
+
+def _guarded_config(base: Path) -> RunConfig:
+    options = {
+        "run": {"directory": str(base / "run"), "steps": 4},
+        "model": {"path": str(base / "policy")},
+        "data": {"source": "arithmetic"},
+        "rollout": {"prompts_per_step": 2, "max_response_tokens": 8},
+        "guards": {"not_finite": "skip", "mismatch": "skip", "mismatch_limit": 100.0},
+    }
+    return validate(options, source="test")
+
+
+def _bits(policy: Policy) -> list[bytes]:
+    """This rank's weights and moments."""
+    policy.synchronise_parameters()
+    inner = [one.optimizer for one in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])]
+    moments = [value for one in inner for state in one.state.values() for value in state.values()]
+    tensors = [*(p.detach() for chunk in policy.chunks for p in chunk.parameters()), *moments]
+    return [
+        t.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        for t in tensors
+        if isinstance(t, torch.Tensor)
+    ]
 
 
 def _seeds(step: int, mode: Mode) -> list[int]:
