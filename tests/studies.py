@@ -65,7 +65,8 @@ def leave_folder(run: PlannedRun, correct: Sequence[int], *, question: str = "qu
         *(
             {
                 "step": step,
-                "time_s": 1.0 + step,
+                "time_s": 1.0 + step + 1000.0 * (step > 1),  # it was killed after the first step
+                "time/step_s": 1.0,
                 "reward/mean": 0.1 * step,
                 "loss/entropy": 1.0 / step,
                 "loss/divergence": 0.1 * step,

@@ -6,6 +6,7 @@ import enum
 import json
 import os
 import socket
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ class Standing:
     Attributes:
         step: the last step that is done; None where there is none.
         reward: its mean reward.
-        seconds_a_step: the mean over its steps.
+        seconds_a_step: the median of its steps: time between a kill and the next start is none of it.
         told: why it failed.
     """
 
@@ -78,7 +79,7 @@ def _standing(folder: Path, run: PlannedRun, retries: int) -> Standing:
     lines = read_step_lines(run.directory / "metrics.jsonl")
     rewards = [line["reward/mean"] for line in lines if line.get("reward/mean") is not None]
     trained = [line for line in lines if line["step"] > 0]
-    pace = (trained[-1]["time_s"] - lines[0]["time_s"]) / len(trained) if len(trained) > 1 else None
+    paces = [line["time/step_s"] for line in trained if "time/step_s" in line]
     failures = [attempt for attempt in read_attempts(folder, run.name) if attempt.failed]
     if is_held(run.directory):
         state = State.RUNNING
@@ -91,7 +92,7 @@ def _standing(folder: Path, run: PlannedRun, retries: int) -> Standing:
         state=state,
         step=lines[-1]["step"] if lines else None,
         reward=rewards[-1] if rewards else None,
-        seconds_a_step=pace,
+        seconds_a_step=statistics.median(paces) if paces else None,
         told=failures[-1].told if failures else "",
     )
 
