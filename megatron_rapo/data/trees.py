@@ -76,7 +76,7 @@ def plan_trees(
         trees.setdefault(first or ((number, -1),), []).append(number)
     largest = max(map(len, trees.values()), default=1)
     found: list[tuple[int, int, Plan]] = []
-    for parts in (2**power for power in range(largest.bit_length() + 1)):
+    for parts in (2**power for power in range(largest.bit_length() + 1 if replicas > 1 else 1)):
         bundles = [part for tree in trees.values() for part in _cut(tree, samples, parts, token_budget)]
         lengths = [count_rows(samples[number] for number in bundle) for bundle in bundles]
         plan = plan_microbatches(
@@ -148,7 +148,7 @@ class _Rows:
         self.keys: list[npt.NDArray[np.int64]] = []
         self.lengths: list[int] = []
         self.count = 0
-        self._segments: dict[_Path, npt.NDArray[np.int64]] = {}
+        self._known: dict[_Path, tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]] = {}
 
     def add(self, ids: npt.NDArray[np.integer], position: int, before: npt.NDArray[np.int64]) -> None:
         """A segment that begins at a position, behind the rows of its path."""
@@ -162,7 +162,12 @@ class _Rows:
     def of(self, sample: Sample, needed: Counter[_Path]) -> npt.NDArray[np.int64]:
         """The row of each of a sample's tokens; those that it does not share are added.
 
-        `needed` says how many samples go along each path: where all of them go on alike, nothing is cut.
+        Args:
+            sample: with its tokens.
+            needed: how many samples go along each path: where all of them go on alike, nothing is cut.
+
+        Raises:
+            ValueError: it has other tokens than those that it should begin with.
         """
         ids, start = sample.sequence.token_ids, 0
         path = np.zeros(0, np.int64)
@@ -170,17 +175,15 @@ class _Rows:
         for (known, end), (onward, _) in pairwise([*shared, ((), 0)]):
             if needed[known] == needed[onward]:
                 continue
-            if known not in self._segments:
+            if known not in self._known:
                 self.add(ids[start:end], start, path)
-                self._segments[known] = self.keys[-1]
-            path, start = self._segments[known], end
-        if len(sample.sequence) > start:
+                self._known[known] = self.keys[-1], ids[:end]
+            (path, begins), start = self._known[known], end
+            if not np.array_equal(begins, ids[:end]):
+                raise ValueError(f"a sequence of {len(ids)} tokens does not begin as it says: {known}")
+        if len(ids) > start:
             self.add(ids[start:], start, path)
             path = self.keys[-1]
-        if not np.array_equal(np.concatenate(self.token_ids)[path], ids):
-            raise ValueError(
-                f"a sequence of {len(ids)} tokens does not begin as it says: {sample.beginnings}"
-            )
         return path
 
 
