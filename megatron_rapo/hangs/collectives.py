@@ -34,14 +34,18 @@ class Entered:
 
 
 def entered() -> list[Entered]:
-    """This rank's newest collective of each group. From any thread; empty where nothing is recorded."""
+    """This rank's newest collective of each group in which it has peers to wait for.
+
+    From any thread; empty where nothing is recorded.
+    """
     from torch._C import _distributed_c10d
 
     # Collectives, no stacks, and also those that ended.
     trace = pickle.loads(_distributed_c10d._dump_fr_trace(True, False, False))  # type: ignore[attr-defined]
     world = dist.distributed_c10d._world
     groups = list(world.pg_names.items())
-    members = {str(name): tuple(world.pg_group_ranks[group]) for group, name in groups}
+    ranks = {str(name): tuple(world.pg_group_ranks[group]) for group, name in groups}
+    members = {name: own for name, own in ranks.items() if len(own) > 1}
     newest: dict[str, dict[str, Any]] = {}
     for entry in trace.get("entries", []):
         if not entry["is_p2p"] and entry["process_group"][0] in members:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch._C import _distributed_c10d
+from torch.distributed import distributed_c10d
 
 from megatron_rapo.config.load import validate
 from megatron_rapo.hangs import opening
 from megatron_rapo.hangs.bounds import REMEMBERED, Bounds
-from megatron_rapo.hangs.collectives import Entered, from_json, holding_up, to_json, who_waits
+from megatron_rapo.hangs.collectives import Entered, entered, from_json, holding_up, to_json, who_waits
 from megatron_rapo.hangs.report import Hang, describe
 from megatron_rapo.hangs.stacks import Where, read_stack
 
@@ -138,6 +141,24 @@ def test_of_a_chain_the_one_at_its_end_holds_up_the_others() -> None:
 def test_nothing_is_told_where_no_rank_waits() -> None:
     assert who_waits({0: [at(5, waits=False)], 1: []}) == []
     assert holding_up({0: [at(5, waits=False)], 1: []}) == []
+
+
+def test_a_group_of_one_rank_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last collective may not be marked as completed yet when it is read."""
+
+    def entry(group: str) -> dict[str, Any]:
+        named = {"process_group": (group, "SOME"), "pg_id": int(group), "is_p2p": False}
+        return {**named, "collective_seq_id": 5, "profiling_name": "gloo:all_gather"}
+
+    behind = {"last_completed_collective": 4}
+    trace = {"entries": [entry("0"), entry("1")], "pg_status": {"0": behind, "1": behind}}
+    alone, both = "alone", "both"
+    world = SimpleNamespace(
+        pg_names={alone: "0", both: "1"}, pg_group_ranks={alone: {0: 0}, both: {0: 0, 1: 1}}
+    )
+    monkeypatch.setattr(_distributed_c10d, "_dump_fr_trace", lambda *_: pickle.dumps(trace))
+    monkeypatch.setattr(distributed_c10d, "_world", world)
+    assert entered() == [Entered("1", "SOME", (0, 1), 5, "all_gather", waits=True)]
 
 
 def test_what_ranks_say_of_themselves_can_be_read_back() -> None:
