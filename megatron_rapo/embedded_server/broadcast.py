@@ -59,7 +59,7 @@ class UpdateGroups:
         Raises:
             RapoError: the trainer is gone or late. The group is of no more use, and is left.
         """
-        self.check(name)
+        self._only(name)
         flat = self._bytes(layout[-1].end_idx if layout and flattened else 0, device)
         named = views(flat, layout) if flattened else [(t.name, _empty(t, device)) for t in layout]
         buffers = [flat] if flattened else [values for _, values in named]
@@ -80,7 +80,7 @@ class UpdateGroups:
         Raises:
             RapoError: it is gone or late. The group is of no more use, and is left.
         """
-        self.check(name)
+        self._only(name)
         flat = self._bytes(nbytes, device)
         try:
             self._groups[name].recv([flat], source, 0).wait()
@@ -90,6 +90,12 @@ class UpdateGroups:
                 f"{nbytes} bytes of rank {source} over {name!r} did not come: {error}; make a new group"
             ) from error
         return flat
+
+    def _only(self, name: str) -> None:
+        """Leaves the groups of before: a trainer that sends over a new one has lost an engine of those."""
+        self.check(name)
+        for other in self._groups.keys() - {name}:
+            self.leave(other)
 
     def _bytes(self, nbytes: int, device: torch.device) -> torch.Tensor:
         """`[nbytes]` uint8, good until the next bytes are received."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 
 from megatron_rapo.embedded_server import broadcast
 from megatron_rapo.embedded_server.broadcast import UpdateGroups
+from megatron_rapo.errors import RapoError
 from megatron_rapo.wire.bucket import lay_out
+from tests.ports import free_port
 
 SENT = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4).to(torch.bfloat16)}
 
@@ -34,3 +37,21 @@ def test_tensors_arrive_by_name_in_shape_and_type(monkeypatch: pytest.MonkeyPatc
     assert [name for name, _ in found] == list(SENT)
     assert all(torch.equal(values, SENT[name]) for name, values in found)
     assert next(messages, None) is None
+
+
+def test_a_group_of_before_keeps_no_threads() -> None:
+    """A server outlives many of them: with every engine that is lost the trainer makes a new one."""
+    groups, layout = UpdateGroups(), lay_out(["a"], [torch.float32], [[2, 3]])
+    before, held = gloo_threads(), []
+    for number in range(4):
+        groups.join(f"weights-{number}", "127.0.0.1", free_port(), 0, 1, "gloo")
+        groups.receive(f"weights-{number}", layout, flattened=True, device=torch.device("cpu"))
+        held.append(gloo_threads() - before)
+    assert held[0] > 0 and held[3] <= held[0] + 1
+    with pytest.raises(RapoError, match=r"no group 'weights-2' \(there are: \['weights-3'\]\)"):
+        groups.check("weights-2")
+    groups.leave("weights-3")
+
+
+def gloo_threads() -> int:
+    return sum(name.read_text() == "gloo_tcp_loop\n" for name in Path("/proc/self/task").glob("*/comm"))
