@@ -296,16 +296,19 @@ class Job:
 
     def _compute(self, batch: Batch, seconds: float) -> Mapping[str, float]:
         """What the step's updates took of computing, and how near a rank came to its device's peak."""
+        episodes = [one.episode for group in batch.groups for one in group.episodes]
+        lengths = attended = [len(sequence) for episode in episodes for sequence in episode.sequences]
+        segments = segment_sizes(batch.groups)
         if self.config.algorithm.share_prompts:
-            lengths, attended = segment_sizes(batch.groups)
-        else:
-            episodes = [one.episode for group in batch.groups for one in group.episodes]
-            lengths = attended = [len(sequence) for episode in episodes for sequence in episode.sequences]
+            lengths, attended = segments
         tflop = training_flops(self.architecture, lengths, attended) / 1e12
         rate = tflop / seconds / self.placement.layout.world_size
         peak = self.config.observe.peak_tflops or own_peak_tflops(self.config.model.dtype)
         used = {} if peak is None else {"throughput/mfu": rate / peak}
-        return {"compute/update_tflop": tflop, "throughput/update_tflop_per_s": rate, **used}
+        told = {"compute/update_tflop": tflop, "throughput/update_tflop_per_s": rate, **used}
+        if self.config.parallel.context_parallel == 1:  # else they cannot be shared
+            told["compute/repeated_tokens"] = 1.0 - sum(segments[0]) / sum(lengths)
+        return told
 
     def _evaluate_if_due(self, step: int) -> Mapping[str, float]:
         found: dict[str, float] = {}

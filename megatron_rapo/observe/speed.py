@@ -1,4 +1,4 @@
-"""How fast a run was, for how long its engines sampled, and what sampling ahead would have saved."""
+"""How fast a run was, for how long its engines sampled, and what would have saved time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 WORTH_TELLING = 0.05  # of a step
+MUCH_REPEATED = 0.25  # of the tokens
 
 Steps = Sequence[Mapping[str, Any]]
 
@@ -14,7 +15,8 @@ Steps = Sequence[Mapping[str, Any]]
 def told_of_speed(metrics: Steps) -> list[str]:
     """Lines for people, of the median step that was not evaluated after; none where there is no step."""
     steps = [line for line in metrics if "time/step_s" in line and "time/evaluate_s" not in line]
-    return [*_throughput(steps), *_engines([line for line in steps if "time/sampling_s" in line])]
+    engines = _engines([line for line in steps if "time/sampling_s" in line])
+    return [*_throughput(steps), *engines, *_repeated(steps)]
 
 
 def _throughput(steps: Steps) -> list[str]:
@@ -52,6 +54,17 @@ def _engines(steps: Steps) -> list[str]:
     if saved >= WORTH_TELLING:
         line += f"; rollout.max_staleness = 1 would have saved about {saved:.0%} of it (docs/ahead.md)"
     return [line]
+
+
+def _repeated(steps: Steps) -> list[str]:
+    """What prompts cost that each response computes anew."""
+    share = _median(steps, "compute/repeated_tokens") or 0.0
+    if share < MUCH_REPEATED:
+        return []
+    return [
+        f"{share:.0%} of the tokens that were trained on were computed again for each response; "
+        "algorithm.share_prompts = true computes them once (docs/shared-prompts.md)"
+    ]
 
 
 def _median(steps: Steps, name: str) -> float | None:

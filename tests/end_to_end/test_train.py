@@ -65,6 +65,7 @@ def test_computing_is_counted_by_the_tokens_that_are_trained_on(finished: Finish
         tokens = round(line["throughput/update_tokens_per_s"] * line["time/update_s"])
         least, most = (training_flops(architecture, [n] * tokens) / n / 1e12 for n in (1, 64))
         assert least < line["compute/update_tflop"] < most
+        assert 0 < line["compute/repeated_tokens"] < 1
         rate = line["compute/update_tflop"] / line["time/update_s"] / 4
         assert line["throughput/update_tflop_per_s"] == pytest.approx(rate)
         assert line["throughput/mfu"] == pytest.approx(rate / PEAK_TFLOPS)

@@ -155,6 +155,16 @@ def test_a_run_without_engines_tells_nothing_of_them(tmp_path: Path) -> None:
     ]
 
 
+def test_what_was_computed_again_is_told_where_it_is_much(tmp_path: Path) -> None:
+    def told(*shares: float) -> list[str]:
+        steps = [{"step": 1, "time/step_s": 1.0, "compute/repeated_tokens": share} for share in shares]
+        return [line for line in summary(tmp_path, *steps) if "share_prompts" in line]
+
+    assert told(0.0, 0.24, 0.9) == told(0.0) == []
+    [line] = told(0.1, 0.625, 0.9)
+    assert line.startswith("62% of the tokens that were trained on were computed again for each response")
+
+
 def test_how_fast_a_run_was_is_told(tmp_path: Path) -> None:
     def step(tokens: float, rate: float, memory: float, **more: float) -> dict[str, Any]:
         names = ("throughput/tokens_per_s", "throughput/update_tflop_per_s", "memory/peak_gib")

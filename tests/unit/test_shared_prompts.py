@@ -31,9 +31,7 @@ from megatron_rapo.data.trees import count_rows, pack_trees, plan_trees
 from megatron_rapo.episode import beginnings as beginnings_module
 from megatron_rapo.episode.beginnings import LEAST_SAVED, beginnings
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
-from megatron_rapo.methods.gspo import GSPO
-from megatron_rapo.methods.method import Method
-from megatron_rapo.methods.rapo import RAPO
+from megatron_rapo.methods.named import METHODS
 from megatron_rapo.model import branches as branches_module
 from megatron_rapo.model.branches import Branches, attend, branching
 from megatron_rapo.policy import batch as batch_module
@@ -379,21 +377,21 @@ WHOLE = Case("shared prompts", Parallel(), share_prompts=True)
 CUT = Case("shared prompts, cut, permuted", Parallel(), token_budget=64, permuted=True, share_prompts=True)
 
 
-def certified(models: Path, method: type[Method] = RAPO, *chosen: Case) -> list[Result]:
-    options = method.Options(method="gspo" if method is GSPO else "rapo")
-    return compare(configuration(models, options), chosen or (WHOLE, CUT), is_main=True)
+def certified(models: Path, *chosen: Case, method: str = "rapo") -> list[Result]:
+    options = METHODS[method].Options(method=method)
+    return compare(configuration(models, options), chosen, is_main=True)
 
 
-@pytest.mark.parametrize("method", [RAPO, GSPO])
-def test_loss_and_gradient_are_plain_pytorchs(models: Path, method: type[Method]) -> None:
-    """GSPO's ratios are of whole responses."""
-    results = certified(models, method)
+@pytest.mark.parametrize("method", ["rapo", "gspo", "distill"])
+def test_loss_and_gradient_are_plain_pytorchs(models: Path, method: str) -> None:
+    """Ratios of whole responses, and a teacher, too."""
+    results = certified(models, WHOLE, CUT, method=method)
     assert all(result.passed for result in results), results
 
 
 def test_turns_share_their_past(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "batch_of", deep_batch)
-    results = certified(models)
+    results = certified(models, WHOLE, CUT)
     assert all(result.passed for result in results), results
 
 
@@ -466,6 +464,6 @@ def test_a_planted_fault_is_reported(
     models: Path, monkeypatch: pytest.MonkeyPatch, fault: Any, loss_too: bool
 ) -> None:
     fault(monkeypatch)
-    for result in certified(models, RAPO, WHOLE):
+    for result in certified(models, WHOLE):
         assert result.gradient_error > 1e-3
         assert (result.loss_error > 1e-3) == loss_too
