@@ -15,6 +15,7 @@ setup(
             "py.typed",
             "launch/slurm.sh",
             "observe/*.toml",
+            "planning/profiles/*.toml",
             "report/assets/*",
             "study/assets/*",
             "init/*/*",

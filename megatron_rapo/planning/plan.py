@@ -1,0 +1,258 @@
+"""Finds the layouts of a run that fit, and ranks them by the time of a step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from megatron_rapo.config import RunConfig
+from megatron_rapo.errors import RapoError
+from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.planning.engine_cost import EngineModel, EngineSplit
+from megatron_rapo.planning.layouts import (
+    Division,
+    TrainerLayout,
+    divisions,
+    engine_splits,
+    trainer_layouts,
+)
+from megatron_rapo.planning.profile import Profile
+from megatron_rapo.planning.trainer_cost import TrainerCost, TrainerModel
+from megatron_rapo.planning.workload import Workload
+from megatron_rapo.scaling.memory import GIB, MemoryEstimate, estimate_memory
+
+USABLE = 0.9  # of a device's memory; the rest is the allocator's, CUDA's and NCCL's
+_KEPT = 50  # of the fastest layouts of each division
+_MOST_TIMES = 64  # as many devices are tried, where none fits
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One way to run: layout, engines, seconds of a step by phase, and a trainer rank's memory."""
+
+    division: Division
+    layout: TrainerLayout
+    split: EngineSplit
+    max_staleness: int
+    rollout_s: float
+    reward_s: float
+    publish_s: float
+    other_s: float
+    trainer: TrainerCost
+    memory: MemoryEstimate
+
+    @property
+    def step_s(self) -> float:
+        """Of a step: all phases, or the longer of sampling and training where engines sample ahead."""
+        beside = self.trainer.total + self.reward_s + self.other_s
+        sampled = max(self.rollout_s, beside) if self.max_staleness else self.rollout_s + beside
+        return sampled + self.publish_s
+
+
+@dataclass
+class Plan:
+    """Ways that fit, fastest first, and how many do not for which reason."""
+
+    found: list[Planned] = field(default_factory=list)
+    rejected: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans one configuration for one kind of device."""
+
+    config: RunConfig
+    architecture: Architecture
+    workload: Workload
+    profile: Profile
+
+    def __post_init__(self) -> None:
+        if self.config.model.dtype != self.profile.dtype:
+            raise RapoError(
+                f'model.dtype = "{self.config.model.dtype}", but the profile of {self.profile.device} has '
+                f"rates of {self.profile.dtype}; name one of that type, or calibrate with --dtype"
+            )
+
+    def plan(self, devices: int) -> Plan:
+        """All ways to run on so many devices.
+
+        Raises:
+            RapoError: none divides them, or none fits; the message has the smallest change that would.
+        """
+        plan = self._plan(devices)
+        if not plan.found:
+            raise RapoError(self._nothing(devices, plan))
+        return plan
+
+    def _plan(self, devices: int) -> Plan:
+        plan = Plan()
+        node = self.profile.devices_per_node
+        for division in divisions(devices, node, colocated=self.config.slurm is None):
+            ways = list(self._ways(division, plan.rejected))
+            ways.sort(key=lambda way: way.step_s)
+            plan.found += ways[:_KEPT]
+        plan.found.sort(key=lambda way: (way.step_s, way.memory.total))
+        return plan
+
+    def _ways(self, division: Division, rejected: Counter[str]) -> Iterator[Planned]:
+        """The trainer's layouts and the engines' splits do not know each other, unless they are colocated."""
+        trainers = list(self._trainers(division.trainer, rejected))
+        engines = self._engines(division)
+        apart = self._fastest(engines, division, 0.0) if not division.colocated else None
+        for layout, cost, memory in trainers:
+            sampled = apart
+            if division.colocated:
+                sampled = self._fastest(engines, division, self._held_gib(memory))
+            if sampled is None:
+                rejected["engines have no room for the weights and one response"] += 1
+                continue
+            split, rollout = sampled
+            for staleness in (0,) if division.colocated else (0, 1):
+                yield self._planned(division, layout, split, staleness, rollout, cost, memory)
+
+    def _planned(
+        self,
+        division: Division,
+        layout: TrainerLayout,
+        split: EngineSplit,
+        staleness: int,
+        rollout: float,
+        cost: TrainerCost,
+        memory: MemoryEstimate,
+    ) -> Planned:
+        devices = division.trainer if division.colocated else division.trainer + division.engines
+        judges = self.config.reward.workers * layout.parallel.data_parallel
+        judged = self.workload.responses / judges / self.profile.verifications_per_s
+        return Planned(
+            division=division,
+            layout=layout,
+            split=split,
+            max_staleness=staleness,
+            rollout_s=rollout,
+            reward_s=max(0.0, judged - rollout),  # responses are judged while others are sampled
+            publish_s=self._engine_model.publish_s(devices, over_disk=self.transport(division) == "disk"),
+            other_s=self.profile.step_s,
+            trainer=cost,
+            memory=memory,
+        )
+
+    def transport(self, division: Division) -> str:
+        """`weights.transport`: colocated engines take no broadcast, and handles reach one machine alone."""
+        configured = self.config.weights.transport
+        if not division.colocated or configured in ("tensor", "disk"):
+            return configured
+        return "tensor" if division.trainer <= self.profile.devices_per_node else "disk"
+
+    def _trainers(
+        self, ranks: int, rejected: Counter[str]
+    ) -> Iterator[tuple[TrainerLayout, TrainerCost, MemoryEstimate]]:
+        for layout in trainer_layouts(self.config, self.architecture, ranks, self.profile.devices_per_node):
+            if isinstance(layout, str):
+                rejected[layout] += 1
+                continue
+            memory = self.memory(layout)
+            if memory.total > USABLE * self.profile.memory_gib * GIB:
+                rejected[
+                    f"a trainer rank has no room in {self.profile.memory_gib:g} GiB "
+                    f"(recompute {layout.recompute})"
+                ] += 1
+                continue
+            yield layout, self.cost(layout), memory
+
+    def memory(self, layout: TrainerLayout) -> MemoryEstimate:
+        """Of a rank of this layout."""
+        return estimate_memory(self.laid_out(layout), self.architecture)
+
+    def cost(self, layout: TrainerLayout) -> TrainerCost:
+        """Of a step under this layout."""
+        optimizer = self.config.optimizer
+        return self._trainer_model.cost(
+            layout.parallel,
+            layout.budget,
+            recompute=layout.recompute == "full",
+            distributed=optimizer.distributed,
+            overlap=optimizer.overlap_communication,
+        )
+
+    def laid_out(self, layout: TrainerLayout) -> RunConfig:
+        """The configuration under a layout, not validated again."""
+        config = self.config
+        algorithm = config.algorithm.model_copy(update={"max_tokens_per_microbatch": layout.budget})
+        model = config.model.model_copy(update={"recompute": layout.recompute})
+        return config.model_copy(update={"parallel": layout.parallel, "algorithm": algorithm, "model": model})
+
+    def _engines(self, division: Division) -> list[EngineSplit]:
+        most = 1 if self.config.rollout.engine.kind == "embedded" else self.profile.devices_per_node
+        return engine_splits(self.architecture, division.engines, self.profile.devices_per_node, most)
+
+    def _fastest(
+        self, splits: list[EngineSplit], division: Division, taken_gib: float
+    ) -> tuple[EngineSplit, float] | None:
+        """The split that samples a step's responses first; None where none has room."""
+        timed = [(split, self._engine_model.rollout_s(split, taken_gib)) for split in splits]
+        possible = [(split, seconds) for split, seconds in timed if seconds is not None]
+        return min(possible, key=lambda one: one[1], default=None)
+
+    def _held_gib(self, memory: MemoryEstimate) -> float:
+        """What a trainer rank holds while colocated engines sample."""
+        held = memory.weights + memory.reference + memory.teacher
+        if not self.config.optimizer.in_host_memory_during_rollouts:
+            held += memory.gradients + memory.optimizer
+        return held / GIB
+
+    @cached_property
+    def _trainer_model(self) -> TrainerModel:
+        return TrainerModel(self.architecture, self.workload, self.profile, self._element)
+
+    @cached_property
+    def _engine_model(self) -> EngineModel:
+        rollout = self.config.rollout
+        embedded = rollout.engine.kind == "embedded"
+        batch = rollout.prompts_per_request * rollout.responses_per_prompt if embedded else None
+        return EngineModel(self.architecture, self.workload, self.profile, self._element, batch)
+
+    @property
+    def _element(self) -> int:
+        return 2 if self.config.model.dtype == "bfloat16" else 4
+
+    def _nothing(self, devices: int, plan: Plan) -> str:
+        """Why nothing runs on so many devices, and what would."""
+        most = plan.rejected.most_common(3)
+        reasons = (
+            "; ".join(f"{count} × {reason}" for reason, count in most) or "too few for trainer and engines"
+        )
+        return f"no layout of {devices} devices of {self.profile.device} fits: {reasons}. " + self._remedy(
+            devices
+        )
+
+    def _remedy(self, devices: int) -> str:
+        """The smallest change that fits: an option, then fewer devices that divide, then more."""
+        for told, config in self._thriftier():
+            if replace(self, config=config)._plan(devices).found:
+                return f"Set {told}, and it fits"
+        for other in self._other_counts(devices):
+            if self._plan(other).found:
+                return f"It fits on {other} devices (--gpus {other})"
+        return (
+            f"Not on {_MOST_TIMES * devices} either: lower rollout.max_response_tokens = "
+            f"{self.config.rollout.max_response_tokens}, or choose a smaller model"
+        )
+
+    def _other_counts(self, devices: int) -> Iterator[int]:
+        """A few less, which may divide; then multiples, which have more room; then parts."""
+        yield from range(devices - 1, max(1, devices - self.profile.devices_per_node), -1)
+        doublings = range(1, _MOST_TIMES.bit_length())
+        yield from (devices << number for number in doublings)
+        yield from (devices >> number for number in doublings if devices >> number)
+
+    def _thriftier(self) -> Iterator[tuple[str, RunConfig]]:
+        config = self.config
+        if self.workload.reference and not config.model.reference_in_host_memory:
+            model = config.model.model_copy(update={"reference_in_host_memory": True})
+            yield "model.reference_in_host_memory = true", config.model_copy(update={"model": model})
+        chunk = config.algorithm.loss_chunk_tokens
+        if chunk > 256:
+            algorithm = config.algorithm.model_copy(update={"loss_chunk_tokens": 256})
+            yield "algorithm.loss_chunk_tokens = 256", config.model_copy(update={"algorithm": algorithm})
