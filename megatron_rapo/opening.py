@@ -36,6 +36,7 @@ from megatron_rapo.experience.sharing import Shared
 from megatron_rapo.experience.unknown import UnknownRewards
 from megatron_rapo.guards.guards import Guards
 from megatron_rapo.hangs.opening import open_watch
+from megatron_rapo.hangs.patience import patient_layout
 from megatron_rapo.job import Job
 from megatron_rapo.launch.stop import requests
 from megatron_rapo.loss.objective import Objective
@@ -64,7 +65,7 @@ from megatron_rapo.samples.replay import Replay, Unpublished
 def open_job(config: RunConfig) -> Iterator[Job]:
     """Joins the ranks, opens engines and verifiers where they belong, and builds the models."""
     with ExitStack() as stack:
-        placement = stack.enter_context(process_groups(config.parallel, config.run.seed))
+        placement = stack.enter_context(process_groups(patient_layout(config), config.run.seed))
         # Ranks that start at midnight, or whose machines' clocks differ, have the same prompts.
         config = with_date(config, placement.share_from_main(config.run.date))
         if placement.is_main:

@@ -91,7 +91,10 @@ class Parallel(Section):
         description="Shards norms and residuals over the TP group along tokens; needs tensor_parallel > 1.",
     )
     timeout_s: Seconds = Field(
-        1800.0, description="Seconds that a rank waits in a collective before the job is declared dead."
+        1800.0,
+        description="Seconds that a rank waits in a collective before the job is declared dead; with engines "
+        "longer by the time in which one may be silent (rollout.request_timeout_s) or start "
+        "(rollout.startup_timeout_s).",
     )
 
     @property

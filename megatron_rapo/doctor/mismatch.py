@@ -23,6 +23,7 @@ from megatron_rapo.doctor.finding import Finding
 from megatron_rapo.doctor.trainer import Trainer
 from megatron_rapo.doctor.verdicts import judge
 from megatron_rapo.experience.engines import open_engines
+from megatron_rapo.hangs.patience import patient_layout
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.parallel.placement import Placement, process_groups
 from megatron_rapo.policy.policy import Policy
@@ -41,7 +42,7 @@ SAMPLED_TOKENS = 128  # at most, of each response
 
 def examine(config: RunConfig) -> list[Finding]:
     """The findings about all engines, on all ranks of the layout, which all call it."""
-    with process_groups(config.parallel, config.run.seed) as placement:
+    with process_groups(patient_layout(config), config.run.seed) as placement:
         return examine_at(config, placement)
 
 

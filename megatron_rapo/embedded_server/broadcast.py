@@ -11,8 +11,7 @@ import torch.distributed as dist
 from megatron_rapo.errors import RapoError
 from megatron_rapo.wire.bucket import TensorMetadata, views
 from megatron_rapo.wire.group import new_group
-
-TIMEOUT_S = 120.0  # for everyone to join, and for each broadcast
+from megatron_rapo.wire.patience import TIMEOUT_S
 
 
 class UpdateGroups:

@@ -50,15 +50,15 @@ def entered() -> list[Entered]:
     for entry in trace.get("entries", []):
         if not entry["is_p2p"] and entry["process_group"][0] in members:
             newest[entry["process_group"][0]] = entry
-    return [_entered(entry, members[name], trace["pg_status"]) for name, entry in newest.items()]
+    return [_entered(entry, members[name]) for name, entry in newest.items()]
 
 
-def _entered(entry: Mapping[str, Any], ranks: tuple[int, ...], statuses: Mapping[str, Any]) -> Entered:
+def _entered(entry: Mapping[str, Any], ranks: tuple[int, ...]) -> Entered:
     name, about = entry["process_group"]
-    number = entry["collective_seq_id"]
-    status = statuses[str(entry["pg_id"])]
     operation = entry["profiling_name"].partition(":")[2] or entry["profiling_name"]
-    return Entered(name, about, ranks, number, operation, waits=status["last_completed_collective"] < number)
+    # Not by the group's status: its counts are of sends and receives, too. Gloo's stay "scheduled" for ever.
+    ended = entry["retired"] or entry["state"] == "completed"
+    return Entered(name, about, ranks, entry["collective_seq_id"], operation, waits=not ended)
 
 
 def to_json(found: Sequence[Entered]) -> list[dict[str, Any]]:

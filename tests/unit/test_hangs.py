@@ -20,6 +20,7 @@ from megatron_rapo.config.load import validate
 from megatron_rapo.hangs import opening
 from megatron_rapo.hangs.bounds import REMEMBERED, Bounds
 from megatron_rapo.hangs.collectives import Entered, entered, from_json, holding_up, to_json, who_waits
+from megatron_rapo.hangs.patience import patient_layout
 from megatron_rapo.hangs.report import Hang, describe
 from megatron_rapo.hangs.stacks import Where, read_stack
 
@@ -73,12 +74,18 @@ def test_the_options_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         },
         "observe": {"hang_factor": 3.0, "hang_least_s": 7.0, "hang_action": "tell"},
     }
+    config = validate(options, source="test")
+    assert patient_layout(config) == config.parallel.model_copy(update={"timeout_s": 1020.0})  # a group's 120
+    longer = config.model_copy(
+        update={"rollout": config.rollout.model_copy(update={"startup_timeout_s": 300.0})}
+    )
+    assert patient_layout(longer).timeout_s == 1200.0
     given: list[Bounds] = []
     monkeypatch.setattr(opening, "Watch", lambda *arguments: given.append(arguments[3]) or arguments[4])
     alone: Any = SimpleNamespace(
         share_from_main=lambda mine: mine, rank=0, layout=SimpleNamespace(world_size=1)
     )
-    told: Any = opening.open_watch(validate(options, source="test"), alone)
+    told: Any = opening.open_watch(config, alone)
     [some] = given
     assert some.of("update") == 900.0
     for phase in ("update", "rollout", "publish", "evaluate", "start engines"):
@@ -143,22 +150,36 @@ def test_nothing_is_told_where_no_rank_waits() -> None:
     assert holding_up({0: [at(5, waits=False)], 1: []}) == []
 
 
-def test_a_group_of_one_rank_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its last collective may not be marked as completed yet when it is read."""
+def test_what_the_recorder_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the entries: a group's own count of what has completed takes in sends and receives. Of one rank's
+    group nothing is told, as it waits for nobody, and of each group the newest collective."""
 
-    def entry(group: str) -> dict[str, Any]:
-        named = {"process_group": (group, "SOME"), "pg_id": int(group), "is_p2p": False}
-        return {**named, "collective_seq_id": 5, "profiling_name": "gloo:all_gather"}
+    def entry(group: str, number: int, *, retired: bool, state: str = "scheduled") -> dict[str, Any]:
+        named = {"process_group": (group, "SOME"), "is_p2p": False, "profiling_name": "gloo:all_gather"}
+        return {**named, "collective_seq_id": number, "retired": retired, "state": state}
 
-    behind = {"last_completed_collective": 4}
-    trace = {"entries": [entry("0"), entry("1")], "pg_status": {"0": behind, "1": behind}}
-    alone, both = "alone", "both"
+    trace = {
+        "entries": [
+            entry("0", 5, retired=False),
+            entry("1", 5, retired=True),
+            entry("1", 6, retired=False),
+            {**entry("1", 9, retired=False), "is_p2p": True},
+            entry("2", 7, retired=True),
+            entry("3", 7, retired=False, state="completed"),
+        ],
+        "pg_status": {group: {"last_completed_collective": 99} for group in "0123"},
+    }
     world = SimpleNamespace(
-        pg_names={alone: "0", both: "1"}, pg_group_ranks={alone: {0: 0}, both: {0: 0, 1: 1}}
+        pg_names={group: group for group in "0123"},
+        pg_group_ranks={group: {0: 0} if group == "0" else {0: 0, 1: 1} for group in "0123"},
     )
     monkeypatch.setattr(_distributed_c10d, "_dump_fr_trace", lambda *_: pickle.dumps(trace))
     monkeypatch.setattr(distributed_c10d, "_world", world)
-    assert entered() == [Entered("1", "SOME", (0, 1), 5, "all_gather", waits=True)]
+    assert [(one.group, one.number, one.waits) for one in entered()] == [
+        ("1", 6, True),
+        ("2", 7, False),
+        ("3", 7, False),
+    ]
 
 
 def test_what_ranks_say_of_themselves_can_be_read_back() -> None:

@@ -17,8 +17,8 @@ from megatron_rapo.errors import EngineLost
 from megatron_rapo.parallel.device import device
 from megatron_rapo.weights.engines import Engines
 from megatron_rapo.wire.group import Meeting, new_group
+from megatron_rapo.wire.patience import TIMEOUT_S
 
-TIMEOUT_S = 120.0  # for everyone to join, and for each message
 REFUSAL_WAIT_S = 0.5  # an engine that refuses to join says so at once; one that joins answers when all have
 _numbers = itertools.count()
 
