@@ -46,7 +46,9 @@ class Options(Section):
         "saves a pass where a step has several updates.",
     )
     max_tokens_per_microbatch: PositiveInt = Field(
-        16384, description="Token budget (padded) of one packed microbatch, over all its CP ranks."
+        16384,
+        description="Token budget (padded) of one packed microbatch, over all its CP ranks. The default is "
+        "for GPUs: on CPUs a few thousand take as long, in a fraction of the memory (docs/performance.md).",
     )
     share_prompts: bool = Field(
         False,
