@@ -124,7 +124,7 @@ def measure(
         placement = stack.enter_context(process_groups(layout, seed=1))
         architecture, model = read_architecture(path), Model(path=path)
         chunks = build_chunks(architecture, model, layout)
-        load_weights(chunks, architecture, path, placement.tensor_rank)
+        load_weights(chunks, architecture, path, placement.tensor_rank, placement.expert_tensor_rank)
         pool = None
         if placement.is_main:
             vocabulary = architecture.vocabulary

@@ -6,7 +6,11 @@ It is a Qwen2 of 0.6M parameters with a character tokenizer, for trying RL where
 work Countdown problems out but seldom bothers to (most of what it saw at last are quick guesses), so that
 pass@1 starts low and RL has something to find; and it hardly ever multiplies, so that pass@64 has a
 ceiling; `--guesses-multiplying` lifts that, and what it then solves by guesses alone is what RL may lose.
-`--habits-of MODEL` teaches a model that was made before other guesses, and nothing else, in a minute or two.
+`--habits-of MODEL` teaches a model that was made before other guesses, and nothing else, in a minute or two;
+with `--experts N` it becomes a Qwen2-MoE first, whose N experts in a layer then grow apart:
+
+    python tools/make_tiny_model.py --experts 4 --habits-of examples/models/tiny-countdown --output experts
+
 The same seed on the same machine gives the same bits.
 """
 
@@ -18,6 +22,7 @@ from pathlib import Path
 
 import torch
 from tiny_model.demonstrations import Demonstrations
+from tiny_model.experts import upcycle
 from tiny_model.measuring import count_correct
 from tiny_model.tokenizer import build_tokenizer
 from tiny_model.training import Recipe, build_model, train
@@ -43,6 +48,8 @@ def main() -> None:
     tokenizer = build_tokenizer()
     known = arguments.habits_of
     model = build_model(tokenizer) if known is None else Qwen2ForCausalLM.from_pretrained(known).float()
+    if arguments.experts is not None:
+        model = upcycle(model, arguments.experts)
     demonstrations = Demonstrations(TASK.numbers, TASK.largest, MULTIPLYING, arguments.guesses_multiplying)
     recipe = Recipe()
     start = time.monotonic()
@@ -89,7 +96,13 @@ def _parse_arguments() -> argparse.Namespace:
         metavar="MODEL",
         help="a model of this tool that only learns to guess anew; default: one is trained from scratch",
     )
-    return parser.parse_args()
+    parser.add_argument(
+        "--experts", type=int, metavar="N", help="of a layer, made of each MLP of --habits-of"
+    )
+    arguments = parser.parse_args()
+    if arguments.experts is not None and arguments.habits_of is None:
+        parser.error("--experts is made of a model with skills: name one with --habits-of")
+    return arguments
 
 
 if __name__ == "__main__":

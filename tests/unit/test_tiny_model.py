@@ -27,6 +27,7 @@ SHIPPED = ROOT / "examples" / "models" / "tiny-countdown"
 sys.path.insert(0, str(ROOT / "tools"))  # the tool is a script beside the package, not a part of it
 import make_tiny_model  # noqa: E402
 from tiny_model.demonstrations import Demonstration, Demonstrations  # noqa: E402
+from tiny_model.experts import upcycle  # noqa: E402
 from tiny_model.measuring import count_correct  # noqa: E402
 from tiny_model.tokenizer import build_tokenizer  # noqa: E402
 from tiny_model.training import Recipe, build_model, collate, train  # noqa: E402
@@ -221,3 +222,12 @@ def test_guesses_multiply_more_where_they_are_to():
     share = sum(guess.count("*") for guess in guesses) / (2 * len(guesses))
     assert 0.25 < share < 0.42
     assert not any("*" in wide.worked(random.Random(seed)).response for seed in range(100))
+
+
+def test_a_mixture_computes_at_first_what_the_model_does_that_it_is_made_of(model):
+    mixture = upcycle(model, experts=4).eval()
+    token_ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(mixture(token_ids).logits, model(token_ids).logits, rtol=0, atol=1e-4)
+    assert mixture.config.model_type == "qwen2_moe"
+    assert mixture.model.layers[0].mlp.gate.weight.std() > 0, "a router that chooses"
