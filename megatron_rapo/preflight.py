@@ -83,9 +83,10 @@ def planned_architecture(config: RunConfig) -> Architecture:
     """The model's architecture (of `model.config`, where given), checked against layout and lengths."""
     architecture = read_architecture(config.model.config or config.model.path)
     architecture.check_layout(config.parallel)
+    architecture.check_experts(config.parallel, config.model)
     architecture.check_lengths(config.rollout)
     _check_microbatch(config)
-    _check_own_servers(config, architecture)
+    _check_engines(config, architecture)
     return architecture
 
 
@@ -135,6 +136,8 @@ def describe_plan(config: RunConfig) -> str:
         "# Layout",
         f"{layout.world_size} trainer ranks: TP {layout.tensor_parallel} × PP {layout.pipeline_parallel}"
         f" × CP {layout.context_parallel} × DP {layout.data_parallel}"
+        + (f", EP {layout.expert_parallel}" if architecture.experts else "")
+        + (f" × TP {layout.expert_tensor_parallel} of experts" if layout.expert_tensor_parallel > 1 else "")
         + (f", VPP {layout.virtual_pipeline_parallel}" if layout.virtual_pipeline_parallel else "")
         + (", sequence parallel" if layout.sequence_parallel else ""),
         f"{architecture.family} of {count_parameters(architecture):,} parameters in "
@@ -200,9 +203,16 @@ def _check_microbatch(config: RunConfig) -> None:
         )
 
 
-def _check_own_servers(config: RunConfig, architecture: Architecture) -> None:
-    """That the ranks of a server can share the model's heads, as vLLM and SGLang want it."""
+def _check_engines(config: RunConfig, architecture: Architecture) -> None:
+    """That engines take the model's weights, and that the ranks of a server can share its heads, as vLLM and
+    SGLang want it.
+    """
     engine = config.rollout.engine
+    if architecture.experts is not None and config.opens_engines and not config.engine_kind.takes_experts:
+        raise RapoError(
+            f'rollout.engine.kind = "{engine.kind}" is not known to take new weights of experts, which a '
+            f'{architecture.family} has; choose "sglang" or "embedded"'
+        )
     if not engine.urls and architecture.heads % engine.ranks:
         raise RapoError(
             f"rollout.engine.tensor_parallel = {engine.ranks} does not divide the model's "

@@ -26,7 +26,22 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": EOS,
     "pad_token_id": PAD,
 }
-OF_FAMILY: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": None}}
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+    },
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 32,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48},
+}
 
 
 def make_hf_model(

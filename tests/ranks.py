@@ -124,6 +124,9 @@ class Ranks:
         data, stage = rest % sizes[2], rest // sizes[2]
         mates = tuple(range(rank - tensor, rank - tensor + sizes[0]))
         group = self._groups.setdefault(mates, Group(mates, self.get_rank))
+        expert_tensor = rank % layout.expert_tensor_parallel
+        first = rank - expert_tensor
+        with_experts = tuple(range(first, first + layout.expert_tensor_parallel))
         block = sizes[0] * sizes[1]
         replica = tuple(r for r in range(layout.world_size) if r // block % sizes[2] == data)
         nowhere = cast(Any, None)
@@ -134,7 +137,11 @@ class Ranks:
             pipeline_rank=stage,
             context_rank=context,
             data_rank=data,
+            expert_tensor_rank=expert_tensor,
             tensor_group=cast(Any, group),
+            expert_tensor_group=cast(
+                Any, self._groups.setdefault(with_experts, Group(with_experts, self.get_rank))
+            ),
             pipeline_group=nowhere,
             context_group=nowhere,
             gradient_group=nowhere,
@@ -207,7 +214,9 @@ def replica_of(group: dist.ProcessGroup) -> Placement:
         pipeline_rank=0,
         context_rank=0,
         data_rank=group.rank(),
+        expert_tensor_rank=0,
         tensor_group=alone,
+        expert_tensor_group=alone,
         pipeline_group=alone,
         context_group=alone,
         gradient_group=group,

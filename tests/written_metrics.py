@@ -37,6 +37,8 @@ from megatron_rapo.methods.named import METHODS
 from megatron_rapo.methods.terms.divergences import DIVERGENCES
 from megatron_rapo.methods.terms.term import AtToken, Term
 from megatron_rapo.methods.told import told_by
+from megatron_rapo.model.router import SUMS
+from megatron_rapo.policy.routing import summarise as summarise_routing
 from tests.episodes import group_of, scored_response
 from tests.methods import a_method
 from tests.unit.stored import store
@@ -82,7 +84,7 @@ def of_updates() -> set[str]:
         found |= set(objective.metrics(torch.zeros(len(objective.parts))))
     mismatch = Mismatch()
     mismatch.add(torch.zeros(len(STRETCHES)), torch.zeros(len(STRETCHES)), torch.tensor(STRETCHES))
-    return found | set(mismatch.metrics())
+    return found | set(mismatch.metrics()) | set(summarise_routing(torch.ones(2, 4 + SUMS), 2))
 
 
 def of_evaluations(folder: Path) -> Iterator[str]:

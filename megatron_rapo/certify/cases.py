@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.methods.method import Method
-from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.model.architecture import Architecture, Experts
 
 RANKS = 4
 # Fewer real tokens than head rows, and an odd number: no TP divides it, and padding must be masked.
@@ -43,7 +44,8 @@ class Case:
 
 
 def _layout(**options: int | bool) -> Parallel:
-    taken = Parallel(**options).model_parallel  # type: ignore[arg-type]
+    of_a_replica = ("tensor_parallel", "pipeline_parallel", "context_parallel")
+    taken = math.prod(options.get(each, 1) for each in of_a_replica)
     return Parallel(**options, data_parallel=RANKS // taken)  # type: ignore[arg-type]
 
 
@@ -85,6 +87,26 @@ CASES = (
     ),
 )
 
+# Of models with experts: whoever has them, ranks route their tokens to each other.
+_TENSOR: dict[str, int | bool] = {"tensor_parallel": 2, "sequence_parallel": True}
+CASES_OF_EXPERTS = (
+    Case("DP 4", _layout()),
+    Case("EP 2", _layout(expert_parallel=2)),
+    Case("EP 4, unpacked", _layout(expert_parallel=4), token_budget=None),
+    Case("TP 2", _layout(**_TENSOR)),
+    Case("TP 2, EP 2", _layout(**_TENSOR, expert_parallel=2), permuted=True),
+    Case("TP 2, EP 2, experts' TP 2", _layout(**_TENSOR, expert_parallel=2, expert_tensor_parallel=2)),
+    Case("PP 2, EP 2", _layout(pipeline_parallel=2, expert_parallel=2)),
+    Case("PP 2, VPP 2, EP 2", _layout(pipeline_parallel=2, virtual_pipeline_parallel=2, expert_parallel=2)),
+    Case("CP 2, EP 4", _layout(context_parallel=2, expert_parallel=4)),
+    Case("TP 2, PP 2, EP 2", _layout(**_TENSOR, pipeline_parallel=2, expert_parallel=2)),
+)
+
+
+def cases_of(architecture: Architecture) -> tuple[Case, ...]:
+    """What a model is certified at; tensor parallelism of experts goes with sequence parallelism."""
+    return CASES if architecture.experts is None else CASES_OF_EXPERTS
+
 
 def small(architecture: Architecture) -> Architecture:
     """A model of the same family that any of the layouts divides."""
@@ -101,7 +123,14 @@ def small(architecture: Architecture) -> Architecture:
         rope_factor=None,
         max_positions=64,
         layers_without_rope=tuple(index for index in architecture.layers_without_rope if index < layers),
+        experts=_few(architecture.experts),
     )
+
+
+def _few(experts: Experts | None) -> Experts | None:
+    if experts is None:
+        return None
+    return replace(experts, count=4, chosen=2, shared=None if experts.shared is None else 32)
 
 
 def other_than(architecture: Architecture) -> Architecture:
@@ -116,6 +145,7 @@ def other_than(architecture: Architecture) -> Architecture:
         attention_bias=is_qwen3,
         query_key_norm=not is_qwen3,
         layers_without_rope=(),
+        experts=None,
         tied=not architecture.tied,
         layers=8,
         hidden=32,

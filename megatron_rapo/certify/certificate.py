@@ -6,6 +6,7 @@ import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,6 +17,7 @@ from megatron_rapo.certify.cases import (
     RANKS,
     RESPONSES,
     TEMPERATURE,
+    cases_of,
     other_than,
     small,
 )
@@ -61,7 +63,7 @@ def certify(algorithm: Options, architecture: Architecture = DEFAULT) -> list[Re
         directory = Path(name)
         write_models(directory, architecture)
         report = directory / "report.json"
-        run_local(measure, (configuration(directory, algorithm), report), RANKS)
+        run_local(measure, (configuration(directory, algorithm), report, cases_of(architecture)), RANKS)
         return [Result(**line) for line in json.loads(report.read_text())]
 
 
@@ -133,6 +135,21 @@ def write_models(directory: Path, architecture: Architecture) -> None:
         _write_model(directory / model, its, seed)
 
 
+def _of_experts(a: Architecture) -> dict[str, Any]:
+    """Options of HF configurations for them, under each family's names."""
+    if a.experts is None:
+        return {}
+    return {
+        "num_experts": a.experts.count,
+        "num_local_experts": a.experts.count,
+        "num_experts_per_tok": a.experts.chosen,
+        "moe_intermediate_size": a.feed_forward,
+        "norm_topk_prob": a.experts.renormalised,
+        "shared_expert_intermediate_size": a.experts.shared,
+        "qkv_bias": a.attention_bias,
+    }
+
+
 def _write_model(directory: Path, architecture: Architecture, seed: int) -> None:
     """A random model with no two parameters alike, as a HF directory in fp64."""
     directory.mkdir(parents=True)
@@ -150,6 +167,7 @@ def _write_model(directory: Path, architecture: Architecture, seed: int) -> None
         rope_parameters={"rope_type": "default", "rope_theta": a.rope_theta},
         max_position_embeddings=a.max_positions,
         tie_word_embeddings=a.tied,
+        **_of_experts(a),
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
     ).save_pretrained(directory)
     random = torch.Generator().manual_seed(seed)

@@ -133,7 +133,7 @@ def _computed(config: RunConfig, case: Case, dtype: str) -> tuple[float, dict[st
     method = config.new_method()
 
     chunks = build_chunks(architecture, model, case.layout)
-    load_weights(chunks, architecture, model.path, placement.tensor_rank)
+    load_weights(chunks, architecture, model.path, placement.tensor_rank, placement.expert_tensor_rank)
     wrapped = wrap(chunks, Optimizer(distributed=False))
     objective = Objective(
         method,

@@ -53,6 +53,7 @@ CLASSES: Mapping[Change, tuple[str, ...]] = {
         *("rollout.temperature", "rollout.dynamic_sampling", "rollout.replay", "rollout.max_staleness"),
         "rollout.partial_tokens",
         *("reward", "data.reward"),
+        *("model.balance_coefficient", "model.router_z_coefficient"),
         *("algorithm", "optimizer", "environment", "evaluate"),
     ),
     # Order of prompts and seeds of samples are functions of these, and the state is of these types.

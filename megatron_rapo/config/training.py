@@ -42,6 +42,16 @@ class Model(Section):
         description="Activation recomputation: `full` keeps only each layer's input and repeats its forward "
         "in the backward.",
     )
+    balance_coefficient: NonNegativeFloat = Field(
+        0.0,
+        description="Of the load-balancing loss of a mixture of experts (Switch Transformer's), a mean over "
+        "a minibatch's tokens in each layer, summed over layers; 0: none, as usual in RL. It makes routers "
+        "choose experts evenly.",
+    )
+    router_z_coefficient: NonNegativeFloat = Field(
+        0.0,
+        description="Of the z-loss of its routers (ST-MoE's), likewise. It keeps their logits small.",
+    )
     reference_in_host_memory: bool = Field(
         False,
         description="Keep the reference's body, and its hidden states of the rollout batch, in host memory "
@@ -86,6 +96,14 @@ class Parallel(Section):
     )
     context_parallel: PositiveInt = Field(1, description="CP: ranks that share each sequence's tokens.")
     data_parallel: PositiveInt = Field(1, description="DP: replicas that share each minibatch.")
+    expert_parallel: PositiveInt = Field(
+        1,
+        description="EP: ranks that share a layer's experts, of a mixture of experts. They are those that "
+        "otherwise are TP × CP × DP ranks of a stage, so EP takes no further ones.",
+    )
+    expert_tensor_parallel: PositiveInt = Field(
+        1, description="Ranks that share the matrices of each expert, in place of tensor_parallel."
+    )
     sequence_parallel: bool = Field(
         False,
         description="Shards norms and residuals over the TP group along tokens; needs tensor_parallel > 1.",
@@ -116,6 +134,26 @@ class Parallel(Section):
         elif self.virtual_pipeline_parallel == 1:
             inert["virtual_pipeline_parallel"] = "one chunk a stage is the plain pipeline"
         return inert
+
+    @property
+    def stage(self) -> int:
+        """Ranks of one pipeline stage: TP × CP × DP."""
+        return self.tensor_parallel * self.context_parallel * self.data_parallel
+
+    @property
+    def expert_copies(self) -> int:
+        """Expert data parallelism: how many ranks of a stage have the same part of the same experts."""
+        return self.stage // (self.expert_parallel * self.expert_tensor_parallel)
+
+    @model_validator(mode="after")
+    def _check(self) -> Parallel:
+        experts = self.expert_parallel * self.expert_tensor_parallel
+        if self.stage % experts:
+            raise ValueError(
+                f"expert_parallel × expert_tensor_parallel = {experts} does not divide the {self.stage} "
+                "ranks of a stage (TP × CP × DP); choose a divisor"
+            )
+        return self
 
 
 class Optimizer(Section):

@@ -36,9 +36,8 @@ STATEFUL_MODULES = (
     "self_attention.core_attention",
     "self_attention.q_layernorm",
     "self_attention.k_layernorm",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
 )
+LINEARS = ("linear_fc1", "linear_fc2")
 
 
 def convert_to_megatron(source: Path, destination: Path) -> None:
@@ -88,7 +87,7 @@ class _Planner(DefaultSavePlanner):
         self, parameters: list[StoredParameter], tensors: HFTensors, architecture: Architecture
     ) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._parameters = {(p.key, p.layer): p for p in parameters}
+        self._parameters = {(p.key, p.offsets): p for p in parameters}
         self._tensors = tensors
         self._architecture = architecture
         self._dtypes = {key: _dtype(parameter, tensors) for key, parameter in self._parameters.items()}
@@ -107,36 +106,41 @@ class _Planner(DefaultSavePlanner):
             return nothing
         assert write_item.tensor_data is not None
         offsets = write_item.tensor_data.chunk.offsets
-        stacked = (write_item.index.fqn, offsets[0]) in self._parameters
-        parameter = self._parameters[write_item.index.fqn, offsets[0] if stacked else None]
+        parameter = self._parameters[write_item.index.fqn, tuple(offsets)]
         self._tensors.close_files()
         parts = [self._tensors.read(name, None, 0, 0) for name in parameter.rule.hf]
         fused = parameter.rule.fusion.fuse(parts, self._architecture)
         self.progress.add(fused.nbytes)
-        return fused[None] if stacked else fused
+        return fused.view(parameter.part)
 
     def _item(self, parameter: StoredParameter) -> WriteItem:
-        layers = self._architecture.layers
-        offsets, whole, part = [0] * len(parameter.shape), list(parameter.shape), list(parameter.shape)
-        if parameter.layer is not None:
-            offsets, whole, part = [parameter.layer, *offsets], [layers, *whole], [1, *part]
+        offsets = torch.Size(parameter.offsets)
         return WriteItem(
-            index=MetadataIndex(parameter.key, torch.Size(offsets)),
+            index=MetadataIndex(parameter.key, offsets),
             type=WriteItemType.SHARD,
             tensor_data=TensorWriteData(
-                chunk=ChunkStorageMetadata(torch.Size(offsets), torch.Size(part)),
-                properties=TensorProperties(self._dtypes[parameter.key, parameter.layer]),
-                size=torch.Size(whole),
+                chunk=ChunkStorageMetadata(offsets, torch.Size(parameter.part)),
+                properties=TensorProperties(self._dtypes[parameter.key, parameter.offsets]),
+                size=torch.Size(parameter.whole),
             ),
         )
 
     def _extra_states(self) -> list[str]:
-        layers = self._architecture.layers
+        layers, experts = self._architecture.layers, self._architecture.experts
+        mlp = "mlp" if experts is None else "mlp.shared_experts"
         names = [
             f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
-            for module in STATEFUL_MODULES
+            for module in (*STATEFUL_MODULES, *(f"{mlp}.{linear}" for linear in LINEARS))
             for layer in range(layers)
         ]
+        if experts is not None:
+            names += [
+                f"decoder.layers.mlp.experts.experts.{linear}._extra_state/"
+                f"shard_{layer}.{expert}_{layers}.{experts.count}"
+                for linear in LINEARS
+                for layer in range(layers)
+                for expert in range(experts.count)
+            ]
         return [*names, "decoder.final_layernorm._extra_state/shard_0_1"]
 
 

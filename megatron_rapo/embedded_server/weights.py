@@ -9,6 +9,7 @@ import torch
 
 from megatron_rapo.checksum import tensor_checksum
 from megatron_rapo.embedded_server.checkpoint import read_checkpoint
+from megatron_rapo.embedded_server.published import published
 from megatron_rapo.errors import RapoError
 from megatron_rapo.wire.slices import Slice
 
@@ -16,7 +17,8 @@ NamedTensors = Sequence[tuple[str, torch.Tensor]]
 
 
 class Weights:
-    """A model's parameters and persistent buffers under their HF names, and what they are called together.
+    """A model's parameters and persistent buffers under their published names, and what they are called
+    together.
 
     An update is a session of writes. From its first write on the weights are a mixture, until every tensor
     has been written; a session that ends sooner leaves a mixture behind, which the next one has to replace as
@@ -30,10 +32,16 @@ class Weights:
         self.version = "default"
         tensors = model.state_dict(keep_vars=True)
         first: dict[int, str] = {}
-        self._canonical = {name: first.setdefault(id(values), name) for name, values in tensors.items()}
-        """The first name of the matrix that a name, of tied ones, stands for."""
-        self._tensors = {name: tensors[name] for name in first.values()}
+        tied = {name: first.setdefault(id(values), name) for name, values in tensors.items()}
+        self._model_type = getattr(getattr(model, "config", None), "model_type", "")
+        self._own = {name: tensors[name] for name in first.values()}
+        """What the model computes with, by transformers' names."""
+        self._own_shapes = {name: values.shape for name, values in self._own.items()}
+        self._tensors = self._published()
         self._shapes = {name: tuple(values.shape) for name, values in self._tensors.items()}
+        others = {name: one for name, one in tied.items() if name != one}
+        self._canonical = {**{name: name for name in self._tensors}, **others}
+        """The first name of the matrix that a name, of tied ones, stands for."""
         # How many numbers of which tensors are not of the version that others already are of.
         self._missing: dict[str, int] = {}
         self._announced: str | None = None  # the version's name once nothing is missing
@@ -173,16 +181,21 @@ class Weights:
 
     def release(self) -> None:
         """Gives their memory back."""
-        for values in self._tensors.values():
+        self._tensors = {}  # parts of what the model computes with would keep its memory
+        for values in self._own.values():
             values.data = values.data.new_empty(0)
         self._released = True
 
     def resume(self) -> None:
         """Takes memory again, whose contents are of no use until a whole update has come."""
         if self._released:
-            for name, values in self._tensors.items():
-                values.data = values.data.new_empty(self._shapes[name])
+            for name, values in self._own.items():
+                values.data = values.data.new_empty(self._own_shapes[name])
+            self._tensors = self._published()
             self._released, self._missing = False, self._sizes()
+
+    def _published(self) -> dict[str, torch.Tensor]:
+        return dict(published(self._own, self._model_type))
 
     def _sizes(self) -> dict[str, int]:
         """How many numbers each tensor has."""

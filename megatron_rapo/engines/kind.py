@@ -39,11 +39,13 @@ class EngineKind(ABC):
         bash: how a SLURM job starts a server (`launch/slurm.sh`): an array `command`, made of MODEL,
             ENGINE_PYTHON, GPUS_PER_ENGINE (0 where GPUS_PER_NODE is) and RAPO_ENGINE_API_KEY, without
             `--host` and `--port`. None: it starts none.
+        takes_experts: whether it takes new weights of a mixture of experts.
         options: this run's.
     """
 
     Options: ClassVar[type[EngineOptions]] = EngineOptions
     bash: ClassVar[str | None] = None
+    takes_experts: ClassVar[bool] = True
 
     def __init__(self, options: EngineOptions) -> None:
         self.options = options

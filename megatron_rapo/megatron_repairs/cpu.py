@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -47,6 +48,20 @@ class _CudaAsCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _Stream:
+    """What Megatron asks of a stream where tokens go to their experts; on the CPU all before it is done."""
+
+    def wait_stream(self, stream: _Stream) -> None: ...
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None: ...
+
+
+_STREAM = _Stream()
+
+
 _entered: list[_CudaAsCpu] = []
 
 
@@ -70,7 +85,8 @@ def repair() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.synchronize = lambda *_, **__: None
-    cuda.current_stream = lambda *_, **__: None
+    cuda.Stream = cuda.current_stream = lambda *_, **__: _STREAM
+    cuda.stream = lambda *_, **__: nullcontext()
     cuda.get_rng_state = cuda.random.get_rng_state = get_state
     cuda.set_rng_state = cuda.random.set_rng_state = set_state
     cuda.manual_seed = manual_seed

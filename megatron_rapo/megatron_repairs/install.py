@@ -38,8 +38,17 @@ def install() -> None:
     """
     found = check_version()
     # They import Megatron, which takes seconds.
-    from megatron_rapo.megatron_repairs import adam, buckets, cpu, notices, pickles, results_queue
+    from megatron_rapo.megatron_repairs import (
+        adam,
+        buckets,
+        cpu,
+        gloo_sizes,
+        notices,
+        pickles,
+        results_queue,
+        router_gemm,
+    )
 
-    for module in (cpu, adam, buckets, notices, pickles, results_queue):
+    for module in (cpu, gloo_sizes, adam, buckets, notices, pickles, results_queue, router_gemm):
         if found in SpecifierSet(module.VERSIONS):
             module.repair()

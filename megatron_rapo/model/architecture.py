@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_rapo.config import Parallel, Rollout
+from megatron_rapo.config import Model, Parallel, Rollout
 from megatron_rapo.errors import RapoError
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The mixture of experts that each layer has in place of its MLP.
+
+    Attributes:
+        count: experts of a layer.
+        chosen: by the router for each token.
+        renormalised: whether the chosen ones' probabilities sum to 1; else they are those of all experts.
+        shared: inner channels of an expert that every token passes, or None.
+    """
+
+    count: int
+    chosen: int
+    renormalised: bool
+    shared: int | None = None
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """A dense decoder-only transformer: RMSNorm, SwiGLU, rotary positions, grouped-query attention.
+    """A decoder-only transformer: RMSNorm, SwiGLU, rotary positions, grouped-query attention.
 
     Attributes:
         family: HF model_type.
+        feed_forward: inner channels of a layer's MLP; of each of its experts, if it has some.
         vocabulary: rows of the HF embedding, without Megatron's padding.
         rope_factor: Llama 3 frequency scaling, or None for plain rotary positions.
         attention_bias: biases on query, key and value projections.
         query_key_norm: RMSNorm on each head's queries and keys (Qwen3).
         tied: whether the head is the embedding.
         layers_without_rope: counted from 0 (SmolLM3).
+        experts: None of a dense model.
     """
 
     family: str
@@ -38,6 +58,7 @@ class Architecture:
     query_key_norm: bool
     tied: bool
     layers_without_rope: tuple[int, ...] = ()
+    experts: Experts | None = None
 
     def padded_vocabulary(self, multiple: int, tensor_parallel: int) -> int:
         """Rows of the sharded embedding and head: a multiple of `multiple` × TP."""
@@ -45,24 +66,49 @@ class Architecture:
         return -(-self.vocabulary // unit) * unit
 
     def check_layout(self, layout: Parallel, whose: str = "the model's") -> None:
-        """Raises RapoError where TP or PP × VPP does not divide the model; `whose` calls it."""
-        tensor = layout.tensor_parallel
-        for what, count in (
-            ("attention heads", self.heads),
-            ("key-value heads", self.kv_heads),
-            ("feed-forward channels", self.feed_forward),
-        ):
-            if count % tensor:
+        """Raises RapoError where TP, EP or PP × VPP does not divide the model; `whose` calls it."""
+        for option, what, count in self._divided(layout):
+            if count % getattr(layout, option):
                 raise RapoError(
-                    f"parallel.tensor_parallel = {tensor} does not divide {whose} {count} {what}; "
+                    f"parallel.{option} = {getattr(layout, option)} does not divide {whose} {count} {what}; "
                     f"choose a divisor of {count}"
                 )
+        if self.experts is not None and layout.tensor_parallel > 1 and not layout.sequence_parallel:
+            raise RapoError(
+                f"parallel.tensor_parallel = {layout.tensor_parallel} of a mixture of experts needs "
+                "parallel.sequence_parallel = true, by which each rank routes tokens of its own; set it"
+            )
         chunks = layout.pipeline_parallel * (layout.virtual_pipeline_parallel or 1)
         if self.layers % chunks:
             raise RapoError(
                 f"pipeline_parallel × virtual_pipeline_parallel = {chunks} does not divide {whose} "
                 f"{self.layers} layers; choose a divisor of {self.layers}"
             )
+
+    def _divided(self, layout: Parallel) -> Iterator[tuple[str, str, int]]:
+        """What each option of the layout cuts into parts: the option, what, and how many there are."""
+        yield "tensor_parallel", "attention heads", self.heads
+        yield "tensor_parallel", "key-value heads", self.kv_heads
+        if self.experts is None:
+            yield "tensor_parallel", "feed-forward channels", self.feed_forward
+            return
+        yield "expert_parallel", "experts", self.experts.count
+        yield "expert_tensor_parallel", "feed-forward channels of an expert", self.feed_forward
+        if self.experts.shared is not None:
+            yield "tensor_parallel", "feed-forward channels of the shared expert", self.experts.shared
+
+    def check_experts(self, layout: Parallel, model: Model) -> None:
+        """Raises RapoError where options are of experts, and the model, the policy, has none."""
+        if self.experts is not None:
+            return
+        options = {
+            "parallel.expert_parallel": layout.expert_parallel - 1,
+            "parallel.expert_tensor_parallel": layout.expert_tensor_parallel - 1,
+            "model.balance_coefficient": model.balance_coefficient,
+            "model.router_z_coefficient": model.router_z_coefficient,
+        }
+        for option in (option for option, chosen in options.items() if chosen):
+            raise RapoError(f"{option} has no effect: a {self.family} has no experts; remove it")
 
     def check_lengths(self, rollout: Rollout, whose: str = "the model's") -> None:
         """Raises RapoError where prompt and response can be longer than the model has positions."""

@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.branches import Branches
 from megatron_rapo.model.dtypes import DTYPES
 from megatron_rapo.model.families.named import family_of
-from megatron_rapo.model.layer_spec import block_spec
+from megatron_rapo.model.layer_spec import block_spec, uses_transformer_engine
 from megatron_rapo.parallel.device import device
 
 # float64 is no option of the configuration: it is for certificates.
@@ -33,6 +34,7 @@ def transformer_config(
     """Megatron's configuration of the transformer and of its pipeline communication."""
     return TransformerConfig(
         **family_of(architecture).transformer(architecture),
+        **(_routing(layout, dtype) if architecture.experts else {}),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         masked_softmax_fusion=False,
@@ -59,6 +61,18 @@ def transformer_config(
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
     )
+
+
+def _routing(layout: Parallel, dtype: torch.dtype) -> dict[str, Any]:
+    """How tokens come to their experts, of whom each takes all that choose it."""
+    return {
+        "expert_model_parallel_size": layout.expert_parallel,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_dtype": "fp64" if dtype is torch.float64 else "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": uses_transformer_engine(),
+    }
 
 
 class Body(GPTModel):
@@ -126,6 +140,7 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     _mark_shards(chunk)
+    _mark_experts(chunk)
     return chunk.to(device())
 
 
@@ -139,3 +154,17 @@ def _mark_shards(chunk: GPTModel) -> None:
             weight, cut = module.weight, int(isinstance(module, RowParallelLinear))
             if weight is not None and not hasattr(weight, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=cut, stride=1)
+
+
+def _mark_experts(chunk: GPTModel) -> None:
+    """Has experts' gradients summed over the ranks that hold the same experts, at any expert parallelism.
+
+    By itself Megatron does so under expert parallelism alone. Without it experts that TP does not cut would
+    lack what the other TP ranks' tokens give (megatron-core 0.16.1), and checkpoints of the optimizer would
+    have another form than under it. Each is counted once in the gradient norm: no rank has it twice.
+    """
+    for module in chunk.modules():
+        if isinstance(module, MoELayer):
+            for weight in module.experts.parameters():
+                weight.allreduce = False
+                weight.tensor_model_parallel = True

@@ -30,5 +30,11 @@ def count_layer_parameters(architecture: Architecture) -> int:
     return _count(family_of(architecture).layer(architecture))
 
 
+def count_expert_parameters(architecture: Architecture) -> int:
+    """Numbers in the experts of one layer, bar a shared one; 0 of a dense model."""
+    rules = family_of(architecture).layer(architecture)
+    return _count(rule for rule in rules if rule.expert is not None)
+
+
 def _count(rules: Iterable[Rule]) -> int:
     return sum(math.prod(shape) for rule in rules for shape in rule.hf.values())

@@ -57,6 +57,7 @@ class Rule:
         vocabulary: whether rows are the vocabulary's, which is padded before it is cut.
         heads: whether rows are those of attention heads, none of which is cut.
         copy: whether it repeats what another parameter holds: it is loaded as well, never exported or stored.
+        expert: of a layer's experts the one that it is a parameter of; expert tensor parallelism cuts it.
     """
 
     megatron: str
@@ -67,6 +68,7 @@ class Rule:
     vocabulary: bool = False
     heads: bool = False
     copy: bool = False
+    expert: int | None = None
 
     def of_layer(self, index: int) -> Rule:
         """The same with the HF names of one layer."""

@@ -29,7 +29,9 @@ class Placement:
         layout: sizes of all dimensions.
         rank: global rank.
         tensor_rank, pipeline_rank, context_rank, data_rank: coordinates in the layout.
+        expert_tensor_rank: coordinate among the ranks that share each matrix of an expert.
         tensor_group: ranks that share each matrix.
+        expert_tensor_group: ranks that share each matrix of an expert.
         pipeline_group: ranks that share the layers.
         context_group: ranks that share each sequence.
         gradient_group: DP × CP, the ranks whose gradients are summed.
@@ -43,7 +45,9 @@ class Placement:
     pipeline_rank: int
     context_rank: int
     data_rank: int
+    expert_tensor_rank: int
     tensor_group: dist.ProcessGroup
+    expert_tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
     context_group: dist.ProcessGroup
     gradient_group: dist.ProcessGroup
@@ -72,9 +76,10 @@ class Placement:
 
     def group_of(self, ranks: Sequence[int]) -> dist.ProcessGroup:
         """The group of these ranks, which hold a tensor between them (`weights.holders`), in their order."""
-        if dist.get_process_group_ranks(self.tensor_group) != list(ranks):
-            raise ValueError(f"rank {self.rank} has no group with ranks {list(ranks)}")
-        return self.tensor_group
+        for group in (self.tensor_group, self.expert_tensor_group):
+            if dist.get_process_group_ranks(group) == list(ranks):
+                return group
+        raise ValueError(f"rank {self.rank} has no group with ranks {list(ranks)}")
 
     def share_from_heads(self, mine: T | None) -> list[T]:
         """Every head's object, by data-parallel rank, on all ranks. `mine` is read on heads only.
@@ -159,6 +164,8 @@ def arrange(layout: Parallel, seed: int) -> Placement:
         pipeline_model_parallel_size=layout.pipeline_parallel,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_parallel,
         context_parallel_size=layout.context_parallel,
+        expert_model_parallel_size=layout.expert_parallel,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel,
         distributed_timeout_minutes=max(1, round(layout.timeout_s / 60)),
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -169,7 +176,9 @@ def arrange(layout: Parallel, seed: int) -> Placement:
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         context_rank=parallel_state.get_context_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
+        expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank(),
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        expert_tensor_group=parallel_state.get_expert_tensor_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         context_group=parallel_state.get_context_parallel_group(),
         gradient_group=parallel_state.get_data_parallel_group(with_context_parallel=True),

@@ -66,7 +66,7 @@ class FrozenModel:
                 f"{self.option} = true has no effect where the trainer computes on the CPU; remove it"
             )
         self.chunks = build_chunks(architecture, model, placement.layout, vocabulary_rows)
-        load_weights(self.chunks, architecture, weights, placement.tensor_rank)
+        load_weights(self.chunks, architecture, weights, placement.tensor_rank, placement.expert_tensor_rank)
         what = f"the {self.name}'s weights of {weights}"
         check_finite(what, dict(named_parameters(self.chunks)), placement, "take an undamaged copy")
         for chunk in self.chunks:

@@ -37,6 +37,7 @@ from megatron_rapo.policy.gradients import accumulate_gradients, main_gradient, 
 from megatron_rapo.policy.hidden_states import whole_tokens
 from megatron_rapo.policy.learning_rate import LearningRate
 from megatron_rapo.policy.pipeline import run_forward
+from megatron_rapo.policy.routing import Routing
 from megatron_rapo.policy.weighing import mark
 from megatron_rapo.weights.load import load_weights
 
@@ -85,9 +86,10 @@ class Policy:
         self.placement = placement
         self.chunks: list[Body] = build_chunks(architecture, model, placement.layout)
         source = model.checkpoint or model.path
-        load_weights(self.chunks, architecture, source, placement.tensor_rank)
+        load_weights(self.chunks, architecture, source, placement.tensor_rank, placement.expert_tensor_rank)
         largest = self._check_parameters(f"the policy's weights of {source}", "take an undamaged copy")
         self._largest_weight = MOST_GROWTH * max(largest, 1.0)
+        self._routing = Routing(self.chunks, architecture, model, placement)
         self.wrapped = wrap(self.chunks, optimizer)
         self.optimizer = _megatron_optimizer(self.wrapped, optimizer, DTYPES[model.dtype])
         self.learning_rate = LearningRate(self.optimizer, optimizer, total_updates)
@@ -171,7 +173,9 @@ class Policy:
         """
         sums = torch.zeros(len(objective.parts), dtype=torch.float64, device=device())
         mismatch, norms, rates, before = Mismatch(device()), [], [], self._bit_sums()
+        self._routing.begin_step()
         for number, minibatch in enumerate(minibatches):
+            self._routing.begin_update(minibatch)
             self._mark(minibatch, objective, moved=number > 0)
             self.learning_rate.begin_update()
             rates.append(self.optimizer.param_groups[0]["lr"])
@@ -192,6 +196,7 @@ class Policy:
             NORM: sum(norms) / len(norms) if norms else math.nan,
             "optimizer/learning_rate": sum(rates) / len(rates),
             "optimizer/changed_tensors": self._changed(before),
+            **self._routing.metrics(),
         }
 
     @staticmethod

@@ -29,12 +29,20 @@ def forward_flops(
     queries = architecture.heads * architecture.head_dim
     keys = architecture.kv_heads * architecture.head_dim
     # Query and output projections, keys and values, and the three matrices of SwiGLU.
-    layer = 2 * architecture.hidden * (2 * queries + 2 * keys + 3 * architecture.feed_forward)
+    layer = 2 * architecture.hidden * (2 * queries + 2 * keys + _feed_forward(architecture))
     head = 2 * architecture.hidden * architecture.vocabulary
     # Scores, and values weighed by them.
     pairs = zip(lengths, lengths if attended is None else attended, strict=True)
     attention = 2 * 2 * queries * sum(length * keys for length, keys in pairs)
     return sum(lengths) * (architecture.layers * layer + head) + architecture.layers * attention
+
+
+def _feed_forward(architecture: Architecture) -> int:
+    """Columns of the matrices, of `hidden` rows, that a token passes in a layer's second half."""
+    experts = architecture.experts
+    if experts is None:
+        return 3 * architecture.feed_forward
+    return 3 * (experts.chosen * architecture.feed_forward + (experts.shared or 0)) + experts.count
 
 
 def training_flops(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from megatron_rapo.config import Parallel, RunConfig
 from megatron_rapo.model.architecture import Architecture
-from megatron_rapo.model.parameters import count_layer_parameters
+from megatron_rapo.model.parameters import count_expert_parameters, count_layer_parameters
 
 GIB = 1 << 30
 
@@ -56,7 +56,9 @@ def estimate_memory(
 
     Activations follow Korthikanti et al. (arXiv 2205.05198), without the attention matrix, which fused
     attention does not keep: 34·h bytes a token and layer in bf16, 10 of which only sequence parallelism
-    shards. Buffers of CUDA, NCCL and the allocator come on top.
+    shards. A mixture keeps what its experts compute as well: for each expert that a token chooses its input
+    and three times its inner channels, if tokens are spread evenly. Buffers of CUDA, NCCL and the allocator
+    come on top.
 
     `teacher` is the teacher's architecture, where there is one.
     """
@@ -66,9 +68,12 @@ def estimate_memory(
     layers = architecture.layers // stages
     vocabulary_rows = architecture.padded_vocabulary(config.model.vocabulary_multiple, tensor) // tensor
     table = vocabulary_rows * architecture.hidden
+    experts = _experts(layout, architecture)
     parameters = _parameters(layout, architecture, vocabulary_rows)
 
-    shards = layout.data_parallel * layout.context_parallel if config.optimizer.distributed else 1
+    distributed = config.optimizer.distributed
+    shards = layout.data_parallel * layout.context_parallel if distributed else 1
+    sharded = (parameters - experts) // shards + experts // (layout.expert_copies if distributed else 1)
     main_weights = 4 if element == 2 else 0
     tokens = config.algorithm.max_tokens_per_microbatch // layout.context_parallel
     # In host memory the body goes; the head stays, for the loss.
@@ -86,7 +91,7 @@ def estimate_memory(
         reference=reference * element if method.wants_reference else 0,
         teacher=of_teacher,
         gradients=parameters * 4,
-        optimizer=parameters * (8 + main_weights) // shards,
+        optimizer=sharded * (8 + main_weights),
         activations=_activations(config, architecture, tokens, layers, element),
         loss=_loss(config, tokens, vocabulary_rows, element) + table * 4,
         reference_hidden=_frozen_hidden(config, architecture, element) if hidden_kept else 0,
@@ -98,8 +103,16 @@ def _parameters(layout: Parallel, architecture: Architecture, vocabulary_rows: i
     """Numbers of a rank's part of the model, with so many rows of the vocabulary a rank."""
     layers = architecture.layers // layout.pipeline_parallel
     tables = 1 if architecture.tied or layout.pipeline_parallel > 1 else 2
-    of_layers = layers * count_layer_parameters(architecture) // layout.tensor_parallel
+    others = count_layer_parameters(architecture) - count_expert_parameters(architecture)
+    of_layers = layers * others // layout.tensor_parallel + _experts(layout, architecture)
     return of_layers + tables * vocabulary_rows * architecture.hidden
+
+
+def _experts(layout: Parallel, architecture: Architecture) -> int:
+    """Numbers of a rank's part of its layers' experts."""
+    layers = architecture.layers // layout.pipeline_parallel
+    ranks = layout.expert_parallel * layout.expert_tensor_parallel
+    return layers * count_expert_parameters(architecture) // ranks
 
 
 def _activations(
@@ -110,6 +123,9 @@ def _activations(
     hidden = architecture.hidden * element // 2
     sequence_shards = layout.tensor_parallel if layout.sequence_parallel else 1
     whole = tokens * hidden * (10 / sequence_shards + 24 / layout.tensor_parallel)
+    if (experts := architecture.experts) is not None:
+        inner = architecture.hidden + 3 * architecture.feed_forward
+        whole += tokens / sequence_shards * experts.chosen * inner * element
     if config.model.recompute == "none":
         return int(in_flight * layers * whole)
     kept = in_flight * layers * tokens * 2 * hidden / sequence_shards

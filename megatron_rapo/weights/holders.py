@@ -1,7 +1,7 @@
 """Who holds a tensor: asked of the layout here, and nowhere else.
 
 Whoever exports, streams, plans or sums weights goes by the answer. All tensors of a pipeline stage have the
-same holders; under expert parallelism, which this package has not, an expert's would differ from its layer's.
+same holders, except those of experts: each is held by the ranks of one expert-parallel coordinate.
 """
 
 from __future__ import annotations
@@ -39,9 +39,21 @@ class Holders:
 
 def holders(layout: Parallel, stage: int) -> Holders:
     """Who holds the tensors of a pipeline stage. Ranks count TP fastest, then CP, DP, PP (`Placement`)."""
-    slices = layout.tensor_parallel
-    ranks = slices * layout.context_parallel * layout.data_parallel
+    slices, ranks = layout.tensor_parallel, layout.stage
     firsts = range(stage * ranks, (stage + 1) * ranks, slices)
+    return Holders(tuple(tuple(range(first, first + slices)) for first in firsts))
+
+
+def expert_holders(layout: Parallel, stage: int, experts: int, expert: int) -> Holders:
+    """Who holds an expert of a pipeline stage's layers, of so many experts in a layer.
+
+    Of the same ranks as above it is expert TP that counts fastest, then EP, then expert DP, then PP.
+    """
+    slices = layout.expert_tensor_parallel
+    place = expert // (experts // layout.expert_parallel)
+    step = slices * layout.expert_parallel
+    start = stage * layout.stage + place * slices
+    firsts = range(start, start + step * layout.expert_copies, step)
     return Holders(tuple(tuple(range(first, first + slices)) for first in firsts))
 
 

@@ -50,10 +50,15 @@ def open_tensors(path: Path, architecture: Architecture) -> Iterator[WholeTensor
 
 
 def load_weights(
-    chunks: Sequence[GPTModel], architecture: Architecture, directory: Path, tensor_rank: int
+    chunks: Sequence[GPTModel],
+    architecture: Architecture,
+    directory: Path,
+    tensor_rank: int,
+    expert_tensor_rank: int = 0,
 ) -> None:
     """Fills every parameter of this rank's chunks from a HF model directory or a Megatron checkpoint.
 
+    Of each matrix it is the slice of `tensor_rank`, of an expert's that of `expert_tensor_rank`.
     Padded vocabulary rows become zero. A rank holds no more than one tensor's slices beside its parameters.
 
     Raises:
@@ -61,22 +66,23 @@ def load_weights(
     """
     with open_tensors(directory, architecture) as tensors, torch.no_grad():
         for mapped in mapped_parameters(chunks, architecture):
+            rank = tensor_rank if mapped.rule.expert is None else expert_tensor_rank
             parts = [
-                _local_part(tensors, mapped, architecture, index, tensor_rank)
+                _local_part(tensors, mapped, architecture, index, rank)
                 for index in range(len(mapped.rule.hf))
             ]
             mapped.parameter.copy_(mapped.rule.fusion.fuse(parts, architecture))
 
 
 def _local_part(
-    tensors: WholeTensors, mapped: MappedParameter, architecture: Architecture, index: int, tensor_rank: int
+    tensors: WholeTensors, mapped: MappedParameter, architecture: Architecture, index: int, rank: int
 ) -> Tensor:
     rule = mapped.rule
     name, local = list(rule.hf)[index], rule.fusion.split(mapped.parameter, architecture)[index]
     whole = tensors.shape(name)
     cut = rule.cut
     size = local.size(cut or 0)
-    start = size * tensor_rank  # of a tensor that is cut; others are read whole
+    start = size * rank  # of a tensor that is cut; others are read whole
     total = whole[cut or 0]
     part = tensors.read(name, cut, min(start, total), min(start + size, total))
     missing = size - part.size(cut or 0)

@@ -82,20 +82,16 @@ class MegatronTensors:
         return self._stored(parameter.key).properties.dtype
 
     def _parts(self, parameter: StoredParameter) -> list[Tensor]:
-        shape, offsets = list(parameter.shape), [0] * len(parameter.shape)
-        if parameter.layer is not None:
-            shape, offsets = [1, *shape], [parameter.layer, *offsets]
-        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
+        chunk = ChunkStorageMetadata(torch.Size(parameter.offsets), torch.Size(parameter.part))
         try:
-            target = torch.empty(shape, dtype=self.dtype(parameter))
+            target = torch.empty(parameter.part, dtype=self.dtype(parameter))
             items = create_read_items_for_chunk_list(parameter.key, self._stored(parameter.key), [chunk])
             self._reader.read_data(LoadPlan(items), _Into(target)).wait()
         except Exception as error:  # of damaged files and places in the index
             raise RapoError(
                 f"checkpoint {self.directory}: {parameter.key} cannot be read ({error}); copy it again"
             ) from error
-        whole = target if parameter.layer is None else target[0]
-        return list(parameter.rule.fusion.split(whole, self._architecture))
+        return list(parameter.rule.fusion.split(target.view(parameter.shape), self._architecture))
 
     def _stored(self, key: str) -> TensorStorageMetadata:
         stored = self._index.state_dict_metadata.get(key)
@@ -108,9 +104,7 @@ class MegatronTensors:
         self._remedy = "name the HF model that it was trained from"
         for parameter in self.parameters:
             found = list(self._stored(parameter.key).size)
-            expected = list(parameter.shape)
-            if parameter.layer is not None:
-                expected = [architecture.layers, *expected]
+            expected = list(parameter.whole)
             if parameter.rule.vocabulary:
                 # Padded to a multiple of the layout's; an embedding of another model seldom differs by less.
                 fits = found[1:] == expected[1:] and found[0] >= expected[0]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -13,6 +15,11 @@ from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.families.named import family_of
 from megatron_rapo.model.layer_spec import uses_transformer_engine
 from megatron_rapo.model.rules import Rule
+
+# Megatron's own experts are modules one by one, those of Transformer Engine numbered weights of one module.
+_OF_EXPERT = re.compile(
+    r"mlp\.experts\.(local_experts\.(?P<alone>\d+)\.)?(?P<linear>linear_fc[12])\.weight(?P<grouped>\d+)?"
+)
 
 
 @dataclass(frozen=True)
@@ -36,15 +43,25 @@ def mapped_parameters(chunks: Sequence[GPTModel], architecture: Architecture) ->
         for name, parameter in chunk.named_parameters():
             if name.startswith("decoder.layers."):
                 _, _, index, inner = name.split(".", 3)
-                rule = layer_rules.get(inner)
+                layer = chunk.decoder.layers[int(index)]
+                rule = layer_rules.get(_of_whole_layer(inner, layer))
                 if rule is not None:
                     # layer_number counts from 1 over the whole model; the index only within this chunk.
-                    rule = rule.of_layer(chunk.decoder.layers[int(index)].layer_number - 1)
+                    rule = rule.of_layer(layer.layer_number - 1)
             else:
                 rule = end_rules.get(name)
             if rule is None:
                 raise RapoError(f"parameter {name} has no counterpart in HF models of {architecture.family}")
             yield MappedParameter(parameter, rule)
+
+
+def _of_whole_layer(name: str, layer: Any) -> str:
+    """An expert's parameter by its number in the layer, in place of its number on this rank."""
+    found = _OF_EXPERT.fullmatch(name)
+    if found is None:
+        return name
+    here = int(found["alone"] or found["grouped"])
+    return f"mlp.experts.{layer.mlp.local_expert_indices[here]}.{found['linear']}.weight"
 
 
 def local_name(rule: Rule) -> str:

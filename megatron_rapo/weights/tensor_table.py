@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_rapo.config import Parallel
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.parameters import model_rules
-from megatron_rapo.weights.holders import Holders, holders, stage_of_layer
+from megatron_rapo.weights.holders import Holders, expert_holders, holders, stage_of_layer
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class HFTensor:
 
 
 def tensor_table(architecture: Architecture, layout: Parallel) -> list[HFTensor]:
-    """Every tensor of the HF model, by who collects it, in the order of the layers."""
-    return sorted(_in_order(architecture, layout), key=lambda tensor: tensor.holders.collector)
+    """Every tensor of the HF model, by who holds it, in the order of the layers."""
+    return sorted(_in_order(architecture, layout), key=lambda tensor: tensor.holders.copies)
 
 
 def _in_order(architecture: Architecture, layout: Parallel) -> Iterator[HFTensor]:
@@ -50,5 +50,9 @@ def _in_order(architecture: Architecture, layout: Parallel) -> Iterator[HFTensor
         else:
             stage = stage_of_layer(layout, architecture.layers, layer)
         unit = architecture.head_dim if rule.heads else 1
+        held_by = stages[stage]
+        if rule.expert is not None:
+            assert architecture.experts is not None
+            held_by = expert_holders(layout, stage, architecture.experts.count, rule.expert)
         for name, shape in rule.hf.items():
-            yield HFTensor(name, shape, rule.cut, stages[stage], rule.vocabulary, unit)
+            yield HFTensor(name, shape, rule.cut, held_by, rule.vocabulary, unit)

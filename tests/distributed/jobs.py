@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ SHORT = {
     "vpp": "virtual_pipeline_parallel",
     "cp": "context_parallel",
     "dp": "data_parallel",
+    "ep": "expert_parallel",
+    "etp": "expert_tensor_parallel",
     "sp": "sequence_parallel",
 }
 
@@ -26,7 +29,8 @@ def layout(name: str) -> Parallel:
     for part in name.split("-"):
         key = part.rstrip("0123456789")
         options[SHORT[key]] = int(part[len(key) :]) if part != key else True
-    options.setdefault("data_parallel", 4 // Parallel(**options).model_parallel)
+    of_a_replica = ("tensor_parallel", "pipeline_parallel", "context_parallel")
+    options.setdefault("data_parallel", 4 // math.prod(options.get(each, 1) for each in of_a_replica))
     return Parallel(**options)
 
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from megatron_rapo.certify import measure as certificates
-from megatron_rapo.certify.cases import CASES, RANKS, Case
+from megatron_rapo.certify.cases import CASES, CASES_OF_EXPERTS, RANKS, Case
 from megatron_rapo.certify.certificate import DEFAULT, as_json, certify, configuration, table, write_models
 from megatron_rapo.certify.measure import Result, compare
 from megatron_rapo.config import Parallel
 from megatron_rapo.methods.named import METHODS
 from megatron_rapo.methods.rapo import RAPO
+from megatron_rapo.model.architecture import Experts
 from megatron_rapo.parallel.placement import process_groups
 from megatron_rapo.policy import gradients
 from megatron_rapo.policy.frozen import FrozenModel
@@ -32,7 +33,16 @@ FEW = tuple(
 MODELS = {
     "qwen3": replace(DEFAULT, family="qwen3", attention_bias=False, query_key_norm=True, tied=True),
     "smollm3": replace(DEFAULT, family="smollm3", attention_bias=False, layers_without_rope=(3,)),
+    "qwen3_moe": replace(
+        DEFAULT,
+        family="qwen3_moe",
+        attention_bias=False,
+        query_key_norm=True,
+        experts=Experts(128, 8, renormalised=True),
+    ),
+    "qwen2_moe": replace(DEFAULT, family="qwen2_moe", experts=Experts(60, 4, renormalised=False, shared=96)),
 }
+EXPERTS = {case.name: case for case in CASES_OF_EXPERTS}
 # Tokens of a minibatch on several ranks, and on the last of two stages.
 SPREAD = tuple(case for case in CASES if case.name in ("CP 2", "TP 2, PP 2"))
 SHARED = tuple(case for case in CASES if case.name == "TP 2, PP 2, shared prompts")
@@ -141,6 +151,14 @@ OBJECTIVES = {
             "matched_kl": {"direction": "reverse"},
         }.items()
     },
+}
+OBJECTIVES |= {
+    "experts": Certified({"method": "rapo"}, "qwen3_moe", (EXPERTS["TP 2, EP 2"], EXPERTS["CP 2, EP 4"])),
+    "shared expert": Certified(
+        {"method": "grpo"},
+        "qwen2_moe",
+        (EXPERTS["TP 2, EP 2, experts' TP 2"], EXPERTS["PP 2, VPP 2, EP 2"]),
+    ),
 }
 FAULTS = {
     "plain collective": Certified({"method": "rapo"}, "qwen3", TENSOR, plain_collective),

@@ -40,6 +40,7 @@ SAVED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tied": ("tied", "tp2-pp2", {}),
     "whole optimizer": ("untied", "tp2-pp2", {"distributed": False}),
     "bf16": ("untied", "tp2-pp2", {"dtype": "bfloat16"}),
+    "experts": ("experts", "tp2-pp2-sp-ep2", {}),
 }
 RELOADED = [
     ("untied", "tp2-pp2"),
@@ -52,6 +53,10 @@ RELOADED = [
     ("tied", "tp2-sp"),
     ("whole optimizer", "tp4"),
     ("bf16", "dp4"),
+    ("experts", "tp2-pp2-sp-ep2"),
+    ("experts", "tp2-sp-ep2-etp2"),
+    ("experts", "cp2-ep4"),
+    ("experts", "dp4"),
 ]
 IDS = [f"{saved} as {name}" for saved, name in RELOADED]
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "num_key_value_heads": 4}
@@ -64,6 +69,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any
     base = tmp_path_factory.mktemp("checkpoints")
     for name in ("tied", "untied"):
         make_hf_model(base / name, tied=name == "tied", **SMALL)
+    make_hf_model(base / "experts", family="qwen3_moe", **SMALL)
     with small_disk(base / "full") if ROOT else no_disk():
         yield run_job(measure, base, directory=base)
 
@@ -90,6 +96,7 @@ def test_training_goes_on_as_if_it_had_never_stopped(measured: dict[str, Any], c
     tolerance = {"rel": 0.02, "abs": 0.02} if saved["bf16"] else {"rel": 1e-5, "abs": 1e-6}
     assert resumed["loss"] == pytest.approx(saved["loss"], **tolerance)
     assert resumed["rate"] == saved["rate"]
+    assert resumed["norm"] == pytest.approx(saved["norm"], **tolerance)
 
 
 @pytest.mark.parametrize("case", IDS)
@@ -205,6 +212,7 @@ class Trainer:
         return {
             "loss": [values["loss/total"] for values in metrics],
             "rate": [values["optimizer/learning_rate"] for values in metrics],
+            "norm": [values["optimizer/gradient_norm"] for values in metrics],
         }
 
     def weights(self) -> dict[str, torch.Tensor]:

@@ -53,6 +53,13 @@ CASES = [
     ("smollm3", "pp2-vpp2"),
     ("smollm3-tied", "tp2-cp2-sp"),
     ("seed_oss", "tp2-pp2"),  # from outside of the package
+    ("qwen3_moe", "tp2-sp"),
+    ("qwen3_moe", "pp2-vpp2-ep2"),
+    ("qwen3_moe-tied", "tp2-sp-ep2"),
+    ("qwen3_moe", "cp2-ep4"),
+    ("qwen2_moe", "tp2-sp-etp2"),
+    ("qwen2_moe-tied", "tp2-pp2-sp-ep2"),
+    ("mixtral", "tp2-sp-ep2-etp2"),
 ]
 OVERRIDES: dict[str, dict[str, Any]] = {
     "llama3-rope": {
@@ -109,6 +116,27 @@ def test_streamed_weights_are_bit_equal(measured: dict[str, Any], model: str, na
     assert stream["buckets"] > 4, "too few buckets to pass each slot more than once"
 
 
+@pytest.mark.exhaustive
+def test_a_mixture_on_eight_ranks_is_transformers(tmp_path: Path) -> None:
+    make_hf_model(tmp_path / "qwen3_moe", family="qwen3_moe")
+    convert_to_megatron(tmp_path / "qwen3_moe", tmp_path / "qwen3_moe converted")
+    found = run_job(measure_on_eight, tmp_path, directory=tmp_path, world_size=8)
+    assert found["difference"] <= 1e-5
+    assert found["round_trip"] and found["stream"]["same"]
+    assert found["megatron_loads"] and found["package_loads"]
+
+
+def measure_on_eight(base: Path, report: Path) -> None:
+    """In each rank: one case, of EP 4 beside TP 2 × PP 2."""
+    parallel = Parallel(
+        tensor_parallel=2, pipeline_parallel=2, data_parallel=2, expert_parallel=4, sequence_parallel=True
+    )
+    with process_groups(Parallel(data_parallel=8), seed=1) as everyone:
+        found = _measure_case(base / "qwen3_moe", parallel)
+        if everyone.is_main:
+            report.write_text(json.dumps(found))
+
+
 def measure(base: Path, report: Path) -> None:
     """In each rank: every case's largest logit difference, and whether its export equals the source."""
     results = {}
@@ -123,7 +151,7 @@ def _measure_case(path: Path, parallel: Parallel) -> dict[str, Any]:
     placement = arrange(parallel, seed=1)
     architecture = read_architecture(path)
     chunks = build_chunks(architecture, Model(path=path, dtype="float32"), parallel)
-    load_weights(chunks, architecture, path, placement.tensor_rank)
+    load_weights(chunks, architecture, path, placement.tensor_rank, placement.expert_tensor_rank)
     microbatches = _microbatches(placement)
 
     def logits(microbatch: Microbatch, hidden: torch.Tensor) -> tuple[Microbatch, torch.Tensor]:
@@ -145,7 +173,10 @@ def _measure_case(path: Path, parallel: Parallel) -> dict[str, Any]:
         "stream": _stream(path, architecture, chunks, placement),
         "megatron_loads": _same_parameters(chunks, lambda: _load_as_megatron_does(chunks, checkpoint)),
         "package_loads": _same_parameters(
-            chunks, lambda: load_weights(chunks, architecture, checkpoint, placement.tensor_rank)
+            chunks,
+            lambda: load_weights(
+                chunks, architecture, checkpoint, placement.tensor_rank, placement.expert_tensor_rank
+            ),
         ),
     }
 

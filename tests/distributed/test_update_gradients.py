@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_rapo.config import Model, Optimizer, Parallel
 from megatron_rapo.data.batching import Sample, pack, padded_length, plan_microbatches
+from megatron_rapo.embedded_server.published import published
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.parallel.placement import arrange, process_groups
@@ -47,14 +48,23 @@ CASES = [
     ("qwen3-tied", "forward_exact", 64, "none", "cp4"),
     ("qwen3-tied", "k3", 100, "none", "pp2-vpp2"),
     ("qwen3-tied", "none", 28, "none", "tp2-sp"),
+    ("qwen3_moe", "forward_exact", 60, "none", "tp2-sp"),
+    ("qwen3_moe", "forward_exact", 60, "none", "tp2-sp-ep2"),
+    ("qwen3_moe", "none", 41, "full", "cp2-ep4"),
+    ("qwen2_moe", "k3", 60, "none", "tp2-pp2-sp-ep2"),
+    ("qwen2_moe", "none", 60, "none", "tp2-sp-ep2-etp2"),
 ]
+FAULTS = {
+    "an expert's gradient twice": ("qwen3_moe", "none", 41, "full", "cp2-ep4"),
+    "the router's norm on each rank": ("qwen3_moe", "forward_exact", 60, "none", "tp2-sp-ep2"),
+}
 IDS = ["/".join(map(str, case)) for case in CASES]
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     base = tmp_path_factory.mktemp("gradients")
-    for name in ("qwen2", "qwen3-tied"):
+    for name in {name for name, *_ in CASES}:
         family = name.split("-")[0]
         make_hf_model(base / name, family=family, tied="tied" in name, seed=0)
         make_hf_model(base / f"{name}-reference", family=family, tied="tied" in name, seed=7)
@@ -70,6 +80,19 @@ def test_loss_equals_plain_pytorch(measured: dict[str, Any], case: str) -> None:
 @pytest.mark.parametrize("case", IDS)
 def test_whole_gradient_equals_plain_pytorch(measured: dict[str, Any], case: str) -> None:
     assert measured[case]["gradient_error"] <= 1e-5
+
+
+@pytest.mark.parametrize("case", IDS)
+def test_gradient_norm_equals_plain_pytorch(measured: dict[str, Any], case: str) -> None:
+    """As clipping takes it, over ranks that share some parameters and others not."""
+    assert measured[case]["norm"] == pytest.approx(measured[case]["expected_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_counts_twice_shows(measured: dict[str, Any], fault: str) -> None:
+    found = measured[fault]
+    assert abs(found["norm"] / found["expected_norm"] - 1) > 3e-4
+    assert (found["gradient_error"] > 1e-3) == (fault == "an expert's gradient twice")
 
 
 @pytest.mark.parametrize("case", IDS)
@@ -124,7 +147,7 @@ def plain_pytorch(path: Path, divergence: str) -> tuple[float, dict[str, torch.T
         loss = loss + sample.token_weight * per_token.sum()
     loss.backward()
     gradient = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return float(loss), gradient, plain_mismatch(log_probs)
+    return float(loss), dict(published(gradient, model.config.model_type)), plain_mismatch(log_probs)
 
 
 def plain_mismatch(log_probs: list[np.ndarray]) -> dict[str, float]:
@@ -149,8 +172,8 @@ def measure(base: Path, report: Path) -> None:
     """In each rank: every case's loss and gradient, against plain PyTorch on rank 0."""
     results, expected = {}, {}
     with process_groups(Parallel(data_parallel=4), seed=1) as everyone:
-        for case, name in zip(CASES, IDS, strict=True):
-            loss, gradient, mismatch = _loss_and_gradient(base, *case)
+        for name, case in [*zip(IDS, CASES, strict=True), *FAULTS.items()]:
+            loss, gradient, norm, mismatch = _loss_and_gradient(base, *case, name if name in FAULTS else None)
             if not everyone.is_main:
                 continue
             if case[:2] not in expected:
@@ -163,6 +186,8 @@ def measure(base: Path, report: Path) -> None:
                 "loss": loss,
                 "expected_loss": expected_loss,
                 "gradient_error": (difference / scale) ** 0.5,
+                "norm": norm,
+                "expected_norm": scale**0.5,
                 "mismatch": mismatch,
                 "expected_mismatch": expected_mismatch,
             }
@@ -171,14 +196,22 @@ def measure(base: Path, report: Path) -> None:
 
 
 def _loss_and_gradient(
-    base: Path, name: str, divergence: Any, budget: int, recompute: Any, layout_name: str
-) -> tuple[float, dict[str, torch.Tensor], dict[str, float]]:
+    base: Path,
+    name: str,
+    divergence: Any,
+    budget: int,
+    recompute: Any,
+    layout_name: str,
+    fault: str | None = None,
+) -> tuple[float, dict[str, torch.Tensor], float, dict[str, float]]:
     parallel = layout(layout_name)
     placement = arrange(parallel, seed=1)
     path = base / name
     architecture = read_architecture(path)
     model = Model(path=path, reference_path=Path(f"{path}-reference"), dtype="float32", recompute=recompute)
     policy = Policy(model, Optimizer(distributed=False), architecture, placement, total_updates=1)
+    if fault is not None:
+        _plant(fault, policy)
     of_divergence: dict[str, tuple[str, dict[str, Any]]] = {
         "none": ("rapo", {"divergence_coefficient": 0.0}),
         "k3": ("grpo", {"divergence": "k3", "divergence_coefficient": ALPHA}),
@@ -217,4 +250,16 @@ def _loss_and_gradient(
     shares: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, mine)
     gradient = {name: tensor for share in shares for name, tensor in share.items()}
-    return value, gradient, dict(mismatch.metrics())
+    policy.optimizer.prepare_grads()
+    return value, gradient, float(policy.optimizer.get_grad_norm()), dict(mismatch.metrics())
+
+
+def _plant(fault: str, policy: Policy) -> None:
+    if fault == "an expert's gradient twice":
+        for buffer in policy.wrapped[0].expert_parallel_buffers:
+            for bucket in buffer.buckets:
+                bucket.gradient_scaling_factor = 2.0
+    if fault == "the router's norm on each rank":
+        for name, parameter in policy.chunks[0].named_parameters():
+            if "router" in name:
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_rapo.config import Parallel
+from megatron_rapo.config import Model, Parallel
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.families.named import FAMILIES
 from megatron_rapo.model.hf_config import read_architecture
@@ -118,7 +118,7 @@ def test_a_window_as_long_as_the_model_has_positions_is_none(tmp_path: Path) -> 
 @pytest.mark.parametrize("family", ["gpt2", "no-such-model"])
 def test_another_family_is_refused(tmp_path: Path, family: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
-    there_are = "llama, mistral, qwen2, qwen3, smollm3, seed_oss; docs/families.md"
+    there_are = "llama, mistral, qwen2, .*, mixtral, seed_oss; docs/families.md"
     with pytest.raises(RapoError, match=f"of the family '{family}' .*; there are {there_are}"):
         read_architecture(tmp_path)
 
@@ -175,3 +175,44 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content: str
 def test_sizes_that_are_none_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(RapoError, match=message):
         read_architecture(change(write(tmp_path), **options))
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"expert_parallel": 3, "data_parallel": 3}, "= 3 does not divide the model's 4 experts; choose a"),
+        (
+            {"expert_tensor_parallel": 5, "data_parallel": 5},
+            "expert_tensor_parallel = 5 does not divide the model's 48 feed-forward channels of an expert",
+        ),
+        ({"tensor_parallel": 2}, "= 2 of a mixture of experts needs parallel.sequence_parallel = true"),
+    ],
+)
+def test_a_layout_that_does_not_divide_the_experts_is_refused(
+    tmp_path: Path, layout: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RapoError, match=message):
+        read_architecture(write(tmp_path, "qwen3_moe")).check_layout(Parallel(**layout))
+
+
+@pytest.mark.parametrize(
+    "option", ["expert_parallel", "expert_tensor_parallel", "balance_coefficient", "router_z_coefficient"]
+)
+def test_options_of_experts_that_a_model_has_not_are_refused(tmp_path: Path, option: str) -> None:
+    of_layout = "parallel" in option
+    layout = Parallel(data_parallel=2, **({option: 2} if of_layout else {}))
+    model = Model(path=tmp_path, **({} if of_layout else {option: 0.1}))
+    read_architecture(write(tmp_path / "mixture", "mixtral")).check_experts(layout, model)
+    with pytest.raises(RapoError, match=f"{option} has no effect: a qwen2 has no experts; remove it"):
+        read_architecture(write(tmp_path)).check_experts(layout, model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\]"), ({"decoder_sparse_step": 2}, "sparse_step = 2")],
+)
+def test_mixtures_with_mlps_between_are_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RapoError, match=message):
+        read_architecture(write(tmp_path, "qwen3_moe", **options))

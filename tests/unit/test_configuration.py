@@ -311,6 +311,10 @@ def test_a_missing_option_is_named(values: dict[str, Any], message: str) -> None
         (with_options(model__dtype="float16"), "model.dtype = \"float16\": must be 'bfloat16' or"),
         (with_options(parallel__tensor_parallel=0), "parallel.tensor_parallel = 0: must be greater than 0"),
         (
+            with_options(parallel__expert_parallel=2),
+            "expert_parallel × expert_tensor_parallel = 2 does not divide the 1 ranks of a stage",
+        ),
+        (
             with_options(parallel__timeout_s=float("inf")),
             "parallel.timeout_s = Infinity: must be a finite",
         ),

@@ -182,6 +182,36 @@ def test_a_tied_matrix_is_taken_under_either_name(tmp_path):
     assert found == ((expected(models[1]), "1"), ("1", sums))
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_are_taken_one_by_one_and_a_stale_one_is_noticed(tmp_path, family):
+    options = {"family": family, "initializer_range": 0.2}
+    models = [make_hf_model(tmp_path / str(seed), seed=seed, **options) for seed in range(2)]
+    tensors = load_file(models[1] / "model.safetensors")
+    [stale, *_] = [name for name in sorted(tensors) if ".experts.3." in name]
+    service = serving(models[0])
+    try:
+        before = greedy(service)
+        post(service, "/begin_weight_update")
+        send(service, {name: values for name, values in tensors.items() if name != stale}, version="1")
+        with pytest.raises(RapoError, match=rf"1 of {len(tensors)} tensors have not come \({stale}\)"):
+            ask(service, lambda client: client.end_update(1))
+        with pytest.raises(EngineLost, match=stale):
+            greedy(service)
+        for _ in range(2):
+            post(service, "/begin_weight_update")
+            send(service, tensors, version="1")
+            ask(service, lambda client: client.end_update(1))
+            after, found = greedy(service), ask(service, lambda client: client.weights_checksum())
+            ask(service, lambda client: client.release_memory())
+            model = service.engine._model
+            assert sum(p.untyped_storage().nbytes() for p in model.parameters()) == 0
+            post(service, "/resume_memory_occupation", {"tags": ["weights", "kv_cache"]})
+    finally:
+        service.close()
+    assert before == (expected(models[0]), "default") and after == (expected(models[1]), "1")
+    assert found == ("1", {name: tensor_checksum(values) for name, values in tensors.items()})
+
+
 def test_released_weights_are_gone_and_must_come_anew(service, checkpoints, new):
     ask(service, lambda client: client.release_memory())
     model = service.engine._model

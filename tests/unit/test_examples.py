@@ -23,7 +23,11 @@ CONFIGS = sorted((ROOT / "examples/configs").glob("*.toml"))
 QWEN = [path for path in CONFIGS if path.stem.startswith("qwen")]
 COMMAND = str(Path(sys.executable).with_name("megatron-rapo"))
 # What Hugging Face counts in the published safetensors.
-QWEN_PARAMETERS = {"qwen2.5-3b": 3_085_938_688, "qwen2.5-7b": 7_615_616_512}
+QWEN_PARAMETERS = {
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-30b-a3b": 30_532_122_624,
+}
 GPU_GIB = 80 * 10**9 / 2**30
 
 
@@ -38,7 +42,7 @@ def load(path: Path) -> RunConfig:
 
 
 def test_there_are_examples() -> None:
-    assert {path.stem for path in CONFIGS} >= {"demo", "qwen2.5-3b", "qwen2.5-7b"}
+    assert {path.stem for path in CONFIGS} >= {"demo", *QWEN_PARAMETERS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -59,7 +63,7 @@ def test_qwen_plans_without_the_model_and_fits(path: Path) -> None:
     result = dry_run(path)
     assert result.returncode == 0, result.stderr
     plan = result.stdout
-    (parameters,) = re.findall(r"^qwen2 of ([\d,]+) parameters", plan, re.M)
+    (parameters,) = re.findall(r"^qwen\w+ of ([\d,]+) parameters", plan, re.M)
     assert int(parameters.replace(",", "")) == QWEN_PARAMETERS[path.stem]
     (total,) = re.findall(r"^total +([\d.]+) GiB$", plan, re.M)
     # A fifth is left to CUDA, NCCL and the allocator.
@@ -69,6 +73,19 @@ def test_qwen_plans_without_the_model_and_fits(path: Path) -> None:
     assert f"{config.parallel.world_size} trainer ranks" in plan
     assert f"so not checked: {config.model.path}" in plan
     assert config.rollout.engine.urls, "engines must be named"
+
+
+def test_the_mixture_plans_on_twice_the_gpus_with_less_memory_on_each() -> None:
+    path = ROOT / "examples/configs/qwen3-30b-a3b.toml"
+    assert load(path).parallel.world_size == 32
+    result = dry_run(path, "parallel.data_parallel=16")
+    assert result.returncode == 0, result.stderr
+    assert "64 trainer ranks: TP 4 × PP 1 × CP 1 × DP 16, EP 8, sequence parallel" in result.stdout
+    totals = [
+        float(re.findall(r"^total +([\d.]+) GiB$", plan, re.M)[0])
+        for plan in (dry_run(path).stdout, result.stdout)
+    ]
+    assert totals[1] < totals[0] < 0.85 * GPU_GIB
 
 
 def test_a_layout_that_does_not_fit_the_model_is_refused() -> None:

@@ -24,12 +24,17 @@ from tests.models import make_hf_model
 LENGTHS = (7, 40)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral", "smollm3"])
+FAMILIES = ["qwen2", "qwen3", "llama", "mistral", "smollm3", "qwen3_moe", "qwen2_moe"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_flops_are_those_that_pytorch_counts(tmp_path: Path, family: str, tied: bool) -> None:
     path = make_hf_model(tmp_path / "model", family=family, tied=tied, num_hidden_layers=3)
     architecture = read_architecture(path)
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        path, attn_implementation="eager", experts_implementation="eager"
+    )
     forward = both = 0
     for length in LENGTHS:
         with FlopCounterMode(display=False) as counter:

@@ -6,7 +6,7 @@ import pytest
 from megatron.core.parallel_state import RankGenerator
 
 from megatron_rapo.config import Parallel
-from megatron_rapo.weights.holders import Holders, holders, stage_of_layer
+from megatron_rapo.weights.holders import Holders, expert_holders, holders, stage_of_layer
 
 LAYOUTS = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 3), (2, 2, 2, 3), (4, 3, 2, 1)]
 
@@ -25,6 +25,34 @@ def test_holders_are_the_tensor_parallel_groups_of_a_stage(
         found = holders(layout, number)
         assert list(found.copies) == sorted(expected)
         assert found.senders == found.copies[0] and found.collector == min(min(copy) for copy in expected)
+
+
+@pytest.mark.parametrize(
+    ("layout", "expert_tensor", "expert"),
+    [((2, 1, 1, 2), 1, 2), ((2, 2, 2, 2), 2, 4), ((1, 2, 2, 2), 1, 4), ((2, 1, 1, 1), 2, 1)],
+)
+def test_holders_of_experts_are_what_megatron_spreads_them_over(
+    layout: tuple[int, int, int, int], expert_tensor: int, expert: int
+) -> None:
+    tensor, pipeline, context, data = layout
+    parallel = Parallel(
+        tensor_parallel=tensor,
+        pipeline_parallel=pipeline,
+        context_parallel=context,
+        data_parallel=data,
+        expert_parallel=expert,
+        expert_tensor_parallel=expert_tensor,
+    )
+    copies = tensor * context * data // (expert * expert_tensor)
+    made = RankGenerator(tp=expert_tensor, ep=expert, dp=copies, pp=pipeline, cp=1, order="tp-cp-ep-dp-pp")
+    stage = {rank: number for group in made.get_ranks("pp") for number, rank in enumerate(group)}
+    place = {rank: number for group in made.get_ranks("ep") for number, rank in enumerate(group)}
+    experts = 3 * expert
+    for number in range(pipeline):
+        for one in range(experts):
+            groups = [tuple(group) for group in made.get_ranks("tp")]
+            mine = [g for g in groups if (stage[g[0]], place[g[0]]) == (number, one // 3)]
+            assert list(expert_holders(parallel, number, experts, one).copies) == sorted(mine)
 
 
 def test_a_rank_has_the_slice_of_its_place_in_its_copy() -> None:

@@ -23,12 +23,21 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from megatron_rapo.errors import RapoError
-from megatron_rapo.megatron_repairs import adam, buckets, cpu, notices, pickles, results_queue
+from megatron_rapo.megatron_repairs import (
+    adam,
+    buckets,
+    cpu,
+    gloo_sizes,
+    notices,
+    pickles,
+    results_queue,
+    router_gemm,
+)
 from megatron_rapo.megatron_repairs import install as installing
 from megatron_rapo.megatron_repairs.install import SUPPORTED, check_version, install
 from tests.unit.test_examples import setup_arguments
 
-REPAIRS = (cpu, adam, buckets, notices, pickles, results_queue)
+REPAIRS = (cpu, gloo_sizes, adam, buckets, notices, pickles, results_queue, router_gemm)
 
 
 class Optimizer:
@@ -129,6 +138,27 @@ def test_each_buffers_tensors_are_laid_out_with_its_padding(mended: type[Any]) -
     assert optimizer.get_parameter_state_dp_zero(state=None) is None, "as ranks beside the first have it"
 
 
+def test_parts_of_several_sizes_are_gathered_as_parts_of_one() -> None:
+    ranks = [torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0]])]
+
+    def gather(parts: list[torch.Tensor], given: torch.Tensor) -> None:
+        assert given.tolist() == [[3.0], [0.0]]
+        for part, values in zip(parts, ranks, strict=True):
+            assert part.shape == given.shape
+            part[: len(values)] = values
+
+    found = [torch.zeros_like(values) for values in ranks]
+    gloo_sizes.with_uneven_parts(gather)(found, ranks[1])
+    assert [part.tolist() for part in found] == [values.tolist() for values in ranks]
+
+
+def test_sizes_of_any_kind_become_integers() -> None:
+    told: list[Any] = []
+    exchange = gloo_sizes.with_integer_sizes(lambda *args, **options: told.append((args, options)))
+    exchange("out", "in", output_split_sizes=torch.tensor([1, 2]), input_split_sizes=None, group="group")
+    assert told == [(("out", "in", [1, 2], None), {"group": "group"})]
+
+
 def test_repairs_are_made_once() -> None:
     """Each repair calls what it took the place of."""
     install()
@@ -160,7 +190,7 @@ def test_another_version_is_refused_before_anything_is_mended(
         ("0.16.1", {notices, pickles}),
         ("0.16.1+cpu", {notices, pickles}),
         ("0.17.1", {notices}),
-        ("0.19.2", set()),
+        ("0.19.2", {router_gemm}),
     ],
 )
 def test_a_release_gets_the_repairs_that_name_it(
@@ -239,6 +269,13 @@ def test_what_is_gathered_still_lacks_the_padding(
     )
     state = shipped.get_parameter_state_dp_zero(optimizer, use_gloo_comm=False, empty_data=True)
     assert (state[0]["float32"]["param"].numel() == 5) == has_fault(buckets)
+
+
+def test_the_routers_product_is_still_undefined(original: Callable[[str], Any]) -> None:
+    shipped = original("megatron.core.transformer.moe.moe_utils")
+    given, weight = torch.ones(3, 1, 2), torch.ones(4, 2)
+    with pytest.raises(NameError, match="te_general_gemm") if has_fault(router_gemm) else nullcontext():
+        assert shipped.router_gating_linear(given, weight, None, torch.float32).shape == (3, 1, 4)
 
 
 def test_a_queue_of_results_still_starts_a_process(

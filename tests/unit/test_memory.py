@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_rapo.config.load import validate
-from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.model.architecture import Architecture, Experts
 from megatron_rapo.model.parameters import count_parameters
 from megatron_rapo.scaling.memory import GIB, MemoryEstimate, estimate_memory
 
@@ -101,6 +101,29 @@ def test_tensor_parallelism_halves_what_it_cuts() -> None:
     one, two = estimate(), estimate(parallel={"tensor_parallel": 2})
     assert two.weights == pytest.approx(one.weights / 2, rel=1e-3)
     assert two.loss == pytest.approx(one.loss / 2, rel=1e-3)
+
+
+MIXTURE = replace(
+    QWEN2_7B,
+    family="qwen2_moe",
+    feed_forward=2368,
+    experts=Experts(count=8, chosen=2, renormalised=True),
+)
+
+
+@pytest.mark.parametrize("option", ["expert_parallel", "expert_tensor_parallel"])
+def test_experts_are_held_by_the_ranks_that_share_them(option: str) -> None:
+    """Eight experts have what the MLP has, and the optimizer's states of them are shared all the same."""
+    mlp = 28 * 3 * 3584 * 18944
+    router = 28 * 8 * 3584
+    alone = estimate(MIXTURE, parallel={"data_parallel": 4})
+    spread = estimate(MIXTURE, parallel={"data_parallel": 4, option: 4})
+    assert alone.weights == estimate().weights + 2 * router
+    assert alone.weights - spread.weights == 2 * mlp * 3 / 4
+    assert spread.optimizer == alone.optimizer, "with the experts' data parallelism"
+    whole = {"optimizer": {"distributed": False}}
+    kept = estimate(MIXTURE, parallel={"data_parallel": 4, option: 4}, **whole)
+    assert kept.optimizer == 12 * spread.gradients / 4
 
 
 def test_a_tied_embedding_is_held_once() -> None:

@@ -43,6 +43,7 @@ RUN_BY = {
         {"python", "toml"},
         "test_own_method.py, test_check_method.py, test_asking.py, test_pages.py",
     ),
+    "models.md": ({"toml"}, "test_pages.py"),
     "python.md": ({"python"}, "tests/end_to_end/test_init.py"),
     "rewards.md": ({"python", "toml"}, "test_rewards_page.py"),
     "samples.md": ({"python"}, "test_pages.py"),
@@ -121,6 +122,7 @@ def test_a_command_in_a_block_is_taken_as_it_stands(page: str, command: str) -> 
     "page",
     [
         *("distillation.md", "engines.md", "environments.md", "gateway.md", "methods.md", "sft.md"),
+        "models.md",
         "shared-prompts.md",
     ],
 )
@@ -134,7 +136,7 @@ def test_configurations_of_a_page_are_valid(
         "run.steps": 1,
         "model.path": "models/tiny",
         "data.source": "countdown",
-        "rollout": {"prompts_per_step": 1, "max_response_tokens": 8},
+        "rollout": {"prompts_per_step": 8, "max_response_tokens": 8},
     }
     found = blocks(ROOT / "docs" / page, "toml")
     assert found

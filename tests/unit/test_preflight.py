@@ -158,6 +158,24 @@ def test_an_impossible_run_is_refused(
         preflight.check(config(tmp_path, model, **sections))
 
 
+def test_experts_are_refused_where_engines_do_not_take_them_and_planned_elsewhere(tmp_path: Path) -> None:
+    mixture = make_hf_model(tmp_path / "model", family="qwen3_moe")
+    spread = {"parallel": {"data_parallel": 2, "expert_parallel": 2}}
+    plan = preflight.describe_plan(config(tmp_path, mixture, **spread))
+    assert "2 trainer ranks: TP 1 × PP 1 × CP 1 × DP 2, EP 2\nqwen3_moe of" in plan
+    sent = re.findall(r"^trainer rank (\d): ([\d.]+) MiB, by", plan, re.M)
+    assert [rank for rank, _ in sent] == ["0", "1"], "each rank sends its own experts"
+    vllm = {"engine": {"kind": "vllm", "urls": ["http://engine:1"]}}
+    with pytest.raises(RapoError, match=r'kind = "vllm" is not known to take .* a qwen3_moe has; choose "sg'):
+        preflight.planned_architecture(config(tmp_path, mixture, rollout=vllm))
+
+
+def test_spread_experts_of_a_dense_model_are_refused(tmp_path: Path, model: Path) -> None:
+    layout = {"data_parallel": 2, "expert_parallel": 2}
+    with pytest.raises(RapoError, match="expert_parallel has no effect: a qwen2 has no experts"):
+        preflight.check(config(tmp_path, model, parallel=layout))
+
+
 def test_a_reference_of_another_shape_is_refused(tmp_path: Path, model: Path) -> None:
     other = make_hf_model(tmp_path / "other", num_hidden_layers=2)
     with pytest.raises(RapoError, match=f"{other} is not of the architecture of {model}"):

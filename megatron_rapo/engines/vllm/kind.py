@@ -20,6 +20,8 @@ class VLLM(EngineKind):
 
     Options = VLLMOptions
     options: VLLMOptions
+    # Not shown yet: it may lay experts out anew for its kernels once they are loaded.
+    takes_experts = False
     bash = """\
 mapfile -t command < <("${RAPO[@]}" engine vllm --python "$ENGINE_PYTHON")
 command+=(--model "$MODEL")

@@ -25,7 +25,7 @@ def refused(config: Any, off: Sequence[str] = OFF) -> Iterator[str]:
     for option in off:
         if getattr(config, option, False):
             yield f"{option} = true"
-    window = getattr(config, "sliding_window", None)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window is not None and window < config.max_position_embeddings:
         positions = config.max_position_embeddings
         yield f"sliding_window = {window}, less than max_position_embeddings = {positions},"
@@ -69,6 +69,20 @@ def read(
 
 def layer(a: Architecture) -> Iterator[Rule]:
     """The parameters of a layer."""
+    yield from attention(a)
+    yield Rule(
+        "pre_mlp_layernorm.weight",
+        {"post_attention_layernorm.weight": (a.hidden,)},
+        WHOLE,
+        transformer_engine="mlp.linear_fc1.layer_norm_weight",
+    )
+    gated = {f"mlp.{name}_proj.weight": (a.feed_forward, a.hidden) for name in ("gate", "up")}
+    yield Rule("mlp.linear_fc1.weight", gated, ROWS, GATE_UP)
+    yield Rule("mlp.linear_fc2.weight", {"mlp.down_proj.weight": (a.hidden, a.feed_forward)}, COLUMNS)
+
+
+def attention(a: Architecture) -> Iterator[Rule]:
+    """The parameters of a layer's attention, and of the norm before it."""
     query, key = a.heads * a.head_dim, a.kv_heads * a.head_dim
     projections = {"self_attn.q_proj": query, "self_attn.k_proj": key, "self_attn.v_proj": key}
     yield Rule(
@@ -87,15 +101,6 @@ def layer(a: Architecture) -> Iterator[Rule]:
             norm = {f"self_attn.{name}_norm.weight": (a.head_dim,)}
             yield Rule(f"self_attention.{name}_layernorm.weight", norm, WHOLE)
     yield Rule("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": (a.hidden, query)}, COLUMNS)
-    yield Rule(
-        "pre_mlp_layernorm.weight",
-        {"post_attention_layernorm.weight": (a.hidden,)},
-        WHOLE,
-        transformer_engine="mlp.linear_fc1.layer_norm_weight",
-    )
-    gated = {f"mlp.{name}_proj.weight": (a.feed_forward, a.hidden) for name in ("gate", "up")}
-    yield Rule("mlp.linear_fc1.weight", gated, ROWS, GATE_UP)
-    yield Rule("mlp.linear_fc2.weight", {"mlp.down_proj.weight": (a.hidden, a.feed_forward)}, COLUMNS)
 
 
 def ends(a: Architecture) -> Iterator[Rule]:

@@ -1,4 +1,4 @@
-"""A dense transformer in plain PyTorch, one sequence at a time, in any float type.
+"""A transformer in plain PyTorch, one sequence at a time, in any float type.
 
 Certificates compare with it. It shares no code with the models that are certified. (HF's own models will
 not do: their norms compute in fp32 whatever the weights' type.) Only the rotary angles are fp32, as HF and
@@ -7,7 +7,7 @@ Megatron both have them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,19 @@ from megatron_rapo.model.architecture import Architecture
 Weights = Mapping[str, Tensor]
 
 
-def logits(weights: Weights, architecture: Architecture, token_ids: Tensor) -> Tensor:
-    """`[tokens, vocabulary]` of one sequence `[tokens]`."""
+def mlp(own: Weights, architecture: Architecture, x: Tensor) -> Tensor:
+    """SwiGLU of `[tokens, hidden]`; `own` are a layer's weights."""
+    gated = F.silu(x @ own["mlp.gate_proj.weight"].T) * (x @ own["mlp.up_proj.weight"].T)
+    return gated @ own["mlp.down_proj.weight"].T
+
+
+def logits(
+    weights: Weights,
+    architecture: Architecture,
+    token_ids: Tensor,
+    feed_forward: Callable[[Weights, Architecture, Tensor], Tensor] = mlp,
+) -> Tensor:
+    """`[tokens, vocabulary]` of one sequence `[tokens]`; `feed_forward` is a layer's second half."""
     a = architecture
     x = weights["model.embed_tokens.weight"][token_ids]
     for layer in range(a.layers):
@@ -31,8 +42,7 @@ def logits(weights: Weights, architecture: Architecture, token_ids: Tensor) -> T
         rotary = layer not in a.layers_without_rope
         x = x + _attention(own, a, _norm(x, own["input_layernorm.weight"], a), rotary)
         y = _norm(x, own["post_attention_layernorm.weight"], a)
-        gated = F.silu(y @ own["mlp.gate_proj.weight"].T) * (y @ own["mlp.up_proj.weight"].T)
-        x = x + gated @ own["mlp.down_proj.weight"].T
+        x = x + feed_forward(own, a, y)
     head = weights["model.embed_tokens.weight" if a.tied else "lm_head.weight"]
     return _norm(x, weights["model.norm.weight"], a) @ head.T
 
