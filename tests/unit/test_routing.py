@@ -1,97 +1,309 @@
-"""What routers measure, and their losses' share of the gradient, against transformers' router logits."""
+"""A pool's requests by way of a router: what is sent again, who is to blame, and what may hang."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from pathlib import Path
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from megatron_rapo.config import Model, Optimizer
-from megatron_rapo.data.batching import Microbatch, Sample, pack
-from megatron_rapo.embedded_server.published import published
-from megatron_rapo.episode.sequence import Sequence
-from megatron_rapo.loss.objective import Objective
-from megatron_rapo.model.hf_config import read_architecture
-from megatron_rapo.policy.gradients import accumulate_gradients, main_gradient
-from megatron_rapo.policy.policy import Policy
-from megatron_rapo.policy.routing import Routing
-from megatron_rapo.weights.export import hf_tensors
-from tests.methods import a_method
-from tests.models import make_hf_model
-from tests.unit.one_rank import one_placement
+from megatron_rapo.data.prompts import Prompt
+from megatron_rapo.engines.engine import Generated, Generation
+from megatron_rapo.errors import EngineLost, RapoError
+from megatron_rapo.rollout import routing as module
+from megatron_rapo.rollout.membership import Membership
+from megatron_rapo.rollout.requests import Sampling, first_turns
+from megatron_rapo.rollout.routing import Routing
 
-BALANCE, Z = 0.3, 0.2
-EXPERTS, CHOSEN = 4, 2
-TOKENS = [np.arange(2, 14, dtype=np.int32), np.arange(20, 50, 3, dtype=np.int32)]  # unpadded: even numbers
+WAIT_S = 30.0
+ONE, TWO = "http://127.0.0.1:7001", "http://127.0.0.1:7002"
+VERSION = 4
+REQUEST = first_turns([Prompt(3, "", (5, 6), "")], Sampling(2, 8, 1.0, VERSION, seed=0))
 
 
-@pytest.fixture(scope="module")
-def charged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Tensor], Any]]:
-    """A model, its gradient where the loss itself has none, and the metrics."""
-    path = make_hf_model(tmp_path_factory.mktemp("routing") / "model", family="qwen3_moe")
-    model = Model(path=path, dtype="float32", balance_coefficient=BALANCE, router_z_coefficient=Z)
-    architecture = read_architecture(path)
-    with one_placement() as placement:
-        policy = Policy(model, Optimizer(distributed=False), architecture, placement, total_updates=1)
-        method = a_method("grpo", divergence_coefficient=0.0)
-        objective = Objective(method, temperature=1.0, vocabulary=61, group=placement.tensor_group)
-        minibatch = [microbatch(token_ids) for token_ids in TOKENS]
-        routing = Routing(policy.chunks, architecture, model, placement)
-        routing.begin_step()
-        routing.begin_update(minibatch)
-        accumulate_gradients(policy.wrapped, minibatch, objective, None, placement)
-        gradient = dict(hf_tensors(policy.chunks, architecture, placement, value=main_gradient))
-        yield path, gradient, routing.metrics()
+class Router:
+    """Answers requests by what a test queued: an error, or nothing; then as it should."""
+
+    url = "http://router:1"
+
+    def __init__(self) -> None:
+        self.failures: list[RapoError] = []
+        self.hangs = False
+        self.asked: list[Any] = []
+        self.served: list[tuple[list[str], set[str]]] = []
+        self.known: list[set[str]] = []
+        self.removed: list[str] = []
+        self.may_remove = asyncio.Event()
+        self.may_remove.set()
+        self.problem: RapoError | None = None
+
+    async def generate(self, wanted: Sequence[Generation]) -> list[Generated]:
+        self.asked.append(list(wanted))
+        if self.hangs:
+            await asyncio.sleep(WAIT_S)
+        await asyncio.sleep(0)
+        if self.failures:
+            raise self.failures.pop(0)
+        return [
+            Generated(np.array([token]), np.array([-0.5], np.float32), (str(VERSION),), "stop")
+            for token in range(7, 7 + len(wanted))
+        ]
+
+    async def check_workers(self, known: Collection[str]) -> None:
+        self.known.append(set(known))
+        if self.problem is not None:
+            raise self.problem
+
+    async def serve_with(self, urls: Sequence[str], known: Collection[str], timeout: float) -> None:
+        self.served.append((list(urls), set(known)))
+        if self.problem is not None:
+            raise self.problem
+
+    async def remove(self, url: str) -> None:
+        await self.may_remove.wait()
+        if self.problem is not None:
+            raise self.problem
+        self.removed.append(url)
 
 
-def microbatch(token_ids: np.ndarray) -> Microbatch:
-    log_probs = np.zeros(len(token_ids) - 1, np.float32)
-    sample = Sample(Sequence.of_response(token_ids[:1], token_ids[1:], log_probs, 0), 0.0, 0.0, 1.0)
-    return pack([sample], sequence_multiple=2, total_tokens=None, context_rank=0, context_ranks=1)
+class Client:
+    versions: dict[str, str | EngineLost]
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    async def weight_version(self) -> str:
+        found = self.versions[self.url]
+        if isinstance(found, EngineLost):
+            raise found
+        return found
 
 
-def test_losses_have_their_share_of_the_gradient_and_all_is_measured(charged: Any) -> None:
-    path, gradient, metrics = charged
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    given = [torch.from_numpy(token_ids).long()[None] for token_ids in TOKENS]
-    # Of each sequence [layers, tokens, experts].
-    layers = [torch.stack(model(each, output_router_logits=True).router_logits) for each in given]
-    tokens = sum(map(len, TOKENS))
-    balance, picks = torch.zeros(()), torch.zeros(len(layers[0]), EXPERTS)
-    for of_sequence in layers:
-        probs = of_sequence.softmax(-1)
-        chosen = torch.zeros_like(probs).scatter(-1, probs.topk(CHOSEN).indices, 1.0).sum(1)
-        share = chosen / chosen.sum(1, keepdim=True)
-        balance = balance + EXPERTS * (share * probs.mean(1)).sum() * probs.size(1) / tokens
-        picks += chosen
-    every = torch.cat(layers, dim=1)
-    z = every.logsumexp(-1).square().mean(1).sum()
-    (BALANCE * balance + Z * z).backward()
-    expected = dict(
-        published(
-            {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
-            model.config.model_type,
+def run(
+    work: Callable[[Router, Routing, Membership], Awaitable[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    dead: Collection[str] = (),
+    **versions: str | EngineLost,
+) -> Any:
+    """What `work` makes of a router before two engines, which have the current weights unless told.
+
+    Args:
+        dead: addresses at which nothing listens.
+        versions: of engines `one` and `two`, or why they do not answer.
+    """
+    given = {ONE: versions.get("one", str(VERSION)), TWO: versions.get("two", str(VERSION))}
+    monkeypatch.setattr(Client, "versions", given, raising=False)
+    monkeypatch.setattr(module, "_refuses_connections", lambda url: url in dead)
+
+    async def scenario() -> Any:
+        router: Any = Router()
+        routing = Routing(router, vocab_size=50)
+        client: Any = Client
+        members = Membership([ONE, TWO], client, minimum=1, reviver=None, on_lost=routing.take_out)
+        return await work(router, routing, members)
+
+    return asyncio.run(asyncio.wait_for(scenario(), WAIT_S))  # type: ignore[arg-type]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def tokens(responses: Any) -> Any:
+    return [response.token_ids.tolist() for response in responses]
+
+
+RESPONSES = [[7], [8]]
+
+
+@pytest.mark.parametrize("failures", [0, 1, 2])
+def test_a_request_that_fails_though_no_engine_is_to_blame_is_sent_again(
+    failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(router: Router, routing: Routing, members: Membership) -> None:
+        router.failures = [EngineLost("the router was late")] * failures
+        assert tokens(await routing.send(REQUEST, members)) == RESPONSES
+        assert len(router.asked) == failures + 1
+        assert router.asked == [REQUEST.wanted] * (failures + 1)
+        assert members.changes == 0 and router.removed == []
+
+    run(work, monkeypatch)
+
+
+def test_after_three_failures_without_a_culprit_the_first_is_the_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def work(router: Router, routing: Routing, members: Membership) -> None:
+        router.failures = [EngineLost(f"failure {number}") for number in range(9)]
+        with pytest.raises(
+            RapoError, match=r"failure 0\. So it was 3 times, though every engine .* version 4;"
+        ) as e:
+            await routing.send(REQUEST, members)
+        assert not isinstance(e.value, EngineLost)
+        assert len(router.asked) == 3
+        router.failures = [RapoError("a prompt is too long")]
+        with pytest.raises(RapoError, match="too long"):
+            await routing.send(REQUEST, members)
+        assert len(router.asked) == 4
+
+    run(work, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("two", "reason"),
+    [("3", "weights version '3' in place of 4"), (EngineLost("it was killed"), "it was killed")],
+)
+def test_an_engine_that_is_to_blame_is_out_and_behind_the_router_no_more(
+    two: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(router: Router, routing: Routing, members: Membership) -> None:
+        router.failures = [EngineLost("a connection was lost")]
+        router.may_remove.clear()
+        sending = asyncio.ensure_future(routing.send(REQUEST, members))
+        await until(lambda: bool(members.failures))
+        await asyncio.sleep(0.02)
+        assert not sending.done(), "the router may send it there again"
+        router.may_remove.set()
+        with pytest.raises(EngineLost, match="a connection was lost"):
+            await sending
+        assert [member.url for member in members.live] == [ONE]
+        assert reason in members.failures[TWO]
+        assert router.removed == [TWO]
+        assert len(router.asked) == 1
+        assert not routing._removals
+        assert tokens(await routing.send(REQUEST, members)) == RESPONSES
+
+    run(work, monkeypatch, two=two)
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_requests_that_may_hang_at_a_lost_engine_are_sent_again(
+    dead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing listens any more there is none: the connections are broken, and the router tells."""
+
+    async def work(router: Router, routing: Routing, members: Membership) -> None:
+        router.hangs = True
+        under_way = [asyncio.ensure_future(routing.send(REQUEST, members)) for _ in range(2)]
+        await until(lambda: len(router.asked) == 2)
+        members.live[1].lose("it was silent")
+        await routing._settled()
+        assert router.removed == [TWO]
+        if dead:
+            await asyncio.sleep(0.02)
+            assert not any(request.done() for request in under_way)
+            assert len(router.asked) == 2
+            for request in under_way:
+                request.cancel()
+        else:
+            for request in under_way:
+                with pytest.raises(EngineLost, match=f"{TWO} may have it, and is out: it was silent"):
+                    await request
+        router.hangs = False
+        assert tokens(await routing.send(REQUEST, members)) == RESPONSES, (
+            "one that is sent afterwards cannot hang there"
         )
-    )
-    for name, found in gradient.items():
-        wanted = expected.get(name, torch.zeros_like(found))
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
-    assert gradient["model.layers.0.mlp.gate.weight"].norm() > 1e-3
+        members.live[0].lose("it was silent, too")
+        await routing._settled()
+        assert router.removed == [TWO, ONE]
 
-    load = picks / picks.mean(1, keepdim=True)
-    entropy = -(every.softmax(-1) * every.log_softmax(-1)).sum(-1).mean()
-    assert metrics == {
-        "router/load_max": pytest.approx(float(load.max())),
-        "router/load_min": pytest.approx(float(load.min())),
-        "router/idle_experts": float((picks == 0).double().mean()),
-        "router/entropy": pytest.approx(float(entropy) / math.log(EXPERTS), rel=1e-5),
-        "router/balance_loss": pytest.approx(float(balance) / len(layers[0]), rel=1e-5),
-        "router/z_loss": pytest.approx(float(z) / len(layers[0]), rel=1e-5),
-    }
+    run(work, monkeypatch, dead=[TWO] if dead else [])
+
+
+def test_a_lost_engine_that_no_request_can_be_at_is_removed_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def work(router: Router, routing: Routing, members: Membership) -> None:
+        members.live[0].lose("it was silent")
+        await routing._settled()
+        assert router.removed == [ONE]
+        assert members.live[0].url == TWO
+
+    run(work, monkeypatch)
+
+
+def test_a_router_that_keeps_a_lost_engine_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def work(router: Router, routing: Routing, members: Membership) -> None:
+        router.problem = RapoError("no answer")
+        members.live[0].lose("it was silent")
+        await routing._settled()
+
+    run(work, monkeypatch)
+    told = f"the router still has {ONE}, whose responses are not used: no answer\n"
+    assert capsys.readouterr().out.endswith(told)
+
+
+def test_engines_that_ever_were_the_runs_are_known_and_only_the_live_ones_serve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def work(router: Router, routing: Routing, members: Membership) -> None:
+        await routing.check([ONE])
+        assert router.known == [{ONE}]
+        await routing.serve_with([TWO])
+        assert router.served == [([TWO], {ONE, TWO})]
+        await routing.check([TWO])
+        assert router.known[1:] == [{ONE, TWO}]
+
+    run(work, monkeypatch)
+
+
+def test_the_new_weights_are_served_once_lost_engines_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(router: Router, routing: Routing, members: Membership) -> None:
+        router.may_remove.clear()
+        members.live[0].lose("it was silent")
+        serving = asyncio.ensure_future(routing.serve_with([TWO]))
+        await asyncio.sleep(0.02)
+        assert router.served == []
+        router.may_remove.set()
+        await serving
+        assert router.removed == [ONE] and len(router.served) == 1
+
+    run(work, monkeypatch)
+
+
+@pytest.mark.parametrize("what", ["check", "serve_with"])
+def test_a_router_that_is_not_there_is_the_runs_error_and_no_engines(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(router: Router, routing: Routing, members: Membership) -> None:
+        router.problem = EngineLost("cannot connect")
+        with pytest.raises(
+            RapoError, match=r"rollout\.engine\.router cannot be used: cannot connect\. It is started"
+        ) as e:
+            await getattr(routing, what)([ONE])
+        assert not isinstance(e.value, EngineLost)
+        router.problem = RapoError("workers that are no engines of this run")
+        with pytest.raises(RapoError, match=r"^workers that"):
+            await getattr(routing, what)([ONE])
+
+    run(work, monkeypatch)
+
+
+def test_only_a_port_without_a_listener_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        assert not module._refuses_connections(f"http://127.0.0.1:{port}")
+    assert module._refuses_connections(f"http://127.0.0.1:{port}")
+
+    failures: list[OSError] = [TimeoutError(), OSError("no route to host")]
+
+    def unreachable(address: Any, timeout: float) -> Any:
+        assert (address, timeout) == (("127.0.0.1", port), module.CONNECT_TIMEOUT_S)
+        raise failures.pop()
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    while failures:
+        assert not module._refuses_connections(f"http://127.0.0.1:{port}")
+    closed: list[bool] = []
+    taken = SimpleNamespace(close=lambda: closed.append(True))
+    monkeypatch.setattr(socket, "create_connection", lambda *_: taken)
+    assert not module._refuses_connections(f"http://127.0.0.1:{port}")
+    assert closed == [True]
