@@ -200,6 +200,7 @@ def disturbed(
             told.append(what)
             print(json.dumps(what), flush=True)
         status = finish(run)
+        left = run.kill_all()
     found = differences(expected, contents(run.directory)) if status == 0 else [f"status {status}"]
     if found:
         print(run.said()[-3000:], flush=True)
@@ -207,7 +208,7 @@ def disturbed(
         shutil.rmtree(folder)
     with (out / "disturbances.jsonl").open("a") as file:
         file.write("".join(json.dumps({**what, "differences": len(found)}) + "\n" for what in told))
-    result = {"seed": seed, "run": number, "differences": found}
+    result = {"seed": seed, "run": number, "differences": found, "left": left}
     with (out / "runs.jsonl").open("a") as file:
         file.write(json.dumps(result) + "\n")
     return result
@@ -272,7 +273,8 @@ def main() -> None:
             preloaded = clock if any(cell.does in JUMPS for cell in own) else None
             print(json.dumps(disturbed(out, number, own, options.seed, preloaded, options.set)))
     print(table(options.out))
-    if any(json.loads(line)["differences"] for line in (options.out / "runs.jsonl").read_text().splitlines()):
+    runs = map(json.loads, (options.out / "runs.jsonl").read_text().splitlines())
+    if any(run["differences"] or run.get("left") for run in runs):
         raise SystemExit(1)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -14,6 +16,7 @@ from pathlib import Path
 from megatron_rapo.errors import RapoError
 from megatron_rapo.wire.access import API_KEY_VARIABLE, api_key_from_environment, is_loopback
 
+_PR_SET_PDEATHSIG = 1
 logger = logging.getLogger("megatron_rapo.embedded_server")
 
 
@@ -22,6 +25,7 @@ def main() -> int:
     arguments = _parse()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     if arguments.parent_pid is not None:
+        _die_with_parent()
         threading.Thread(target=_end_with_parent, args=(arguments.parent_pid,), daemon=True).start()
     try:
         _refuse_open_host(arguments.host, arguments.api_key)
@@ -99,6 +103,12 @@ def _serve(arguments: argparse.Namespace, listening: socket.socket) -> None:
     print(f"serving {arguments.model} on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     server.run(sockets=[listening])
     loading.result()
+
+
+def _die_with_parent() -> None:
+    """Has the kernel kill this process as well, since one that is stopped, or hangs, does not look."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _end_with_parent(parent_pid: int) -> None:

@@ -211,6 +211,7 @@ def test_a_server_that_starts_too_slowly_is_ended(checkpoints, tmp_path):
 
 
 def test_servers_end_when_their_parent_is_killed(checkpoints, tmp_path):
+    """Also one that is stopped, or hangs, and cannot look for its parent."""
     script = f"""
 import time
 from pathlib import Path
@@ -228,6 +229,7 @@ with LocalServers(launcher, EmbeddedClient, count=1, log_directory=logs, startup
         url = parent.stdout.readline().strip()
         assert url.startswith("http://127.0.0.1:")
         [server] = psutil.Process(parent.pid).children()
+        server.suspend()
         parent.kill()
         parent.wait(60)
         server.wait(60)

@@ -86,11 +86,13 @@ class Run:
         if clock is not None:
             self._environment |= {"LD_PRELOAD": str(clock), "RAPO_CLOCK": str(self._offset)}
         self.process: subprocess.Popen[bytes] | None = None
+        self._marks: list[str] = []  # of each start
         self.began = 0.0
 
     def start(self, *, small_files: bool = False) -> None:
         """The command, in the background; with `small_files` no file may grow beyond SMALL_FILES."""
         self.mark = uuid.uuid4().hex
+        self._marks.append(self.mark)
         self.began = time.monotonic()
         self._heard: dict[Path, float] = {path: _mtime(path) for path in self._beats()}
         with self._log.open("ab") as log:
@@ -124,7 +126,7 @@ class Run:
         assert self.process is not None
         ranks = {json.loads(path.read_text())["pid"] for path in self._beats() if path.exists()}
         found = []
-        for process in self._marked():
+        for process in _marked([self.mark]):
             with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                 if process.status() == psutil.STATUS_ZOMBIE:
                     continue
@@ -141,26 +143,22 @@ class Run:
                     found.append(process)
         return found
 
-    def _marked(self) -> Iterator[psutil.Process]:
-        """By their environment, read here: psutil takes longer over all processes than some phases do."""
-        mark = f"{MARK}={self.mark}".encode()
-        for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError, psutil.NoSuchProcess):
-                if mark in (folder / "environ").read_bytes():
-                    yield psutil.Process(int(folder.name))
-
     def jump(self, seconds: int) -> None:
         """Sets the clock of dates off by so much, in all processes of the run."""
         with self._offset.open("r+b") as file:
             file.write(ctypes.c_long(seconds))
 
-    def kill_all(self) -> None:
-        """Whatever is left."""
-        for process in self.members("everything"):
+    def kill_all(self) -> list[str]:
+        """Kills whatever is left, of earlier starts as well; the commands of what that was."""
+        left = []
+        for process in _marked(self._marks):
             with suppress(psutil.NoSuchProcess):
-                process.kill()
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    left.append(" ".join(process.cmdline()[:4]))
+                    process.kill()
         if self.process is not None:
             self.process.wait()
+        return left
 
     def said(self) -> str:
         """All that it printed."""
@@ -168,6 +166,16 @@ class Run:
 
     def _beats(self) -> list[Path]:
         return sorted((self.directory / "heartbeat").glob("rank_*.json"))
+
+
+def _marked(marks: Sequence[str]) -> Iterator[psutil.Process]:
+    """By their environment, read here: psutil takes longer over all processes than some phases do."""
+    wanted = [f"{MARK}={mark}".encode() for mark in marks]
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, psutil.NoSuchProcess):
+            environment = (folder / "environ").read_bytes()
+            if any(mark in environment for mark in wanted):
+                yield psutil.Process(int(folder.name))
 
 
 def _mtime(path: Path) -> float:
