@@ -7,6 +7,7 @@ from transformers import Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 CHOSEN = 2  # experts of a token
 SHARED_CHANNELS = 32
+ROUTER_SPREAD = 0.1  # of its weights: its logits then are about 1, and all experts are chosen
 
 
 @torch.no_grad()
@@ -34,5 +35,6 @@ def upcycle(dense: Qwen2ForCausalLM, experts: int) -> Qwen2MoeForCausalLM:
         layer.mlp.experts.gate_up_proj.copy_(both.expand_as(layer.mlp.experts.gate_up_proj))
         layer.mlp.experts.down_proj.copy_(own.mlp.down_proj.weight.expand_as(layer.mlp.experts.down_proj))
         layer.mlp.shared_expert.down_proj.weight.zero_()
+        layer.mlp.gate.weight.normal_(std=ROUTER_SPREAD)
     mixture.tie_weights()
     return mixture
