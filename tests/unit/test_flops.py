@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from megatron_rapo.certify.certificate import DEFAULT
+from megatron_rapo.config import Parallel
 from megatron_rapo.data.trees import segment_sizes
+from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.episode.problem import Problem
+from megatron_rapo.job import Job
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.scaling.devices import own_peak_tflops, peak_tflops
 from megatron_rapo.scaling.flops import forward_flops, training_flops
@@ -47,14 +52,19 @@ def test_flops_are_those_that_pytorch_counts(tmp_path: Path, family: str, tied: 
     assert training_flops(architecture, LENGTHS) == pytest.approx(forward + both, rel=0.01)
 
 
-def test_what_sequences_share_is_counted_once() -> None:
-    """Three responses of 4, 2 and 6 tokens to a prompt of 10, and one to a prompt of 5."""
+def groups_of_prompts() -> list[Group]:
+    """Three responses of 4, 2 and 6 tokens to a prompt of 10, and one of 1 to a prompt of 5."""
     ids = [np.array([*range(10), *[20 + n] * length], np.int32) for n, length in enumerate((4, 2, 6))]
     groups = [
         group_of(*(scored_response(Outcome.CORRECT, one[10:].tolist(), prompt=range(10)) for one in ids)),
         group_of(scored_response(Outcome.WRONG, [3], prompt=range(5))),
     ]
     groups[0] = replace(groups[0], problem=Problem("0", "", token_ids=tuple(range(10))))
+    return groups
+
+
+def test_what_sequences_share_is_counted_once() -> None:
+    groups = groups_of_prompts()
     assert segment_sizes(groups) == ([10, 4, 2, 6, 6], [10, 14, 12, 16, 6])
     assert segment_sizes([group.brief() for group in groups]) == segment_sizes(groups)
     apart = forward_flops(DEFAULT, [14, 12, 16, 6])
@@ -62,6 +72,32 @@ def test_what_sequences_share_is_counted_once() -> None:
     of_tokens = forward_flops(DEFAULT, [1] * 20) - forward_flops(DEFAULT, [1] * 20, [0] * 20)
     pairs = 14 * 14 + 12 * 12 + 16 * 16 - (10 * 10 + 4 * 14 + 2 * 12 + 6 * 16)
     assert apart - shared == forward_flops(DEFAULT, [1] * 20, [0] * 20) + of_tokens * pairs // 20
+
+
+def test_a_run_tells_what_it_computes_again() -> None:
+    """20 of 48 tokens; nothing with shared prompts; not where they cannot be shared."""
+
+    def told(share: bool, context: int = 1) -> Any:
+        layout = Parallel(context_parallel=context)
+        job: Any = SimpleNamespace(
+            architecture=DEFAULT,
+            placement=SimpleNamespace(layout=layout),
+            config=SimpleNamespace(
+                algorithm=SimpleNamespace(share_prompts=share),
+                parallel=layout,
+                observe=SimpleNamespace(peak_tflops=None),
+                model=SimpleNamespace(dtype="float32"),
+            ),
+        )
+        return Job._compute(job, SimpleNamespace(groups=groups_of_prompts()), seconds=2.0)  # type: ignore[arg-type]
+
+    apart, shared = told(False), told(True)
+    assert apart["compute/repeated_tokens"] == pytest.approx(20 / 48)
+    assert shared["compute/repeated_tokens"] == 0.0
+    assert "compute/repeated_tokens" not in told(False, context=2)
+    of_apart = training_flops(DEFAULT, [14, 12, 16, 6]) / 1e12
+    of_shared = training_flops(DEFAULT, *segment_sizes(groups_of_prompts())) / 1e12
+    assert [each["compute/update_tflop"] for each in (apart, shared)] == [of_apart, of_shared]
 
 
 def test_peaks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
