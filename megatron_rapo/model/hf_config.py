@@ -58,9 +58,18 @@ def _check_sizes(architecture: Architecture, file: Path) -> None:
         "vocab_size": architecture.vocabulary,
         "max_position_embeddings": architecture.max_positions,
     }
+    if (experts := architecture.experts) is not None:
+        sizes |= {"num_experts": experts.count, "num_experts_per_tok": experts.chosen}
+        if experts.shared is not None:
+            sizes["shared_expert_intermediate_size"] = experts.shared
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise RapoError(f"model configuration {file} has {name} = {size!r}, no size; copy it again")
+    if experts is not None and experts.chosen > experts.count:
+        raise RapoError(
+            f"model configuration {file} has num_experts_per_tok = {experts.chosen}, more than its "
+            f"{experts.count} experts; copy it again"
+        )
     if architecture.heads % architecture.kv_heads:
         raise RapoError(
             f"model configuration {file} has num_attention_heads = {architecture.heads}, no multiple of "

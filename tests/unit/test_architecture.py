@@ -209,9 +209,15 @@ def test_options_of_experts_that_a_model_has_not_are_refused(tmp_path: Path, opt
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\]"), ({"decoder_sparse_step": 2}, "sparse_step = 2")],
+    [
+        ({"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\]"),
+        ({"decoder_sparse_step": 2}, "sparse_step = 2"),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok = 1 of probabilities that sum to 1"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok = 5, more than its 4 experts; copy it again"),
+        ({"num_experts": 0}, "num_experts = 0, no size; copy it again"),
+    ],
 )
-def test_mixtures_with_mlps_between_are_refused(
+def test_mixtures_with_mlps_between_or_wrong_numbers_are_refused(
     tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RapoError, match=message):

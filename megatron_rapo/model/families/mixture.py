@@ -39,6 +39,8 @@ def refused(config: Any) -> Iterator[str]:
         yield f"mlp_only_layers = {config.mlp_only_layers}"
     if (step := getattr(config, "decoder_sparse_step", 1)) != 1:
         yield f"decoder_sparse_step = {step}"
+    if config.num_experts_per_tok == 1 and getattr(config, "norm_topk_prob", True):
+        yield "num_experts_per_tok = 1 of probabilities that sum to 1, whose router cannot learn,"
 
 
 def read(config: Any, architecture: Architecture, feed_forward: int, **experts: Any) -> Architecture:
