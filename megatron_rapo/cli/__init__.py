@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from megatron_rapo import __version__
 from megatron_rapo.cli import (
+    calibrate,
     certify,
     compare,
     convert,
@@ -46,6 +47,7 @@ COMMANDS = (
     samples,
     trace,
     doctor,
+    calibrate,
     engine,
     convert,
     tasks,

@@ -49,6 +49,7 @@ def _plan(options: argparse.Namespace) -> int:
     from megatron_rapo.planning.profile import read_profile
     from megatron_rapo.planning.table import lines
     from megatron_rapo.planning.workload import workload_of
+    from megatron_rapo.scaling.devices import own_device_name
 
     architecture = read_architecture(config.model.config or config.model.path)
     architecture.check_lengths(config.rollout)
@@ -57,6 +58,8 @@ def _plan(options: argparse.Namespace) -> int:
     planner = Planner(config, architecture, workload, profile)
     plan = planner.plan(options.gpus)
     print(f"{profile.device}: {profile.source}")
+    if (here := own_device_name()) != profile.device:
+        print(f"not for this machine, whose device is {here}")
     print(f"responses of {workload.response_tokens:g} tokens in the mean, the longest {workload.longest}")
     print("\n".join(lines(plan, workload, options.gpus, options.show)))
     if options.output:

@@ -18,7 +18,7 @@ from megatron_rapo.scaling.flops import forward_flops
 from megatron_rapo.scaling.memory import GIB
 
 _POINTS = 32  # at which the batch is looked at, while responses end
-_USABLE = 0.85  # of a device's memory: the usual share of weights and cache (vLLM's and SGLang's default)
+_USABLE = 0.85  # of a device's memory: about what vLLM and SGLang take for weights and cache
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,24 @@ class Planner:
             memory=memory,
         )
 
+    def predict(
+        self, division: Division, layout: TrainerLayout, split: EngineSplit, max_staleness: int
+    ) -> Planned:
+        """Of one given way, whether or not its trainer fits.
+
+        Raises:
+            RapoError: engines have no room for the weights and one response.
+        """
+        cost, memory = self.cost(layout), self.memory(layout)
+        taken = self._held_gib(memory) if division.colocated else 0.0
+        rollout = self._engine_model.rollout_s(split, taken)
+        if rollout is None:
+            raise RapoError(
+                f"{split.engines} engines of {split.tensor_parallel} devices have no room for weights and a "
+                "response; raise rollout.engine.tensor_parallel"
+            )
+        return self._planned(division, layout, split, max_staleness, rollout, cost, memory)
+
     def transport(self, division: Division) -> str:
         """`weights.transport`: colocated engines take no broadcast, and handles reach one machine alone."""
         configured = self.config.weights.transport

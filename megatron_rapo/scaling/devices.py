@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import torch
 
 # By a part of the name that CUDA tells; the first that fits. Without sparsity, of SXM boards where there are
@@ -30,3 +33,15 @@ def own_peak_tflops(dtype: str) -> float | None:
     if dtype != "bfloat16" or not torch.cuda.is_available():
         return None
     return peak_tflops(torch.cuda.get_device_name())
+
+
+def own_device_name() -> str:
+    """This machine's GPU, or its CPU where torch sees none."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # another system than Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 import tomllib
 from dataclasses import replace
@@ -22,9 +23,12 @@ from megatron_rapo.planning.plan import USABLE, Planner
 from megatron_rapo.planning.profile import SHIPPED, Link, Profile, Rate, all_reduce_s, read_profile
 from megatron_rapo.planning.trainer_cost import TrainerCost, TrainerModel
 from megatron_rapo.planning.workload import Workload, workload_of
-from megatron_rapo.scaling.devices import peak_tflops
+from megatron_rapo.scaling.devices import own_device_name, peak_tflops
 from megatron_rapo.scaling.memory import GIB
 from tests.unit.test_memory import QWEN2_7B
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # scripts beside the package, not a part of it
+import check_plan
 
 EXAMPLE = Path(__file__).parents[2] / "examples/configs/qwen2.5-7b.toml"
 RATE = 1e12
@@ -347,6 +351,7 @@ def test_the_command_writes_a_configuration_that_loads(
     lengths = ["--prompt-tokens", "200", "--response-tokens", "1500"]
     assert main([*arguments, *lengths, "--output", str(output)]) == 0
     printed = capsys.readouterr().out
+    assert f"not for this machine, whose device is {own_device_name()}" in printed
     assert "NVIDIA H200" in printed and "rejected:" in printed and str(output) in printed
     loaded = load_config([EXAMPLE, output])
     written = tomllib.loads(output.read_text())
@@ -363,3 +368,32 @@ def test_counts_that_are_none_are_refused(
 ) -> None:
     assert main(["plan", str(EXAMPLE), "--profile", "h100", *options]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_one_given_way_is_predicted_as_in_a_plan() -> None:
+    mine = planner()
+    first = mine.plan(16).found[0]
+    assert mine.predict(first.division, first.layout, first.split, first.max_staleness) == first
+    with pytest.raises(RapoError, match="1 engines of 1 devices have no room"):
+        tight = planner(profile(memory_gib=8.0))
+        tight.predict(Division(1, 1, False), first.layout, EngineSplit(1, 1), 0)
+
+
+def test_the_check_of_plans_adds_what_the_first_layout_leaves_and_ranks_all() -> None:
+    found = {
+        "one": {"measured": 1.5, "predicted": 1.0},
+        "two": {"measured": 2.0, "predicted": 2.0},
+        "three": {"measured": 4.0, "predicted": 1.5},
+    }
+    lines = check_plan.table(found)
+    assert lines[0].startswith("step_s = 0.500 s, of one")
+    assert "| two | 2.00 s | 2.50 s | +25% |" in lines
+    assert "| three | 4.00 s | 2.00 s | -50% |" in lines
+    assert lines[-1].endswith("3 layouts: 0.33")
+
+
+def test_published_figures_are_predicted_within_a_factor_of_two() -> None:
+    """No more than that is claimed (docs/planning.md); a lost term is more."""
+    errors = [int(line.split("|")[-2].strip().removesuffix("%")) for line in check_plan.published()[2:]]
+    assert len(errors) == 10
+    assert all(-55 <= error <= 55 for error in errors)
