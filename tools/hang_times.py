@@ -107,7 +107,7 @@ CASES = (
     Case("SIGSTOP", "a rank", "update", HANG.format("[a-z]+", r"rank \d does not answer: its .* stopped")),
     Case("sleeps", "a rank", "annotate", HANG.format("[a-z]+", "rank 1 holds up .*")),
     Case("calls another collective", "a rank", "annotate", HANG.format("[a-z]+", "rank 1 waits in barrier")),
-    Case("deadlock", "verifiers", "reward", HANG.format("(?:reward|rollout)", "in groups")),
+    Case("deadlock", "verifiers", "rollout", HANG.format("(?:reward|rollout)", "the stack of rank 0 ")),
     Case("SIGSTOP", "engine", "rollout", OUT, max(REQUEST_S, HEALTH_S) + SLACK_S),
     Case("SIGSTOP", "engine", "update", OUT, max(REQUEST_S, HEALTH_S) + SLACK_S),
     Case("SIGSTOP", "engine", "publish", OUT, REQUEST_S + SLACK_S),
