@@ -51,6 +51,8 @@ class _CudaAsCpu(TorchFunctionMode):
 class _Stream:
     """What Megatron asks of a stream where tokens go to their experts; on the CPU all before it is done."""
 
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
     def wait_stream(self, stream: _Stream) -> None: ...
 
     def record_event(self) -> _Stream:
@@ -85,7 +87,8 @@ def repair() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.synchronize = lambda *_, **__: None
-    cuda.Stream = cuda.current_stream = lambda *_, **__: _STREAM
+    cuda.Stream = _Stream  # a class, since annotations of other libraries name it
+    cuda.current_stream = lambda *_, **__: _STREAM
     cuda.stream = lambda *_, **__: nullcontext()
     cuda.get_rng_state = cuda.random.get_rng_state = get_state
     cuda.set_rng_state = cuda.random.set_rng_state = set_state
