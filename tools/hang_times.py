@@ -124,7 +124,8 @@ def measured(out: Path, number: int) -> dict[str, Any]:
     (folder / "planted.py").write_text(PLANTED)
     with ending(run):
         run.start()
-        if not wait(lambda: run.ended() or run.phase() == (STEP, case.phase), LIMIT_S):
+        wait(lambda: run.ended() or run.phase() == (STEP, case.phase), LIMIT_S)
+        if run.phase() != (STEP, case.phase):
             raise SystemExit(f"the run did not come to {case.phase} of step {STEP}:\n{run.said()[-3000:]}")
         if case.does.startswith("SIG"):
             run.members(case.victim)[-1].send_signal(signal.Signals[case.does])
