@@ -2,12 +2,16 @@
 
     megatron-rapo calibrate --output cpu.toml
     python tools/check_plan.py cpu.toml --json result.json   # runs of eight layouts, one after the other
+    python tools/check_plan.py cpu.toml --one-rank           # annotation and updates alone, in this process
     python tools/check_plan.py --published                   # no runs: predicted from the shipped profiles
 
 Runs have responses of given lengths and no divergence, as those of `bench_ahead.py`. The fastest step counts,
 after the first two: other programs disturbed it least, as in a calibration. What a step takes beside phases
 (`step_s`) is taken from the first layout, which then is no test; told are errors of the others, and Kendall's
 tau over all. A core computes for one process, so layouts have at most two ranks.
+
+With --one-rank, one process annotates and updates models and batches of several sizes, by RAPO's exact
+divergence; told are processor seconds, which others disturb little, and nothing is taken from them.
 
 Published figures are of other trainers, in bfloat16; no number of a profile was fitted to them.
 """
@@ -18,6 +22,7 @@ import argparse
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,11 +30,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import bench_shared_prompts
+import torch
 from bench_ahead import CONFIG, ENVIRONMENT, TIMES_LONGER, make_model
+from random_model import make_random_model
 
 from megatron_rapo.config import Parallel, load_config
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.hf_config import read_architecture
+from megatron_rapo.parallel.placement import Placement, process_groups
 from megatron_rapo.planning.engine_cost import EngineModel, EngineSplit
 from megatron_rapo.planning.layouts import Division, TrainerLayout
 from megatron_rapo.planning.plan import Planner
@@ -68,6 +77,7 @@ def main() -> None:
     )
     parser.add_argument("profile", nargs="?", help="of megatron-rapo calibrate, on this machine")
     parser.add_argument("--published", action="store_true")
+    parser.add_argument("--one-rank", action="store_true")
     parser.add_argument("--prompts", type=int, default=2, help="of a step, with 8 responses each")
     parser.add_argument("--tokens", type=int, default=96, help="of a response")
     parser.add_argument("--hidden", type=int, default=192)
@@ -78,8 +88,76 @@ def main() -> None:
     options = parser.parse_args()
     if options.published:
         print("\n".join(published()))
-    if options.profile:
+    if options.profile and options.one_rank:
+        print("\n".join(one_rank(read_profile(options.profile))))
+    elif options.profile:
         print("\n".join(measured(read_profile(options.profile), options)))
+
+
+class Work(NamedTuple):
+    """A model, a shape of `bench_shared_prompts.py` (prompt x responses x tokens), a microbatch's tokens."""
+
+    layers: int
+    hidden: int
+    shape: str
+    budget: int
+
+
+WORKS = (
+    Work(2, 128, "16x8x64", 640),
+    Work(2, 128, "16x8x64", 80),
+    Work(4, 256, "16x8x64", 640),
+    Work(4, 256, "16x8x64", 80),
+    Work(4, 256, "128x8x128", 1024),
+    Work(4, 256, "128x8x128", 256),
+    Work(2, 512, "16x8x64", 640),
+    Work(8, 128, "128x8x128", 1024),
+)
+ROUNDS = 3
+
+
+def one_rank(profile: Profile) -> list[str]:
+    """Each work's processor seconds beside the predicted."""
+    torch.set_num_threads(1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    lines = ["| layers × hidden | prompt × responses × tokens | microbatch | measured | predicted | error |"]
+    lines.append("|---|---|---|---|---|---|")
+    pairs = []
+    with process_groups(Parallel(), seed=1) as placement:
+        for work in WORKS:
+            found, expected = of_work(work, profile, placement)
+            pairs.append((found, expected))
+            sizes = f"{work.layers} × {work.hidden} | {work.shape.replace('x', ' × ')} | {work.budget}"
+            lines.append(f"| {sizes} | {found:.3f} s | {expected:.3f} s | {expected / found - 1:+.0%} |")
+    return [*lines, "", f"Kendall's tau: {kendall(pairs):.2f}"]
+
+
+def of_work(work: Work, profile: Profile, placement: Placement) -> tuple[float, float]:
+    """Seconds of annotation and updates: the fastest of some rounds after a first one, and the predicted."""
+    options = argparse.Namespace(
+        layers=work.layers,
+        hidden=work.hidden,
+        feed_forward=4 * work.hidden,
+        vocabulary=4096,
+        groups=2,
+        budget=work.budget,
+        equal=True,
+    )
+    prompt, responses, tokens = map(int, work.shape.split("x"))
+    with tempfile.TemporaryDirectory() as name:
+        make_random_model(Path(name) / "model", options)
+        step = bench_shared_prompts.a_step(Path(name), work.shape, options, placement, shared=False)
+        times = [sum(step()) for _ in range(ROUNDS + 1)]
+        config = bench_shared_prompts.configuration(
+            Path(name), prompt, responses, tokens, options, shared=False
+        )
+        load = workload_of(config, prompt, tokens)
+        planner = Planner(config, read_architecture(config.model.path), load, profile)
+    return min(times[1:]), planner.cost(TrainerLayout(Parallel(), work.budget, "none")).total
 
 
 def measured(profile: Profile, options: argparse.Namespace) -> list[str]:
