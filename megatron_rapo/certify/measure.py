@@ -29,7 +29,7 @@ from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.parallel.placement import Placement, arrange, process_groups
 from megatron_rapo.policy.batch import build_minibatches, make_samples, plan_minibatches
 from megatron_rapo.policy.beside import open_frozen
-from megatron_rapo.policy.gradients import accumulate_gradients, main_gradient, wrap
+from megatron_rapo.policy.gradients import accumulate_gradients, main_gradient, unwrap, wrap
 from megatron_rapo.policy.weighing import mark, weigh
 from megatron_rapo.weights.export import hf_tensors
 from megatron_rapo.weights.load import load_weights
@@ -161,6 +161,7 @@ def _computed(config: RunConfig, case: Case, dtype: str) -> tuple[float, dict[st
     mark(minibatches[0], method, placement)
     sums, _ = accumulate_gradients(wrapped, minibatches[0], objective, distribution, placement)
     gradient = dict(hf_tensors(chunks, architecture, placement, value=main_gradient))
+    unwrap(wrapped)
     return objective.metrics(sums)["loss/total"], _collected(gradient, placement)
 
 

@@ -121,7 +121,7 @@ def test_the_same_layout_goes_on_bit_for_bit(measured: dict[str, Any]) -> None:
         ("index missing", r"is damaged: \.metadata cannot be read: No such file"),
         ("index overwritten", r"is damaged: \.metadata has other contents than were saved \(crc32\)"),
         ("bit flipped", r"is damaged: __2_0\.distcp has other contents than were saved \(crc32\)"),
-        ("run.json cut", r"is damaged: run\.json: JSONDecodeError"),
+        ("run.json cut", r"is damaged: run\.json or checksums\.json: JSONDecodeError"),
         (
             "another run's",
             r"was made with run\.seed = 1234, this run has 7; restore it, or choose another run\.dir",
@@ -234,6 +234,7 @@ def measure(base: Path, report: Path) -> None:
             trainer.store.save(trainer.policy, TrainState(step=1, prompts_drawn=4))
             weights[saved] = trainer.weights()
             results[saved] = {**trainer.train(range(1, 4)), "bf16": "dtype" in options}
+            trainer.policy.close()
         for case, (saved, name) in zip(IDS, RELOADED, strict=True):
             model, _, options = SAVED[saved]
             trainer = Trainer(config(base, model, layout(name), run=saved, **options))
@@ -244,6 +245,7 @@ def measure(base: Path, report: Path) -> None:
                 torch.equal(loaded[key], tensor) for key, tensor in weights[saved].items()
             )
             results[case] = {**trainer.train(range(1, 4)), "same_weights": same}
+            trainer.policy.close()
         results["converted"] = _converted(base, weights) if everyone.is_main else None
         results["refused"] = _refusals(base)
         results["failed"] = _failed_saves(base)

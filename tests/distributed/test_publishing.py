@@ -138,6 +138,7 @@ def measure(path: Path, urls: list[str], processes: list[int], report: Path) -> 
                 assert pool is None or all(map(weights_are_released, pool.urls))
             metrics = run.publisher().publish(version)
             results[f"{transport} {name}"] = {"metrics": metrics, **run.compare()}
+            run.policy.close()
         results |= faults(path, pool, report.parent)
         for number, transport in enumerate(LOSSES):
             run = Run(path, layout("tp2-pp2"), transport, pool, report.parent)
@@ -145,6 +146,7 @@ def measure(path: Path, urls: list[str], processes: list[int], report: Path) -> 
             killing = Killing(run.transport, processes[number])
             run.publisher(killing).publish(100 + number)
             results[f"killed, {transport}"] = run.compare()
+            run.policy.close()
         if pool is not None:
             pool.__exit__(None, None, None)
             report.write_text(json.dumps({**results, "main": os.getpid()}))

@@ -185,13 +185,15 @@ def _train(base: Path, mode: Mode, placement: Placement) -> dict[str, Any]:
         policy.annotate(minibatches, objective)
         reference.annotate(minibatches, objective)
         steps.append(policy.update(minibatches, objective, reference))
+    exported = _exported(policy, architecture, placement)
+    policy.close()
     return {
         "loss": [metrics["loss/total"] for metrics in steps],
         "clipped": [metrics["loss/clipped"] for metrics in steps],
         "norm": [metrics["optimizer/gradient_norm"] for metrics in steps],
         "rate": [metrics["optimizer/learning_rate"] for metrics in steps],
         "mismatch": [[metrics[f"mismatch/{name}"] for name in MISMATCHES] for metrics in steps],
-        "exported": _exported(policy, architecture, placement),
+        "exported": exported,
     }
 
 
@@ -226,6 +228,7 @@ def _guarded(base: Path, placement: Placement) -> list[list[tuple[bool, bool]]]:
         before = _bits(policy)
         policy.update([minibatch], objective, None, allow)
         told.append((*allowed, _bits(policy) != before))
+    policy.close()
     return placement.share_from_all(told)
 
 

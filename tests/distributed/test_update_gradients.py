@@ -251,7 +251,9 @@ def _loss_and_gradient(
     dist.all_gather_object(shares, mine)
     gradient = {name: tensor for share in shares for name, tensor in share.items()}
     policy.optimizer.prepare_grads()
-    return value, gradient, float(policy.optimizer.get_grad_norm()), dict(mismatch.metrics())
+    norm = float(policy.optimizer.get_grad_norm())
+    policy.close()
+    return value, gradient, norm, dict(mismatch.metrics())
 
 
 def _plant(fault: str, policy: Policy) -> None:
