@@ -69,6 +69,12 @@ class Planner:
     profile: Profile
 
     def __post_init__(self) -> None:
+        if self.architecture.experts is not None:
+            raise RapoError(
+                "megatron-rapo plan tries no parallel.expert_parallel, and the model of "
+                f"{self.config.model.path} is a mixture of experts; choose its layout by --dry-run, which "
+                "tells a rank's memory (docs/models.md)"
+            )
         if self.config.model.dtype != self.profile.dtype:
             raise RapoError(
                 f'model.dtype = "{self.config.model.dtype}", but the profile of {self.profile.device} has '
