@@ -33,4 +33,4 @@ def published(tensors: Mapping[str, torch.Tensor], model_type: str) -> Iterator[
             for expert, matrix in enumerate(values.unbind()):
                 yield f"{named}.{expert}.{down}.weight", matrix
         else:
-            yield f"{named}.{last}", values
+            yield f"{named}.{last}" if named else last, values
