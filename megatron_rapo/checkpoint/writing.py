@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +23,22 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rapo.file_sums import Sums, sum_of
 from megatron_rapo.parallel.placement import Placement
+from megatron_rapo.processes.confine import end_with_parent
 
 # How optimizer shards are written so that they reload under another DP, TP and PP.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+THREAD = "checkpoint"
+
+
+def _end_with_rank() -> None:
+    # Megatron's function that writes forks a process for it, which would outlive a rank that is killed, and
+    # hold open what verifiers wait for.
+    if threading.current_thread().name == THREAD:
+        end_with_parent()
+
+
+os.register_at_fork(after_in_child=_end_with_rank)
 
 
 class Writing:
@@ -105,7 +119,7 @@ class Writing:
             except BaseException as error:
                 self._raised = error  # told on all ranks by `complete`
 
-        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=write, name=THREAD, daemon=True)
         self._thread.start()
 
     def _attempt(self, work: Callable[[], object]) -> str | None:

@@ -65,7 +65,7 @@ def confine(confinement: Confinement) -> None:
     Raises:
         OSError: the kernel refuses it.
     """
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what it starts stays below it, where it can be found
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _limit(resource.RLIMIT_NOFILE, _OPEN_FILES)
@@ -81,6 +81,11 @@ def confine(confinement: Confinement) -> None:
         )
     _drop_capabilities()
     seccomp.install(network=confinement.network, processes=confinement.processes, files=confinement.files)
+
+
+def end_with_parent() -> None:
+    """Has the kernel kill this process once the thread that made it has ended, be it by a kill."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def python_places() -> list[Path]:

@@ -237,7 +237,8 @@ def faults(path: Path, pool: EnginePool | None, directory: Path) -> dict[str, An
     run.scale(1.3)  # training went on, and what is sent is what it began with
     other = run.publisher(run.transport_of(start))
     found["other weights"] = refusal(lambda: other.publish(51), run.placement)
-    damaging = run.publisher(Damaging(run.transport))
+    # Of its own: an engine leaves a group once weights come over a newer one.
+    damaging = run.publisher(Damaging(run.transport_of(run.policy.chunks)))
     found["damaged"] = refusal(lambda: damaging.publish(52), run.placement)
     found["not republished"] = refusal(lambda: again(run, directory).publish(50, resumed=True), run.placement)
     return found

@@ -103,7 +103,7 @@ def test_a_run_on_vllm_whose_engine_is_killed_goes_on(
             for server in servers(command):
                 server.send_signal(signal.SIGKILL)
             if restarts:
-                command.wait_until(lambda: metrics(directory)[-1]["engines/returned"] >= 1, START_S)
+                command.wait_until(lambda: metrics(directory)[-1].get("engines/returned", 0) >= 1, START_S)
                 command.process.send_signal(signal.SIGTERM)
             command.wait(60)
             assert "it goes on from its newest checkpoint" in command.stderr or restarts
