@@ -237,8 +237,7 @@ def faults(path: Path, pool: EnginePool | None, directory: Path) -> dict[str, An
     run.scale(1.3)  # training went on, and what is sent is what it began with
     other = run.publisher(run.transport_of(start))
     found["other weights"] = refusal(lambda: other.publish(51), run.placement)
-    # Of its own: an engine leaves a group once weights come over a newer one.
-    damaging = run.publisher(Damaging(run.transport_of(run.policy.chunks)))
+    damaging = run.publisher(Damaging(own(run)))
     found["damaged"] = refusal(lambda: damaging.publish(52), run.placement)
     found["not republished"] = refusal(lambda: again(run, directory).publish(50, resumed=True), run.placement)
     return found
@@ -246,7 +245,12 @@ def faults(path: Path, pool: EnginePool | None, directory: Path) -> dict[str, An
 
 def again(run: Run, directory: Path) -> Publisher:
     """As after a resume: the record is read anew."""
-    return run.publisher(record=Record(directory) if run.placement.is_main else None)
+    return run.publisher(own(run), record=Record(directory) if run.placement.is_main else None)
+
+
+def own(run: Run) -> Transport:
+    """A transport of its own: an engine leaves a group once weights come over a newer one."""
+    return run.transport_of(run.policy.chunks)
 
 
 def refusal(work: Callable[[], object], placement: Placement) -> str | None:
