@@ -38,7 +38,7 @@ from megatron_rapo.methods.terms.divergences import DIVERGENCES
 from megatron_rapo.methods.terms.term import AtToken, Term
 from megatron_rapo.methods.told import told_by
 from megatron_rapo.model.router import SUMS
-from megatron_rapo.policy.routing import summarise as summarise_routing
+from megatron_rapo.policy.expert_routing import summarise as summarise_routing
 from tests.episodes import group_of, scored_response
 from tests.methods import a_method
 from tests.unit.stored import store

@@ -25,6 +25,7 @@ from megatron_rapo.model.build import Body, build_chunks
 from megatron_rapo.model.dtypes import DTYPES
 from megatron_rapo.parallel.device import device
 from megatron_rapo.parallel.placement import Placement
+from megatron_rapo.policy.expert_routing import ExpertRouting
 from megatron_rapo.policy.finite import (
     DIVERGED,
     check_finite,
@@ -37,7 +38,6 @@ from megatron_rapo.policy.gradients import accumulate_gradients, main_gradient, 
 from megatron_rapo.policy.hidden_states import whole_tokens
 from megatron_rapo.policy.learning_rate import LearningRate
 from megatron_rapo.policy.pipeline import run_forward
-from megatron_rapo.policy.routing import Routing
 from megatron_rapo.policy.weighing import mark
 from megatron_rapo.weights.load import load_weights
 
@@ -89,7 +89,7 @@ class Policy:
         load_weights(self.chunks, architecture, source, placement.tensor_rank, placement.expert_tensor_rank)
         largest = self._check_parameters(f"the policy's weights of {source}", "take an undamaged copy")
         self._largest_weight = MOST_GROWTH * max(largest, 1.0)
-        self._routing = Routing(self.chunks, architecture, model, placement)
+        self._routing = ExpertRouting(self.chunks, architecture, model, placement)
         self.wrapped = wrap(self.chunks, optimizer)
         self.optimizer = _megatron_optimizer(self.wrapped, optimizer, DTYPES[model.dtype])
         self.learning_rate = LearningRate(self.optimizer, optimizer, total_updates)

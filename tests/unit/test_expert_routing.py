@@ -19,9 +19,9 @@ from megatron_rapo.embedded_server.published import published
 from megatron_rapo.episode.sequence import Sequence
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.model.hf_config import read_architecture
+from megatron_rapo.policy.expert_routing import ExpertRouting
 from megatron_rapo.policy.gradients import accumulate_gradients, main_gradient
 from megatron_rapo.policy.policy import Policy
-from megatron_rapo.policy.routing import Routing
 from megatron_rapo.weights.export import hf_tensors
 from tests.methods import a_method
 from tests.models import make_hf_model
@@ -43,7 +43,7 @@ def charged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, di
         method = a_method("grpo", divergence_coefficient=0.0)
         objective = Objective(method, temperature=1.0, vocabulary=61, group=placement.tensor_group)
         minibatch = [microbatch(token_ids) for token_ids in TOKENS]
-        routing = Routing(policy.chunks, architecture, model, placement)
+        routing = ExpertRouting(policy.chunks, architecture, model, placement)
         routing.begin_step()
         routing.begin_update(minibatch)
         accumulate_gradients(policy.wrapped, minibatch, objective, None, placement)

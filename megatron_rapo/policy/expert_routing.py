@@ -18,7 +18,7 @@ from megatron_rapo.parallel.device import device
 from megatron_rapo.parallel.placement import Placement
 
 
-class Routing:
+class ExpertRouting:
     """The routers of this rank's chunks; none of a dense model, of which nothing is told."""
 
     def __init__(
