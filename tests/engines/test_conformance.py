@@ -52,9 +52,26 @@ def hand_over(engine, tensors, version=None):
 
 
 def seconds_of_long(engine):
-    begun = time.monotonic()
-    engine.generate(LONG)
-    return time.monotonic() - begun
+    """The least of three: the first of an engine compiles, and what else the machine does only adds."""
+
+    def once():
+        begun = time.monotonic()
+        engine.generate(LONG)
+        return time.monotonic() - begun
+
+    return min(once() for _ in range(3))
+
+
+async def held_midway(client, whole):
+    """`LONG`, held by an update when some tokens of it are sampled; sooner if the engine has become faster."""
+    for wait_s in (0.3 * whole, 0.1 * whole, 0.03 * whole):
+        running = asyncio.create_task(client.generate([LONG]))
+        await asyncio.sleep(wait_s)
+        await client.begin_update()
+        if not running.done():
+            return running
+        await client.end_update(0)
+    raise AssertionError(f"a request of {whole:.2f} s had ended {wait_s:.2f} s after it began")
 
 
 def test_it_says_what_it_is(engine, checkpoints):
@@ -230,9 +247,7 @@ def test_an_update_holds_requests_back(engine, checkpoints):
     whole = seconds_of_long(engine)
 
     async def scenario(client):
-        running = asyncio.create_task(client.generate([LONG]))
-        await asyncio.sleep(0.3 * whole)
-        await client.begin_update()
+        running = await held_midway(client, whole)
         held = asyncio.create_task(client.generate([Generation((5,), 1, 0.0)]))
         await asyncio.sleep(0.5)
         assert not held.done()
