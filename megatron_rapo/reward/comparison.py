@@ -14,7 +14,9 @@ r"""Whether an answer says what the gold says, as a mathematician marks it.
 | `36\text{ cm}^2` | `36`, `36 cm^2`, `36\text{ square centimeters}` | `36\text{ m}^2` |
 | `1011_2` | `1011`, `(1011)_{2}` | `1011_3`, `11` |
 | `12:00` | `12:00` | `1:00` |
-| `\text{(A)}` | `A`, `a`, `(A) 25` | `B` |
+| `x \ne 1, 2` | `x \ne 1, x \ne 2` | `x \ne 1` |
+| `\text{(A)}` | `A`, `a`, `(A) 25`, `A) 25` | `B`, `B) 25` |
+| `25` | `(A) 25`, `A) 25` | `(A) 26`, `A` |
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ _CONSTANTS = ("\\pi", "e", "i", "\\infty")
 
 def same(gold: Answer, answer: Answer) -> bool:
     """Whether the answer is right; the gold decides what is exact and what is in order."""
+    if any(isinstance(one, Words) and one.stands_for for one in (gold, answer)):
+        return _same_choice(gold, answer)
     if isinstance(answer, Relation) or isinstance(gold, Relation):
         return _same_relation(gold, answer)
     if isinstance(gold, Group) and isinstance(answer, Group):
@@ -54,8 +58,6 @@ def same(gold: Answer, answer: Answer) -> bool:
         return _one_for_group(answer, gold, lambda item: same(gold, item))
     if isinstance(gold, Quantity) and isinstance(answer, Quantity):
         return _same_quantity(gold, answer)
-    if isinstance(answer, Words) and answer.stands_for and not isinstance(gold, Words):
-        return same(gold, Words(answer.text)) or same(gold, read(answer.stands_for))
     if isinstance(gold, Clock):
         return _same_clock(gold, answer)
     if isinstance(answer, Clock):
@@ -66,6 +68,20 @@ def same(gold: Answer, answer: Answer) -> bool:
         digits = read(answer.digits)
         return answer.base == 10 and isinstance(digits, Quantity) and same(gold, digits)
     return _same_words(gold, answer)
+
+
+def _same_choice(gold: Answer, answer: Answer) -> bool:
+    """Compares letters where both have them; else what has none may be the letter, or what it stands for."""
+    letters = [one.text for one in (gold, answer) if isinstance(one, Words) and one.stands_for]
+    if len(letters) == 2:
+        return letters[0] == letters[1]
+    return any(same(one, other) for one in _senses(gold) for other in _senses(answer))
+
+
+def _senses(answer: Answer) -> list[Answer]:
+    if isinstance(answer, Words) and answer.stands_for:
+        return [Words(answer.text), read(answer.stands_for)]
+    return [answer]
 
 
 def _same_words(gold: Quantity | Words, answer: Quantity | Words) -> bool:

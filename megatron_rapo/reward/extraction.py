@@ -45,7 +45,10 @@ _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|\.\d+
 _LAST_NUMBER = re.compile(
     rf"(?<![\w.\\])[-−–]?\s?[$€£]?(?:(?:\d+\s)?\d+\s?/\s?\d+|{_NUMBER})(?:\s?(?:%|percent))?(?![A-Za-z0-9_])"
 )
-_STOP = re.compile(r"[.!?;](?=\s|\*|$)|\n|[.,]\s*[Ii] hope")
+_STOP = re.compile(
+    r"(?<!\bMr)(?<!\bMs)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\bProf)[.!?;](?=\s|\*|$)|\n|[.,]\s*[Ii] hope"
+)
+_LETTERED = re.compile(r"\(?[A-J]\)\s*\S")
 _EMPHASIS = re.compile(r"(\*{1,3}|_{1,3})(?=\S)([^\n]+?)(?<=\S)\1(?![\w*])")
 _END_OF_EMPHASIS = re.compile(r"([^*\n]*[^*\s])\*{2,3}(?![\w*])")
 _GOES_ON = re.compile(r"\s*(?:,?\s*(?:and|or)\b|[,;]\s*(?=[-*_$\d\\(])|[=<>≤≥≈≠/+^×·]|\\(?!%))")
@@ -174,7 +177,7 @@ def _plain(text: str) -> str | None:
     text = text.strip(" *_\"'`:,")
     words = list(_ENGLISH.finditer(text))
     numbers = list(_LAST_NUMBER.finditer(text))
-    if not words:
+    if not words or _LETTERED.match(text):
         return text or None
     if numbers and numbers[0].start() == 0:
         return text[: words[0].start()].strip(" ,(") or None

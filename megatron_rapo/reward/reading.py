@@ -2,7 +2,7 @@ r"""What an answer says: its text in plain LaTeX (`notation`) read as one of a f
 
 | form | examples |
 |---|---|
-| `Quantity` | `42`, `2.5e-7`, `2 1/2`, `36 cm^2`, `12\%`, `5 \pmod 7`, `2\sqrt{3}`, `x^2+1`, a matrix |
+| `Quantity` | `42`, `five`, `2.5e-7`, `2 1/2`, `36 cm^2`, `12\%`, `5 \pmod 7`, `2\sqrt{3}`, a matrix |
 | `Words` | `\text{Evelyn}`, `(A)`, `\text{not } 0`, and what cannot be read as mathematics |
 | `Numeral` | `1011_2`, `A9_{12}` |
 | `Clock` | `12:00`, `5:30 p.m.`, and ratios, which look like that |
@@ -117,16 +117,22 @@ _NUMERAL = re.compile(
     r"(-?)\s*[({]?((?:[0-9A-Za-z]|\\text\{\s*[0-9A-Z]+\s*\})+)[)}]?\s*_\s*\{?\s*(?:\\text\{[^{}]*\})?(\d+)\s*\}?"
 )
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
+_NUMBERS = ("zero", "one", *_BASES, "eleven", "twelve")
+_NUMBER_WORD = re.compile(rf"(?:\\text\s*\{{)?\s*({'|'.join(_NUMBERS)})\s*\}}?", re.IGNORECASE)
 _OPEN, _CLOSE = ("(", "[", "\\{", "{"), (")", "]", "\\}", "}")
 _WHOLE_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _ENGLISH = re.compile(r"[A-Za-z]{2,}(?: [A-Za-z\d]+)*")
 _CAPITALS = re.compile(r"[A-Z]{3,}")  # no product: letters of a code, vertices of a polygon
-_CHOICE = re.compile(r"(?:\\text\s*\{)?\s*\(([A-Z])\)\s*\}?\s*(.*)")
+_CHOICE = re.compile(
+    r"(?:\\text\s*\{)?\s*(?:\(([A-Z])\)|([A-J])\)(?=.)|([A-J])[.:](?=\s*\}?\s*[-\\\d(]))\s*\}?\s*(.*)"
+)
 
 
 def read(text: str) -> Answer:
     r"""The answer that a text gives: one in LaTeX or plain text, such as the content of `\boxed{…}`."""
-    return _read(plain(text))
+    text = plain(text)
+    word = _NUMBER_WORD.fullmatch(text)
+    return _read(str(_NUMBERS.index(word[1].lower())) if word else text)
 
 
 def _read(text: str) -> Answer:
@@ -148,17 +154,17 @@ def _read(text: str) -> Answer:
 
 
 def _choice(text: str) -> Answer | None:
-    """`(C)`, also where what it stands for follows."""
+    """`(C)`, also where what it stands for follows; `C) 25`; `C. 25` or `C: 25` before mathematics."""
     found = _CHOICE.fullmatch(text)
-    if found is None or found[2].startswith(("_", "^", "+", "-", "=", "(")):
+    if found is None or (found[1] and found[4].startswith(("_", "^", "+", "-", "=", "("))):
         return None
-    return Words(found[1], stands_for=found[2])
+    return Words(found[1] or found[2] or found[3], stands_for=found[4])
 
 
 def _several(text: str) -> Group | None:
     if _LIST.search(text):
         parts, _ = _split(text, _LISTS)
-        parts = [part for part in parts if part.strip()]
+        parts = _named([part for part in parts if part.strip()])
         if len(parts) > 1:
             return listed(map(_read, parts), text)
     if _SIGNS.search(text):
@@ -167,6 +173,14 @@ def _several(text: str) -> Group | None:
         items = (_done(_read(one.strip().removeprefix("+"))) for one in (plus, minus))
         return Group(",", tuple(items), text)
     return None
+
+
+def _named(parts: list[str]) -> list[str]:
+    r"""The parts of `x \ne 1, 2`, each with the name that stands before the first."""
+    name, sign, _ = parts[0].partition("\\ne") if parts else ("", "", "")
+    if not sign or any(operator in part for part in parts[1:] for operator in _OPERATORS):
+        return parts
+    return [parts[0], *(f"{name}\\ne {part}" for part in parts[1:])]
 
 
 def _done(answer: Answer) -> Answer:
