@@ -379,7 +379,7 @@ def test_threads_and_event_loops_may_ask_at_the_same_time(folder: Path) -> None:
 
 def test_who_gave_up_waiting_costs_the_others_nothing(folder: Path) -> None:
     async def ask(verifier: Verifier) -> float | None:
-        waits = [asyncio.ensure_future(verifier.score("time.sleep(0.2) or 1", PROBLEM)) for _ in range(30)]
+        waits = [asyncio.ensure_future(verifier.score("time.sleep(0.2) or 1", PROBLEM)) for _ in range(60)]
         await asyncio.sleep(0.05)
         for one in waits:
             one.cancel()
@@ -388,7 +388,7 @@ def test_who_gave_up_waiting_costs_the_others_nothing(folder: Path) -> None:
     with opened(plan_of(folder, "score")) as verifier:
         started = time.monotonic()
         assert asyncio.run(ask(verifier)) == 0.5
-        assert time.monotonic() - started < 4.0  # one of them was begun
+        assert time.monotonic() - started < 10.0  # one of them was begun; all take twelve
 
 
 def test_closing_and_errors_reach_everyone_who_waits(folder: Path) -> None:

@@ -192,7 +192,7 @@ def test_turns_are_what_the_family_s_template_writes() -> None:
         f"is no abacus\n</tool_response><|im_end|>\n<|im_start|>assistant\n{turns[1]}"
     )
     assert script.calls == [("calculator", {"expression": "2+3"}), ("abacus", {"expression": "1"})]
-    assert 0 <= episode.facts["tool_s"] < 0.5
+    assert 0 <= episode.facts["tool_s"] < 10
     assert episode.answer == "It is 5." and not episode.truncated
     facts = {name: value for name, value in episode.facts.items() if value and name != "tool_s"}
     assert facts == {"turns": 2, "ended_answered": 1.0, "calls": 2, "calls_result": 2}

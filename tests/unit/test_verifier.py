@@ -127,7 +127,7 @@ def test_hangs_run_side_by_side(obedient):
     with pool(workers=4, time_limit_s=2.0) as verifier:
         started = time.monotonic()
         assert outcomes(verifier, [("sleep 600", "1")] * 4) == [TIMEOUT] * 4
-        assert time.monotonic() - started < 5.0
+        assert time.monotonic() - started < 7.5  # one after the other takes eight
 
 
 @pytest.mark.parametrize("crash", ["raise", "exit", "segfault", "memory"])
