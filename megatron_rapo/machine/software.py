@@ -91,12 +91,10 @@ def software() -> Iterator[Finding]:
 
 
 def _backends() -> str:
-    found = [name for name, there in {"gloo": dist.is_gloo_available(), "NCCL": _has_nccl()}.items() if there]
+    found = ["gloo"] if dist.is_gloo_available() else []
+    if dist.is_nccl_available() and torch.cuda.is_available():
+        found.append("NCCL " + ".".join(map(str, torch.cuda.nccl.version())))
     return f"collectives by {' and '.join(found)}" if found else "no collectives"
-
-
-def _has_nccl() -> bool:
-    return dist.is_nccl_available() and torch.cuda.is_available()
 
 
 def _megatron() -> Finding:

@@ -103,6 +103,14 @@ def test_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert here["transformer-engine"].verdict == here["apex"].verdict == "absent"
 
 
+@pytest.mark.parametrize("version", [(2, 28, 3), (2, 28, 3, "rc1")])
+def test_the_release_of_nccl_is_told(monkeypatch: pytest.MonkeyPatch, version: tuple[Any, ...]) -> None:
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: version)
+    assert software._backends() == f"collectives by gloo and NCCL {'.'.join(map(str, version))}"
+
+
 def test_another_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> Any:
         raise RapoError("megatron-core 9 is installed")
