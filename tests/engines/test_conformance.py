@@ -63,7 +63,7 @@ def seconds_of_long(engine):
 
 
 async def held_midway(client, whole):
-    """`LONG`, held by an update when some tokens of it are sampled; sooner if the engine has become faster."""
+    """`LONG`, held by an update when it has some of its tokens; sooner if the engine has become faster."""
     for wait_s in (0.3 * whole, 0.1 * whole, 0.03 * whole):
         running = asyncio.create_task(client.generate([LONG]))
         await asyncio.sleep(wait_s)
