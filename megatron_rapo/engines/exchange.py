@@ -15,6 +15,7 @@ from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.wire.access import API_KEY_VARIABLE, api_key_from_environment, is_loopback
 
 CONNECT_TIMEOUT_S = 10.0
+CONTROL_TIMEOUT_S = 60.0  # for requests that are answered at once, or as long as others have, if that is less
 HEALTH_TIMEOUT_S = 5.0  # for one answer about its health
 POLL_S = 0.1  # between two questions whether the server is ready
 SEE_LOG = "look into the server's log"

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -153,15 +154,34 @@ def test_an_update_that_another_trainer_left_open_is_ended_first():
 @pytest.mark.parametrize(
     ("path", "answers", "work"),
     [
-        ("/pause_generation", [reply(500)], lambda client: client.begin_update()),
+        ("/pause_generation", [reply(400)], lambda client: client.begin_update()),
         ("/begin_weight_update", [reply(405), reply(400)], lambda client: client.begin_update()),
         ("/end_weight_update", [reply(400)], lambda client: client.end_update(1)),
     ],
 )
-def test_a_step_that_fails_leaves_no_engine_paused(path, answers, work):
+def test_a_step_that_is_refused_leaves_no_engine_paused(path, answers, work):
     with pytest.raises(RapoError) as failed:
         run({**NEW, path: answers}, work)
     assert failed.value.asked[-1] == "/continue_generation"
+
+
+@pytest.mark.parametrize(
+    ("path", "work"),
+    [
+        ("/pause_generation", lambda client: client.begin_update()),
+        ("/begin_weight_update", lambda client: client.begin_update()),
+        ("/end_weight_update", lambda client: client.end_update(1)),
+        ("/pause_generation", lambda client: client.load_checkpoint(Path("model"), 1)),
+        ("/update_weights_from_disk", lambda client: client.load_checkpoint(Path("model"), 1)),
+    ],
+)
+@pytest.mark.parametrize("answer", [None, "reset"])
+def test_a_lost_engine_is_asked_nothing_more(path, work, answer):
+    """Each further request to one that is silent would take its whole time."""
+    before = [reply(405)] if path == "/begin_weight_update" else []
+    with pytest.raises(EngineLost) as lost:
+        run({**NEW, path: [*before, answer]}, work, timeout=10.0 if answer else 1.0)
+    assert lost.value.asked[-1] == path
 
 
 def test_to_abandon_an_update_is_no_error_whatever_fails():

@@ -194,6 +194,14 @@ def test_a_failed_update_is_never_followed_by_a_token(path: str) -> None:
     assert RESUME not in made
 
 
+@pytest.mark.parametrize("path", ["/pause?mode=keep", "/collective_rpc"])
+def test_a_lost_engine_is_asked_nothing_more(path: str) -> None:
+    """Each further request to one that is silent would take its whole time."""
+    found, made = asked(lambda client: client.begin_update(), {path: EngineLost("it was not answered")})
+    assert isinstance(found, EngineLost)
+    assert made[-1][1] == path
+
+
 @pytest.mark.parametrize("results", [["False"], [{"whole": "True"}], [None], [{}]])
 def test_a_worker_that_does_not_say_whether_its_model_is_whole_is_refused(results: list[Any]) -> None:
     """vLLM's route makes texts of what is neither a dictionary nor a list."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from megatron_rapo.engines.engine import EngineInfo, Generated, Generation
 from megatron_rapo.engines.exchange import HEALTH_TIMEOUT_S
 from megatron_rapo.engines.sglang.answers import generate_body, prompt_log_probs, to_generated
-from megatron_rapo.engines.sglang.updates import CONTROL_TIMEOUT_S, SGLangUpdates
+from megatron_rapo.engines.sglang.updates import SGLangUpdates
 from megatron_rapo.errors import EngineLost, RapoError
 
 MEMORY = {"tags": ["weights", "kv_cache"]}
@@ -97,5 +97,5 @@ class SGLangClient(SGLangUpdates):
             raise self._exchange.malformed("/generate", f"not a list of {count} responses", answers)
         return answers
 
-    async def _ask(self, path: str, *, timeout: float = CONTROL_TIMEOUT_S) -> Any:
-        return await self._exchange.json("GET", path, timeout=timeout)
+    async def _ask(self, path: str, *, timeout: float | None = None) -> Any:
+        return await self._exchange.json("GET", path, timeout=timeout or self._control_timeout)

@@ -15,12 +15,11 @@ import httpx
 from megatron_rapo.background import all_of
 from megatron_rapo.engines.address import server_of
 from megatron_rapo.engines.engine import Generated, Generation, Router
-from megatron_rapo.engines.exchange import Exchange, NoSuchRoute
+from megatron_rapo.engines.exchange import CONTROL_TIMEOUT_S, Exchange, NoSuchRoute
 from megatron_rapo.engines.sglang.answers import sampling_params, to_generated
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.wire.access import api_key_from_environment
 
-CONTROL_TIMEOUT_S = 60.0  # for requests that are answered at once
 POLL_S = 0.1  # between two looks at whether the router has done what it accepted
 OPEN_FILES = 65536  # each response under way is a connection
 

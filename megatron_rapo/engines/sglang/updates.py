@@ -13,13 +13,12 @@ import httpx
 from torch import Tensor
 
 from megatron_rapo.engines.engine import Diagnose, Engine
-from megatron_rapo.engines.exchange import POLL_S, Exchange
+from megatron_rapo.engines.exchange import CONTROL_TIMEOUT_S, POLL_S, Exchange
 from megatron_rapo.engines.sglang.handles import handles
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.wire.bucket import TensorMetadata
 from megatron_rapo.wire.group import Meeting
 
-CONTROL_TIMEOUT_S = 60.0  # for requests that are answered at once
 FLUSH_TIMEOUT_S = 10.0  # that a server may take to become idle
 
 
@@ -31,7 +30,7 @@ class SGLangUpdates(Engine):
     ) -> None:
         """See `engine.Connect`."""
         self._exchange = Exchange(http, url, diagnose)
-        self._timeout = timeout
+        self._timeout, self._control_timeout = timeout, min(timeout, CONTROL_TIMEOUT_S)
         self._sessions: bool | None = None  # None: not asked yet
 
     @property
@@ -73,6 +72,8 @@ class SGLangUpdates(Engine):
             await self._quiesce()
             if await self.has_sessions():
                 await self._begin_session()
+        except EngineLost:
+            raise  # nothing more is asked of it: each request would take its time
         except RapoError:
             await self.abandon_update()
             raise
@@ -82,6 +83,8 @@ class SGLangUpdates(Engine):
         try:
             if await self.has_sessions():
                 await self.post("/end_weight_update", {})
+        except EngineLost:
+            raise
         except RapoError:
             await self._try_to_continue()
             raise
@@ -139,6 +142,8 @@ class SGLangUpdates(Engine):
             answer = await self.post(path, body)
             if not isinstance(answer, dict) or "success" not in answer:
                 raise self._exchange.malformed(path, "no success", answer)
+        except EngineLost:
+            raise
         except RapoError:
             await self._try_to_continue()
             raise
@@ -148,7 +153,7 @@ class SGLangUpdates(Engine):
         """Whether updates stand between begin and end (SGLang from 0.5.21 on); asked once."""
         if self._sessions is None:
             # A route that wants POST answers GET with 405.
-            status = await self._exchange.status("GET", "/begin_weight_update", timeout=CONTROL_TIMEOUT_S)
+            status = await self._exchange.status("GET", "/begin_weight_update", timeout=self._control_timeout)
             self._sessions = status != 404
         return self._sessions
 
@@ -180,7 +185,7 @@ class SGLangUpdates(Engine):
 
     async def _tell(self, path: str, body: Any) -> None:
         """Posts what is answered with no more than a status."""
-        await self._exchange.request("POST", path, body, timeout=CONTROL_TIMEOUT_S)
+        await self._exchange.request("POST", path, body, timeout=self._control_timeout)
 
 
 def piece(version: int | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from megatron_rapo.engines.exchange import HEALTH_TIMEOUT_S
 from megatron_rapo.engines.vllm.answers import generate_body, prompt_body, prompt_log_probs, to_generated
 from megatron_rapo.engines.vllm.contact import GENERATE, describe
 from megatron_rapo.engines.vllm.flags import SLEEP
-from megatron_rapo.engines.vllm.updates import CONTROL_TIMEOUT_S, VLLMUpdates
+from megatron_rapo.engines.vllm.updates import VLLMUpdates
 from megatron_rapo.errors import EngineLost, RapoError
 
 UNDER_WAY = 512  # continuations, a connection each; a process has 1,024 files by default
@@ -63,7 +63,7 @@ class VLLMClient(VLLMUpdates):
 
     async def weight_version(self) -> str:
         path = "/weight_info"
-        answer = await self._exchange.json("GET", path, timeout=CONTROL_TIMEOUT_S)
+        answer = await self._exchange.json("GET", path, timeout=self._control_timeout)
         try:
             return str(answer["weight_version"])
         except (KeyError, TypeError):

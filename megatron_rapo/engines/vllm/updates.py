@@ -13,13 +13,12 @@ import httpx
 from torch import Tensor
 
 from megatron_rapo.engines.engine import Diagnose, Engine
-from megatron_rapo.engines.exchange import POLL_S, Exchange
+from megatron_rapo.engines.exchange import CONTROL_TIMEOUT_S, POLL_S, Exchange
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.wire.bucket import TensorMetadata
 from megatron_rapo.wire.group import Meeting
 from megatron_rapo.wire.memory import share
 
-CONTROL_TIMEOUT_S = 60.0  # for requests that are answered at once
 RESET_TIMEOUT_S = 10.0  # that a server may take to let go of its cache
 
 
@@ -35,7 +34,7 @@ class VLLMUpdates(Engine):
     ) -> None:
         """See `engine.Connect`."""
         self._exchange = Exchange(http, url, diagnose)
-        self._timeout = timeout
+        self._timeout, self._control_timeout = timeout, min(timeout, CONTROL_TIMEOUT_S)
         self._started = False  # this update has
         self._broken = False  # only a whole update makes it of use again
 
@@ -51,6 +50,8 @@ class VLLMUpdates(Engine):
         try:
             await self._tell("/pause?mode=keep")
             self._started, self._broken = False, await self._abandon()
+        except EngineLost:
+            raise  # nothing more is asked of it: each request would take its time
         except RapoError:
             await self.abandon_update()
             raise
@@ -98,6 +99,8 @@ class VLLMUpdates(Engine):
         await self.begin_update()
         try:
             await self._take({"folder": str(model_path.resolve())}, self._timeout)
+        except EngineLost:
+            raise
         except RapoError:
             await self.abandon_update()
             raise
@@ -106,7 +109,7 @@ class VLLMUpdates(Engine):
     async def _abandon(self) -> bool:
         """Ends an update that is open, maybe of a trainer that is gone; whether it had begun to load."""
         path, body = "/collective_rpc", {"method": "rapo_abandon"}
-        answer = await self._exchange.json("POST", path, body, timeout=CONTROL_TIMEOUT_S)
+        answer = await self._exchange.json("POST", path, body, timeout=self._control_timeout)
         try:
             whole = [one["whole"] for one in answer["results"]]
         except (KeyError, TypeError):
@@ -136,4 +139,4 @@ class VLLMUpdates(Engine):
             await asyncio.sleep(POLL_S)
 
     async def _tell(self, path: str, body: Any = None) -> None:
-        await self._exchange.json("POST", path, body, timeout=CONTROL_TIMEOUT_S)
+        await self._exchange.json("POST", path, body, timeout=self._control_timeout)
