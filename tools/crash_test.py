@@ -22,6 +22,7 @@ import json
 import random
 import shutil
 import signal
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -141,6 +142,7 @@ def finish(run: Run) -> int:
 @contextmanager
 def ending(run: Run) -> Iterator[None]:
     """Leaves no process of the run behind, also where this command is ended."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield
     finally:
