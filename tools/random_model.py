@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,9 +24,12 @@ def add_size_options(parser: argparse.ArgumentParser) -> None:
 
 
 def make_random_model(directory: Path, options: argparse.Namespace) -> int:
-    """Writes a random Qwen2: bfloat16, tied embeddings, a file a layer. Returns its parameters' number."""
+    """Writes a random Qwen2, or Qwen3-MoE where `options` has experts. Returns its parameters' number.
+
+    bfloat16, tied embeddings, a file a parameter. Of experts `options.feed_forward` is the size of each.
+    """
     directory.mkdir()
-    config = {
+    config: dict[str, Any] = {
         "model_type": "qwen2",
         "architectures": ["Qwen2ForCausalLM"],
         "vocab_size": options.vocabulary,
@@ -38,11 +42,21 @@ def make_random_model(directory: Path, options: argparse.Namespace) -> int:
         "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
     }
+    if experts := getattr(options, "experts", 0):
+        config |= {
+            "model_type": "qwen3_moe",
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "head_dim": 128,
+            "moe_intermediate_size": options.feed_forward,
+            "num_experts": experts,
+            "num_experts_per_tok": options.chosen,
+            "norm_topk_prob": True,
+        }
     (directory / "config.json").write_text(json.dumps(config))
     architecture = read_architecture(directory)
     weight_map: dict[str, str] = {}
     for parameter in stored_parameters(architecture):
-        file = f"{parameter.key}-{parameter.layer}.safetensors"
+        file = "-".join(map(str, (parameter.key, *parameter.place))) + ".safetensors"
         tensors = {
             name: torch.randn(shape, dtype=torch.bfloat16) for name, shape in parameter.rule.hf.items()
         }
