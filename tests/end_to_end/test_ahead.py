@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rapo.convert.to_hf import convert_to_hf
 from megatron_rapo.samples.store import read_step, steps_of
+from megatron_rapo.wire.access import API_KEY_VARIABLE
 from tests.end_to_end.command import (
     MODEL,
     checkpoints,
@@ -23,6 +24,8 @@ from tests.end_to_end.command import (
     without_times,
     write_config,
 )
+from tests.end_to_end.wide_heads import with_wide_heads
+from tests.engines.servers import KEY, SGLANG_CPU, VLLM_CPU, running, why_not
 
 STEPS, AHEAD, TOKENS = 5, 2, 6
 OPTIONS: dict[str, Any] = {
@@ -82,6 +85,22 @@ def test_each_version_sampled_its_tokens(whole: Path, tmp_path: Path) -> None:
     last = metrics(whole)[-1]
     assert 0 < last["rollout/carried_over"] <= 1
     assert last["rollout/staleness/2"] + last["rollout/staleness/1"] == pytest.approx(1)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", [SGLANG_CPU, VLLM_CPU])
+def test_so_they_do_in_other_kinds_of_engines(kind: str, tmp_path: Path) -> None:
+    if reason := why_not(kind):
+        pytest.skip(reason)
+    model = with_wide_heads(tmp_path / "model")
+    computing = ["--dtype=float32", *(["--max-model-len=256"] if kind == VLLM_CPU else [])]
+    with running(kind, model, tmp_path / "log", *computing) as url:
+        engine = {"engine.kind": kind.partition("-")[0], "engine.urls": [url]}
+        options = {**OPTIONS, "rollout": OPTIONS["rollout"] | engine, "model": {"path": str(model)}}
+        config = write_config(tmp_path / "run.toml", tmp_path / "run", **options)
+        finished = run(config, environment={API_KEY_VARIABLE: KEY})
+    assert finished.process.returncode == 0, finished.stderr
+    assert {(0,), (0, 1), (1, 2), (2, 3)} <= check_tokens(tmp_path / "run", model, tmp_path)
 
 
 def test_a_run_with_open_responses_goes_on_bit_for_bit(whole: Path, tmp_path: Path) -> None:
