@@ -4,10 +4,11 @@
     python tools/bench_step.py                # one core, then two
     python tools/bench_step.py --json result.json --rounds 5
 
-On one core: GRPO with TRL's divergence (k3), this trainer with its default microbatch and with a small one,
-and TRL. On two: this trainer sampling ahead (`rollout.max_staleness = 1`: a thread for the trainer and one
-for its engine), and TRL with two threads. Told are medians of steps after the first three, medians over
-rounds, the largest sum of the processes' memory (PSS), and what the steps' matrix products take alone.
+On one core: GRPO with TRL's divergence (k3), this trainer with its default microbatch, with a small one, and
+with `algorithm.share_prompts`, and TRL. On two: this trainer sampling ahead (`rollout.max_staleness = 1`: a
+thread for the trainer, or two, and one for its engine), and TRL with two threads. Told are medians of steps
+after the first three, medians over rounds, the largest sum of the processes' memory (PSS), and what the
+steps' matrix products take alone.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ kind = "embedded"
 method = "grpo"
 divergence = "k3"
 divergence_coefficient = {coefficient}
+share_prompts = {shared}
 minibatch_prompts = {prompts}
 max_tokens_per_microbatch = {microbatch}
 [checkpoint]
@@ -93,16 +95,21 @@ class Arm:
     cores: int
     ahead: int = 0
     microbatch: int = 16_384
+    shared: bool = False  # `algorithm.share_prompts`
+    threads: int = 1  # of the trainer
     trl: bool = False
 
 
 ARMS = (
     Arm("ours", 1),
     Arm(f"ours, microbatches of {SMALL}", 1, microbatch=SMALL),
+    Arm(f"ours, {SMALL}, shared prompts", 1, microbatch=SMALL, shared=True),
     Arm("TRL", 1, trl=True),
     Arm("ours, ahead", 2, ahead=1),
     Arm(f"ours, ahead, {SMALL}", 2, ahead=1, microbatch=SMALL),
-    Arm("TRL, two threads", 2, trl=True),
+    Arm(f"ours, ahead, {SMALL}, shared prompts", 2, ahead=1, microbatch=SMALL, shared=True),
+    Arm("the same, two threads", 2, ahead=1, microbatch=SMALL, shared=True, threads=2),
+    Arm("TRL, two threads", 2, threads=2, trl=True),
 )
 
 
@@ -169,15 +176,15 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, fl
 
 def run(folder: Path, options: argparse.Namespace, arm: Arm, name: str) -> dict[str, float]:
     """One run's medians over its steps, in seconds, and its memory in GiB."""
-    threads = arm.cores if arm.trl else 1
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(arm.threads), "HF_HUB_OFFLINE": "1"}
     if arm.trl:
         script = Path(__file__).with_name("steps_of_trl.py")
         command = [str(options.trl), str(script), str(folder / "workload.json")]
     else:
         sizes = {key: getattr(options, key) for key in ("steps", "prompts", "responses", "tokens")}
-        given = {"prompt_tokens": PROMPT_TOKENS, "coefficient": COEFFICIENT}
-        text = CONFIG.format(name=name, ahead=arm.ahead, microbatch=arm.microbatch, **sizes, **given)
+        given: dict[str, Any] = {"prompt_tokens": PROMPT_TOKENS, "coefficient": COEFFICIENT}
+        given |= {"ahead": arm.ahead, "microbatch": arm.microbatch, "shared": json.dumps(arm.shared)}
+        text = CONFIG.format(name=name, **sizes, **given)
         (folder / f"{name}.toml").write_text(text)
         command = [str(Path(sys.executable).with_name("megatron-rapo")), "train", f"{name}.toml"]
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[: arm.cores]))
