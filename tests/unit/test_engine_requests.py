@@ -210,13 +210,10 @@ def test_an_answer_is_read_as_it_is() -> None:
         # An engine without sessions is asked once whether it has them.
         (lambda c: c.begin_update(), {SESSIONS[1]: 404}, [*QUIET, SESSIONS]),
         (lambda c: c.end_update(8), {SESSIONS[1]: 404}, [SESSIONS, GO_ON]),
-        # What fails is undone, as far as it goes.
-        (lambda c: c.begin_update(), {"/pause_generation": LOST}, [QUIET[0], END, GO_ON]),
-        (
-            lambda c: c.begin_update(),
-            {SESSIONS[1]: [405, LOST]},
-            [*QUIET, SESSIONS, BEGIN, END, GO_ON],
-        ),
+        # What is refused is undone, as far as it goes; an engine that is lost is asked nothing more.
+        (lambda c: c.begin_update(), {"/pause_generation": LOST}, [QUIET[0]]),
+        (lambda c: c.begin_update(), {"/pause_generation": REFUSED}, [QUIET[0], END, GO_ON]),
+        (lambda c: c.begin_update(), {SESSIONS[1]: [405, LOST]}, [*QUIET, SESSIONS, BEGIN]),
         (
             lambda c: c.begin_update(),
             {SESSIONS[1]: [405, REFUSED, {}], END[1]: REFUSED},
@@ -233,9 +230,12 @@ def test_an_answer_is_read_as_it_is() -> None:
             (
                 lambda c: c.load_checkpoint(Path("/w"), 8),
                 {FROM_DISK[1]: answer},
-                [*QUIET, FROM_DISK, GO_ON],
+                [*QUIET, FROM_DISK, *then],
             )
-            for answer in (REFUSED, LOST, {}, {"message": "done"}, ["success"], None)
+            for answer, then in [
+                (REFUSED, [GO_ON]),
+                *[(lost, []) for lost in (LOST, {}, {"message": "done"}, ["success"], None)],
+            ]
         ],
     ],
 )
