@@ -171,7 +171,7 @@ def test_a_request_whose_client_is_gone(engine):
 
     async def scenario(client):
         running = asyncio.create_task(client.generate([LONG]))
-        await asyncio.sleep(0.1 * whole)
+        await asyncio.sleep(0.2 * whole)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         begun = time.monotonic()
@@ -181,12 +181,15 @@ def test_a_request_whose_client_is_gone(engine):
         return time.monotonic() - begun
 
     whole = seconds_of_long(engine)
-    waited = min(engine.ask(scenario) for _ in range(3))  # what else the machine does only adds to it
+    waited = [engine.ask(scenario) for _ in range(3)]
+    # What else the machine does adds to a wait. It may also keep a request from being sent before it is
+    # given up, which leaves nothing to wait for.
     told = cell("a request whose client is gone", engine.name)
-    if told == "ends within seconds":  # as SGLang looks now and then
-        assert waited < whole + 5.0
-    else:
-        assert told == ("ends" if waited < 0.5 * whole else "runs on")
+    if told == "runs on":
+        assert max(waited) >= 0.5 * whole
+    else:  # SGLang looks now and then
+        within = {"ends": 0.5 * whole, "ends within seconds": whole + 5.0}[told]
+        assert min(waited) < within
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
