@@ -105,7 +105,7 @@ def test_rows_are_dropped_and_reported_as_those_of_files(tmp_path, request):
         ("def problems():\n    return [{'text': 'q'}]", r"returns mappings with text; let each have"),
         (
             "def problems():\n    return [{'question': 'q', 'answer': 1, 'x': {1, 2}}]",
-            r", row 0 has \{1, 2\} of type set, which rewards in other processes cannot be given",
+            r", row 0: field 'x' has \{1, 2\} of type set, which rewards in other processes cannot be given",
         ),
         (
             "def problems():\n    return [{'question': 'q', 'answer': [1]}]",
