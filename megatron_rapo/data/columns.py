@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rapo.episode.facts import shown
+
 _PLAIN = (bool, type(None), bytes, time, timedelta)
 _DEEPEST = 100  # levels, less than what Python's own pickle and JSON can write
 _BLANK = ("NaTType", "NAType")  # pandas' own
@@ -89,7 +91,7 @@ def _single(value: Any, name: str) -> Any:
     if type(value) in _PLAIN or isinstance(value, date):  # datetime, and pandas' own
         return value
     raise NotPlain(
-        f"{_column(name)} {value!r:.100} of type {type(value).__name__}, which rewards in other processes "
+        f"{_column(name)} {shown(value)}, which rewards in other processes "
         "cannot be given; use text, numbers, dates, lists and mappings"
     )
 
@@ -105,9 +107,7 @@ def _key(key: Any, name: str) -> str | int:
         return _text(str(key), name)
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         return _integer(int(key), name)
-    raise NotPlain(
-        f"{_column(name)} a mapping with the key {key!r:.60} of type {type(key).__name__}; use texts as keys"
-    )
+    raise NotPlain(f"{_column(name)} a mapping with the key {shown(key)}; use texts as keys")
 
 
 def _text(text: str, name: str) -> str:
