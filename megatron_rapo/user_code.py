@@ -9,11 +9,12 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from megatron_rapo.episode.facts import shown
 from megatron_rapo.errors import RapoError
 
 ADDRESS = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
@@ -108,44 +109,81 @@ def ours_or_own(name: str, ours: Mapping[str, Any], folders: Sequence[Path], opt
     raise ValueError(f'is no {what}; {meant}choose one of {", ".join(ours)}, or "module:class" of your own')
 
 
-def check_callable(
+def in_order(
     found: object,
     parameters: Sequence[str],
     address: str,
     option: str,
     *,
     options: Mapping[str, object] | None = None,
-) -> None:
-    """Refuses what cannot be called with so many positional arguments, and these options.
+) -> Callable[..., Any]:
+    """What calls a function with positional arguments in this order, and with these options.
+
+    Parameters that are named as the arguments are get them wherever they stand; others get them in order.
 
     Args:
         found: what `load` returned.
-        parameters: the arguments' names, for people.
+        parameters: the arguments' names.
         address: of it.
         option: that holds the address, for errors.
         options: further arguments, by name.
 
     Raises:
-        RapoError: it is no function, or takes other arguments.
+        RapoError: it is no function, takes other arguments, or has one of these names where another argument
+            would be given.
     """
-    named = f'{option} = "{address}"'
-    further = [f"{name}=…" for name in options or {}]
-    called = f"{address.partition(':')[2]}({', '.join([*parameters, *further])})"
+    named, further = f'{option} = "{address}"', dict(options or {})
+    called = f"{address.partition(':')[2]}({', '.join([*parameters, *(f'{name}=…' for name in further)])})"
     if not callable(found):
         raise RapoError(
-            f"{named} is {found!r:.60}, which cannot be called; name a function that takes {called}"
+            f"{named} is {shown(found, typed=False)}, which cannot be called; name a function that takes "
+            f"{called}"
         )
+    call: Callable[..., Any] = functools.partial(found, **further) if further else found
     try:
         signature = inspect.signature(found)
     except (TypeError, ValueError):  # written in C, without one
-        return
+        return call
+    why = _misplaced(signature, parameters) or _refusal(signature, parameters, further)
+    if why is None:
+        return call
+    if _refusal(signature, (), {**dict.fromkeys(parameters), **further}) is None:
+        return lambda *arguments: call(**dict(zip(parameters, arguments, strict=True)))
+    remedy = "give it these parameters"
+    if inspect.isclass(found) and "__call__" in vars(found):
+        remedy = f"it is a class: write judge = {found.__name__}() in its module, and name judge"
+    raise RapoError(
+        f"{named} ({place_of(found)}) takes {signature}, but it is called as {called}: {why}; {remedy}"
+    )
+
+
+def _misplaced(signature: inspect.Signature, parameters: Sequence[str]) -> str | None:
+    """Why arguments in this order would go to parameters that are named as others of them."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    own = [name for name, parameter in signature.parameters.items() if parameter.kind in kinds]
+    for place, name in enumerate(own[: len(parameters)]):
+        if name in parameters and name != parameters[place]:
+            return f"its parameter {name} stands where {parameters[place]} is given"
+    return None
+
+
+def _refusal(
+    signature: inspect.Signature, arguments: Sequence[object], options: Mapping[str, object]
+) -> str | None:
+    """Why it cannot be called so."""
     try:
-        signature.bind(*parameters, **(options or {}))
+        signature.bind(*arguments, **options)
     except TypeError as error:
-        raise RapoError(
-            f"{named} ({place_of(found)}) takes {signature}, but it is called as {called}: {error}; give it "
-            "these parameters"
-        ) from None
+        return str(error)
+    return None
+
+
+def message_of(error: BaseException) -> str:
+    """An exception's kind and message, also where the message cannot be made."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return f"{type(error).__name__}, whose message fails"
 
 
 def place_of(found: object) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_rapo.config.data import FunctionData
 from megatron_rapo.data.tasks.problem import Split
+from megatron_rapo.episode.facts import shown
 from megatron_rapo.errors import RapoError
 from megatron_rapo.user_code import load, own_traceback, place_of
 
@@ -35,7 +36,7 @@ def call(
     function = load(data.problems, folders, f"{option}.problems")
     named = f'{option}.problems = "{data.problems}"'
     if not callable(function):
-        raise RapoError(f"{named} is {function!r:.60}, which cannot be called; name a function")
+        raise RapoError(f"{named} is {shown(function, typed=False)}, which cannot be called; name a function")
     place = f"{data.problems} ({place_of(function)})"
     given = {"split": split, "seed": data.seed, "count": data.count if count is None else count}
     arguments = _arguments(function, given, place)
@@ -85,7 +86,7 @@ def _taken(returned: Any, count: int | None, place: str, option: str) -> list[Ma
         raise RapoError(f"{place} is async; make it a plain function")
     if isinstance(returned, str | bytes | Mapping) or not isinstance(returned, Iterable):
         raise RapoError(
-            f"{place} returns {returned!r:.60} of type {type(returned).__name__}; let it return a list of "
+            f"{place} returns {shown(returned)}; let it return a list of "
             "mappings, one a problem, or yield them"
         )
     records = list(islice(returned, MOST + 1 if count is None else count))
@@ -95,7 +96,7 @@ def _taken(returned: Any, count: int | None, place: str, option: str) -> list[Ma
         if not isinstance(record, Mapping) or not all(isinstance(name, str) for name in record):
             hint = '; of a DataFrame, return frame.to_dict("records")' if _is_frame(returned) else ""
             raise RapoError(
-                f"{place}, row {row}, is {record!r:.60} of type {type(record).__name__}; let each be a "
+                f"{place}, row {row}, is {shown(record)}; let each be a "
                 f"mapping like {{'question': …, 'answer': …}}{hint}"
             )
     return records

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -68,25 +67,20 @@ def read_row(index: int, record: Mapping[str, Any], layout: Layout) -> Row:
 
     Raises:
         RapoError: its problem is neither text nor (where they may be) messages, its answer neither text nor
-            number, nor as `several` says a list of them, its id neither; or a text is no Unicode.
+            number, nor as `several` says a list of them, its id neither; or a column is not
+            plain (`columns.plain`).
     """
     place = f"{layout.place}, row {index}"
     try:
         columns = plain(record)
     except NotPlain as error:
-        raise RapoError(
-            f"{place} has {error}, which rewards in other processes cannot be given; use text, numbers, "
-            "dates, lists and mappings"
-        ) from error
+        raise RapoError(f"{place}{error}") from error
     column = next((name for name in layout.prompts if find(columns, name) is not None), layout.prompts[0])
     question, messages, solution = _problem(find(columns, column), layout, f"{place}: field '{column}'")
     answer = find(columns, layout.answer)
     said = "" if solution is None else (solution.get("content") or "").strip()
     gold = said if answer is None else _gold(answer, layout, f"{place}: field '{layout.answer}'")
-    row = Row(index, question, gold, _name(columns, layout, place), columns, messages, solution)
-    for name, value in ((column, question), (layout.answer, gold), (layout.id or "id", row.name or "")):
-        _require_unicode(value, f"{place}: field '{name}'")
-    return row
+    return Row(index, question, gold, _name(columns, layout, place), columns, messages, solution)
 
 
 def _problem(
@@ -103,17 +97,6 @@ def _problem(
         raise RapoError(f"{place} is {error}; {layout.remedies['prompt']}") from error
     question = question_of(messages)
     return (question if question.strip() else ""), tuple(messages), solution
-
-
-def _require_unicode(text: str, place: str) -> None:
-    """JSON can write half of a surrogate pair, which is no character and cannot be stored or tokenized."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RapoError(
-            f"{place} has {text[error.start]!a} at character {error.start}, half of a surrogate pair and no "
-            "character; correct or remove the row"
-        ) from error
 
 
 def _name(record: Mapping[str, Any], layout: Layout, place: str) -> str | None:
@@ -140,11 +123,7 @@ def _gold(answer: object, layout: Layout, place: str) -> str:
 
 
 def _answer_text(answer: object, layout: Layout, place: str) -> str:
-    """The answer as stripped text; null and NaN (the null of some Parquet writers) are blank."""
-    if isinstance(answer, float) and math.isnan(answer):
-        return ""
+    """The answer as stripped text; null is blank."""
     if isinstance(answer, bool | list | dict) or not isinstance(answer, str | int | float | Decimal | None):
         raise RapoError(f"{place} is {answer!r}, no text and no number; {layout.remedies['answer']}")
-    if isinstance(answer, float | Decimal) and not math.isfinite(answer):
-        raise RapoError(f"{place} is {answer!r}, no finite number; correct or remove the row")
     return "" if answer is None else str(answer).strip()

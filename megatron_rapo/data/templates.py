@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from megatron_rapo.config.templates import OF_TURNS, Shot, Templated
+from megatron_rapo.data.columns import NotPlain, plain
 from megatron_rapo.data.files import read_jsonl
 from megatron_rapo.data.messages import Message
 from megatron_rapo.data.rows import Row
@@ -286,6 +287,10 @@ def _shots(data: Templated, option: str) -> Sequence[Shot]:
                 f"{path}, row {number}, has no texts question and answer but {', '.join(record) or 'nothing'}"
                 "; write both"
             )
+        try:
+            plain(record)
+        except NotPlain as error:
+            raise RapoError(f"{path}, row {number}{error}") from error
     if not records:
         raise RapoError(f"{option}.few_shot_file = '{path}' has no rows; remove the option")
     return [Shot(question=record["question"], answer=record["answer"]) for record in records]

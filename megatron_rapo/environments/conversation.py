@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, Self
 
@@ -20,9 +21,10 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.tools.outcome import CallOutcome, Reply
 from megatron_rapo.tools.plan import Plan
 from megatron_rapo.tools.workers import Workers
-from megatron_rapo.user_code import check_callable, load
+from megatron_rapo.user_code import in_order, load
 
 _OPTION = "environment.options.user"
+_ARGUMENTS = ("messages", "problem")  # given by name
 
 
 class UserFault(Exception):
@@ -60,7 +62,7 @@ class Conversation:
         from megatron_rapo.data.tokenizer import load_tokenizer
 
         function = load(options.user, config.run.code, _OPTION)
-        check_callable(function, ("messages", "problem"), options.user, _OPTION)
+        in_order(function, (), options.user, _OPTION, options=dict.fromkeys(_ARGUMENTS))
         rendering = open_rendering(config, options, load_tokenizer(config.model.path))
         rendering.check_continues({"role": "user", "content": "Are you sure?"})
         plan = Plan({"user": options.user}, options.limits, config.run.code)
@@ -111,8 +113,9 @@ def _value(reply: Reply) -> str | Score | None:
     value: Any = reply.value
     if reply.outcome is CallOutcome.RESULT and (value is None or isinstance(value, str)):
         return value
-    if reply.outcome is CallOutcome.RESULT and isinstance(value, dict) and set(value) == {"score"}:
-        return Score(**value["score"])
+    if reply.outcome is CallOutcome.RESULT and isinstance(value, dict) and value.keys() == {"score"}:
+        with suppress(TypeError):  # a table of the function's own
+            return Score(**value["score"])
     raise RapoError(
         f"the function of {_OPTION}: {reply.why or f'it returned {value!r:.100}'}; return a text, None, or a "
         "Score"

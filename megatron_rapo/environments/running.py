@@ -20,7 +20,7 @@ from megatron_rapo.environments.recorded import Answers, Recorded
 from megatron_rapo.environments.times import Times
 from megatron_rapo.episode.environment import Environment
 from megatron_rapo.episode.episode import Episode, ScoredEpisode
-from megatron_rapo.episode.facts import checked_facts, finite_number, shown
+from megatron_rapo.episode.facts import checked_facts, checked_reward, finite_number, shown
 from megatron_rapo.episode.guide import PLAIN, Guide
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
@@ -28,7 +28,7 @@ from megatron_rapo.episode.score import Score
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.errors import RapoError
 from megatron_rapo.rollout.requests import Sampling, name_of
-from megatron_rapo.user_code import own_traceback
+from megatron_rapo.user_code import message_of, own_traceback
 
 Judge = Callable[[str, Problem], Awaitable[Verification]]
 """The configured reward of a text."""
@@ -204,6 +204,7 @@ class EpisodeRunner:
                 f"{told}: the reward is {shown(score.value)}, no finite number; return Score(None) where it "
                 "is unknown"
             )
+        checked_reward(value, told)
         outcome = Outcome.CORRECT if value >= self.correct_at else Outcome.WRONG
         return Verification(outcome, score.answer, reward=value, facts=facts)
 
@@ -212,8 +213,7 @@ class EpisodeRunner:
             limit = self.options.time_limit_s
             why = f"the environment took more than environment.time_limit_s = {limit:g} s for itself"
             return Verification(Outcome.TIMEOUT, why=why)
-        why = f"{type(error).__name__}: {error}"
-        return Verification(Outcome.CRASH, why=why, trace=own_traceback(error))
+        return Verification(Outcome.CRASH, why=message_of(error), trace=own_traceback(error))
 
     def _followed(self, attempt: Attempt, after: tuple[int, int]) -> Followed:
         return follow(

@@ -10,6 +10,9 @@ from collections.abc import Collection, Mapping
 
 from megatron_rapo.errors import RapoError
 
+LARGEST_REWARD = 1e30
+"""Of either sign; squares of larger ones overflow where rewards are compared in float32."""
+
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
 """What a number may be called."""
 
@@ -38,7 +41,9 @@ def checked_facts(
         raise RapoError(f"{told} returned the {what}s {shown(facts)}; give a dict of numbers by name")
     checked: dict[str, float] = {}
     for name, fact in facts.items():
-        if not isinstance(name, str) or not NAME.fullmatch(name) or name in taken:
+        if not isinstance(name, str):
+            raise RapoError(f"{told} returned a {what} by the name {shown(name)}; let names be texts")
+        if not NAME.fullmatch(name) or name in taken:
             raise RapoError(
                 f"{told} returned a {what} by the name {name!r}, which cannot be logged as "
                 f"{group}/{name}; {'that is another metric: ' if name in taken else ''}give it another "
@@ -49,8 +54,22 @@ def checked_facts(
                 f"{told} returned the {what} {name!r} = {shown(fact)}; give a finite number, or "
                 "leave it out where there is none"
             )
-        checked[name] = number
+        checked[str.__str__(name)] = number  # no subclass, which other processes could not import
     return checked
+
+
+def checked_reward(reward: float, told: str) -> float:
+    """A reward that can be compared with others.
+
+    Raises:
+        RapoError: it is too large.
+    """
+    if not abs(reward) <= LARGEST_REWARD:
+        raise RapoError(
+            f"{told} came to the reward {reward:g}, and rewards are from {-LARGEST_REWARD:g} to "
+            f"{LARGEST_REWARD:g}; scale it"
+        )
+    return reward
 
 
 def finite_number(value: object) -> float | None:
@@ -63,11 +82,15 @@ def finite_number(value: object) -> float | None:
         return None
     try:
         number = float(value)  # type: ignore[arg-type]
-    except OverflowError:
+    except Exception:  # it is too large; or of a class of the user's own, which does what it likes
         return None
     return number if math.isfinite(number) else None
 
 
-def shown(value: object) -> str:
+def shown(value: object, *, typed: bool = True) -> str:
     """A value and its type, for errors."""
-    return f"{reprlib.repr(value)} ({type(value).__name__})"
+    try:
+        text = reprlib.repr(value)
+    except Exception:  # an integer of more digits than Python writes; or a class's own fault
+        text = "a value that cannot be shown"
+    return f"{text} ({type(value).__name__})" if typed else text

@@ -27,7 +27,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Verification:
-    """One judged response.
+    """One judged response. Its texts can be written as UTF-8, whatever a user's own code said.
 
     Attributes:
         extracted: its final answer as the verifier read it; None where it found none, or did not finish.
@@ -47,6 +47,14 @@ class Verification:
     def __post_init__(self) -> None:
         if self.reward is None:
             object.__setattr__(self, "reward", reward_of(self.outcome))
+        for name in ("extracted", "why", "trace"):
+            if (text := getattr(self, name)) is not None:
+                object.__setattr__(self, name, encodable(text))
+
+
+def encodable(text: str) -> str:
+    """The text with `?` for halves of surrogate pairs, which are no characters and cannot be stored."""
+    return text.encode(errors="replace").decode()
 
 
 def reward_of(outcome: Outcome) -> float | None:

@@ -18,6 +18,16 @@ def protect_parent(memory_limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, ceiling))
 
 
+def leave_if_forked(own: int) -> None:
+    """Ends this process where it is a copy that the user's code forked and let return: another one answers.
+
+    Args:
+        own: the number of the process that is to answer.
+    """
+    if os.getpid() != own:
+        os._exit(0)
+
+
 def die_in(seconds: float) -> None:
     """The kernel ends this process after so many seconds, whatever it is doing; 0: never."""
     signal.setitimer(signal.ITIMER_REAL, seconds)

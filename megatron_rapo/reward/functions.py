@@ -12,17 +12,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_rapo.episode.facts import checked_facts, finite_number, shown
+from megatron_rapo.episode.facts import checked_facts, checked_reward, finite_number, shown
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.episode.score import Score
 from megatron_rapo.errors import RapoError
-from megatron_rapo.user_code import check_callable, load, own_traceback, place_of
+from megatron_rapo.user_code import in_order, load, own_traceback, place_of
 
 if TYPE_CHECKING:
     import asyncio
 
 PARAMETERS = ("response", "problem")  # of a user's function
+
+_GOLDS = {"answer", "expected", "gold", "ground_truth", "label", "reference", "solution", "target"}
+_OF_OTHERS = {  # names that other libraries have there, or the other way round
+    "response": _GOLDS | {"data_source", "example", "item", "prompt", "prompts", "question", "row"},
+    "problem": _GOLDS | {"completion", "completions", "output", "prediction", "responses", "text"},
+}
+_GIVEN = {
+    "response": "the response's text",
+    "problem": "a mapping of all columns, with the attributes answer (the gold one) and question",
+}
 
 _LONGEST_REASON = 500  # characters; SymPy's messages can hold whole expressions
 _LONGEST_EXTRACTED = 200  # characters
@@ -106,6 +116,7 @@ class Functions:
             extracted = extracted or score.answer
             told = score.facts if function.name is None else {function.name: score.value, **score.facts}
             self._add(told, facts, function)
+        checked_reward(total, " and ".join(function.told for function in self._functions))
         correct = total >= self._correct_at - _ROUNDING
         return Verification(
             Outcome.CORRECT if correct else Outcome.WRONG,
@@ -189,14 +200,29 @@ def _loaded(part: Mapping[str, Any], folders: Sequence[Path]) -> _Function:
             final_answer=getattr(module, "final_answer", None),
             stating=getattr(module, "stating", None),
         )
-    check_callable(found, PARAMETERS, address, option, options=part["options"])
+    call = in_order(found, PARAMETERS, address, option, options=part["options"])
+    _refuse_others(found, address, option)
     return _Function(
         told=f'{option} = "{address}" ({place_of(found)})',
         name=part["name"],
         weight=part["weight"],
         verifies=False,
-        call=functools.partial(found, **part["options"]),
+        call=call,
     )
+
+
+def _refuse_others(found: Any, address: str, option: str) -> None:
+    """Refuses parameters that say that other arguments are meant than those which are given."""
+    try:
+        own = list(inspect.signature(found).parameters)[: len(PARAMETERS)]
+    except (TypeError, ValueError):  # written in C
+        return
+    for name, given in zip(own, PARAMETERS, strict=False):
+        if name in _OF_OTHERS[given]:
+            raise RapoError(
+                f'{option} = "{address}" ({place_of(found)}) has the parameter {name} where {given} is '
+                f"given: {_GIVEN[given]}; call the parameters {' and '.join(PARAMETERS)}, in any order"
+            )
 
 
 def _verdict(function: _Function, returned: object) -> bool:

@@ -10,13 +10,14 @@ from outliving or starving the trainer.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from multiprocessing.connection import Connection
 
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.errors import RapoError
-from megatron_rapo.processes.limits import die_in, protect_parent
+from megatron_rapo.processes.limits import die_in, leave_if_forked, protect_parent
 from megatron_rapo.reward.functions import Functions
 
 READY = "ready"
@@ -38,13 +39,15 @@ def main(arguments: list[str]) -> None:
     try:
         with Connection(int(descriptor)) as connection:
             die_in(STARTUP_LIMIT_S)
-            functions = _start(connection, plan)
+            functions, own = _start(connection, plan), os.getpid()
             while functions is not None:
                 die_in(0)
                 response, problem = connection.recv()
                 die_in(float(time_limit_s) + _ORPHAN_GRACE_S)
                 try:
-                    connection.send(_verify(functions, response, problem))
+                    verified = _verify(functions, response, problem)
+                    leave_if_forked(own)
+                    connection.send(verified)
                 except MemoryError:  # a process that ran out of memory once is not used again
                     why = f"out of memory (reward.memory_limit_gib = {float(memory_limit_gib):g})"
                     connection.send((LAST, Verification(Outcome.CRASH, why=why)))

@@ -19,7 +19,7 @@ import pyarrow.parquet
 
 from megatron_rapo.episode.brief import BriefSequence
 from megatron_rapo.episode.episode import Episode, ScoredEpisode
-from megatron_rapo.episode.outcome import Outcome, Verification
+from megatron_rapo.episode.outcome import Outcome, Verification, encodable
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.errors import RapoError
@@ -220,7 +220,7 @@ def _table(step: int, rows: Sequence[Recorded]) -> pyarrow.Table:
         "given": [episode.given_tokens for episode in episodes],
         "truncated": [episode.truncated for episode in episodes],
         "trained": [row.trained for row in rows],
-        "text": [_encodable(episode.answer) for episode in episodes],
+        "text": [encodable(episode.answer) for episode in episodes],
         "environment_facts": [list(episode.facts.items()) for episode in episodes],
         "sequences": _sequences([episode.sequences for episode in episodes]),
     }
@@ -248,8 +248,3 @@ def _sequences(episodes: Sequence[Sequence[TokenSequence | BriefSequence]]) -> p
 
 def _offsets(lengths: Sequence[int]) -> pyarrow.Array:
     return pyarrow.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), type=pyarrow.int32())
-
-
-def _encodable(text: str) -> str:
-    """UTF-8 has no lone surrogates, which an environment's own text may hold."""
-    return text.encode("utf-8", "replace").decode("utf-8")

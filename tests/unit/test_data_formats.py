@@ -1,6 +1,9 @@
 """Files as they come from elsewhere: verl's Parquet, slime's JSONL, OpenAI's messages."""
 
 import json
+import re
+from datetime import datetime, timedelta
+from decimal import Decimal
 
 import numpy as np
 import pyarrow
@@ -206,3 +209,60 @@ def test_columns_become_plain_python():
     for value in (object(), {1.5: 2}, {"a": [{1, 2}]}, lambda: 1):
         with pytest.raises(NotPlain):
             plain(value)
+
+
+def test_blanks_and_spans_of_other_libraries_become_pythons_own():
+    nan, blank = float("nan"), type("NAType", (), {"__module__": "pandas._libs.missing"})()
+    row = {"a": nan, "b": [np.float32("nan"), Decimal("nan")], "c": blank, "d": np.datetime64("NaT")}
+    assert plain(row) == {"a": None, "b": [None, None], "c": None, "d": None}
+    days = np.array(["2020-01-02"], "M8[ns]")  # as Parquet has them: nanoseconds, which Python's have not
+    assert plain({"days": days, "span": np.timedelta64(3, "s")}) == {
+        "days": [datetime(2020, 1, 2)], "span": timedelta(seconds=3),
+    }  # fmt: skip
+
+
+_LOOP: list = [1]
+_LOOP.append(_LOOP)
+_TREE: dict = {}
+_TREE["left"] = _TREE["right"] = _TREE
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"note": "a\ud800"}, r"field 'note' has '\\ud800' at character 1, half of a surrogate pair"),
+        ({"meta": {"tags": ["a", "\udfff"]}}, r"field 'meta\.tags\[1\]' has '\\udfff' at character 0"),
+        ({"meta": {"\ud800": 1}}, r"field 'meta' has '\\ud800'"),
+        ({"\ud800": 1}, r"row has '\\ud800'"),
+        ({"meta": _LOOP}, r"field 'meta\[1\]' has a value that contains itself"),
+        ({"meta": _TREE}, r"field 'meta\.left' has a value that contains itself"),
+        ({"meta": json.loads("[" * 200 + "]" * 200)}, r"has values nested more than 100 deep; flatten them"),
+        ({"meta": 10**4400}, r"field 'meta' has an integer of more than 4,300 digits, .* give it as a text"),
+        ({"meta": {-(10**4400): 1}}, r"field 'meta' has an integer of more than 4,300 digits"),
+        ({"meta": [1.0, float("inf")]}, r"field 'meta\[1\]' has inf, no finite number"),
+        ({"meta": Decimal("-inf")}, r"field 'meta' has -Infinity, no finite number"),
+        ({"meta": {1: 2, "b": 3}}, r"field 'meta' has a mapping with texts and integers as keys"),
+        ({"meta": {True: 1}}, r"a mapping with the key True \(bool\)"),
+    ],
+)
+def test_what_cannot_be_written_is_told_by_its_place(columns, message):
+    with pytest.raises(NotPlain) as told:
+        plain({"question": "1+1", **columns})
+    assert re.search(message, f"row{told.value}")
+
+
+def test_what_cannot_be_written_is_told_with_file_and_row(tmp_path):
+    for text, message in (
+        (r'{"question": "q", "answer": 1, "metadata": {"a": "\ud800"}}', r"'metadata\.a' has '\\ud800'"),
+        (r'{"question": "q", "answer": 1, "metadata": {"score": 1e999}}', r"'metadata\.score' has inf"),
+    ):
+        path = jsonl(tmp_path, ROW)
+        path.write_text(f"{json.dumps(ROW)}\n{text}\n")
+        with pytest.raises(RapoError, match=rf"data file .*rows\.jsonl, row 1: field {message}"):
+            read_file(file_data(path))
+
+
+@pytest.mark.parametrize("write", [jsonl, parquet])
+def test_nan_is_blank_in_every_column(tmp_path, write):
+    path = write(tmp_path, {**ROW, "level": float("nan")}, {**ROW, "level": 2.5})
+    assert [row.columns["level"] for row in read_file(file_data(path))] == [None, 2.5]

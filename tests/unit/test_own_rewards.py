@@ -31,7 +31,7 @@ CORRECT, WRONG, TIMEOUT, CRASH = Outcome
 PROBLEM = Problem("p7", "3 4=7:", "seven", "countdown", (1, 2), {"target": 7, "numbers": [3, 4]})
 
 REWARDS = """
-import asyncio, os, subprocess, sys, time
+import asyncio, enum, functools, os, subprocess, sys, time
 from fractions import Fraction
 import numpy as np
 from megatron_rapo.episode.score import Score
@@ -73,6 +73,52 @@ def facts(response, problem):
 
 def times(response, problem, *, factor):
     return factor * len(response)
+
+class Named(enum.StrEnum):
+    LENGTH = "length"
+
+class Odd(float):
+    def __float__(self):
+        raise ValueError("odd")
+    def __repr__(self):
+        raise ValueError("odd")
+
+def forks(response, problem):
+    os.fork()
+    return float(response)
+
+def swapped(problem, response):
+    return problem["target"] + len(response)
+
+def by_name(*, problem, response, offset=0):
+    return problem["target"] + len(response) + offset
+
+def by_any_name(**given):
+    return given["problem"]["target"] + len(given["response"])
+
+def of_two_kinds(response, *, problem):
+    return problem["target"] + len(response)
+
+def by_place(*given):
+    return given[1]["target"] + len(given[0])
+
+def two(text, columns, /, scale=1):
+    return columns["target"] + len(text)
+
+class Judge:
+    async def __call__(self, problem, response):
+        return problem["target"] + len(response)
+
+judge = Judge()
+part = functools.partial(by_name, offset=0)
+
+def decorated():
+    @functools.wraps(swapped)
+    def wrapper(*arguments, **named):
+        return swapped(*arguments, **named)
+    return wrapper
+
+wrapped = decorated()
 
 def prints(response, problem):
     print("from the function")
@@ -150,6 +196,9 @@ def test_unknown_can_be_said(verify: Callable[[str], Verification]) -> None:
         ("float('nan')", r"nan \(float\).*return a finite number, or Score\(None\)"),
         ("-float('inf')", r"-inf \(float\).*return a finite number"),
         ("10 ** 400", r"1000.*\(int\).*return a finite number"),
+        ("10 ** 5000", r"a value that cannot be shown \(int\).*return a finite number"),
+        ("Score(10 ** 5000)", r"Score\(value\) of a value that cannot be shown \(int\)"),
+        ("Odd(1)", r"\(Odd\) for problem p7, which is no reward; return a finite number"),
         ("'0.5'", r"'0.5' \(str\).*return a number \(float\(…\)"),
         ("None", r"None \(NoneType\).*return a number at its every end"),
         ("np.array(1.0)", r"array\(1.\) \(ndarray\).*return a number \(float\(…\)"),
@@ -163,7 +212,9 @@ def test_unknown_can_be_said(verify: Callable[[str], Verification]) -> None:
         ("Score(1, {'a': 'b'})", r"the fact 'a' = 'b' \(str\); give a finite number, or leave it"),
         ("Score(1, {'a': float('nan')})", "the fact 'a' = nan"),
         ("Score(1, {'a b': 1})", "a fact by the name 'a b', which cannot be logged as reward/a b; give it"),
-        ("Score(1, {3: 1})", "a fact by the name 3"),
+        ("Score(1, {3: 1})", r"a fact by the name 3 \(int\); let names be texts"),
+        ("Score(1, {Odd(): 1})", r"\(Odd\); let names be texts"),
+        ("Score(1, {'a': 10 ** 5000})", r"the fact 'a' = a value that cannot be shown \(int\)"),
         ("Score(1, {'mean': 1})", "cannot be logged as reward/mean; that is another metric: give it another"),
     ],
 )
@@ -174,6 +225,67 @@ def test_what_is_no_reward_is_refused_with_function_file_and_line(
         verify(returned)
     told = rf'reward.function = "my_rewards:score" \({folder}/my_rewards.py:7\) returned .*{shown}'
     assert re.match(told, str(caught.value)), str(caught.value)
+
+
+def test_a_reward_that_others_cannot_be_compared_with_is_refused(
+    verify: Callable[[str], Verification], folder: Path
+) -> None:
+    for returned in ("1.7e308", "-1e31", "Score(10 ** 100)"):
+        with pytest.raises(RapoError, match=r"my_rewards.py:7\) came to the reward .*e\+.*; scale it"):
+            verify(returned)
+    assert verify("-1e30").reward == -1e30
+    functions = [RewardFunction(use="my_rewards:score", weight=1e30, name=name) for name in "ab"]
+    with opened(plan_of(folder, *functions)) as verifier, pytest.raises(RapoError, match="scale it"):
+        verifier.verify([("10 ** 10", PROBLEM)])
+
+
+@pytest.mark.parametrize(
+    "use",
+    ["swapped", "by_name", "by_any_name", "of_two_kinds", "by_place", "two", "judge", "part", "wrapped"],
+)
+def test_arguments_go_to_the_parameters_of_their_names(folder: Path, use: str) -> None:
+    part = asdict(plan_of(folder, use).parts[0])
+    found = Functions([part], 1.0, [str(folder)], TAKEN).verify("four", PROBLEM)
+    assert (found.reward, found.why) == (11.0, None)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def score(problem, text): ...", "its parameter problem stands where response is given; give it"),
+        ("def score(prompt, response): ...", "its parameter response stands where problem is given"),
+        ("def score(problem, response, /): ...", "its parameter problem stands where response is given"),
+        ("def score(prompts, completions): ...", "has the parameter prompts where response is given: the re"),
+        ("def score(response, answer): ...", "has the parameter answer where problem is given: a mapping of"),
+        ("def score(data_source, solution_str, ground_truth): ...", "required argument: 'ground_truth'"),
+        ("class score:\n def __call__(self, response, problem): ...", r"write judge = score\(\) in its modu"),
+    ],
+)
+def test_arguments_that_would_be_exchanged_are_refused(tmp_path: Path, source: str, message: str) -> None:
+    module = f"exchanged_{abs(hash(source))}"
+    (tmp_path / f"{module}.py").write_text(source)
+    plan = RewardPlan(Reward(function=f"{module}:score").parts(), 1.0, (tmp_path,))
+    with pytest.raises(RapoError, match=rf"{module}.py:1\) .*{message}"):
+        Functions([asdict(plan.parts[0])], 1.0, [str(tmp_path)], TAKEN)
+
+
+def test_a_copy_that_a_function_forks_answers_nothing(folder: Path) -> None:
+    """It would answer for the response before: each would get another one's reward."""
+    with opened(plan_of(folder, "forks")) as verifier:
+        found = verifier.verify([(str(number), PROBLEM) for number in range(8)])
+    assert [one.reward for one in found] == list(range(8))
+
+
+def test_texts_and_names_of_the_users_own_kind_reach_the_trainer_as_plain_ones(folder: Path) -> None:
+    """The trainer has not imported the module; files of samples are UTF-8."""
+    with opened(plan_of(folder, "score")) as verifier:
+        found, raised = verifier.verify(
+            [(r"Score(1, {Named.LENGTH: 3}, answer='x\ud800')", PROBLEM), (r"1 + '\ud800'", PROBLEM)]
+        )
+    assert ({type(name): name for name in found.facts}, found.extracted) == ({str: "length"}, "x?")
+    for text in (raised.why, raised.trace):
+        assert text is not None
+        text.encode()
 
 
 def test_what_is_no_reward_ends_what_asked(folder: Path) -> None:

@@ -334,7 +334,7 @@ def test_generated_problems_have_columns_too():
     [
         (True, r"field 'answer' is True, no text and no number; set data\.answer_field"),
         ({"a": 1}, r"no text and no number"),
-        (float("inf"), r"field 'answer' is inf, no finite number"),
+        (float("inf"), r"field 'answer' has inf, no finite number"),
         (["1", "2"], r'a list; set data\.answer_lists to "any"'),
     ],
 )

@@ -192,6 +192,10 @@ def test_few_shot_examples_of_plain_text_end_with_a_blank_line():
             '{"question": "1"}',
             r"shots\.jsonl, row 0, has no texts question and answer but question; write both",
         ),
+        (
+            r'{"question": "1", "answer": "\ud800"}',
+            r"shots\.jsonl, row 0: field 'answer' has '\\ud800' at character 0, half of a surrogate pair",
+        ),
         ("{", r"shots\.jsonl:1 is not JSON"),
         (None, r"few_shot_file = '.*shots\.jsonl' cannot be read: .*; correct it"),
     ],

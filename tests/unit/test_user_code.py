@@ -14,7 +14,7 @@ import pytest
 
 from megatron_rapo.config import RunConfig, load_config, to_toml
 from megatron_rapo.errors import RapoError
-from megatron_rapo.user_code import check_callable, is_named_in, load, place_of
+from megatron_rapo.user_code import in_order, is_named_in, load, place_of
 
 MINIMAL = """
 [run]
@@ -176,7 +176,7 @@ def test_what_cannot_be_called_as_it_will_be_is_refused_with_its_place(write: Ca
         address = f"mine_calls:{name}"
         found = load(address, [folder], "reward.function")
         with pytest.raises(RapoError) as caught:
-            check_callable(found, ["response", "problem"], address, "reward.function")
+            in_order(found, ["response", "problem"], address, "reward.function")
         return str(caught.value)
 
     assert "is 3, which cannot be called; name a function that takes VALUE(response, problem)" in told(
@@ -193,8 +193,8 @@ def test_what_can_be_called_passes(write: Callable[..., Path]) -> None:
     folder = write(mine_fine=text)
     for name in ("c", "f", "g"):
         address = f"mine_fine:{name}"
-        check_callable(load(address, [folder], "x"), ["response", "problem"], address, "x")
-    check_callable(max, ["response", "problem"], "builtins:max", "x")
+        in_order(load(address, [folder], "x"), ["response", "problem"], address, "x")
+    in_order(max, ["response", "problem"], "builtins:max", "x")
 
 
 def test_the_place_is_a_file_and_a_line(write: Callable[..., Path]) -> None:

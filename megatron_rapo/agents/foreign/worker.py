@@ -68,7 +68,11 @@ async def _serve(connection: socket.socket) -> None:
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_MOST_THREADS))
     reader, writer = await asyncio.open_unix_connection(sock=connection, limit=LONGEST_LINE)
 
+    own = os.getpid()
+
     def say(**told: Any) -> None:
+        if os.getpid() != own:  # a copy that the program forked and let return
+            os._exit(0)
         writer.write(json.dumps(told).encode() + b"\n")
 
     try:
@@ -116,7 +120,7 @@ async def _play(program: Program, number: int, episode: Episode, say: Callable[.
     except asyncio.CancelledError:
         say(number=number, cancelled=True)
     except BaseException as error:  # SystemExit as well: it ends the episode, not the process
-        say(number=number, raised=f"{type(error).__name__}: {error}"[:500], trace=_trace(error))
+        say(number=number, raised=_told(error)[:500], trace=_trace(error))
 
 
 class Program:
@@ -143,6 +147,13 @@ class Program:
         aclose: Callable[[], Any] | None = getattr(self._object, "aclose", None)
         if aclose is not None:
             await aclose()
+
+
+def _told(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return f"{type(error).__name__}, whose message fails"
 
 
 def _trace(error: BaseException) -> str:
