@@ -38,6 +38,7 @@ setup(
         "rich",
         "safetensors",
         "scipy",
+        "simpy",  # plan --simulate
         "tensorboard",
         "torch>=2.6",
         # Later ones tell chat templates plain data alone: a missing column would be an empty text.

@@ -8,18 +8,51 @@ thus follows from the tokens alone, not from how fast anything was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Protocol
 
 from megatron_rapo.ahead.asking import sampling_of, seed_of
 from megatron_rapo.ahead.unfinished import Unfinished
 from megatron_rapo.config import RunConfig
+from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.environments.recorded import Answers
 from megatron_rapo.experience.batch import Batch, Prompts
-from megatron_rapo.experience.carried import Carried, SoFar
+from megatron_rapo.experience.carried import SoFar
 from megatron_rapo.experience.course import Phase
 from megatron_rapo.experience.sharing import Shared
 from megatron_rapo.methods.method import Method
 from megatron_rapo.methods.sampling import Sampling
+
+
+class Carried(Protocol):
+    """What samples batches by several versions of the weights (`experience.carried.Carried`)."""
+
+    def begin(
+        self,
+        number: int,
+        prompts: Sequence[Prompt],
+        chosen: Sampling,
+        *,
+        seed: int,
+        answers: Answers | None,
+        so_far: SoFar,
+    ) -> None:
+        """Begins a batch; the next window samples it."""
+
+    def sample(self, version: int, tokens: int, whole: Container[int]) -> None:
+        """Begins a window, with the weights of this version."""
+
+    def wait(self, phase: Phase, now: int) -> None:
+        """Waits for the window's end."""
+
+    def finish(self, number: int, phase: Phase, *, whole: bool) -> Shared:
+        """The groups of a batch that was sampled to its end."""
+
+    def so_far(self, number: int) -> SoFar:
+        """What is sampled of a batch, at a window's end."""
+
+    def close(self) -> None:
+        """Gives up all that is under way."""
 
 
 class PartialBatches:

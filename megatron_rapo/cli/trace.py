@@ -26,12 +26,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _trace(options: argparse.Namespace) -> int:
+    from megatron_rapo.timeline.simulated import is_simulated
     from megatron_rapo.timeline.trace import chrome_trace, load, told
 
+    simulated = " (simulated)" if is_simulated(options.run) else ""
     run = load(options.run, _steps(options.steps))
     output = options.output or options.run / "timeline" / "trace.json"
     with writing_to(output.parent, "--output"):
-        write_whole(output, json.dumps(chrome_trace(run)))
+        write_whole(output, json.dumps(chrome_trace(run, simulated)))
+    if simulated:
+        print(f"{options.run} was simulated, and never ran:")
     for line in told(run):
         print(line)
     print(f"{output}  to be opened at https://ui.perfetto.dev")

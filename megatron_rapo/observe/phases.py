@@ -13,14 +13,15 @@ BETWEEN = "between phases"
 
 
 class Phases:
-    """Times phases by the host's clock: work queued on a GPU counts where the host waits for it."""
+    """Times phases by a clock, the host's by default: work queued on a GPU counts where the host waits."""
 
-    def __init__(self, listeners: Sequence[Listener]) -> None:
+    def __init__(self, listeners: Sequence[Listener], clock: Callable[[], float] = time.perf_counter) -> None:
         self.step = 0
+        self._clock = clock
         self._listeners = list(listeners)
         self._open: list[str] = []
         self._seconds: dict[str, float] = {}
-        self._began = time.perf_counter()
+        self._began = clock()
 
     def listen(self, listener: Listener) -> None:
         """Tells one more listener from now on."""
@@ -30,7 +31,7 @@ class Phases:
         """Starts to time a step from zero."""
         self.step = step
         self._seconds.clear()
-        self._began = time.perf_counter()
+        self._began = self._clock()
         self._tell()
 
     @contextmanager
@@ -39,18 +40,18 @@ class Phases:
         self._open.append(name)
         path = "/".join(self._open)
         self._tell()
-        began = time.perf_counter()
+        began = self._clock()
         try:
             yield
         finally:
             self._open.pop()
-            self._seconds[path] = self._seconds.get(path, 0.0) + time.perf_counter() - began
+            self._seconds[path] = self._seconds.get(path, 0.0) + self._clock() - began
         self._tell()  # Not after an error: the heartbeat keeps the phase that failed.
 
     def times(self) -> dict[str, float]:
         """Seconds of the step so far: `time/<phase>_s`, a repeated phase summed, and `time/step_s`."""
         times = {f"time/{path}_s": seconds for path, seconds in self._seconds.items()}
-        return {**times, "time/step_s": time.perf_counter() - self._began}
+        return {**times, "time/step_s": self._clock() - self._began}
 
     def _tell(self) -> None:
         for listener in self._listeners:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ class StepLines:
     `history` holds the lines that stood before, oldest first.
     """
 
-    def __init__(self, path: Path, resume_step: int | None) -> None:
+    def __init__(
+        self, path: Path, resume_step: int | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Opens the file; lines after `resume_step` (None: all) are cut, since these steps come again.
 
         Raises:
@@ -32,7 +34,8 @@ class StepLines:
         self._path = path
         self._file = path.open("a", encoding="utf-8")
         self._step = self.history[-1]["step"] if self.history else -1
-        self._began = time.monotonic() - (self.history[-1]["time_s"] if self.history else 0.0)
+        self._clock = clock
+        self._began = clock() - (self.history[-1]["time_s"] if self.history else 0.0)
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Writes a step's line, whole and at once.
@@ -42,7 +45,7 @@ class StepLines:
         """
         if step <= self._step:
             raise ValueError(f"step {step} was logged before (last: {self._step}); log each step once")
-        line = {"step": step, "time_s": round(time.monotonic() - self._began, 3), **values}
+        line = {"step": step, "time_s": round(self._clock() - self._began, 3), **values}
         with writing_file(self._path):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()

@@ -51,16 +51,15 @@ class EngineModel:
         load = self.workload
         prompts = -(-load.prompts // split.engines)  # a group stays on one engine
         here = prompts * load.responses / load.prompts
-        together = min(here, self.batch or here, self._room(split, taken_gib))
+        together = min(here, self.batch or here, self.room(split, taken_gib))
         if together < 1:
             return None
-        waves = here - together
-        steady = (
-            waves * load.response_tokens / together * self._decode_s(split, together) if waves > 0 else 0.0
-        )
+        prefill = self.prefill_s(split, prompts, load.prompt_tokens)
         if self.batch is not None and here > self.batch:  # one batch ends before the next begins
-            return self._prefill_s(split, prompts) + here / together * self._drain_s(split, together)
-        return self._prefill_s(split, prompts) + steady + self._drain_s(split, together)
+            return prefill + here / together * self._drain_s(split, together)
+        context = load.prompt_tokens + load.response_tokens / 2
+        each = self.decode_s(split, together, context) / together
+        return prefill + (here - together) * load.response_tokens * each + self._drain_s(split, together)
 
     def publish_s(self, devices: int, *, over_disk: bool) -> float:
         """The weights to all engines: over the slowest link, or written and read."""
@@ -74,29 +73,30 @@ class EngineModel:
         """Decoding of so many responses that begin at once, until the longest has ended."""
         load = self.workload
         step = load.longest / _POINTS
+        context = load.prompt_tokens + load.response_tokens / 2
         shares = (load.still_running((point + 0.5) * step) for point in range(_POINTS))
-        return sum(step * self._decode_s(split, max(1.0, together * share)) for share in shares)
+        return sum(step * self.decode_s(split, max(1.0, together * share), context) for share in shares)
 
-    def _decode_s(self, split: EngineSplit, batch: float) -> float:
-        load, tensor, rates = self.workload, split.tensor_parallel, self.profile.engine
-        context = round(load.prompt_tokens + load.response_tokens / 2)
+    def decode_s(self, split: EngineSplit, batch: float, context: float) -> float:
+        """Of a token of each of so many responses, which attend to so many tokens in the mean."""
+        tensor, rates = split.tensor_parallel, self.profile.engine
         rows = max(1, round(batch))
         weights = self._weights / tensor
         read = (weights + batch * context * self._kept_of_token / tensor) / self.profile.memory_bytes_per_s
         layers = self.architecture.layers
-        flops = forward_flops(self.architecture, [rows], [context]) / tensor
+        flops = forward_flops(self.architecture, [rows], [round(context)]) / tensor
         computed = self.profile.matrix_s(flops, 4 * layers + 1)
         link = self.profile.link(tensor)
         wire = 2 * layers * all_reduce_s(link, tensor, batch * self.architecture.hidden * self.element)
         return max(read, computed) + wire + rates.step_s + layers * rates.layer_s + batch * rates.response_s
 
-    def _prefill_s(self, split: EngineSplit, prompts: int) -> float:
-        tokens = round(self.workload.prompt_tokens)
+    def prefill_s(self, split: EngineSplit, prompts: int, tokens: float) -> float:
+        """Of so many contexts of so many tokens each."""
         body = replace(self.architecture, vocabulary=0)
-        flops = forward_flops(body, [prompts * tokens], [tokens]) / split.tensor_parallel
+        flops = forward_flops(body, [round(prompts * tokens)], [round(tokens)]) / split.tensor_parallel
         return self.profile.matrix_s(flops, prompts * 4 * self.architecture.layers)
 
-    def _room(self, split: EngineSplit, taken_gib: float) -> float:
+    def room(self, split: EngineSplit, taken_gib: float) -> float:
         """Responses of mean length whose keys and values fit beside the weights."""
         free = (self.profile.memory_gib - taken_gib) * GIB * _USABLE * split.tensor_parallel
         free -= self._weights

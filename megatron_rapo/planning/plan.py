@@ -110,13 +110,19 @@ class Planner:
         for layout, cost, memory in trainers:
             sampled = apart
             if division.colocated:
-                sampled = self._fastest(engines, division, self._held_gib(memory))
+                sampled = self._fastest(engines, division, self.held_gib(memory))
             if sampled is None:
                 rejected["engines have no room for the weights and one response"] += 1
                 continue
             split, rollout = sampled
-            for staleness in (0,) if division.colocated else (0, 1):
+            for staleness in self._stalenesses(division):
                 yield self._planned(division, layout, split, staleness, rollout, cost, memory)
+
+    def _stalenesses(self, division: Division) -> tuple[int, ...]:
+        """What `rollout.max_staleness` may be; partial responses need as much as is configured."""
+        if self.config.rollout.partial_tokens is not None:
+            return () if division.colocated else (self.config.rollout.max_staleness,)
+        return (0,) if division.colocated else (0, 1)
 
     def _planned(
         self,
@@ -138,7 +144,7 @@ class Planner:
             max_staleness=staleness,
             rollout_s=rollout,
             reward_s=max(0.0, judged - rollout),  # responses are judged while others are sampled
-            publish_s=self._engine_model.publish_s(devices, over_disk=self.transport(division) == "disk"),
+            publish_s=self.engine_model.publish_s(devices, over_disk=self.transport(division) == "disk"),
             other_s=self.profile.step_s,
             trainer=cost,
             memory=memory,
@@ -153,8 +159,8 @@ class Planner:
             RapoError: engines have no room for the weights and one response.
         """
         cost, memory = self.cost(layout), self.memory(layout)
-        taken = self._held_gib(memory) if division.colocated else 0.0
-        rollout = self._engine_model.rollout_s(split, taken)
+        taken = self.held_gib(memory) if division.colocated else 0.0
+        rollout = self.engine_model.rollout_s(split, taken)
         if rollout is None:
             raise RapoError(
                 f"{split.engines} engines of {split.tensor_parallel} devices have no room for weights and a "
@@ -192,7 +198,7 @@ class Planner:
     def cost(self, layout: TrainerLayout) -> TrainerCost:
         """Of a step under this layout."""
         optimizer = self.config.optimizer
-        return self._trainer_model.cost(
+        return self.trainer_model.cost(
             layout.parallel,
             layout.budget,
             recompute=layout.recompute == "full",
@@ -215,11 +221,11 @@ class Planner:
         self, splits: list[EngineSplit], division: Division, taken_gib: float
     ) -> tuple[EngineSplit, float] | None:
         """The split that samples a step's responses first; None where none has room."""
-        timed = [(split, self._engine_model.rollout_s(split, taken_gib)) for split in splits]
+        timed = [(split, self.engine_model.rollout_s(split, taken_gib)) for split in splits]
         possible = [(split, seconds) for split, seconds in timed if seconds is not None]
         return min(possible, key=lambda one: one[1], default=None)
 
-    def _held_gib(self, memory: MemoryEstimate) -> float:
+    def held_gib(self, memory: MemoryEstimate) -> float:
         """What a trainer rank holds while colocated engines sample."""
         held = memory.weights + memory.reference + memory.teacher
         if not self.config.optimizer.in_host_memory_during_rollouts:
@@ -227,11 +233,13 @@ class Planner:
         return held / GIB
 
     @cached_property
-    def _trainer_model(self) -> TrainerModel:
+    def trainer_model(self) -> TrainerModel:
+        """The seconds of the trainer's work."""
         return TrainerModel(self.architecture, self.workload, self.profile, self._element)
 
     @cached_property
-    def _engine_model(self) -> EngineModel:
+    def engine_model(self) -> EngineModel:
+        """The seconds of the engines' work."""
         rollout = self.config.rollout
         embedded = rollout.engine.kind == "embedded"
         batch = rollout.prompts_per_request * rollout.responses_per_prompt if embedded else None

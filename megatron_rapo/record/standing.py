@@ -10,6 +10,7 @@ from megatron_rapo.config import RunConfig
 from megatron_rapo.errors import RapoError
 from megatron_rapo.folder import write_whole
 from megatron_rapo.record.configurations import check_accepted, check_options
+from megatron_rapo.timeline.simulated import refuse_simulated
 
 FINISHED = "finished.json"
 
@@ -25,6 +26,7 @@ def check_standing(config: RunConfig) -> str:
     """
     directory, steps = config.run.directory, config.run.steps
     check_accepted(config)
+    refuse_simulated(directory, "choose another run.directory")
     checkpoint = files.newest(directory)
     if checkpoint is None:
         return ""

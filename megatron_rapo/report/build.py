@@ -11,6 +11,7 @@ from megatron_rapo.report.figures import figure
 from megatron_rapo.report.sources import Sources
 from megatron_rapo.report.summary import answer, headlines
 from megatron_rapo.report.training import read_training, training_plots
+from megatron_rapo.timeline.simulated import is_simulated, shown_name
 
 
 def build_report(sources: Sources) -> Report:
@@ -23,7 +24,7 @@ def build_report(sources: Sources) -> Report:
     benchmarks = benchmarks_of(sources.models, sources.control)
     browser, notes = browser_of(sources)
     return Report(
-        title="Exploration report" if sources.models else "Training report",
+        title=_title(sources),
         subtitle=_subtitle(sources),
         answer=answer(runs, benchmarks),
         headlines=tuple(headlines(benchmarks)),
@@ -37,6 +38,12 @@ def build_report(sources: Sources) -> Report:
     )
 
 
+def _title(sources: Sources) -> str:
+    if sources.runs and all(map(is_simulated, sources.runs)) and not sources.models:
+        return "Report of simulated runs"
+    return "Exploration report" if sources.models else "Training report"
+
+
 def _subtitle(sources: Sources) -> str:
-    names = [path.resolve().name for path in sources.runs] + [model.label for model in sources.models]
+    names = list(map(shown_name, sources.runs)) + [model.label for model in sources.models]
     return " · ".join(dict.fromkeys(names))

@@ -16,6 +16,7 @@ from megatron_rapo.errors import RapoError
 from megatron_rapo.record.configurations import read_configurations
 from megatron_rapo.record.versions import read_versions
 from megatron_rapo.report.sources import EvaluatedModel, Sources
+from megatron_rapo.timeline.simulated import shown_name
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def configuration_tables(sources: Sources) -> list[Table]:
     """Options of training runs, of evaluations, and versions of software; those that there are."""
     tables = []
     if sources.runs:
-        names = [path.resolve().name for path in sources.runs]
+        names = list(map(shown_name, sources.runs))
         tables.append(_table("Training", names, [_run_options(path) for path in sources.runs]))
         software = [_run_versions(path) for path in sources.runs]
         if any(software):

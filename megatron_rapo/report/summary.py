@@ -43,7 +43,9 @@ def _rewards(runs: Sequence[TrainingRun]) -> str:
     for run in runs:
         ends = reward_ends(run.steps)
         name = "The run" if len(runs) == 1 else run.name
-        if ends is None:
+        if run.simulated:
+            sentences.append(f"{name} was simulated: it never ran, and learnt nothing.")
+        elif ends is None:
             sentences.append(f"{name} has finished fewer than two training steps.")
         else:
             window, first, last = ends

@@ -15,6 +15,7 @@ from megatron_rapo.observe.step_lines import read_step_lines
 from megatron_rapo.report.drawing import Line, Plot
 from megatron_rapo.report.sources import file_name
 from megatron_rapo.report.theme import series_colour
+from megatron_rapo.timeline.simulated import is_simulated, shown_name
 
 WINDOW = 5  # steps of the running mean
 
@@ -27,11 +28,13 @@ class TrainingRun:
         name: of its directory.
         steps: the lines of metrics.jsonl, oldest first.
         guards: what its guards found and did, lines for people.
+        simulated: whether it never ran.
     """
 
     name: str
     steps: Sequence[dict[str, Any]]
     guards: Sequence[str] = ()
+    simulated: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def read_training(directory: Path) -> TrainingRun:
     steps = read_step_lines(path)
     if not steps:
         raise RapoError(f"{path} holds no step; report a run that has finished one")
-    return TrainingRun(directory.resolve().name, steps, told(read_findings(directory)))
+    guards = told(read_findings(directory))
+    return TrainingRun(shown_name(directory), steps, guards, is_simulated(directory))
 
 
 def training_plots(runs: Sequence[TrainingRun]) -> list[Plot]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,13 +37,14 @@ class Asked:
 class Timeline:
     """Writes one rank's record, some lines at a time. An earlier start's lines stay."""
 
-    def __init__(self, run_directory: Path, rank: int) -> None:
+    def __init__(self, run_directory: Path, rank: int, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
         self._path = run_directory / FOLDER / f"rank_{rank:05d}.jsonl"
         self._lines: list[str] = []
 
     def enter(self, step: int, phase: str) -> None:
         """The rank enters a phase now."""
-        self._add([round(time.time(), 6), step, phase])
+        self._add([round(self._clock(), 6), step, phase])
 
     def request(self, engine: str, begun: float, ended: float, responses: int) -> None:
         """A request has ended. Any thread may tell it; it is written with the next phase."""

@@ -77,11 +77,11 @@ def load(run_directory: Path, steps: tuple[int, int] | None = None) -> Run:
     )
 
 
-def chrome_trace(run: Run) -> dict[str, Any]:
-    """The trace, to be written as JSON."""
+def chrome_trace(run: Run, of: str = "") -> dict[str, Any]:
+    """The trace, to be written as JSON; `of` stands behind the names of its processes."""
     start = min(own[0].begun for own in run.stays.values() if own)
     events: list[dict[str, Any]] = [
-        {"ph": "M", "pid": pid, "name": "process_name", "args": {"name": name}}
+        {"ph": "M", "pid": pid, "name": "process_name", "args": {"name": f"{name}{of}"}}
         for pid, name in ((_TRAINER, "trainer"), (_ENGINES, "engines"))
     ]
     for rank, stays in run.stays.items():

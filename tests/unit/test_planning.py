@@ -253,7 +253,7 @@ def test_colocated_engines_have_what_trainers_leave() -> None:
     both = Division(8, 8, True)
     layout = TrainerLayout(Parallel(tensor_parallel=4, data_parallel=2), 4096, "full")
     mine, thrifty = planner(), planner(**beside)
-    assert mine._held_gib(mine.memory(layout)) > thrifty._held_gib(thrifty.memory(layout)) + 17
+    assert mine.held_gib(mine.memory(layout)) > thrifty.held_gib(thrifty.memory(layout)) + 17
     assert mine.transport(both) == "tensor"
     assert mine.transport(Division(16, 16, True)) == "disk"
     assert mine.transport(Division(8, 8, False)) == "distributed"
