@@ -29,6 +29,7 @@ from megatron_rapo.launch.slurm import describe
 from megatron_rapo.loss.trial import reported_names
 from megatron_rapo.megatron_repairs.install import check_version
 from megatron_rapo.methods.state import restore_state, saved_state
+from megatron_rapo.model.adapter_rules import adapter_rules
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.dtypes import DTYPES
 from megatron_rapo.model.hf_config import read_architecture
@@ -38,9 +39,10 @@ from megatron_rapo.record.replaying import check_recorded
 from megatron_rapo.reward.golds import gold_judge
 from megatron_rapo.reward.trial import Trial, try_rewards
 from megatron_rapo.scaling.memory import GIB, MemoryEstimate, estimate_memory
+from megatron_rapo.weights.adapter_files import open_checkpoint
 from megatron_rapo.weights.hf_check import check_tensors
 from megatron_rapo.weights.hf_files import HFTensors
-from megatron_rapo.weights.megatron_files import MegatronTensors, find_checkpoint
+from megatron_rapo.weights.megatron_files import find_checkpoint
 from megatron_rapo.weights.plan import make_plan
 from megatron_rapo.weights.tensor_table import tensor_table
 
@@ -85,6 +87,8 @@ def planned_architecture(config: RunConfig) -> Architecture:
     architecture.check_layout(config.parallel)
     architecture.check_experts(config.parallel, config.model)
     architecture.check_lengths(config.rollout)
+    if config.adapter is not None:
+        list(adapter_rules(architecture, config.adapter))  # refuses targets that are not there
     _check_microbatch(config)
     _check_engines(config, architecture)
     return architecture
@@ -105,7 +109,7 @@ def planned_teacher(config: RunConfig) -> Architecture | None:
         with HFTensors(path) as tensors:
             check_tensors(tensors, architecture)
     elif checkpoint.exists():
-        MegatronTensors(checkpoint, architecture)
+        open_checkpoint(checkpoint, architecture)
     if config.model.path.is_dir():
         policy, teacher = load_tokenizer(config.model.path), load_tokenizer(path)
         require_same_tokens(policy, teacher, architecture.vocabulary)
@@ -189,7 +193,7 @@ def _check_models(config: RunConfig, architecture: Architecture) -> None:
         with HFTensors(path) as tensors:
             check_tensors(tensors, architecture)
     if config.model.checkpoint is not None and config.model.checkpoint.exists():
-        MegatronTensors(config.model.checkpoint, architecture)
+        open_checkpoint(config.model.checkpoint, architecture)
 
 
 def _check_microbatch(config: RunConfig) -> None:

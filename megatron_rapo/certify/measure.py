@@ -153,7 +153,7 @@ def _computed(config: RunConfig, case: Case, dtype: str) -> tuple[float, dict[st
         microbatch.old_log_probs, microbatch.old_entropies = engine, old_entropies(engine)
         if method.tempered is not None:
             microbatch.tempered_log_probs = tempered_log_probs(engine, method.tempered)
-    frozen = open_frozen(config, architecture, method, placement)
+    frozen = open_frozen(config, architecture, method, placement, chunks)
     for one in frozen:
         one.annotate(minibatches, objective)
     distribution = frozen[-1] if frozen else None
