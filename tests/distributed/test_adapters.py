@@ -35,7 +35,12 @@ from tests.models import make_hf_model
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all": {"rank": 4, "alpha": 12.0},
-    "attention": {"rank": 8, "alpha": 6.0, "targets": ["q_proj", "v_proj", "o_proj"], "rank_stabilized": True},
+    "attention": {
+        "rank": 8,
+        "alpha": 6.0,
+        "targets": ["q_proj", "v_proj", "o_proj"],
+        "rank_stabilized": True,
+    },
     "mlp": {"rank": 3, "alpha": 3.0, "targets": ["up_proj", "down_proj"]},
     "mixture": {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]},
 }
