@@ -305,7 +305,7 @@ class Job:
         segments = segment_sizes(batch.groups)
         if self.config.algorithm.share_prompts:
             lengths, attended = segments
-        tflop = training_flops(self.architecture, lengths, attended) / 1e12
+        tflop = training_flops(self.architecture, lengths, attended, self.config.adapter) / 1e12
         rate = tflop / seconds / self.placement.layout.world_size
         peak = self.config.observe.peak_tflops or own_peak_tflops(self.config.model.dtype)
         used = {} if peak is None else {"throughput/mfu": rate / peak}

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from megatron_rapo import file_sums
-from megatron_rapo.config import Data, FileData, FunctionData, RunConfig
+from megatron_rapo.config import Adapter, Data, FileData, FunctionData, RunConfig
 from megatron_rapo.config.write import to_toml
 from megatron_rapo.data.load import Judge, load_training_prompts
 from megatron_rapo.data.rows import Row
@@ -33,7 +33,7 @@ from megatron_rapo.model.adapter_rules import adapter_rules
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.dtypes import DTYPES
 from megatron_rapo.model.hf_config import read_architecture
-from megatron_rapo.model.parameters import count_parameters
+from megatron_rapo.model.parameters import count_adapter_parameters, count_parameters
 from megatron_rapo.observe.loggers import import_wandb
 from megatron_rapo.record.replaying import check_recorded
 from megatron_rapo.reward.golds import gold_judge
@@ -146,6 +146,7 @@ def describe_plan(config: RunConfig) -> str:
         + (", sequence parallel" if layout.sequence_parallel else ""),
         f"{architecture.family} of {count_parameters(architecture):,} parameters in "
         f"{architecture.layers} layers",
+        *([_described_adapter(config.adapter, architecture)] if config.adapter else []),
         *([_described_teacher(teacher)] if teacher else []),
         f"{config.responses_per_step} {what} a step in {config.updates_per_step} updates; "
         f"{updates} updates in all",
@@ -164,6 +165,12 @@ def describe_plan(config: RunConfig) -> str:
         *(f"not on this machine: {problem}" for problem in _missing_here(config)),
     ]
     return "\n".join(lines)
+
+
+def _described_adapter(adapter: Adapter, architecture: Architecture) -> str:
+    trained = count_adapter_parameters(architecture, adapter)
+    share = trained / count_parameters(architecture)
+    return f"trained are adapters of rank {adapter.rank}: {trained:,} parameters, {share:.2%} of as many"
 
 
 def _described_teacher(teacher: Architecture) -> str:

@@ -46,7 +46,7 @@ SAVED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "whole optimizer": ("untied", "tp2-pp2", {"distributed": False}),
     "bf16": ("untied", "tp2-pp2", {"dtype": "bfloat16"}),
     "experts": ("experts", "tp2-pp2-sp-ep2", {}),
-    "adapters": ("tied", "tp2-pp2", {"adapter": ADAPTER}),
+    "adapters": ("adapted", "tp2-pp2", {"adapter": ADAPTER}),
 }
 RELOADED = [
     ("untied", "tp2-pp2"),
@@ -77,8 +77,8 @@ SECONDS = 30.0  # within which a failed save must be over
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     base = tmp_path_factory.mktemp("checkpoints")
-    for name in ("tied", "untied"):
-        make_hf_model(base / name, tied=name == "tied", **SMALL)
+    for name in ("tied", "untied", "adapted"):
+        make_hf_model(base / name, tied=name != "untied", **SMALL)
     make_hf_model(base / "experts", family="qwen3_moe", **SMALL)
     with small_disk(base / "full") if ROOT else no_disk():
         yield run_job(measure, base, directory=base)
@@ -295,13 +295,13 @@ def _adapters(base: Path) -> tuple[dict[str, Any], bool]:
     stored = {
         "keys": sorted(sizes),
         "numbers": sum(math.prod(size) for size in sizes.values()),
-        "adapters": count_adapter_parameters(read_architecture(base / "tied"), adapter),
+        "adapters": count_adapter_parameters(read_architecture(base / "adapted"), adapter),
     }
     convert_to_peft(base / "adapters", base / "adapters of peft")
-    model = AutoModelForCausalLM.from_pretrained(base / "tied", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base / "adapted", dtype=torch.float32)
     merged = PeftModel.from_pretrained(model, base / "adapters of peft").merge_and_unload().state_dict()
     convert_to_hf(base / "adapters", base / "adapters merged")
-    begun = model_weights(base / "tied")
+    begun = model_weights(base / "adapted")
     own = model_weights(base / "adapters merged")
     trained = any(not torch.equal(own[name], begun[name]) for name in own)
     return stored, trained and all(torch.allclose(merged[n], own[n], rtol=0, atol=1e-6) for n in own)
