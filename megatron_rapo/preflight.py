@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from megatron_rapo import file_sums
-from megatron_rapo.config import Data, FileData, FunctionData, RunConfig
+from megatron_rapo.config import Adapter, Data, FileData, FunctionData, RunConfig
 from megatron_rapo.config.write import to_toml
 from megatron_rapo.data.load import Judge, load_training_prompts
 from megatron_rapo.data.rows import Row
@@ -29,18 +29,20 @@ from megatron_rapo.launch.slurm import describe
 from megatron_rapo.loss.trial import reported_names
 from megatron_rapo.megatron_repairs.install import check_version
 from megatron_rapo.methods.state import restore_state, saved_state
+from megatron_rapo.model.adapter_rules import adapter_rules
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.dtypes import DTYPES
 from megatron_rapo.model.hf_config import read_architecture
-from megatron_rapo.model.parameters import count_parameters
+from megatron_rapo.model.parameters import count_adapter_parameters, count_parameters
 from megatron_rapo.observe.loggers import import_wandb
 from megatron_rapo.record.replaying import check_recorded
 from megatron_rapo.reward.golds import gold_judge
 from megatron_rapo.reward.trial import Trial, try_rewards
 from megatron_rapo.scaling.memory import GIB, MemoryEstimate, estimate_memory
+from megatron_rapo.weights.adapter_files import open_checkpoint
 from megatron_rapo.weights.hf_check import check_tensors
 from megatron_rapo.weights.hf_files import HFTensors
-from megatron_rapo.weights.megatron_files import MegatronTensors, find_checkpoint
+from megatron_rapo.weights.megatron_files import find_checkpoint
 from megatron_rapo.weights.plan import make_plan
 from megatron_rapo.weights.tensor_table import tensor_table
 
@@ -85,6 +87,8 @@ def planned_architecture(config: RunConfig) -> Architecture:
     architecture.check_layout(config.parallel)
     architecture.check_experts(config.parallel, config.model)
     architecture.check_lengths(config.rollout)
+    if config.adapter is not None:
+        list(adapter_rules(architecture, config.adapter))  # refuses targets that are not there
     _check_microbatch(config)
     _check_engines(config, architecture)
     return architecture
@@ -105,7 +109,7 @@ def planned_teacher(config: RunConfig) -> Architecture | None:
         with HFTensors(path) as tensors:
             check_tensors(tensors, architecture)
     elif checkpoint.exists():
-        MegatronTensors(checkpoint, architecture)
+        open_checkpoint(checkpoint, architecture)
     if config.model.path.is_dir():
         policy, teacher = load_tokenizer(config.model.path), load_tokenizer(path)
         require_same_tokens(policy, teacher, architecture.vocabulary)
@@ -142,6 +146,7 @@ def describe_plan(config: RunConfig) -> str:
         + (", sequence parallel" if layout.sequence_parallel else ""),
         f"{architecture.family} of {count_parameters(architecture):,} parameters in "
         f"{architecture.layers} layers",
+        *([_described_adapter(config.adapter, architecture)] if config.adapter else []),
         *([_described_teacher(teacher)] if teacher else []),
         f"{config.responses_per_step} {what} a step in {config.updates_per_step} updates; "
         f"{updates} updates in all",
@@ -160,6 +165,12 @@ def describe_plan(config: RunConfig) -> str:
         *(f"not on this machine: {problem}" for problem in _missing_here(config)),
     ]
     return "\n".join(lines)
+
+
+def _described_adapter(adapter: Adapter, architecture: Architecture) -> str:
+    trained = count_adapter_parameters(architecture, adapter)
+    share = trained / count_parameters(architecture)
+    return f"trained are adapters of rank {adapter.rank}: {trained:,} parameters, {share:.2%} of as many"
 
 
 def _described_teacher(teacher: Architecture) -> str:
@@ -189,7 +200,7 @@ def _check_models(config: RunConfig, architecture: Architecture) -> None:
         with HFTensors(path) as tensors:
             check_tensors(tensors, architecture)
     if config.model.checkpoint is not None and config.model.checkpoint.exists():
-        MegatronTensors(config.model.checkpoint, architecture)
+        open_checkpoint(config.model.checkpoint, architecture)
 
 
 def _check_microbatch(config: RunConfig) -> None:

@@ -91,7 +91,7 @@ def steps(folder: Path, expert_parallel: int, options: argparse.Namespace, repor
         config = config.model_copy(update={"parallel": layout})
         architecture, method = read_architecture(config.model.path), config.new_method()
         policy = Policy(config.model, config.optimizer, architecture, placement, total_updates=100)
-        frozen = open_frozen(config, architecture, method, placement)
+        frozen = open_frozen(config, architecture, method, placement, policy.chunks)
         objective = Objective(
             method, temperature=1.0, vocabulary=options.vocabulary, group=placement.tensor_group
         )

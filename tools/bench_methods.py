@@ -148,7 +148,7 @@ def a_step(config: RunConfig, placement: Placement) -> Callable[[], None]:
     """What annotates and updates once, from samples that are made before."""
     architecture, method = read_architecture(config.model.path), config.new_method()
     policy = Policy(config.model, config.optimizer, architecture, placement, total_updates=100)
-    frozen = open_frozen(config, architecture, method, placement)
+    frozen = open_frozen(config, architecture, method, placement, policy.chunks)
     objective = Objective(method, temperature=1.0, vocabulary=VOCABULARY, group=placement.tensor_group)
     groups = made_up(config, method)
 

@@ -124,7 +124,7 @@ def a_step(folder: Path, shape: str, options: argparse.Namespace, placement: Pla
     config = configuration(folder, prompt, responses, tokens, options, shared)
     architecture, method = read_architecture(config.model.path), config.new_method()
     policy = Policy(config.model, config.optimizer, architecture, placement, total_updates=100)
-    frozen = open_frozen(config, architecture, method, placement)
+    frozen = open_frozen(config, architecture, method, placement, policy.chunks)
     objective = Objective(
         method, temperature=1.0, vocabulary=options.vocabulary, group=placement.tensor_group
     )

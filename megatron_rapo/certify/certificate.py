@@ -22,7 +22,7 @@ from megatron_rapo.certify.cases import (
     small,
 )
 from megatron_rapo.certify.measure import BARS, Result, measure
-from megatron_rapo.config import RunConfig, validate
+from megatron_rapo.config import Adapter, RunConfig, validate
 from megatron_rapo.config.algorithm import find_method
 from megatron_rapo.launch.local import run_local
 from megatron_rapo.methods.options import Options
@@ -50,7 +50,9 @@ DEFAULT = Architecture(
 )
 
 
-def certify(algorithm: Options, architecture: Architecture = DEFAULT) -> list[Result]:
+def certify(
+    algorithm: Options, architecture: Architecture = DEFAULT, adapter: Adapter | None = None
+) -> list[Result]:
     """Certifies a method's loss on a small model of a family, in RANKS processes of this machine.
 
     A teacher is of another family, depth, width and number of spare rows than the policy.
@@ -58,12 +60,14 @@ def certify(algorithm: Options, architecture: Architecture = DEFAULT) -> list[Re
     Args:
         algorithm: the method and its options.
         architecture: whose family, biases, norms and tying the small model takes.
+        adapter: what is trained of it, if not its weights; these without it are then the reference.
     """
     with tempfile.TemporaryDirectory(prefix="megatron-rapo-certify-") as name:
         directory = Path(name)
         write_models(directory, architecture)
         report = directory / "report.json"
-        run_local(measure, (configuration(directory, algorithm), report, cases_of(architecture)), RANKS)
+        config = configuration(directory, algorithm, adapter)
+        run_local(measure, (config, report, cases_of(architecture)), RANKS)
         return [Result(**line) for line in json.loads(report.read_text())]
 
 
@@ -95,22 +99,25 @@ def as_json(results: list[Result]) -> str:
     return json.dumps({"bars": BARS, "passed": all(r.passed for r in results), "results": records}, indent=1)
 
 
-def configuration(directory: Path, algorithm: Options) -> RunConfig:
-    """Of a method's certificate, for the small models in `directory`."""
+def configuration(directory: Path, algorithm: Options, adapter: Adapter | None = None) -> RunConfig:
+    """Of the certificate of a method, and of adapters, for the small models in `directory`."""
     own = algorithm.model_dump(exclude_none=True)
     own.pop("minibatch_prompts", None)
     method = find_method(algorithm.method)(algorithm, Sampling(1.0, RESPONSES, MAX_RESPONSE_TOKENS))
     teacher = {"teacher": {"path": str(directory / "teacher")}} if method.wants_teacher else {}
     # What learns from given texts may know no temperature; where it is from plays no part in the loss.
     sampled = {"responses_per_prompt": RESPONSES, "temperature": TEMPERATURE}
+    reference = {"reference_path": str(directory / "reference")}
+    beside = {} if adapter is None else {"adapter": adapter.model_dump(mode="json")}
     return validate(
         {
             **teacher,
+            **beside,
             "run": {"directory": str(directory), "steps": 1},
             "model": {
                 "path": str(directory / "policy"),
-                "reference_path": str(directory / "reference"),
                 "dtype": "float32",
+                **(reference if adapter is None else {}),
             },
             "data": {"source": "arithmetic"},
             "rollout": {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_rapo.certify.adapted import RandomAdapters, adapted
 from megatron_rapo.certify.cases import CASES, RANKS, VOCABULARY, Case, batch, batch_of
 from megatron_rapo.certify.plain_loss import PlainModel, old_entropies, plain_loss, tempered_log_probs
 from megatron_rapo.config import Optimizer, Parallel, RunConfig
@@ -32,7 +33,8 @@ from megatron_rapo.policy.beside import open_frozen
 from megatron_rapo.policy.gradients import accumulate_gradients, main_gradient, unwrap, wrap
 from megatron_rapo.policy.weighing import mark, weigh
 from megatron_rapo.weights.export import hf_tensors
-from megatron_rapo.weights.load import load_weights
+from megatron_rapo.weights.load import fill, load_weights
+from megatron_rapo.weights.parameter_map import mapped_parameters
 
 # Norm of the difference over the norm.
 BARS = {"float64": 1e-10, "float32": 1e-5}
@@ -64,7 +66,8 @@ def measure(config: RunConfig, report: Path, cases: Sequence[Case] = CASES) -> N
     """One rank's part: runs the cases in all dtypes; rank 0 writes the results to `report` as JSON.
 
     Args:
-        config: its `model.path` and `reference_path` hold the small models; its algorithm is certified.
+        config: its `model.path` and `reference_path` hold the small models; its algorithm is certified, in
+            the gradients of its adapter, if it has one.
         report: a file.
         cases: what to run.
     """
@@ -88,11 +91,17 @@ def compare(config: RunConfig, cases: Sequence[Case], *, is_main: bool) -> list[
 
 def _expected(config: RunConfig, dtype: torch.dtype) -> tuple[float, float, dict[str, Tensor]]:
     """Loss, Σ |loss| of its tokens, and the gradient by HF name."""
-    assert config.model.reference_path is not None
-    policy, reference = (_plain(path, dtype) for path in (config.model.path, config.model.reference_path))
+    policy, reference = (
+        _plain(path, dtype) for path in (config.model.path, config.model.reference_path or config.model.path)
+    )
     teacher = None if config.teacher is None else _plain(config.teacher.path, dtype)
-    for tensor in policy.weights.values():
+    trained = policy.weights
+    if config.adapter is not None:
+        trained = RandomAdapters(policy.architecture, config.adapter).all(dtype)
+    for tensor in trained.values():
         tensor.requires_grad_()
+    if config.adapter is not None:
+        policy = replace(policy, weights=adapted(policy.weights, trained, config.adapter.scale))
     method = config.new_method()
     groups = batch_of(method)
     [samples] = make_samples(groups, method, VOCABULARY, config.minibatch_prompts)
@@ -111,7 +120,7 @@ def _expected(config: RunConfig, dtype: torch.dtype) -> tuple[float, float, dict
             "there is nothing to compare; give it options by which it learns from rewards of 0 and 1"
         )
     loss.backward()
-    gradients = {name: tensor.grad for name, tensor in policy.weights.items() if tensor.grad is not None}
+    gradients = {name: tensor.grad for name, tensor in trained.items() if tensor.grad is not None}
     return float(loss.detach()), size, gradients
 
 
@@ -132,8 +141,13 @@ def _computed(config: RunConfig, case: Case, dtype: str) -> tuple[float, dict[st
     config = config.model_copy(update={"model": model, "parallel": case.layout, "algorithm": algorithm})
     method = config.new_method()
 
-    chunks = build_chunks(architecture, model, case.layout)
+    adapter = config.adapter
+    chunks = build_chunks(architecture, model, case.layout, adapter=adapter)
     load_weights(chunks, architecture, model.path, placement.tensor_rank, placement.expert_tensor_rank)
+    if adapter is not None:
+        matrices = RandomAdapters(architecture, adapter)
+        for mapped in mapped_parameters(chunks, architecture, adapter):
+            fill(mapped, matrices, architecture, placement.tensor_rank)
     wrapped = wrap(chunks, Optimizer(distributed=False))
     objective = Objective(
         method,
@@ -153,14 +167,14 @@ def _computed(config: RunConfig, case: Case, dtype: str) -> tuple[float, dict[st
         microbatch.old_log_probs, microbatch.old_entropies = engine, old_entropies(engine)
         if method.tempered is not None:
             microbatch.tempered_log_probs = tempered_log_probs(engine, method.tempered)
-    frozen = open_frozen(config, architecture, method, placement)
+    frozen = open_frozen(config, architecture, method, placement, chunks)
     for one in frozen:
         one.annotate(minibatches, objective)
     distribution = frozen[-1] if frozen else None
     weigh(minibatches, method, placement)
     mark(minibatches[0], method, placement)
     sums, _ = accumulate_gradients(wrapped, minibatches[0], objective, distribution, placement)
-    gradient = dict(hf_tensors(chunks, architecture, placement, value=main_gradient))
+    gradient = dict(hf_tensors(chunks, architecture, placement, main_gradient, adapter))
     unwrap(wrapped)
     return objective.metrics(sums)["loss/total"], _collected(gradient, placement)
 

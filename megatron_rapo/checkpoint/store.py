@@ -1,6 +1,6 @@
 """Checkpoints of a run: written whole or not at all, reloaded under any layout.
 
-<run>/checkpoints/step_000010/       torch_dist shards of weights and optimizer (megatron dist_checkpointing)
+<run>/checkpoints/step_000010/       torch_dist shards of what is trained, and its optimizer (sharded.py)
 <run>/checkpoints/step_000010/run.json   step, prompts drawn, and what the run must share with it
 <run>/checkpoints/step_000010/checksums.json   of all these files
 """
@@ -23,8 +23,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_rapo.checkpoint import files
 from megatron_rapo.checkpoint.best import BestCheckpoint
 from megatron_rapo.checkpoint.checksums import damage_to, saved_sums
+from megatron_rapo.checkpoint.sharded import sharded_state, take_up
 from megatron_rapo.checkpoint.state import TrainState
-from megatron_rapo.checkpoint.writing import SHARDING, Writing, reason_of
+from megatron_rapo.checkpoint.writing import Writing, reason_of
 from megatron_rapo.config import RunConfig
 from megatron_rapo.errors import RapoError
 from megatron_rapo.file_sums import DAMAGED, FILE, Sums, write_sums
@@ -136,7 +137,7 @@ class CheckpointStore:
         failure = _on_main(placement, lambda: _make_empty(saving.partial))
         if failure is None:
             saving.writing = Writing(
-                _sharded_state(policy, is_loading=False),
+                sharded_state(policy, is_loading=False),
                 saving.partial,
                 placement,
                 in_background=self.config.checkpoint.in_background,
@@ -206,14 +207,12 @@ class CheckpointStore:
                     f"{value!r}; restore it, or choose another run.directory"
                 )
         try:
-            loaded = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(checkpoint))
+            loaded = dist_checkpointing.load(sharded_state(policy, is_loading=True), str(checkpoint))
         except UNREADABLE as error:
             raise RapoError(
                 f"checkpoint {checkpoint} cannot be read: {reason_of(error)}; {_REMEDY}"
             ) from error
-        for key, chunk in zip(_chunk_keys(policy), policy.chunks, strict=True):
-            chunk.load_state_dict(loaded[key], strict=True)
-        policy.optimizer.load_state_dict(loaded["optimizer"])
+        take_up(policy, loaded)
         policy.go_to_update(state.step * self.config.updates_per_step)
         return state
 
@@ -234,6 +233,7 @@ class CheckpointStore:
             "state": asdict(saving.state),
             "must_match": self._must_match(),
             "model_path": str(self.config.model.path),  # whose tokenizer an export carries over
+            "base": str((self.config.model.checkpoint or self.config.model.path).absolute()),  # of adapters
         }
         (saving.partial / files.RECORD).write_text(json.dumps(record, indent=1))
         write_sums(saving.partial, sums)
@@ -250,6 +250,7 @@ class CheckpointStore:
             "run.seed": config.run.seed,
             "model.dtype": config.model.dtype,
             "optimizer.distributed": config.optimizer.distributed,
+            "adapter": None if config.adapter is None else config.adapter.model_dump(mode="json"),
             **{f"fingerprint of {name}": value for name, value in self.fingerprints.items()},
         }
 
@@ -271,23 +272,6 @@ def _record_of(checkpoint: Path) -> dict[str, Any]:
     record: dict[str, Any] = json.loads((checkpoint / files.RECORD).read_text())
     TrainState(**record["state"]), record["must_match"]
     return record
-
-
-def _chunk_keys(policy: Policy) -> list[str]:
-    count = len(policy.chunks)
-    return ["model"] if count == 1 else [f"model{index}" for index in range(count)]
-
-
-def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
-    metadata = {**SHARDING, "dp_cp_group": policy.placement.gradient_group}
-    state = {
-        key: chunk.sharded_state_dict(metadata=metadata)
-        for key, chunk in zip(_chunk_keys(policy), policy.chunks, strict=True)
-    }
-    state["optimizer"] = policy.optimizer.sharded_state_dict(
-        dict(state), is_loading=is_loading, metadata=metadata
-    )
-    return state
 
 
 def _on_main(placement: Placement, work: Callable[[], None]) -> str | None:

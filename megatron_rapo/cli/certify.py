@@ -21,7 +21,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "and compares loss and whole gradient with plain PyTorch.",
     )
     add_configuration(
-        certify, help="whose objective and model family to certify; default: RAPO on Qwen2", required=False
+        certify,
+        help="whose objective, family and adapters to certify; default: RAPO on Qwen2",
+        required=False,
     )
     certify.add_argument("--json", type=Path, metavar="FILE", help="write the certificate there, too")
     certify.set_defaults(command=_certify)
@@ -32,13 +34,14 @@ def _certify(options: argparse.Namespace) -> int:
     from megatron_rapo.certify.certificate import DEFAULT, as_json, certify, table
 
     algorithm: Options = RAPO.Options()
-    architecture = DEFAULT
+    architecture, adapter = DEFAULT, None
     if options.configs:
         config = load_config(options.configs, options.set)
         algorithm, architecture = config.algorithm, preflight.planned_architecture(config)
+        adapter = config.adapter
     elif options.set:
         raise RapoError("--set needs a configuration to override; name one")
-    results = certify(algorithm, architecture)
+    results = certify(algorithm, architecture, adapter)
     print(table(results))
     if options.json is not None:
         options.json.write_text(as_json(results))

@@ -1,5 +1,6 @@
 """Typed configuration: TOML in, validated and resolved options out."""
 
+from megatron_rapo.config.adapter import Adapter
 from megatron_rapo.config.cluster import Slurm
 from megatron_rapo.config.data import (
     ArithmeticData,
@@ -21,6 +22,7 @@ from megatron_rapo.config.weights import Weights
 from megatron_rapo.config.write import to_toml
 
 __all__ = [
+    "Adapter",
     "ArithmeticData",
     "Checkpoint",
     "CountdownData",

@@ -169,8 +169,7 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
         base, *more = arguments
         return _kind(base, [*metadata, *(bound for part in more for bound in getattr(part, "metadata", ()))])
     if origin in (types.UnionType, Union):
-        (kind,) = [part for part in arguments if part is not type(None)]
-        return _kind(kind, metadata)
+        return " or ".join(_kind(part, metadata) for part in arguments if part is not type(None))
     if origin is Literal:
         return " or ".join(f"`{toml_value(value)}`" for value in arguments)
     if origin is dict:

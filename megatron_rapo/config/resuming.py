@@ -57,7 +57,7 @@ CLASSES: Mapping[Change, tuple[str, ...]] = {
         *("algorithm", "optimizer", "environment", "evaluate"),
     ),
     # Order of prompts and seeds of samples are functions of these, and the state is of these types.
-    Change.NEVER: ("run.seed", "data.shuffle", "model.dtype", "optimizer.distributed"),
+    Change.NEVER: ("run.seed", "data.shuffle", "model.dtype", "optimizer.distributed", "adapter"),
 }
 
 

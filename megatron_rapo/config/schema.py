@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, model_validator
 
+from megatron_rapo.config.adapter import Adapter, check_adapter
 from megatron_rapo.config.algorithm import DEFAULT_METHOD, Algorithm, find_method
 from megatron_rapo.config.cluster import Slurm
 from megatron_rapo.config.data import Data, MixtureData, TrainingData
@@ -29,6 +30,7 @@ from megatron_rapo.config.ranks import check_ranks
 from megatron_rapo.config.reward import Reward
 from megatron_rapo.config.running import Checkpoint, Observe, Run
 from megatron_rapo.config.sampling import Rollout
+from megatron_rapo.config.schedule import check_schedule
 from megatron_rapo.config.shared_prompts import check_shared_prompts
 from megatron_rapo.config.templates import Templated
 from megatron_rapo.config.training import Model, Optimizer, Parallel, Teacher
@@ -62,6 +64,7 @@ class RunConfig(Section):
     run: Run
     model: Model
     teacher: Teacher | None = None
+    adapter: Adapter | None = None
     parallel: Parallel = Parallel()
     data: TrainingData
     rollout: Annotated[Rollout, BeforeValidator(load_own_kind)]
@@ -211,7 +214,6 @@ class RunConfig(Section):
             self._check_date,
             self._check_code,
             self._check_method,
-            self._check_warmup,
             self._check_checkpoints,
             self._check_samples,
             self._check_rewards,
@@ -220,6 +222,8 @@ class RunConfig(Section):
             self._check_colocation,
             partial(refuse_alarm_of_older_samples, self),
             partial(check_ranks, self),
+            partial(check_schedule, self),
+            partial(check_adapter, self),
             partial(check_guards, self),
             partial(check_shared_prompts, self),
             partial(refuse_options_beside_replay, self),
@@ -285,25 +289,6 @@ class RunConfig(Section):
             raise ValueError(
                 f"[teacher] would have no effect: no term of method {self.algorithm.method} reads a teacher; "
                 "remove it"
-            )
-
-    def _check_warmup(self) -> None:
-        warmup, updates = self.optimizer.warmup_updates, self.run.steps * self.updates_per_step
-        if warmup >= updates:
-            raise ValueError(
-                f"optimizer.warmup_updates = {warmup} leaves none of the run's {updates} updates at the full "
-                "rate; lower it, or raise run.steps"
-            )
-        decay = self.decay_steps
-        if decay < self.run.steps and self.optimizer.min_learning_rate == 0:
-            raise ValueError(
-                f"optimizer.decay_steps = {decay} is below run.steps = {self.run.steps}, whose last steps "
-                "would learn nothing at min_learning_rate = 0; set that, or raise decay_steps"
-            )
-        if warmup >= decay * self.updates_per_step:
-            raise ValueError(
-                f"optimizer.warmup_updates = {warmup} does not end before optimizer.decay_steps = {decay} "
-                f"({decay * self.updates_per_step} updates); lower it, or raise decay_steps"
             )
 
     def _check_checkpoints(self) -> None:

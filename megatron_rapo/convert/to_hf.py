@@ -14,6 +14,7 @@ from megatron_rapo.convert.destination import new_directory
 from megatron_rapo.convert.progress import Progress
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.hf_config import read_architecture
+from megatron_rapo.weights.adapter_files import MergedTensors, open_checkpoint
 from megatron_rapo.weights.hf_directory import save_tensors, write_companions
 from megatron_rapo.weights.megatron_files import MegatronTensors, find_checkpoint
 from megatron_rapo.weights.stored_parameters import StoredParameter
@@ -21,6 +22,8 @@ from megatron_rapo.weights.stored_parameters import StoredParameter
 
 def convert_to_hf(source: Path, destination: Path, model: Path | None = None) -> None:
     """Writes the model of a Megatron checkpoint as transformers and SGLang load it, a file a layer.
+
+    Of a checkpoint that holds adapters it is the model that they make of the run's.
 
     Args:
         source: a checkpoint, or a folder of them: a run's directory, or one that Megatron-LM saved to.
@@ -34,7 +37,7 @@ def convert_to_hf(source: Path, destination: Path, model: Path | None = None) ->
     checkpoint = find_checkpoint(source)
     file_sums.check(checkpoint, "checkpoint")
     companions = _companions(checkpoint, model)
-    tensors = MegatronTensors(checkpoint, read_architecture(companions))
+    tensors = open_checkpoint(checkpoint, read_architecture(companions))
     sizes = [_bytes(parameter, tensors) for parameter in tensors.parameters]
     progress = Progress(sum(sizes))
     # The embedding, each layer, and what follows the last make a file each.
@@ -55,7 +58,7 @@ def convert_to_hf(source: Path, destination: Path, model: Path | None = None) ->
         file_sums.write_sums(directory)
 
 
-def _bytes(parameter: StoredParameter, tensors: MegatronTensors) -> int:
+def _bytes(parameter: StoredParameter, tensors: MegatronTensors | MergedTensors) -> int:
     return math.prod(parameter.shape) * tensors.dtype(parameter).itemsize
 
 

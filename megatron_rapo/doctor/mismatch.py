@@ -67,6 +67,8 @@ def examine_at(config: RunConfig, placement: Placement) -> list[Finding]:
             architecture,
             placement,
             total_updates=config.decay_steps * config.updates_per_step,
+            adapter=config.adapter,
+            seed=config.run.seed,
         )
         checkpoints = CheckpointStore(config)
         newest = checkpoints.newest_whole(placement)

@@ -103,7 +103,7 @@ def chunked_loss(
     token_loss: TokenLoss,
     reference: ReferenceStates | None = None,
 ) -> Tensor:
-    """Σ token_loss, differentiable in `hidden` and `head.weight`.
+    """Σ token_loss, differentiable in `hidden`, and in `head.weight` unless it is frozen.
 
     Under tensor parallelism the gradient in `hidden` is this rank's part of a sum over the group.
 
@@ -132,15 +132,17 @@ class _ChunkedLoss(torch.autograd.Function):
         accumulator = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=accumulator, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden)
-        # Summed over chunks, so in fp32 at least.
-        weight_gradient = torch.zeros_like(weight, dtype=accumulator)
+        # Summed over chunks, so in fp32 at least; none of a frozen head.
+        weight_gradient = torch.zeros_like(weight, dtype=accumulator) if weight.requires_grad else None
         for rows in head.chunks(len(targets)):
             chunk = _distribution(hidden[rows], targets[rows], head, reference, rows)
             value, upstream = _differentiate(token_loss, chunk.statistics, rows)
             loss += value
             gradient = chunk.gradient(upstream)
             torch.mm(gradient, weight, out=hidden_gradient[rows])
-            if hidden.dtype is accumulator:
+            if weight_gradient is None:
+                pass
+            elif hidden.dtype is accumulator:
                 weight_gradient.addmm_(gradient.T, hidden[rows])
             else:
                 weight_gradient += gradient.T @ hidden[rows]
@@ -155,7 +157,8 @@ class _ChunkedLoss(torch.autograd.Function):
         (hidden_gradient, weight_gradient), ctx.gradients = ctx.gradients, None
         # In place: a copy of the head's gradient would be as large as the head.
         scale = upstream[0]
-        return hidden_gradient.mul_(scale), weight_gradient.mul_(scale), None, None, None, None
+        of_weight = None if weight_gradient is None else weight_gradient.mul_(scale)
+        return hidden_gradient.mul_(scale), of_weight, None, None, None, None
 
 
 def _distribution(

@@ -17,7 +17,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_rapo.config import Model, Parallel
+from megatron_rapo.config import Adapter, Model, Parallel
+from megatron_rapo.model.adapters import attach
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.branches import Branches
 from megatron_rapo.model.dtypes import DTYPES
@@ -84,6 +85,9 @@ class Body(GPTModel):
         embedded, angles, *rest = super()._preprocess(input_ids, position_ids, *given, **options)
         if isinstance(options.get("packed_seq_params"), Branches):
             angles = angles[position_ids[0]]
+        if self.config.recompute_granularity and embedded is not None and torch.is_grad_enabled():
+            # Recomputed layers have gradients where what they are given has one: a frozen embedding has none.
+            embedded = embedded if embedded.requires_grad else embedded.detach().requires_grad_()
         return embedded, angles, *rest
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -99,7 +103,11 @@ class Body(GPTModel):
 
 
 def build_chunks(
-    architecture: Architecture, model: Model, layout: Parallel, vocabulary_rows: int | None = None
+    architecture: Architecture,
+    model: Model,
+    layout: Parallel,
+    vocabulary_rows: int | None = None,
+    adapter: Adapter | None = None,
 ) -> list[Body]:
     """This rank's model chunks (one, or VPP of them), on its device, with uninitialised weights.
 
@@ -110,6 +118,7 @@ def build_chunks(
         model: type, recomputation and padding.
         layout: of all ranks.
         vocabulary_rows: of embedding and head over all TP ranks; default: the architecture's, padded.
+        adapter: what is trained beside the weights, which are frozen then; None: the weights are trained.
     """
     architecture.check_layout(layout)
     config = transformer_config(
@@ -119,11 +128,15 @@ def build_chunks(
     rows = vocabulary_rows or architecture.padded_vocabulary(
         model.vocabulary_multiple, layout.tensor_parallel
     )
-    return [_build_chunk(architecture, config, rows, stage) for stage in stages]
+    return [_build_chunk(architecture, config, rows, stage, adapter) for stage in stages]
 
 
 def _build_chunk(
-    architecture: Architecture, config: TransformerConfig, vocabulary_rows: int, vp_stage: int | None
+    architecture: Architecture,
+    config: TransformerConfig,
+    vocabulary_rows: int,
+    vp_stage: int | None,
+    adapter: Adapter | None,
 ) -> Body:
     chunk = Body(
         config=config,
@@ -141,6 +154,8 @@ def _build_chunk(
     )
     _mark_shards(chunk)
     _mark_experts(chunk)
+    if adapter is not None:
+        attach(chunk, architecture, adapter)
     return chunk.to(device())
 
 

@@ -235,7 +235,9 @@ class Planner:
     @cached_property
     def trainer_model(self) -> TrainerModel:
         """The seconds of the trainer's work."""
-        return TrainerModel(self.architecture, self.workload, self.profile, self._element)
+        return TrainerModel(
+            self.architecture, self.workload, self.profile, self._element, self.config.adapter
+        )
 
     @cached_property
     def engine_model(self) -> EngineModel:
@@ -281,7 +283,8 @@ class Planner:
 
     def _thriftier(self) -> Iterator[tuple[str, RunConfig]]:
         config = self.config
-        if self.workload.reference and not config.model.reference_in_host_memory:
+        own_reference = config.adapter is None or config.model.reference_path is not None
+        if self.workload.reference and own_reference and not config.model.reference_in_host_memory:
             model = config.model.model_copy(update={"reference_in_host_memory": True})
             yield "model.reference_in_host_memory = true", config.model_copy(update={"model": model})
         chunk = config.algorithm.loss_chunk_tokens

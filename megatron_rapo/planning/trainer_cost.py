@@ -2,7 +2,8 @@
 
 A layer's forward is its matrix products and attention at the profile's rates for their sizes, the activations
 written and read once (34 · hidden bytes a token in bf16, Korthikanti et al., arXiv 2205.05198), and
-`layer_s`. A backward takes twice that, and the forward again where it is recomputed. Tensor parallelism adds
+`layer_s`. A backward takes twice that, once where the weights are frozen under adapters (whose own products
+are left out), and the forward again where it is recomputed. Tensor parallelism adds
 two all-reduces a layer and pass; pipelines the bubble of 1F1B, (PP − 1) / VPP slots (Narayanan et al., arXiv
 2104.04473); data parallelism one reduction of fp32 gradients and one gathering of weights an update.
 """
@@ -13,9 +14,9 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from megatron_rapo.config import Parallel
+from megatron_rapo.config import Adapter, Parallel
 from megatron_rapo.model.architecture import Architecture
-from megatron_rapo.model.parameters import count_parameters
+from megatron_rapo.model.parameters import count_adapter_parameters, count_parameters
 from megatron_rapo.planning.profile import Profile, all_reduce_s
 from megatron_rapo.planning.workload import Workload
 from megatron_rapo.scaling.flops import forward_flops
@@ -60,6 +61,8 @@ class TrainerModel:
     profile: Profile
     element: int
     """Bytes of a weight."""
+    adapter: Adapter | None = None
+    """What is trained, if not the weights."""
 
     def cost(
         self, layout: Parallel, budget: int, *, recompute: bool, distributed: bool, overlap: bool
@@ -69,9 +72,9 @@ class TrainerModel:
         number, tokens = self._microbatches(layout, budget)
         forward = self._layers_s(layout, tokens)
         wire = self._wire_s(layout, tokens)
-        backward = 2 * forward + (forward + wire if recompute else 0.0)
+        backward = self._backward_passes * forward + (forward + wire if recompute else 0.0)
         slot = forward + backward + 2 * wire
-        head = self._head_s(layout, tokens, passes=3) + (
+        head = self._head_s(layout, tokens, passes=1 + self._backward_passes) + (
             self._head_s(layout, tokens, passes=1) if load.frozen_logits else 0.0
         )
         stages = layout.pipeline_parallel
@@ -170,12 +173,19 @@ class TrainerModel:
         moved = _PASSES_OF_LOSS * logits / 3 * passes
         return self.profile.matrix_s(flops, passes) + moved / self.profile.memory_bytes_per_s
 
+    @property
+    def _backward_passes(self) -> int:
+        """Products of a backward for one of the forward: of inputs, and of weights that are trained."""
+        return 2 if self.adapter is None else 1
+
     def _own_parameters(self, layout: Parallel) -> float:
-        return self._parameters / layout.tensor_parallel / layout.pipeline_parallel
+        return self._trained / layout.tensor_parallel / layout.pipeline_parallel
 
     @cached_property
-    def _parameters(self) -> int:
-        return count_parameters(self.architecture)
+    def _trained(self) -> int:
+        if self.adapter is None:
+            return count_parameters(self.architecture)
+        return count_adapter_parameters(self.architecture, self.adapter)
 
     def _reduce_s(self, layout: Parallel, *, distributed: bool) -> float:
         """Of fp32 gradients over DP × CP; with a distributed optimizer scattered, and weights gathered."""

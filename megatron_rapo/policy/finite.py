@@ -27,6 +27,11 @@ def named_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, t
             yield f"{prefix}{name}", parameter
 
 
+def trained_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Those that are not frozen."""
+    return ((name, parameter) for name, parameter in named_parameters(chunks) if parameter.requires_grad)
+
+
 def refuse_not_finite(metrics: Mapping[str, float], damage: str | None) -> bool:
     """Lets an update be applied that is finite (`policy.Allow`).
 

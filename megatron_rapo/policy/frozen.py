@@ -12,7 +12,7 @@ from megatron_rapo.data.batching import Microbatch
 from megatron_rapo.errors import RapoError
 from megatron_rapo.loss.objective import HeadStates, Objective
 from megatron_rapo.model.architecture import Architecture
-from megatron_rapo.model.build import build_chunks
+from megatron_rapo.model.build import Body, build_chunks
 from megatron_rapo.parallel.device import device
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.policy.finite import check_finite, named_parameters
@@ -36,45 +36,56 @@ class FrozenModel:
     name: str
     option: str
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        model: Model,
-        weights: Path,
-        placement: Placement,
-        *,
-        in_host_memory: bool,
-        vocabulary_rows: int | None = None,
-    ) -> None:
-        """Builds the model and loads its weights.
-
+    def __init__(self, chunks: Sequence[Body], placement: Placement, *, in_host_memory: bool = False) -> None:
+        """
         Args:
-            architecture: of the model.
-            model: the policy's options, of which it has type and padding.
-            weights: a HF model directory or a Megatron checkpoint.
+            chunks: this rank's, filled.
             placement: this rank's.
             in_host_memory: whether body and hidden states wait there.
-            vocabulary_rows: of its head over all TP ranks; default: its own, padded.
 
         Raises:
-            RapoError: the weights do not load, or to keep it in host memory has no effect.
+            RapoError: to keep it in host memory has no effect.
         """
+        self.chunks = chunks
         self.placement = placement
         self._in_host_memory = in_host_memory
         if self._in_host_memory and device().type == "cpu":
             raise RapoError(
                 f"{self.option} = true has no effect where the trainer computes on the CPU; remove it"
             )
-        self.chunks = build_chunks(architecture, model, placement.layout, vocabulary_rows)
-        load_weights(self.chunks, architecture, weights, placement.tensor_rank, placement.expert_tensor_rank)
-        what = f"the {self.name}'s weights of {weights}"
-        check_finite(what, dict(named_parameters(self.chunks)), placement, "take an undamaged copy")
-        for chunk in self.chunks:
-            chunk.requires_grad_(False)
-            chunk.eval()
         # The head is needed in every update, so it stays on the device even while the body is away.
         self._head = self.chunks[-1].head_weight.detach() if placement.is_last_stage else None
         self._leave_device()
+
+    @classmethod
+    def loaded(
+        cls,
+        architecture: Architecture,
+        model: Model,
+        weights: Path,
+        placement: Placement,
+        vocabulary_rows: int | None = None,
+    ) -> list[Body]:
+        """This rank's chunks of a model of its own, filled and frozen.
+
+        Args:
+            architecture: of the model.
+            model: the policy's options, of which it has type and padding.
+            weights: a HF model directory or a Megatron checkpoint.
+            placement: this rank's.
+            vocabulary_rows: of its head over all TP ranks; default: its own, padded.
+
+        Raises:
+            RapoError: the weights do not load.
+        """
+        chunks = build_chunks(architecture, model, placement.layout, vocabulary_rows)
+        load_weights(chunks, architecture, weights, placement.tensor_rank, placement.expert_tensor_rank)
+        what = f"the {cls.name}'s weights of {weights}"
+        check_finite(what, dict(named_parameters(chunks)), placement, "take an undamaged copy")
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+            chunk.eval()
+        return chunks
 
     def annotate(self, minibatches: Sequence[Sequence[Microbatch]], objective: Objective) -> None:
         """Leaves on the last stage's microbatches what the objective wants of it."""

@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 
-from megatron_rapo.config import Model, Optimizer
+from megatron_rapo.config import Adapter, Model, Optimizer
 from megatron_rapo.data.batching import Microbatch
 from megatron_rapo.errors import RapoError
 from megatron_rapo.loss.chunked import Head, chunked_statistics
@@ -32,6 +32,7 @@ from megatron_rapo.policy.finite import (
     find_damage,
     named_parameters,
     refuse_not_finite,
+    trained_parameters,
 )
 from megatron_rapo.policy.frozen import FrozenModel
 from megatron_rapo.policy.gradients import accumulate_gradients, main_gradient, unwrap, wrap
@@ -39,6 +40,7 @@ from megatron_rapo.policy.hidden_states import whole_tokens
 from megatron_rapo.policy.learning_rate import LearningRate
 from megatron_rapo.policy.pipeline import run_forward
 from megatron_rapo.policy.weighing import mark
+from megatron_rapo.weights.fresh_adapters import begin_adapters
 from megatron_rapo.weights.load import load_weights
 
 Allow = Callable[[Mapping[str, float], str | None], bool]
@@ -56,6 +58,7 @@ class Policy:
 
     Attributes:
         chunks: this rank's model chunks, as Megatron built them.
+        adapter: what is trained in them in place of the weights, if not these.
         wrapped: the same, wrapped for data parallelism.
         optimizer: Megatron's.
         learning_rate: the rate of each update.
@@ -68,10 +71,21 @@ class Policy:
         architecture: Architecture,
         placement: Placement,
         total_updates: int,
+        adapter: Adapter | None = None,
+        seed: int = 0,
     ) -> None:
         """Builds the model, loads the HF weights of `model.path`, and prepares the optimizer.
 
-        All ranks must call it together. `total_updates` is where the learning rate's decay ends.
+        All ranks must call it together.
+
+        Args:
+            model: its weights, and how they are computed.
+            optimizer: its options.
+            architecture: of the model.
+            placement: this rank's.
+            total_updates: where the learning rate's decay ends.
+            adapter: what is trained beside the weights; None: the weights are.
+            seed: of the run, which adapters begin with.
 
         Raises:
             RapoError: the weights do not load, or `optimizer.in_host_memory_during_rollouts` has no effect.
@@ -84,9 +98,12 @@ class Policy:
             )
         self.architecture = architecture
         self.placement = placement
-        self.chunks: list[Body] = build_chunks(architecture, model, placement.layout)
+        self.adapter = adapter
+        self.chunks: list[Body] = build_chunks(architecture, model, placement.layout, adapter=adapter)
         source = model.checkpoint or model.path
         load_weights(self.chunks, architecture, source, placement.tensor_rank, placement.expert_tensor_rank)
+        if adapter is not None:
+            begin_adapters(self.chunks, architecture, adapter, seed, placement.tensor_rank)
         largest = self._check_parameters(f"the policy's weights of {source}", "take an undamaged copy")
         self._largest_weight = MOST_GROWTH * max(largest, 1.0)
         self._routing = ExpertRouting(self.chunks, architecture, model, placement)
@@ -214,17 +231,17 @@ class Policy:
         """What is NaN or infinite in a minibatch's loss and gradients, on all ranks."""
         if damage := _damage_to(metrics):
             return damage
-        gradients = {name: main_gradient(parameter) for name, parameter in named_parameters(self.chunks)}
+        gradients = {name: main_gradient(parameter) for name, parameter in trained_parameters(self.chunks)}
         _, damage = find_damage("gradients", gradients, self.placement, DIVERGED)
         return damage or _damage_to({"loss/not_finite": 0.0, NORM: norm})  # a sum of squares that overflows
 
     def _bit_sums(self) -> Tensor:
-        """`[tensors]` int64: of each of this rank's weights the sum of its values' bits, read as integers."""
+        """`[tensors]` int64: of each weight that this rank trains the sum of its bits, read as integers."""
         integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
         return torch.stack(
             [
                 parameter.detach().view(integers[parameter.element_size()]).sum(dtype=torch.int64)
-                for _, parameter in named_parameters(self.chunks)
+                for _, parameter in trained_parameters(self.chunks)
             ]
         )
 

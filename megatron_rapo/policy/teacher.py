@@ -44,14 +44,8 @@ class Teacher(FrozenModel):
             RapoError: the weights do not load, or `teacher.in_host_memory` has no effect.
         """
         rows = policy.padded_vocabulary(model.vocabulary_multiple, placement.layout.tensor_parallel)
-        super().__init__(
-            architecture,
-            model,
-            teacher.checkpoint or teacher.path,
-            placement,
-            in_host_memory=teacher.in_host_memory,
-            vocabulary_rows=rows,
-        )
+        chunks = self.loaded(architecture, model, teacher.checkpoint or teacher.path, placement, rows)
+        super().__init__(chunks, placement, in_host_memory=teacher.in_host_memory)
 
     def annotate(self, minibatches: Sequence[Sequence[Microbatch]], objective: Objective) -> None:
         """Leaves hidden states."""

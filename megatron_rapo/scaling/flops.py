@@ -3,14 +3,16 @@
 Counted as by Chowdhery et al. (PaLM, arXiv 2204.02311, appendix B): all matrix products, the head's and
 attention's among them, the latter as if every token attended to all of its sequence (s², no discount for
 causality); no norms, no softmax, no look-up of embeddings, nothing that is computed again to save memory.
-A backward pass takes twice the forward's.
+A backward pass takes twice the forward's; under adapters once that of matrices, which then have no gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from megatron_rapo.config import Adapter
 from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.model.parameters import count_adapter_parameters
 
 FORWARD_AND_BACKWARD = 3  # times the forward pass
 
@@ -26,15 +28,23 @@ def forward_flops(
         attended: tokens that each attends to; default: itself.
     """
     lengths = list(lengths)
+    return sum(lengths) * _matrices(architecture) + _attention(architecture, lengths, attended)
+
+
+def _matrices(architecture: Architecture) -> int:
+    """Of a token's products with the model's matrices."""
     queries = architecture.heads * architecture.head_dim
     keys = architecture.kv_heads * architecture.head_dim
     # Query and output projections, keys and values, and the three matrices of SwiGLU.
     layer = 2 * architecture.hidden * (2 * queries + 2 * keys + _feed_forward(architecture))
-    head = 2 * architecture.hidden * architecture.vocabulary
-    # Scores, and values weighed by them.
+    return architecture.layers * layer + 2 * architecture.hidden * architecture.vocabulary
+
+
+def _attention(architecture: Architecture, lengths: Sequence[int], attended: Iterable[int] | None) -> int:
+    """Of scores, and of values weighed by them."""
     pairs = zip(lengths, lengths if attended is None else attended, strict=True)
-    attention = 2 * 2 * queries * sum(length * keys for length, keys in pairs)
-    return sum(lengths) * (architecture.layers * layer + head) + architecture.layers * attention
+    queries = architecture.heads * architecture.head_dim
+    return architecture.layers * 2 * 2 * queries * sum(length * keys for length, keys in pairs)
 
 
 def _feed_forward(architecture: Architecture) -> int:
@@ -46,7 +56,15 @@ def _feed_forward(architecture: Architecture) -> int:
 
 
 def training_flops(
-    architecture: Architecture, lengths: Iterable[int], attended: Iterable[int] | None = None
+    architecture: Architecture,
+    lengths: Iterable[int],
+    attended: Iterable[int] | None = None,
+    adapter: Adapter | None = None,
 ) -> int:
-    """Of a forward and a backward pass, as `forward_flops`: what an update takes."""
-    return FORWARD_AND_BACKWARD * forward_flops(architecture, lengths, attended)
+    """Of a forward and a backward pass, as `forward_flops`: what an update takes; `adapter`: of it alone."""
+    if adapter is None:
+        return FORWARD_AND_BACKWARD * forward_flops(architecture, lengths, attended)
+    lengths = list(lengths)
+    trained = _attention(architecture, lengths, attended)
+    trained += 2 * sum(lengths) * count_adapter_parameters(architecture, adapter)
+    return FORWARD_AND_BACKWARD * trained + 2 * sum(lengths) * _matrices(architecture)

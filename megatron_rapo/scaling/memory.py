@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
-from megatron_rapo.config import Parallel, RunConfig
+from megatron_rapo.config import Adapter, Parallel, RunConfig
+from megatron_rapo.model.adapter_rules import adapter_rules
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.parameters import count_expert_parameters, count_layer_parameters
 
@@ -16,10 +18,10 @@ class MemoryEstimate:
     """Bytes of one rank, at its peak; the largest stage's where stages differ.
 
     Attributes:
-        weights: policy parameters.
+        weights: policy parameters, adapters among them.
         reference: the frozen reference's parameters.
         teacher: the teacher's.
-        gradients: fp32 gradient buffer.
+        gradients: fp32 gradient buffer, of what is trained.
         optimizer: fp32 main weights (beside bf16 ones) and two Adam moments.
         activations: of the microbatches in flight.
         loss: a chunk's logits (and the reference's), fp32 work on them, and the head's fp32 gradient.
@@ -58,7 +60,7 @@ def estimate_memory(
     attention does not keep: 34·h bytes a token and layer in bf16, 10 of which only sequence parallelism
     shards. A mixture keeps what its experts compute as well: for each expert that a token chooses its input
     and three times its inner channels, if tokens are spread evenly. Buffers of CUDA, NCCL and the allocator
-    come on top.
+    come on top. Adapters alone have gradients and optimizer states, and need no reference beside the policy.
 
     `teacher` is the teacher's architecture, where there is one.
     """
@@ -71,14 +73,19 @@ def estimate_memory(
     experts = _experts(layout, architecture)
     parameters = _parameters(layout, architecture, vocabulary_rows)
 
+    adapters = 0 if config.adapter is None else _adapters(layout, architecture, config.adapter)
+    trained, trained_experts = (parameters, experts) if config.adapter is None else (adapters, 0)
     distributed = config.optimizer.distributed
     shards = layout.data_parallel * layout.context_parallel if distributed else 1
-    sharded = (parameters - experts) // shards + experts // (layout.expert_copies if distributed else 1)
+    sharded = (trained - trained_experts) // shards
+    sharded += trained_experts // (layout.expert_copies if distributed else 1)
     main_weights = 4 if element == 2 else 0
     tokens = config.algorithm.max_tokens_per_microbatch // layout.context_parallel
     # In host memory the body goes; the head stays, for the loss.
     in_host_memory = config.model.reference_in_host_memory
     reference = table if in_host_memory else parameters
+    if not method.wants_reference or (config.adapter is not None and config.model.reference_path is None):
+        reference = 0
     hidden_kept = method.wants_reference_hidden and not in_host_memory
     of_teacher, teacher_hidden = 0, 0
     if teacher is not None and config.teacher is not None:
@@ -87,13 +94,13 @@ def estimate_memory(
             of_teacher = _parameters(layout, teacher, vocabulary_rows) * element
             teacher_hidden = _frozen_hidden(config, teacher, element)
     return MemoryEstimate(
-        weights=parameters * element,
-        reference=reference * element if method.wants_reference else 0,
+        weights=(parameters + adapters) * element,
+        reference=reference * element,
         teacher=of_teacher,
-        gradients=parameters * 4,
+        gradients=trained * 4,
         optimizer=sharded * (8 + main_weights),
         activations=_activations(config, architecture, tokens, layers, element),
-        loss=_loss(config, tokens, vocabulary_rows, element) + table * 4,
+        loss=_loss(config, tokens, vocabulary_rows, element) + (table * 4 if config.adapter is None else 0),
         reference_hidden=_frozen_hidden(config, architecture, element) if hidden_kept else 0,
         teacher_hidden=teacher_hidden,
     )
@@ -106,6 +113,16 @@ def _parameters(layout: Parallel, architecture: Architecture, vocabulary_rows: i
     others = count_layer_parameters(architecture) - count_expert_parameters(architecture)
     of_layers = layers * others // layout.tensor_parallel + _experts(layout, architecture)
     return of_layers + tables * vocabulary_rows * architecture.hidden
+
+
+def _adapters(layout: Parallel, architecture: Architecture, adapter: Adapter) -> int:
+    """Numbers of a rank's part of its layers' adapters, of which each has one matrix whole."""
+    layers = architecture.layers // layout.pipeline_parallel
+    return layers * sum(
+        math.prod(shape) // (1 if rule.cut is None else layout.tensor_parallel)
+        for rule in adapter_rules(architecture, adapter)
+        for shape in rule.hf.values()
+    )
 
 
 def _experts(layout: Parallel, architecture: Architecture) -> int:

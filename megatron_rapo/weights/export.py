@@ -13,8 +13,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_rapo.checksum import tensor_checksum
+from megatron_rapo.config import Adapter
 from megatron_rapo.errors import RapoError
 from megatron_rapo.file_sums import Sums, sum_of, write_sums
+from megatron_rapo.model.adapters import merged
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.weights.gather import StageWeights
@@ -28,15 +30,16 @@ def hf_tensors(
     chunks: Sequence[GPTModel],
     architecture: Architecture,
     placement: Placement,
-    value: Callable[[torch.nn.Parameter], Tensor] = torch.Tensor.detach,
+    value: Callable[[torch.nn.Parameter], Tensor] = merged,
+    adapter: Adapter | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The HF tensors that this rank collects, whole, one at a time, in host memory.
 
-    Over all ranks that is each tensor once. All must exhaust it together. `value` says what of a parameter is
-    exported: itself, or a tensor of its shape (its gradient, say).
+    Over all ranks that is each tensor once. All must exhaust it together. `value` and `adapter` say what is
+    exported, as for `StageWeights`.
     """
-    weights = StageWeights(chunks, architecture, placement, value)
-    for tensor in tensor_table(architecture, placement.layout):
+    weights = StageWeights(chunks, architecture, placement, value, adapter)
+    for tensor in tensor_table(architecture, placement.layout, adapter):
         if placement.rank not in tensor.holders.senders:
             continue
         whole = None

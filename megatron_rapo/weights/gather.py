@@ -10,6 +10,8 @@ import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from megatron_rapo.config import Adapter
+from megatron_rapo.model.adapters import merged
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.weights.parameter_map import MappedParameter, mapped_parameters
@@ -25,15 +27,24 @@ class StageWeights:
         chunks: Sequence[GPTModel],
         architecture: Architecture,
         placement: Placement,
-        value: Callable[[torch.nn.Parameter], Tensor] = torch.Tensor.detach,
+        value: Callable[[torch.nn.Parameter], Tensor] = merged,
+        adapter: Adapter | None = None,
     ) -> None:
-        """`value` says what of a parameter is meant: itself, or a tensor of its shape (its gradient, say)."""
+        """
+        Args:
+            chunks: this rank's.
+            architecture: of the model.
+            placement: this rank's.
+            value: what of a parameter is meant: itself, an adapter merged into it, or a tensor of its shape
+                (its gradient, say).
+            adapter: its parameters are meant, and not the model's.
+        """
         self._architecture = architecture
         self._value = value
         self._placement = placement
         self._held = {
             name: (mapped, index)
-            for mapped in mapped_parameters(chunks, architecture)
+            for mapped in mapped_parameters(chunks, architecture, adapter)
             if not mapped.rule.copy
             for index, name in enumerate(mapped.rule.hf)
         }

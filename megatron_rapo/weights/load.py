@@ -16,9 +16,10 @@ from torch import Tensor
 
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.weights.adapter_files import open_checkpoint
 from megatron_rapo.weights.hf_check import check_tensors
 from megatron_rapo.weights.hf_files import HFTensors
-from megatron_rapo.weights.megatron_files import MegatronTensors, is_checkpoint
+from megatron_rapo.weights.megatron_files import is_checkpoint
 from megatron_rapo.weights.parameter_map import MappedParameter, mapped_parameters
 
 
@@ -42,7 +43,7 @@ def open_tensors(path: Path, architecture: Architecture) -> Iterator[WholeTensor
         RapoError: files are missing or damaged, or of another architecture.
     """
     if is_checkpoint(path):
-        yield MegatronTensors(path, architecture)
+        yield open_checkpoint(path, architecture)
     else:
         with HFTensors(path) as tensors:
             check_tensors(tensors, architecture)
@@ -64,14 +65,21 @@ def load_weights(
     Raises:
         RapoError: weights are missing, damaged, or of another shape than the architecture's.
     """
-    with open_tensors(directory, architecture) as tensors, torch.no_grad():
+    with open_tensors(directory, architecture) as tensors:
         for mapped in mapped_parameters(chunks, architecture):
             rank = tensor_rank if mapped.rule.expert is None else expert_tensor_rank
-            parts = [
-                _local_part(tensors, mapped, architecture, index, rank)
-                for index in range(len(mapped.rule.hf))
-            ]
-            mapped.parameter.copy_(mapped.rule.fusion.fuse(parts, architecture))
+            fill(mapped, tensors, architecture, rank)
+
+
+@torch.no_grad()
+def fill(mapped: MappedParameter, tensors: WholeTensors, architecture: Architecture, rank: int) -> None:
+    """Fills one parameter with its slices of whole tensors, those of rank `rank` that share them.
+
+    Raises:
+        RapoError: a tensor is of another shape than the architecture's.
+    """
+    parts = [_local_part(tensors, mapped, architecture, i, rank) for i in range(len(mapped.rule.hf))]
+    mapped.parameter.copy_(mapped.rule.fusion.fuse(parts, architecture))
 
 
 def _local_part(

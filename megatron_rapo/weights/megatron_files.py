@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,81 @@ from megatron_rapo.weights.stored_parameters import StoredParameter, stored_para
 
 FORM = "metadata.json"  # Megatron's word on the form of a checkpoint
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's word on the newest one of a folder
+REMEDY = "name the HF model that it was trained from"
 MODEL = ("embedding.", "decoder.", "output_layer.")  # what the keys of a model's parameters begin with
+
+
+class StoredTensors:
+    """The tensors of a checkpoint, by the keys that Megatron has for them.
+
+    Attributes:
+        directory: of the checkpoint.
+        sizes: whole shape of each.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Reads the index, and checks that the files are there that it names.
+
+        Raises:
+            RapoError: it is damaged.
+        """
+        self.directory = directory
+        self._reader = _SafeReader(directory)
+        try:
+            self._index = self._reader.read_metadata()
+            self._reader.set_up_storage_reader(self._index, is_coordinator=True)
+            self._check_files()
+            self.sizes = {
+                key: list(stored.size)
+                for key, stored in self._index.state_dict_metadata.items()
+                if isinstance(stored, TensorStorageMetadata)
+            }
+        except RapoError:
+            raise
+        except Exception as error:  # a damaged pickle raises anything, and its objects lack anything
+            raise RapoError(
+                f"checkpoint {directory} has no index that can be read ({error}); copy it again"
+            ) from error
+
+    def metadata(self, key: str) -> TensorStorageMetadata:
+        """Size and type of a tensor.
+
+        Raises:
+            RapoError: there is none of that key.
+        """
+        stored = self._index.state_dict_metadata.get(key)
+        if not isinstance(stored, TensorStorageMetadata):
+            raise RapoError(f"checkpoint {self.directory} has no tensor {key}; {REMEDY}")
+        return stored
+
+    def read(self, key: str, offsets: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """The part of a tensor that begins at `offsets`.
+
+        Raises:
+            RapoError: its files, or its places in the index, are damaged.
+        """
+        stored = self.metadata(key)
+        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
+        try:
+            target = torch.empty(torch.Size(shape), dtype=stored.properties.dtype)
+            items = create_read_items_for_chunk_list(key, stored, [chunk])
+            self._reader.read_data(LoadPlan(items), _Into(target)).wait()
+        except Exception as error:  # of damaged files and places in the index
+            raise RapoError(
+                f"checkpoint {self.directory}: {key} cannot be read ({error}); copy it again"
+            ) from error
+        return target
+
+    def _check_files(self) -> None:
+        ends: dict[str, int] = {}
+        for place in self._index.storage_data.values():
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        for name, end in ends.items():
+            file = self.directory / name
+            size = file.stat().st_size if file.is_file() else None
+            if size is None or size < end:
+                what = "is missing" if size is None else f"has {size} of at least {end} bytes"
+                raise RapoError(f"checkpoint {self.directory} is damaged: {name} {what}; copy it again")
 
 
 class MegatronTensors:
@@ -42,22 +117,13 @@ class MegatronTensors:
             RapoError: there is none, it is damaged, or it is of another architecture.
         """
         self.directory = find_checkpoint(path)
-        self._reader = _SafeReader(self.directory)
+        self._stored = StoredTensors(self.directory)
+        self._architecture = architecture
         self.parameters = list(stored_parameters(architecture))
         self._place = {
             name: (each, part) for each in self.parameters for part, name in enumerate(each.rule.hf)
         }
-        try:
-            self._index = self._reader.read_metadata()
-            self._reader.set_up_storage_reader(self._index, is_coordinator=True)
-            self._check_architecture(architecture)
-            self._check_files()
-        except RapoError:
-            raise
-        except Exception as error:  # a damaged pickle raises anything, and its objects lack anything
-            raise RapoError(
-                f"checkpoint {self.directory} has no index that can be read ({error}); copy it again"
-            ) from error
+        self._check_architecture(architecture)
         self._last: tuple[StoredParameter, list[Tensor]] | None = None
 
     def shape(self, name: str) -> list[int]:
@@ -79,31 +145,15 @@ class MegatronTensors:
 
     def dtype(self, parameter: StoredParameter) -> torch.dtype:
         """The type that a parameter is stored in."""
-        return self._stored(parameter.key).properties.dtype
+        return self._stored.metadata(parameter.key).properties.dtype
 
     def _parts(self, parameter: StoredParameter) -> list[Tensor]:
-        chunk = ChunkStorageMetadata(torch.Size(parameter.offsets), torch.Size(parameter.part))
-        try:
-            target = torch.empty(parameter.part, dtype=self.dtype(parameter))
-            items = create_read_items_for_chunk_list(parameter.key, self._stored(parameter.key), [chunk])
-            self._reader.read_data(LoadPlan(items), _Into(target)).wait()
-        except Exception as error:  # of damaged files and places in the index
-            raise RapoError(
-                f"checkpoint {self.directory}: {parameter.key} cannot be read ({error}); copy it again"
-            ) from error
-        return list(parameter.rule.fusion.split(target.view(parameter.shape), self._architecture))
-
-    def _stored(self, key: str) -> TensorStorageMetadata:
-        stored = self._index.state_dict_metadata.get(key)
-        if not isinstance(stored, TensorStorageMetadata):
-            raise RapoError(f"checkpoint {self.directory} has no tensor {key}; {self._remedy}")
-        return stored
+        fused = self._stored.read(parameter.key, parameter.offsets, parameter.part).view(parameter.shape)
+        return list(parameter.rule.fusion.split(fused, self._architecture))
 
     def _check_architecture(self, architecture: Architecture) -> None:
-        self._architecture = architecture
-        self._remedy = "name the HF model that it was trained from"
         for parameter in self.parameters:
-            found = list(self._stored(parameter.key).size)
+            found = list(self._stored.metadata(parameter.key).size)
             expected = list(parameter.whole)
             if parameter.rule.vocabulary:
                 # Padded to a multiple of the layout's; an embedding of another model seldom differs by less.
@@ -113,26 +163,15 @@ class MegatronTensors:
             if not fits:
                 raise RapoError(
                     f"checkpoint {self.directory} is of another architecture: {parameter.key} has shape "
-                    f"{found}, config.json makes it {expected}; {self._remedy}"
+                    f"{found}, config.json makes it {expected}; {REMEDY}"
                 )
         known = {parameter.key for parameter in self.parameters}
-        for key, stored in self._index.state_dict_metadata.items():
-            if key.startswith(MODEL) and isinstance(stored, TensorStorageMetadata) and key not in known:
+        for key, size in self._stored.sizes.items():
+            if key.startswith(MODEL) and key not in known:
                 raise RapoError(
                     f"checkpoint {self.directory} is of another architecture: {architecture.family} has "
-                    f"no {key} {list(stored.size)}; {self._remedy}"
+                    f"no {key} {size}; {REMEDY}"
                 )
-
-    def _check_files(self) -> None:
-        ends: dict[str, int] = {}
-        for place in self._index.storage_data.values():
-            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
-        for name, end in ends.items():
-            file = self.directory / name
-            size = file.stat().st_size if file.is_file() else None
-            if size is None or size < end:
-                what = "is missing" if size is None else f"has {size} of at least {end} bytes"
-                raise RapoError(f"checkpoint {self.directory} is damaged: {name} {what}; copy it again")
 
 
 def is_checkpoint(path: Path) -> bool:

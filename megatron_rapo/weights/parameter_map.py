@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 
+from megatron_rapo.config import Adapter
 from megatron_rapo.errors import RapoError
+from megatron_rapo.model.adapter_rules import MODULE, adapter_rules
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.families.named import family_of
 from megatron_rapo.model.layer_spec import uses_transformer_engine
@@ -30,17 +32,24 @@ class MappedParameter:
     rule: Rule
 
 
-def mapped_parameters(chunks: Sequence[GPTModel], architecture: Architecture) -> Iterator[MappedParameter]:
+def mapped_parameters(
+    chunks: Sequence[GPTModel], architecture: Architecture, adapter: Adapter | None = None
+) -> Iterator[MappedParameter]:
     """Every parameter of this rank's chunks with the HF tensors that it holds slices of.
+
+    Without `adapter` it is the model's own parameters; with it, its adapters' alone.
 
     Raises:
         RapoError: a parameter that the family's table does not know.
     """
     family = family_of(architecture)
-    layer_rules = {local_name(rule): rule for rule in family.layer(architecture)}
+    rules = family.layer(architecture) if adapter is None else adapter_rules(architecture, adapter)
+    layer_rules = {local_name(rule): rule for rule in rules}
     end_rules = {rule.megatron: rule for rule in family.ends(architecture)}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
+            if (f".{MODULE}." in name) != (adapter is not None):
+                continue
             if name.startswith("decoder.layers."):
                 _, _, index, inner = name.split(".", 3)
                 layer = chunk.decoder.layers[int(index)]

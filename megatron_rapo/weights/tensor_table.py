@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_rapo.config import Parallel
+from megatron_rapo.config import Adapter, Parallel
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.parameters import model_rules
 from megatron_rapo.weights.holders import Holders, expert_holders, holders, stage_of_layer
@@ -37,14 +37,16 @@ class HFTensor:
         return math.prod(self.shape)
 
 
-def tensor_table(architecture: Architecture, layout: Parallel) -> list[HFTensor]:
-    """Every tensor of the HF model, by who holds it, in the order of the layers."""
-    return sorted(_in_order(architecture, layout), key=lambda tensor: tensor.holders.copies)
+def tensor_table(
+    architecture: Architecture, layout: Parallel, adapter: Adapter | None = None
+) -> list[HFTensor]:
+    """Every tensor of the HF model, or of its adapters alone, by who holds it, in the order of the layers."""
+    return sorted(_in_order(architecture, layout, adapter), key=lambda tensor: tensor.holders.copies)
 
 
-def _in_order(architecture: Architecture, layout: Parallel) -> Iterator[HFTensor]:
+def _in_order(architecture: Architecture, layout: Parallel, adapter: Adapter | None) -> Iterator[HFTensor]:
     stages = [holders(layout, stage) for stage in range(layout.pipeline_parallel)]
-    for number, (layer, rule) in enumerate(model_rules(architecture)):
+    for number, (layer, rule) in enumerate(model_rules(architecture, adapter)):
         if layer is None:
             stage = -1 if number else 0
         else:

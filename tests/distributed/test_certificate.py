@@ -17,13 +17,16 @@ from megatron_rapo.certify import measure as certificates
 from megatron_rapo.certify.cases import CASES, CASES_OF_EXPERTS, RANKS, Case
 from megatron_rapo.certify.certificate import DEFAULT, as_json, certify, configuration, table, write_models
 from megatron_rapo.certify.measure import Result, compare
-from megatron_rapo.config import Parallel
+from megatron_rapo.config import Adapter, Parallel
 from megatron_rapo.methods.named import METHODS
 from megatron_rapo.methods.rapo import RAPO
+from megatron_rapo.model import adapters
+from megatron_rapo.model.adapters import LowRank
 from megatron_rapo.model.architecture import Experts
 from megatron_rapo.parallel.placement import process_groups
-from megatron_rapo.policy import gradients
+from megatron_rapo.policy import gradients, reference
 from megatron_rapo.policy.frozen import FrozenModel
+from megatron_rapo.policy.teacher import Teacher
 from tests.distributed.jobs import run_job
 from tests.shared_past import deep_batch
 
@@ -86,15 +89,45 @@ def short_normaliser() -> Iterator[None]:
 @contextmanager
 def rows_of_its_own() -> Iterator[None]:
     """The teacher's head is cut by its own number of rows, so that a rank's are not the policy's tokens."""
-    own = FrozenModel.__init__
+    own = FrozenModel.loaded
 
-    def cut(self: FrozenModel, *given: Any, vocabulary_rows: int | None = None, **options: Any) -> None:
-        if vocabulary_rows is not None:
-            options["vocabulary_rows"] = vocabulary_rows + 4
-        own(self, *given, **options)
+    def cut(*given: Any) -> Any:
+        *others, rows = given
+        return own(*others, rows + 4)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FrozenModel, "__init__", cut)
+        patch.setattr(Teacher, "loaded", cut)
+        yield
+
+
+@contextmanager
+def adapters_left_on() -> Iterator[None]:
+    """The reference is computed with the policy's adapters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "without_adapters", lambda chunks: nullcontext())
+        yield
+
+
+@contextmanager
+def adapters_apart() -> Iterator[None]:
+    """What a rank's rows of B say of A's gradient is not summed over ranks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapters, "copy_to_tensor_model_parallel_region", lambda hidden, group: hidden)
+        yield
+
+
+@contextmanager
+def tokens_apart() -> Iterator[None]:
+    """Under sequence parallelism, nor is what a rank's tokens say of it."""
+    make = LowRank._parameter
+
+    def unmarked(self: LowRank, *given: Any) -> Any:
+        parameter = make(self, *given)
+        parameter.sequence_parallel = False
+        return parameter
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LowRank, "_parameter", unmarked)
         yield
 
 
@@ -108,12 +141,13 @@ def deep() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Certified:
-    """What is certified, on which model, at which layouts, and with which fault."""
+    """What is certified, on which model, at which layouts, with which fault, and of which adapter."""
 
     options: dict[str, Any]
     model: str
     cases: tuple[Case, ...] = FEW
     fault: Callable[[], AbstractContextManager[None]] = nullcontext
+    adapter: Adapter | None = None
 
 
 OBJECTIVES = {
@@ -160,7 +194,19 @@ OBJECTIVES |= {
         (EXPERTS["TP 2, EP 2, experts' TP 2"], EXPERTS["PP 2, VPP 2, EP 2"]),
     ),
 }
+ALL, OF_ATTENTION = Adapter(rank=3, alpha=5.0), Adapter(rank=2, targets=["q_proj", "k_proj", "o_proj"])
+OBJECTIVES |= {
+    "adapters": Certified({"method": "rapo"}, "qwen3", (*FEW, *SHARED), adapter=ALL),
+    "adapters of attention": Certified({"method": "rapo"}, "smollm3", SPREAD, adapter=OF_ATTENTION),
+    "adapters of a mixture": Certified(
+        {"method": "rapo"}, "qwen3_moe", (EXPERTS["TP 2, EP 2"],), adapter=OF_ATTENTION
+    ),
+    "adapters and a teacher": Certified({"method": "distill"}, "qwen3", SPREAD[1:], adapter=ALL),
+}
 FAULTS = {
+    "adapters left on": Certified({"method": "rapo"}, "qwen3", TENSOR, adapters_left_on, ALL),
+    "adapters apart": Certified({"method": "rapo"}, "qwen3", TENSOR, adapters_apart, ALL),
+    "tokens apart": Certified({"method": "rapo"}, "qwen3", FEW[:2], tokens_apart, ALL),
     "plain collective": Certified({"method": "rapo"}, "qwen3", TENSOR, plain_collective),
     "teacher's own rows": Certified({"method": "distill"}, "qwen3", TENSOR, rows_of_its_own),
     "short normaliser": Certified({"method": "rapo"}, "qwen3", TENSOR, short_normaliser),
@@ -184,9 +230,8 @@ def measure(base: Path, report: Path) -> None:
         for name, one in (OBJECTIVES | FAULTS).items():
             options = METHODS[one.options["method"]].Options(**one.options)
             with one.fault():
-                results = compare(
-                    configuration(base / one.model, options), one.cases, is_main=everyone.is_main
-                )
+                config = configuration(base / one.model, options, one.adapter)
+                results = compare(config, one.cases, is_main=everyone.is_main)
             found[name] = [asdict(result) for result in results]
         if everyone.is_main:
             report.write_text(json.dumps(found))
@@ -205,10 +250,13 @@ def test_other_objectives_and_families_are_certified(certified: dict[str, list[R
         ("plain collective", {"TP 2"}),
         ("short normaliser", {"DP 4", "TP 2"}),
         ("teacher's own rows", {"TP 2"}),
+        ("adapters left on", {"DP 4", "TP 2"}),
+        ("adapters apart", {"TP 2"}),
+        ("tokens apart", {"TP 2, sequence parallel"}),
     ],
 )
 def test_a_planted_fault_is_reported(
     certified: dict[str, list[Result]], fault: str, failing: set[str]
 ) -> None:
-    assert len(certified[fault]) == 2 * len(TENSOR)
+    assert len(certified[fault]) == 4
     assert {result.case for result in certified[fault] if not result.passed} == failing

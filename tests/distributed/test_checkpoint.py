@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -19,21 +20,25 @@ import torch.distributed as dist
 
 from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.checkpoint.store import CheckpointStore
-from megatron_rapo.config import Parallel, RunConfig
+from megatron_rapo.config import Adapter, Parallel, RunConfig
 from megatron_rapo.config.load import validate
 from megatron_rapo.convert.to_hf import convert_to_hf
+from megatron_rapo.convert.to_peft import convert_to_peft
 from megatron_rapo.errors import RapoError
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.model.hf_config import read_architecture
+from megatron_rapo.model.parameters import count_adapter_parameters
 from megatron_rapo.parallel.placement import Placement, arrange, process_groups
 from megatron_rapo.policy.policy import Policy
 from megatron_rapo.weights.export import hf_tensors
 from megatron_rapo.weights.hf_files import HFTensors
+from megatron_rapo.weights.megatron_files import StoredTensors
 from tests.distributed.jobs import layout, run_job
 from tests.distributed.minibatches import VOCABULARY, make_minibatches
 from tests.models import make_hf_model
 
 # The 61 tokens are padded to 61, 62 or 64 rows: the layouts differ in the very shapes that they save.
+ADAPTER: dict[str, Any] = {"rank": 4, "alpha": 16.0, "rank_stabilized": True}
 # saved as: model, layout, options; then the layouts that go on from it.
 SAVED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "untied": ("untied", "tp2-pp2", {}),
@@ -41,6 +46,7 @@ SAVED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "whole optimizer": ("untied", "tp2-pp2", {"distributed": False}),
     "bf16": ("untied", "tp2-pp2", {"dtype": "bfloat16"}),
     "experts": ("experts", "tp2-pp2-sp-ep2", {}),
+    "adapters": ("adapted", "tp2-pp2", {"adapter": ADAPTER}),
 }
 RELOADED = [
     ("untied", "tp2-pp2"),
@@ -57,6 +63,10 @@ RELOADED = [
     ("experts", "tp2-sp-ep2-etp2"),
     ("experts", "cp2-ep4"),
     ("experts", "dp4"),
+    ("adapters", "tp2-pp2"),
+    ("adapters", "tp2-pp2-vpp2-sp"),
+    ("adapters", "tp4"),
+    ("adapters", "cp2"),
 ]
 IDS = [f"{saved} as {name}" for saved, name in RELOADED]
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "num_key_value_heads": 4}
@@ -67,8 +77,8 @@ SECONDS = 30.0  # within which a failed save must be over
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     base = tmp_path_factory.mktemp("checkpoints")
-    for name in ("tied", "untied"):
-        make_hf_model(base / name, tied=name == "tied", **SMALL)
+    for name in ("tied", "untied", "adapted"):
+        make_hf_model(base / name, tied=name != "untied", **SMALL)
     make_hf_model(base / "experts", family="qwen3_moe", **SMALL)
     with small_disk(base / "full") if ROOT else no_disk():
         yield run_job(measure, base, directory=base)
@@ -110,7 +120,19 @@ def test_a_checkpoint_becomes_a_hf_model_without_its_ranks(measured: dict[str, A
 
 
 def test_the_same_layout_goes_on_bit_for_bit(measured: dict[str, Any]) -> None:
-    assert measured["untied as tp2-pp2"]["loss"] == measured["untied"]["loss"]
+    for saved in ("untied", "adapters"):
+        assert measured[f"{saved} as tp2-pp2"]["loss"] == measured[saved]["loss"]
+
+
+def test_a_checkpoint_of_adapters_holds_these_alone(measured: dict[str, Any]) -> None:
+    """Each A and B, and its moments and main weights, of which the optimizer has one more in all."""
+    found = measured["stored"]
+    assert found["keys"] and all(".lora_" in key for key in found["keys"])
+    assert found["numbers"] == 4 * found["adapters"]
+
+
+def test_what_peft_has_of_a_checkpoint_is_what_was_trained(measured: dict[str, Any]) -> None:
+    assert measured["peft"] is True
 
 
 @pytest.mark.parametrize(
@@ -122,6 +144,8 @@ def test_the_same_layout_goes_on_bit_for_bit(measured: dict[str, Any]) -> None:
         ("index overwritten", r"is damaged: \.metadata has other contents than were saved \(crc32\)"),
         ("bit flipped", r"is damaged: __2_0\.distcp has other contents than were saved \(crc32\)"),
         ("run.json cut", r"is damaged: run\.json or checksums\.json: JSONDecodeError"),
+        ("another adapter's", r"was made with adapter = \{'rank': 4.*\}, this run has \{'rank': 8"),
+        ("whole weights'", r"was made with adapter = None, this run has \{'rank': 4"),
         (
             "another run's",
             r"was made with run\.seed = 1234, this run has 7; restore it, or choose another run\.dir",
@@ -185,6 +209,7 @@ def config(base: Path, model: str, parallel: Parallel, run: str = "run", **optio
                 "distributed": options.get("distributed", True),
             },
             "checkpoint": {"keep": 1},
+            **({"adapter": options["adapter"]} if "adapter" in options else {}),
         },
         source="test",
     )
@@ -197,7 +222,12 @@ class Trainer:
         self.run = run
         self.placement: Placement = arrange(run.parallel, seed=1)
         self.architecture = read_architecture(run.model.path)
-        self.policy = Policy(run.model, run.optimizer, self.architecture, self.placement, total_updates=10)
+        self.policy = Policy(
+            *(run.model, run.optimizer, self.architecture, self.placement),
+            total_updates=10,
+            adapter=run.adapter,
+            seed=run.run.seed,
+        )
         self.store = CheckpointStore(run)
         self.objective = Objective(
             run.new_method(), temperature=1.0, vocabulary=VOCABULARY, group=self.placement.tensor_group
@@ -246,12 +276,40 @@ def measure(base: Path, report: Path) -> None:
             )
             results[case] = {**trainer.train(range(1, 4)), "same_weights": same}
             trainer.policy.close()
+        results["stored"], results["peft"] = _adapters(base) if everyone.is_main else ({}, None)
         results["converted"] = _converted(base, weights) if everyone.is_main else None
         results["refused"] = _refusals(base)
         results["failed"] = _failed_saves(base)
         results["kept"] = _kept(base)
         if everyone.is_main:
             report.write_text(json.dumps(results))
+
+
+def _adapters(base: Path) -> tuple[dict[str, Any], bool]:
+    """What the checkpoint of adapters holds; and whether PEFT's directory of it merges to the same model."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    sizes = StoredTensors(base / "adapters/checkpoints/step_000001").sizes
+    adapter = Adapter.model_validate(ADAPTER)
+    stored = {
+        "keys": sorted(sizes),
+        "numbers": sum(math.prod(size) for size in sizes.values()),
+        "adapters": count_adapter_parameters(read_architecture(base / "adapted"), adapter),
+    }
+    convert_to_peft(base / "adapters", base / "adapters of peft")
+    model = AutoModelForCausalLM.from_pretrained(base / "adapted", dtype=torch.float32)
+    merged = PeftModel.from_pretrained(model, base / "adapters of peft").merge_and_unload().state_dict()
+    convert_to_hf(base / "adapters", base / "adapters merged")
+    begun = model_weights(base / "adapted")
+    own = model_weights(base / "adapters merged")
+    trained = any(not torch.equal(own[name], begun[name]) for name in own)
+    return stored, trained and all(torch.allclose(merged[n], own[n], rtol=0, atol=1e-6) for n in own)
+
+
+def model_weights(path: Path) -> dict[str, torch.Tensor]:
+    with HFTensors(path) as tensors:
+        return {name: tensors.read(name, None, 0, 0) for name in tensors.names()}
 
 
 def _converted(base: Path, weights: dict[str, dict[str, torch.Tensor]]) -> dict[str, bool]:
@@ -281,6 +339,11 @@ def _refusals(base: Path) -> dict[str, list[str]]:
         messages[damage] = _message(lambda s=store: s.newest_whole(trainer.placement))
     for damage, options in (("another run's", {"seed": 7}), ("another optimizer's", {"distributed": False})):
         store = CheckpointStore(config(base, "untied", layout("dp4"), run="untied", **options))
+        messages[damage] = _message(lambda s=store: s.load(s.newest(), trainer.policy))
+    for damage, run, rank in (("another adapter's", "adapters", 8), ("whole weights'", "tied", 4)):
+        store = CheckpointStore(
+            config(base, "tied", layout("dp4"), run=run, adapter={**ADAPTER, "rank": rank})
+        )
         messages[damage] = _message(lambda s=store: s.load(s.newest(), trainer.policy))
     return messages
 

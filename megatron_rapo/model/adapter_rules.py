@@ -1,0 +1,89 @@
+"""The parameters of adapters, as lines of a family's table: where its linear layers are adapted, and how.
+
+Each HF matrix W `[out, in]` that is adapted has A `[rank, in]` and B `[out, rank]`. Where tensor parallelism
+cuts W's rows it cuts B's, where W's columns A's; the other of the two is whole on each rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from megatron_rapo.config import Adapter
+from megatron_rapo.config.adapter import OF_ATTENTION
+from megatron_rapo.errors import RapoError
+from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.model.families.named import family_of
+from megatron_rapo.model.rules import COLUMNS, ROWS, WHOLE, Rule
+
+A, B = "lora_A", "lora_B"  # PEFT's names
+MODULE = "adapter"  # of a Megatron linear layer, beside its weight
+_WEIGHT = ".weight"
+
+
+@dataclass(frozen=True)
+class AdaptedLinear:
+    """A Megatron linear layer of which some HF matrices are adapted.
+
+    Attributes:
+        rule: of its weight.
+        targets: the HF matrices that are, by their places in the rule, each by its name as a target.
+    """
+
+    rule: Rule
+    targets: Mapping[int, str]
+
+    @property
+    def name(self) -> str:
+        """The linear layer's name within its layer."""
+        return self.rule.megatron.removesuffix(_WEIGHT)
+
+    def rules(self, rank: int) -> Iterator[Rule]:
+        """The lines of its adapter's parameters."""
+        matrices = list(self.rule.hf.items())
+        cut = self.rule.cut
+        for place, target in self.targets.items():
+            hf, (rows, columns) = matrices[place]
+            module = hf.removesuffix(_WEIGHT)
+            of_a, of_b = f"{module}.{A}{_WEIGHT}", f"{module}.{B}{_WEIGHT}"
+            own = f"{self.name}.{MODULE}.{target}_"
+            yield Rule(own + A, {of_a: (rank, columns)}, COLUMNS if cut == COLUMNS else WHOLE)
+            yield Rule(own + B, {of_b: (rows, rank)}, ROWS if cut == ROWS else WHOLE, heads=self.rule.heads)
+
+
+def adapted_linears(architecture: Architecture, adapter: Adapter) -> Iterator[AdaptedLinear]:
+    """What `adapter.targets` names in each layer.
+
+    Raises:
+        RapoError: the model has no such layer, or it is an expert's.
+    """
+    found: set[str] = set()
+    for rule in family_of(architecture).layer(architecture):
+        names = [name.removesuffix(_WEIGHT).rpartition(".")[2] for name in rule.hf if name.endswith(_WEIGHT)]
+        targets = {place: name for place, name in enumerate(names) if name in adapter.names}
+        if architecture.experts is None or set(names) <= set(OF_ATTENTION):
+            found |= set(targets.values())
+            if targets:
+                yield AdaptedLinear(rule, targets)
+    if missing := [name for name in adapter.names if name not in found]:
+        _refuse(missing, architecture, adapter)
+
+
+def adapter_rules(architecture: Architecture, adapter: Adapter) -> Iterator[Rule]:
+    """The adapters' parameters in a layer."""
+    for linear in adapted_linears(architecture, adapter):
+        yield from linear.rules(adapter.rank)
+
+
+def _refuse(missing: list[str], architecture: Architecture, adapter: Adapter) -> None:
+    chosen = '"all"' if adapter.targets == "all" else str(list(adapter.names))
+    if architecture.experts is not None:
+        attention = ", ".join(f'"{name}"' for name in OF_ATTENTION)
+        raise RapoError(
+            f"adapter.targets = {chosen} has {', '.join(missing)}, which in a {architecture.family} are of "
+            f"experts, and experts are not adapted; name layers of attention alone: [{attention}]"
+        )
+    raise RapoError(
+        f"adapter.targets = {chosen} has {', '.join(missing)}, which a {architecture.family} has not; remove "
+        "what is missing"
+    )

@@ -1,0 +1,102 @@
+"""Adapters as PEFT has them: a directory that `peft.PeftModel.from_pretrained` loads on the model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from megatron_rapo.config import Adapter
+from megatron_rapo.errors import RapoError
+from megatron_rapo.file_sums import write_sums
+from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.parallel.placement import Placement
+from megatron_rapo.weights.export import hf_tensors
+from megatron_rapo.weights.hf_directory import save_tensors
+
+WEIGHTS, OPTIONS = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."  # of names there, before the model's own
+
+
+def write_peft_adapter(
+    chunks: Sequence[GPTModel],
+    architecture: Architecture,
+    placement: Placement,
+    adapter: Adapter,
+    directory: Path,
+    base: Path,
+) -> None:
+    """Writes the policy's adapters as a PEFT directory. All ranks must call it; the main rank writes.
+
+    Args:
+        chunks: this rank's.
+        architecture: of the model.
+        placement: this rank's.
+        adapter: the adapters' options.
+        directory: where to; it appears whole or not at all.
+        base: HF directory of the model that they are adapters of.
+
+    Raises:
+        RapoError: the directory cannot be written; nothing is left of it.
+    """
+    mine = dict(hf_tensors(chunks, architecture, placement, adapter=adapter))
+    shares: list[dict[str, Tensor]] | None = [{}] * placement.layout.world_size if placement.is_main else None
+    dist.gather_object(mine, shares, group=placement.host_group)
+    failure = None
+    if shares is not None:
+        partial = directory.with_name(directory.name + ".partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            write_peft_files(
+                {name: own for share in shares for name, own in share.items()}, adapter, partial, base
+            )
+            shutil.rmtree(directory, ignore_errors=True)
+            partial.rename(directory)
+        except OSError as error:
+            failure = f"{error.strerror or error}"
+            shutil.rmtree(partial, ignore_errors=True)
+    failure = placement.share_from_main(failure)
+    if failure is not None:
+        raise RapoError(
+            f"adapters cannot be written to {directory}: {failure}; free space or choose another place"
+        )
+
+
+def write_peft_files(tensors: dict[str, Tensor], adapter: Adapter, directory: Path, base: Path) -> None:
+    """Writes the files of such a directory, with their checksums.
+
+    Args:
+        tensors: A and B of each matrix, by its HF name.
+        adapter: their options.
+        directory: an empty folder.
+        base: HF directory of the model.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    save_tensors({PREFIX + name: own.contiguous() for name, own in tensors.items()}, directory / WEIGHTS)
+    (directory / OPTIONS).write_text(json.dumps(_options(adapter, base), indent=1) + "\n")
+    write_sums(directory)
+
+
+def _options(adapter: Adapter, base: Path) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "use_rslora": adapter.rank_stabilized,
+        "target_modules": list(adapter.names),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }

@@ -1,0 +1,254 @@
+"""Adapters: what configurations are refused, what they cost, and what one rank trains by them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_rapo.config import Adapter, Model, Optimizer, RunConfig, validate
+from megatron_rapo.errors import RapoError
+from megatron_rapo.loss.objective import Objective
+from megatron_rapo.model.adapter_rules import adapter_rules
+from megatron_rapo.model.adapters import merged
+from megatron_rapo.model.architecture import Experts
+from megatron_rapo.model.hf_config import read_architecture
+from megatron_rapo.model.parameters import count_adapter_parameters
+from megatron_rapo.parallel.placement import Placement
+from megatron_rapo.policy.policy import Policy
+from megatron_rapo.policy.reference import PolicyWithoutAdapters, Reference
+from megatron_rapo.preflight import describe_plan, planned_architecture
+from megatron_rapo.scaling.flops import training_flops
+from megatron_rapo.weights.export import hf_tensors
+from tests.distributed.minibatches import VOCABULARY, make_minibatches
+from tests.methods import a_method
+from tests.models import make_hf_model
+from tests.unit.one_rank import one_placement
+from tests.unit.test_memory import QWEN2_7B, estimate
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_hf_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def placement() -> Iterator[Placement]:
+    with one_placement() as placement:
+        yield placement
+
+
+def config(path: Path, base: Path = Path("run"), **sections: Any) -> RunConfig:
+    options: dict[str, Any] = {
+        "run": {"directory": str(base / "run"), "steps": 1},
+        "model": {"path": str(path), "dtype": "float32"},
+        "data": {"source": "arithmetic"},
+        "rollout": {"prompts_per_step": 4, "max_prompt_tokens": 32, "max_response_tokens": 32},
+        "algorithm": {"max_tokens_per_microbatch": 128},
+    }
+    return validate({**options, **sections}, source="test")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"rank": 0}, r"adapter\.rank"),
+        ({"alpha": 0.0}, r"adapter\.alpha"),
+        ({"targets": []}, r"adapter\.targets.*names no layer; name some of q_proj"),
+        ({"targets": ["q_proj", "q_proj"]}, r"names q_proj twice; remove one"),
+        ({"targets": ["lm_head"]}, r"adapter\.targets.*lm_head"),
+        ({"targets": "attention"}, r"adapter\.targets.*attention"),
+        ({"dropout": 0.1}, r"adapter\.dropout"),
+    ],
+)
+def test_an_adapter_that_cannot_be_is_refused(model: Path, adapter: dict[str, Any], message: str) -> None:
+    with pytest.raises(RapoError, match=message):
+        config(model, adapter=adapter)
+
+
+def test_the_order_of_targets_plays_no_part() -> None:
+    assert Adapter(targets=["up_proj", "q_proj"]) == Adapter(targets=["q_proj", "up_proj"])
+    assert Adapter(targets="all").names == (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+
+
+def test_the_scale_falls_with_the_rank_or_its_root() -> None:
+    assert Adapter(rank=16, alpha=8.0).scale == 0.5
+    assert Adapter(rank=16, alpha=8.0, rank_stabilized=True).scale == 2.0
+
+
+def test_a_reference_in_host_memory_is_refused_where_it_is_the_policy(model: Path) -> None:
+    section = {"path": str(model), "dtype": "float32", "reference_in_host_memory": True}
+    with pytest.raises(RapoError, match=r"reference_in_host_memory = true would have no effect: under \[ad"):
+        config(model, adapter={}, model=section)
+    config(model, adapter={}, model={**section, "reference_path": str(model)})
+
+
+@pytest.mark.parametrize("targets", ["all", ["q_proj", "up_proj"]])
+def test_experts_are_refused_by_name(tmp_path: Path, targets: Any) -> None:
+    mixture = make_hf_model(tmp_path / "mixture", family="qwen2_moe")
+    with pytest.raises(RapoError, match=r"has .*up_proj.* which in a qwen2_moe are of experts, and experts"):
+        planned_architecture(config(mixture, adapter={"targets": targets}))
+    planned_architecture(config(mixture, adapter={"targets": ATTENTION}))
+
+
+def test_targets_that_a_family_lacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_rapo.model import adapter_rules as module
+
+    family = module.family_of(QWEN2_7B)
+    without = replace(family, layer=lambda a: [r for r in family.layer(a) if "mlp" not in r.megatron])
+    monkeypatch.setattr(module, "family_of", lambda architecture: without)
+    with pytest.raises(RapoError, match=r'targets = "all" has gate_proj, up_proj, down_proj, which a qwen2'):
+        list(adapter_rules(QWEN2_7B, Adapter()))
+
+
+def test_the_plan_tells_what_is_trained(model: Path, tmp_path: Path) -> None:
+    plan = describe_plan(config(model, tmp_path, adapter={"rank": 2}))
+    count = count_adapter_parameters(read_architecture(model), Adapter(rank=2))
+    assert f"trained are adapters of rank 2: {count:,} parameters" in plan
+
+
+def test_parameters_are_those_that_peft_counts(model: Path) -> None:
+    peft, adapter = of_peft(model, "all"), Adapter(rank=3)
+    trained = sum(parameter.numel() for parameter in peft.parameters() if parameter.requires_grad)
+    assert count_adapter_parameters(read_architecture(model), adapter) == trained
+
+
+def of_peft(model: Path, targets: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    hf = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
+    return get_peft_model(hf, LoraConfig(r=3, target_modules=list(Adapter(targets=targets).names)))
+
+
+@pytest.mark.parametrize("targets", ["all", ["q_proj", "down_proj"]])
+def test_flops_are_those_that_pytorch_counts_of_peft(model: Path, targets: Any) -> None:
+    """Where the first layer hands a gradient on as the others do."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    peft, total = of_peft(model, targets), 0
+    peft.enable_input_require_grads()
+    for length in (12, 30):
+        with FlopCounterMode(display=False) as counter:
+            peft(torch.randint(61, (1, length))).logits.sum().backward()
+        total += counter.get_total_flops()
+    found = training_flops(read_architecture(model), [12, 30], adapter=Adapter(rank=3, targets=targets))
+    assert found == pytest.approx(total, rel=0.01)
+
+
+def test_memory_has_gradients_and_optimizer_of_adapters_alone() -> None:
+    adapter = Adapter(rank=16, targets=["q_proj", "down_proj"])
+    # A whole and B cut of q_proj; A cut and B whole of down_proj.
+    q_proj = 28 * 16 * (3584 + 3584 // 2)
+    down_proj = 28 * 16 * (18944 // 2 + 3584)
+    trained = q_proj + down_proj
+    layout = {"parallel": {"tensor_parallel": 2, "data_parallel": 2}}
+    full = estimate(**layout)
+    found = estimate(**layout, adapter=adapter.model_dump())
+    assert found.weights == full.weights + 2 * trained
+    assert found.gradients == 4 * trained
+    assert found.optimizer == 12 * (trained // 2)
+    assert (found.reference, found.activations) == (0, full.activations)
+    assert full.loss - found.loss == 4 * 3584 * 152064 // 2, "no gradient of the head"
+    assert found.reference_hidden == full.reference_hidden > 0
+
+
+def test_memory_has_a_reference_that_is_another_model() -> None:
+    apart = estimate(adapter={}, model={"path": "model", "reference_path": "reference"})
+    assert apart.reference == estimate().reference > 0
+
+
+def test_a_mixtures_experts_have_no_states() -> None:
+    mixture = replace(QWEN2_7B, family="qwen2_moe", experts=Experts(8, 2, renormalised=True))
+    found = estimate(mixture, adapter={"targets": ATTENTION}, parallel={"expert_parallel": 1})
+    count = count_adapter_parameters(mixture, Adapter(targets=ATTENTION))  # type: ignore[arg-type]
+    assert found.gradients == 4 * count
+
+
+def a_policy(model: Path, placement: Placement, adapter: Adapter, **optimizer: Any) -> Policy:
+    options = Model(path=model, dtype="float32")
+    architecture = read_architecture(model)
+    chosen = Optimizer(learning_rate=1e-2, **optimizer)
+    return Policy(options, chosen, architecture, placement, 10, adapter, seed=3)
+
+
+@pytest.mark.parametrize("options", [{}, {"distributed": False}, {"overlap_communication": True}])
+def test_training_moves_adapters_and_leaves_the_rest_bit_for_bit(
+    model: Path, placement: Placement, options: dict[str, Any]
+) -> None:
+    policy = a_policy(model, placement, Adapter(rank=4), **options)
+    before = {name: p.detach().clone() for name, p in policy.chunks[0].named_parameters()}
+    begun = dict(hf_tensors(policy.chunks, policy.architecture, placement))
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
+    assert all(torch.equal(tensor, hf[name]) for name, tensor in begun.items()), "B is 0"
+
+    objective = an_objective(placement)
+    shares, losses = [], []
+    for number in range(3):
+        frozen = PolicyWithoutAdapters(policy.chunks, placement)
+        minibatches = make_minibatches(placement, [number])
+        policy.annotate(minibatches, objective)
+        frozen.annotate(minibatches, objective)
+        told = policy.update(minibatches, objective, frozen)
+        shares.append(told["optimizer/changed_tensors"])
+        losses.append(told["loss/total"])
+    assert shares[1:] == [1.0, 1.0], "of what is trained"
+    for name, parameter in policy.chunks[0].named_parameters():
+        assert torch.equal(parameter, before[name]) == (".adapter." not in name), name
+    tracked = [p for group in policy.optimizer.param_groups for p in group["params"]]
+    assert sum(p.numel() for p in tracked) == count_adapter_parameters(policy.architecture, policy.adapter)
+    assert not any(hasattr(p, "main_grad") for n, p in before.items())
+    trained = dict(hf_tensors(policy.chunks, policy.architecture, placement))
+    moved = {name for name, tensor in trained.items() if not torch.equal(tensor, begun[name])}
+    assert {name.split(".")[-2] for name in moved} == set(Adapter().names)
+    policy.close()
+
+
+def an_objective(placement: Placement) -> Objective:
+    method = a_method("rapo", divergence_coefficient=0.1)
+    return Objective(method, temperature=1.0, vocabulary=VOCABULARY, group=placement.tensor_group)
+
+
+def test_the_reference_is_the_same_as_one_of_its_own(model: Path, placement: Placement) -> None:
+    """Before adapters have moved and after; and it takes no memory."""
+    policy, objective = a_policy(model, placement, Adapter(rank=4)), an_objective(placement)
+    own = Reference(Model(path=model, dtype="float32"), policy.architecture, placement)
+    shared = PolicyWithoutAdapters(policy.chunks, placement)
+    assert shared.chunks is policy.chunks
+    for number in range(2):
+        hidden = []
+        for frozen in (own, shared):
+            minibatches = make_minibatches(placement, [number])
+            policy.annotate(minibatches, objective)
+            frozen.annotate(minibatches, objective)
+            hidden.append([m.reference_hidden for minibatch in minibatches for m in minibatch])
+        assert all(torch.equal(*pair) for pair in zip(*hidden, strict=True))
+        policy.update(minibatches, objective, shared)
+    policy.close()
+
+
+def test_merging_rounds_once(model: Path, placement: Placement) -> None:
+    """In bfloat16 as fp64 has it, which a product in bfloat16 has not."""
+    options = Model(path=model, dtype="bfloat16")
+    adapter = Adapter(rank=4, alpha=12.0, targets=["k_proj", "v_proj"])
+    architecture = read_architecture(model)
+    policy = Policy(options, Optimizer(), architecture, placement, 10, adapter, seed=3)
+    for name, parameter in policy.chunks[0].named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    matrices = dict(hf_tensors(policy.chunks, architecture, placement, adapter=adapter))
+    weights = dict(hf_tensors(policy.chunks, architecture, placement, value=torch.Tensor.detach))
+    for name, tensor in hf_tensors(policy.chunks, architecture, placement, value=merged):
+        own = name.removesuffix(".weight")
+        if not name.endswith(("k_proj.weight", "v_proj.weight")):
+            assert torch.equal(tensor, weights[name])
+            continue
+        a, b = (matrices[f"{own}.lora_{which}.weight"].double() for which in "AB")
+        assert torch.equal(tensor, (weights[name].double() + 3.0 * b @ a).bfloat16())
+    policy.close()
