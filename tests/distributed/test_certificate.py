@@ -31,13 +31,13 @@ FEW = tuple(
     case for case in CASES if case.name in ("TP 2, sequence parallel", "CP 4", "TP 2, PP 2", "PP 2, VPP 2")
 )
 MODELS = {
-    "qwen3": replace(DEFAULT, family="qwen3", attention_bias=False, query_key_norm=True, tied=True),
+    "qwen3": replace(DEFAULT, family="qwen3", attention_bias=False, query_key_norm="head", tied=True),
     "smollm3": replace(DEFAULT, family="smollm3", attention_bias=False, layers_without_rope=(3,)),
     "qwen3_moe": replace(
         DEFAULT,
         family="qwen3_moe",
         attention_bias=False,
-        query_key_norm=True,
+        query_key_norm="head",
         experts=Experts(128, 8, renormalised=True),
     ),
     "qwen2_moe": replace(DEFAULT, family="qwen2_moe", experts=Experts(60, 4, renormalised=False, shared=96)),

@@ -11,6 +11,7 @@ import pytest
 from megatron_rapo.config.load import validate
 from megatron_rapo.model.architecture import Architecture, Experts
 from megatron_rapo.model.parameters import count_parameters
+from megatron_rapo.model.rope import Rope
 from megatron_rapo.scaling.memory import GIB, MemoryEstimate, estimate_memory
 
 QWEN2_7B = Architecture(
@@ -23,11 +24,10 @@ QWEN2_7B = Architecture(
     feed_forward=18944,
     vocabulary=152064,
     norm_epsilon=1e-6,
-    rope_theta=1e6,
-    rope_factor=None,
+    rope=Rope(1e6),
     max_positions=32768,
     attention_bias=True,
-    query_key_norm=False,
+    query_key_norm=None,
     tied=False,
 )
 

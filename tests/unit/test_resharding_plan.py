@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from megatron_rapo.config import Parallel
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.parameters import count_parameters
+from megatron_rapo.model.rope import Rope
 from megatron_rapo.weights.plan import make_plan
 from megatron_rapo.weights.tensor_table import HFTensor, tensor_table
 
@@ -30,11 +31,10 @@ def architectures(draw: st.DrawFn) -> Architecture:
         feed_forward=16,
         vocabulary=draw(st.integers(1, 200)),
         norm_epsilon=1e-6,
-        rope_theta=1e4,
-        rope_factor=None,
+        rope=Rope(1e4),
         max_positions=64,
         attention_bias=family == "qwen2",
-        query_key_norm=family == "qwen3",
+        query_key_norm="head" if family == "qwen3" else None,
         tied=draw(st.booleans()),
     )
 
@@ -139,11 +139,10 @@ def test_engines_are_spread_over_the_replicas() -> None:
         16,
         64,
         1e-6,
-        1e4,
-        None,
+        Rope(1e4),
         64,
         attention_bias=True,
-        query_key_norm=False,
+        query_key_norm=None,
         tied=False,
     )
     layout = Parallel(tensor_parallel=2, context_parallel=2, data_parallel=2)
