@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         "sliding_window": 7,
         "query_pre_attn_scalar": 24,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window_pattern": 3,
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4},
@@ -75,7 +76,7 @@ def make_hf_model(
         dtype: of the saved parameters.
         overrides: options of the family's HF configuration, beyond `SHAPE` and `OF_FAMILY`.
     """
-    options = {**SHAPE, **OF_FAMILY.get(family, {}), **overrides}
+    options = deepcopy({**SHAPE, **OF_FAMILY.get(family, {}), **overrides})  # which transformers changes
     config = AutoConfig.for_model(family, **options, tie_word_embeddings=tied)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -2,8 +2,8 @@
 
 Counted as by Chowdhery et al. (PaLM, arXiv 2204.02311, appendix B): all matrix products, the head's and
 attention's among them, the latter as if every token attended to all of its sequence (s², no discount for
-causality); no norms, no softmax, no look-up of embeddings, nothing that is computed again to save memory.
-A backward pass takes twice the forward's.
+causality), or to a whole window; no norms, no softmax, no look-up of embeddings, nothing that is computed
+again to save memory. A backward pass takes twice the forward's.
 """
 
 from __future__ import annotations
@@ -31,10 +31,15 @@ def forward_flops(
     # Query and output projections, keys and values, and the three matrices of SwiGLU.
     layer = 2 * architecture.hidden * (2 * queries + 2 * keys + _feed_forward(architecture))
     head = 2 * architecture.hidden * architecture.vocabulary
+    pairs = list(zip(lengths, lengths if attended is None else attended, strict=True))
+    window = architecture.window
+    narrow = 0 if window is None else len(window.layers)
+    seen = (architecture.layers - narrow) * sum(length * keys for length, keys in pairs)
+    if window is not None:
+        seen += narrow * sum(length * min(keys, window.size) for length, keys in pairs)
     # Scores, and values weighed by them.
-    pairs = zip(lengths, lengths if attended is None else attended, strict=True)
-    attention = 2 * 2 * queries * sum(length * keys for length, keys in pairs)
-    return sum(lengths) * (architecture.layers * layer + head) + architecture.layers * attention
+    attention = 2 * 2 * queries * seen
+    return sum(lengths) * (architecture.layers * layer + head) + attention
 
 
 def _feed_forward(architecture: Architecture) -> int:

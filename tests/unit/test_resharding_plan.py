@@ -20,7 +20,7 @@ KV_HEADS, GROUP, DIM = 4, 2, 2  # so that TP 1, 2, 4 fit a trainer, and 8 an eng
 
 @st.composite
 def architectures(draw: st.DrawFn) -> Architecture:
-    family = draw(st.sampled_from(["qwen2", "qwen3", "llama"]))
+    family = draw(st.sampled_from(["qwen2", "qwen3", "llama", "olmo2", "glm4"]))
     return Architecture(
         family=family,
         layers=8,
@@ -34,7 +34,7 @@ def architectures(draw: st.DrawFn) -> Architecture:
         rope=Rope(1e4),
         max_positions=64,
         attention_bias=family == "qwen2",
-        query_key_norm="head" if family == "qwen3" else None,
+        query_key_norm={"qwen3": "head", "olmo2": "heads"}.get(family),
         tied=draw(st.booleans()),
     )
 
@@ -57,6 +57,10 @@ def engine_needs(name: str, size: int, rank: int, ranks: int) -> np.ndarray:
     if "embed_tokens" in name or "lm_head" in name:
         per_rank = -(-(-(-size // 64) * 64) // ranks)
         return places // per_rank == rank
+    if "q_norm" in name or "k_norm" in name:
+        return np.ones(size, bool)
+    if "gate_up_proj" in name:
+        return np.arange(size) % (size // 2) // (size // 2 // ranks) == rank
     if "k_proj" in name or "v_proj" in name:
         head = places // DIM
         copies = max(1, ranks // KV_HEADS)
@@ -69,6 +73,8 @@ def trainer_has(tensor: HFTensor, size: int, rank: int, layout: Parallel, multip
     ranks = layout.tensor_parallel
     if "embed_tokens" in tensor.name or "lm_head" in tensor.name:
         per_rank = -(-size // (multiple * ranks)) * multiple
+    elif "gate_up_proj" in tensor.name:
+        return np.arange(size) % (size // 2) // (size // 2 // ranks) == rank % ranks
     else:
         per_rank = size // ranks
     return np.arange(size) // per_rank == rank % ranks
