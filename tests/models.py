@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import string
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from megatron_rapo.embedded_server.olmo3 import mend
 
 PAD, EOS = 0, 1
 # 61 tokens is odd on purpose: no tensor-parallel size divides it, so vocabulary padding is exercised.
@@ -28,6 +31,17 @@ SHAPE: dict[str, Any] = {
 }
 OF_FAMILY: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
+    # Windows shorter than the tests' sequences; GLM's configurations have biases unless told.
+    "gemma3_text": {
+        "sliding_window": 7,
+        "query_pre_attn_scalar": 24,
+        "sliding_window_pattern": 3,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4},
+        },
+    },
+    "olmo3": {"sliding_window": 7},
     "qwen3_moe": {
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -62,7 +76,7 @@ def make_hf_model(
         dtype: of the saved parameters.
         overrides: options of the family's HF configuration, beyond `SHAPE` and `OF_FAMILY`.
     """
-    options = {**SHAPE, **OF_FAMILY.get(family, {}), **overrides}
+    options = deepcopy({**SHAPE, **OF_FAMILY.get(family, {}), **overrides})  # which transformers changes
     config = AutoConfig.for_model(family, **options, tie_word_embeddings=tied)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -74,12 +88,17 @@ def make_hf_model(
 
 
 def _randomise_biases_and_norms(model: torch.nn.Module) -> None:
-    """HF starts biases at 0 and norms at 1, which would hide that they were dropped or swapped."""
+    """HF starts biases at 0 and norms at 1, or 0, which would hide that they were dropped or swapped."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
         elif "norm" in name:
-            torch.nn.init.normal_(parameter, mean=1.0, std=0.1)
+            torch.nn.init.normal_(parameter, mean=float(parameter[0].detach()), std=0.1)
+
+
+def load_reference(path: Path) -> torch.nn.Module:
+    """transformers' model in fp32; an OLMo 3 with the positions that its paper gives it."""
+    return mend(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
 
 
 def make_tokenizer(vocab_size: int = SHAPE["vocab_size"]) -> PreTrainedTokenizerFast:

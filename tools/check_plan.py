@@ -38,6 +38,7 @@ from random_model import make_random_model
 from megatron_rapo.config import Parallel, load_config
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.hf_config import read_architecture
+from megatron_rapo.model.rope import Rope
 from megatron_rapo.parallel.placement import Placement, process_groups
 from megatron_rapo.planning.engine_cost import EngineModel, EngineSplit
 from megatron_rapo.planning.layouts import Division, TrainerLayout
@@ -255,11 +256,10 @@ def kendall(pairs: list[tuple[float, float]]) -> float:
 # What the published figures are of.
 _COMMON: dict[str, Any] = {
     "norm_epsilon": 1e-5,
-    "rope_theta": 5e5,
-    "rope_factor": None,
+    "rope": Rope(5e5),
     "max_positions": 131072,
     "attention_bias": False,
-    "query_key_norm": False,
+    "query_key_norm": None,
     "tied": False,
 }
 LLAMA_8B = Architecture("llama", 32, 4096, 32, 8, 128, 14336, 128256, **_COMMON)

@@ -18,6 +18,7 @@ from megatron_rapo.data.batching import Microbatch
 from megatron_rapo.launch.local import run_local
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.build import Body, build_chunks
+from megatron_rapo.model.rope import Rope
 from megatron_rapo.parallel.device import device
 from megatron_rapo.parallel.placement import process_groups
 from megatron_rapo.planning.profile import Link
@@ -34,11 +35,10 @@ _NARROW = Architecture(
     feed_forward=64,
     vocabulary=64,
     norm_epsilon=1e-6,
-    rope_theta=1e4,
-    rope_factor=None,
+    rope=Rope(1e4),
     max_positions=64,
     attention_bias=True,
-    query_key_norm=False,
+    query_key_norm=None,
     tied=True,
 )
 Dtype = Literal["bfloat16", "float32"]

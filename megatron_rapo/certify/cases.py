@@ -17,8 +17,10 @@ from megatron_rapo.episode.problem import Problem
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.methods.method import Method
 from megatron_rapo.model.architecture import Architecture, Experts
+from megatron_rapo.model.features import Window
+from megatron_rapo.model.rope import Rope
 
-RANKS = 4
+RANKS, LAYERS = 4, 4
 # Fewer real tokens than head rows, and an odd number: no TP divides it, and padding must be masked.
 VOCABULARY, ROWS = 59, 61
 RESPONSES, MAX_RESPONSE_TOKENS, TEMPERATURE = 4, 24, 0.8
@@ -110,21 +112,33 @@ def cases_of(architecture: Architecture) -> tuple[Case, ...]:
 
 def small(architecture: Architecture) -> Architecture:
     """A model of the same family that any of the layouts divides."""
-    layers = 4
     return replace(
         architecture,
-        layers=layers,
+        layers=LAYERS,
         hidden=64,
         heads=8,
         kv_heads=4,
         head_dim=16,
         feed_forward=96,
         vocabulary=ROWS,
-        rope_factor=None,
         max_positions=64,
-        layers_without_rope=tuple(index for index in architecture.layers_without_rope if index < layers),
+        layers_without_rope=_some(architecture.layers_without_rope, architecture.layers),
+        window=_short(architecture.window, architecture.layers),
+        # As those of families that have them: √hidden, and 1 / √head_dim.
+        embedding_scale=None if architecture.embedding_scale is None else 8.0,
+        attention_scale=None if architecture.attention_scale is None else 0.25,
         experts=_few(architecture.experts),
     )
+
+
+def _some(layers: tuple[int, ...], of: int) -> tuple[int, ...]:
+    """The like of some layers of so many, in a model of four: those among the first four, and never all."""
+    few = tuple(layer for layer in layers if layer < LAYERS)
+    return few[:-1] if len(layers) < of and len(few) == LAYERS else few
+
+
+def _short(window: Window | None, layers: int) -> Window | None:
+    return None if window is None else replace(window, size=8, layers=_some(window.layers, layers))
 
 
 def _few(experts: Experts | None) -> Experts | None:
@@ -139,20 +153,21 @@ def other_than(architecture: Architecture) -> Architecture:
     Any of the layouts divides it.
     """
     is_qwen3 = architecture.family == "qwen3"
-    return replace(
-        architecture,
+    return Architecture(
         family="qwen2" if is_qwen3 else "qwen3",
-        attention_bias=is_qwen3,
-        query_key_norm=not is_qwen3,
-        layers_without_rope=(),
-        experts=None,
-        tied=not architecture.tied,
         layers=8,
         hidden=32,
         heads=4,
+        kv_heads=4,
         head_dim=8,
         feed_forward=48,
         vocabulary=ROWS + 5,
+        norm_epsilon=1e-6,
+        rope=Rope(1e6),
+        max_positions=architecture.max_positions,
+        attention_bias=is_qwen3,
+        query_key_norm=None if is_qwen3 else "head",
+        tied=not architecture.tied,
     )
 
 

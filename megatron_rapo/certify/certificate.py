@@ -6,7 +6,6 @@ import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -28,7 +27,9 @@ from megatron_rapo.launch.local import run_local
 from megatron_rapo.methods.options import Options
 from megatron_rapo.methods.sampling import Sampling
 from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.model.families.named import family_of
 from megatron_rapo.model.parameters import model_rules
+from megatron_rapo.model.rope import Rope
 
 FIRST_SEED = 6
 DEFAULT = Architecture(
@@ -41,11 +42,10 @@ DEFAULT = Architecture(
     feed_forward=96,
     vocabulary=61,
     norm_epsilon=1e-6,
-    rope_theta=1e6,
-    rope_factor=None,
+    rope=Rope(1e6),
     max_positions=64,
     attention_bias=True,
-    query_key_norm=False,
+    query_key_norm=None,
     tied=False,
 )
 
@@ -142,39 +142,12 @@ def write_models(directory: Path, architecture: Architecture) -> None:
         _write_model(directory / model, its, seed)
 
 
-def _of_experts(a: Architecture) -> dict[str, Any]:
-    """Options of HF configurations for them, under each family's names."""
-    if a.experts is None:
-        return {}
-    return {
-        "num_experts": a.experts.count,
-        "num_local_experts": a.experts.count,
-        "num_experts_per_tok": a.experts.chosen,
-        "moe_intermediate_size": a.feed_forward,
-        "norm_topk_prob": a.experts.renormalised,
-        "shared_expert_intermediate_size": a.experts.shared,
-        "qkv_bias": a.attention_bias,
-    }
-
-
 def _write_model(directory: Path, architecture: Architecture, seed: int) -> None:
     """A random model with no two parameters alike, as a HF directory in fp64."""
     directory.mkdir(parents=True)
-    a = architecture
     AutoConfig.for_model(
-        a.family,
-        num_hidden_layers=a.layers,
-        hidden_size=a.hidden,
-        num_attention_heads=a.heads,
-        num_key_value_heads=a.kv_heads,
-        head_dim=a.head_dim,
-        intermediate_size=a.feed_forward,
-        vocab_size=a.vocabulary,
-        rms_norm_eps=a.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": a.rope_theta},
-        max_position_embeddings=a.max_positions,
-        tie_word_embeddings=a.tied,
-        **_of_experts(a),
+        architecture.family,
+        **family_of(architecture).written(architecture),
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
     ).save_pretrained(directory)
     random = torch.Generator().manual_seed(seed)

@@ -37,6 +37,7 @@ STATEFUL_MODULES = (
     "self_attention.q_layernorm",
     "self_attention.k_layernorm",
 )
+NORMS_AFTER = ("self_attn_bda.norm", "mlp_bda.norm")
 LINEARS = ("linear_fc1", "linear_fc2")
 
 
@@ -128,9 +129,10 @@ class _Planner(DefaultSavePlanner):
     def _extra_states(self) -> list[str]:
         layers, experts = self._architecture.layers, self._architecture.experts
         mlp = "mlp" if experts is None else "mlp.shared_experts"
+        norms = NORMS_AFTER if self._architecture.norms.after else ()
         names = [
             f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
-            for module in (*STATEFUL_MODULES, *(f"{mlp}.{linear}" for linear in LINEARS))
+            for module in (*STATEFUL_MODULES, *norms, *(f"{mlp}.{linear}" for linear in LINEARS))
             for layer in range(layers)
         ]
         if experts is not None:

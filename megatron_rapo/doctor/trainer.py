@@ -83,7 +83,9 @@ class Trainer:
         before = None if norm is None else norm.detach().clone()
         try:
             if norm is not None:
-                norm.data.mul_(SHAKE)
+                # Of a norm that multiplies by 1 + weight, that factor.
+                offset = float(self._policy.chunks[0].config.layernorm_zero_centered_gamma)
+                norm.data.add_(offset).mul_(SHAKE).sub_(offset)
             yield
         finally:
             if norm is not None and before is not None:

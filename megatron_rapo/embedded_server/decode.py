@@ -14,6 +14,7 @@ from transformers import Cache
 
 from megatron_rapo.embedded_server.cache import growing_cache
 from megatron_rapo.embedded_server.sampling import Truncation, draw, uniforms
+from megatron_rapo.embedded_server.windows import masks
 
 COMPACT_BELOW = 0.85  # dropping finished rows copies the cache: done once they are this much of the batch
 _NO_LIMIT = torch.iinfo(torch.int64).max
@@ -103,7 +104,7 @@ def decode(model: Any, samples: Sequence[Sample], aborted: threading.Event) -> l
     """Decodes all samples as one batch.
 
     Args:
-        model: a HF causal LM in evaluation mode, all of whose layers attend to the whole sequence.
+        model: a HF causal LM in evaluation mode, whose layers attend to the whole sequence, or in a window.
         samples: at least one. Those with the same prompt share its prefill.
         aborted: looked at before each token; once set, what has not ended ends as it is.
 
@@ -170,7 +171,7 @@ def _forward(model: Any, tokens: torch.Tensor, rows: _Rows, cache: Cache, step: 
     """Feeds the tokens emitted at `step`; returns the logits `[rows, vocab]` of the next."""
     output = model(
         input_ids=tokens[:, None],
-        attention_mask=rows.mask[..., : cache.get_seq_length() + 1],
+        attention_mask=masks(model.config, rows.mask[..., : cache.get_seq_length() + 1]),
         position_ids=(rows.prompt_length + step)[:, None],
         past_key_values=cache,
     )

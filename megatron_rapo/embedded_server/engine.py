@@ -13,7 +13,9 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_rapo.embedded_server.attention import DECODING_ATTENTION
 from megatron_rapo.embedded_server.decode import Completion, Sample, decode
+from megatron_rapo.embedded_server.olmo3 import mend
 from megatron_rapo.embedded_server.weights import NamedTensors, Weights
+from megatron_rapo.embedded_server.windows import KINDS
 from megatron_rapo.errors import RapoError
 
 MemoryTag = Literal["weights", "kv_cache"]
@@ -151,13 +153,13 @@ def _load_model(path: Path, dtype: torch.dtype) -> Any:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             raise RapoError(f"{path}: {kind.replace('_', ' ')} in the checkpoint: {sorted(report[kind])[:5]}")
-    others = set(getattr(model.config, "layer_types", None) or []) - {"full_attention"}
+    others = set(getattr(model.config, "layer_types", None) or []) - KINDS
     if others:
         raise RapoError(
             f"{path} has layers of type {', '.join(sorted(others))}; the embedded server decodes only "
-            "full_attention: serve this model with SGLang (rollout.engine)"
+            f"{' and '.join(sorted(KINDS))}: serve this model with SGLang (rollout.engine)"
         )
-    return model.eval()
+    return mend(model).eval()
 
 
 def _load_tokenizer(path: Path) -> Any:

@@ -56,6 +56,7 @@ class LowRank(torch.nn.Module):
         self._sequence_parallel = config.sequence_parallel
         self._group = parallel_state.get_tensor_model_parallel_group()
         self._norm_epsilon = config.layernorm_epsilon
+        self._norm_offset = float(config.layernorm_zero_centered_gamma)
         for rule in linear.rules(adapter.rank):
             # Directly the module's: parameters are gathered (overlap_communication) before it is called.
             self.register_parameter(rule.megatron.rpartition(".")[2], self._parameter(rule, config))
@@ -105,7 +106,7 @@ class LowRank(torch.nn.Module):
             norm: `[in]`, weight of the norm that the layer begins with (Transformer Engine's fused ones).
         """
         if norm is not None:
-            given = F.rms_norm(given, (given.size(-1),), norm, self._norm_epsilon)
+            given = F.rms_norm(given, (given.size(-1),), norm + self._norm_offset, self._norm_epsilon)
         hidden = self._shared(F.linear(given, self.inner())) * self.scale
         added = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), self.outer().T)
         return added.view_as(output)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_rapo.config import Model, Parallel, Rollout
 from megatron_rapo.errors import RapoError
+from megatron_rapo.model.features import LLAMAS, Norms, Window
+from megatron_rapo.model.rope import Rope
 
 
 @dataclass(frozen=True)
@@ -28,17 +31,22 @@ class Experts:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder-only transformer: RMSNorm, SwiGLU, rotary positions, grouped-query attention.
+    """A decoder-only transformer: RMSNorm, gated MLP, rotary positions, grouped-query attention.
 
     Attributes:
         family: HF model_type.
         feed_forward: inner channels of a layer's MLP; of each of its experts, if it has some.
         vocabulary: rows of the HF embedding, without Megatron's padding.
-        rope_factor: Llama 3 frequency scaling, or None for plain rotary positions.
+        rope: rotary positions; layers with a window may have others.
         attention_bias: biases on query, key and value projections.
-        query_key_norm: RMSNorm on each head's queries and keys (Qwen3).
+        query_key_norm: RMSNorm on queries and keys: on each head's, or on those of all heads together.
         tied: whether the head is the embedding.
-        layers_without_rope: counted from 0 (SmolLM3).
+        layers_without_rope: counted from 0.
+        norms: where a layer has the others.
+        window: layers that attend to the last tokens alone.
+        activation: of the gate; `gelu_tanh` is GELU's approximation by tanh.
+        embedding_scale: that embedded tokens are multiplied by, rounded to the type of the weights.
+        attention_scale: that scores are multiplied by; None: 1 / √head_dim.
         experts: None of a dense model.
     """
 
@@ -51,13 +59,17 @@ class Architecture:
     feed_forward: int
     vocabulary: int
     norm_epsilon: float
-    rope_theta: float
-    rope_factor: float | None
+    rope: Rope
     max_positions: int
     attention_bias: bool
-    query_key_norm: bool
+    query_key_norm: Literal["head", "heads"] | None
     tied: bool
     layers_without_rope: tuple[int, ...] = ()
+    norms: Norms = LLAMAS
+    window: Window | None = None
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    embedding_scale: float | None = None
+    attention_scale: float | None = None
     experts: Experts | None = None
 
     def padded_vocabulary(self, multiple: int, tensor_parallel: int) -> int:

@@ -1,7 +1,6 @@
-"""Core attention and norm for machines without Transformer Engine.
+"""Core attention on any device, where Transformer Engine's is not to be had.
 
-Megatron's own `DotProductAttention` refuses packed sequences and context parallelism, and its torch norm
-refuses sequence parallelism; these do all three on any device.
+Megatron's own `DotProductAttention` refuses packed sequences and context parallelism.
 """
 
 from __future__ import annotations
@@ -15,25 +14,18 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_rapo.model.branches import Branches, attend
 from megatron_rapo.parallel.context import gather_tokens, rank_major_order
 
 
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, marked so that Megatron sums its gradient over sequence-parallel ranks."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
 class PackedAttention(MegatronModule):
     """Causal attention within each packed sequence, over zig-zag context-parallel shards.
 
     Sequences are padded to a rectangle for torch's scaled_dot_product_attention: the work grows with the
-    longest sequence of a microbatch, the memory with sequences × longest.
+    longest sequence of a microbatch, the memory with sequences × longest. Some layers see a window alone.
     """
 
     def __init__(
@@ -47,6 +39,10 @@ class PackedAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.window: int | None = None
+        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+            assert config.window_size is not None
+            self.window = config.window_size[0] + 1
         self.group = parallel_state.get_context_parallel_group()
 
     def forward(
@@ -66,7 +62,7 @@ class PackedAttention(MegatronModule):
         """
         assert packed_seq_params is not None, "sequences are always packed (thd)"
         if isinstance(packed_seq_params, Branches):
-            return attend(query, key, value, packed_seq_params, self.scale)
+            return attend(query, key, value, packed_seq_params, self.scale, self.window)
         ranks = self.group.size()
         starts = packed_seq_params.cu_seqlens_q.long()
         lengths = starts.diff()
@@ -87,9 +83,10 @@ class PackedAttention(MegatronModule):
         # Padding queries stand at position 0, so that each row of the mask allows at least one key.
         query_position = position.new_zeros(len(lengths), longest // ranks)
         query_position[row, column] = position[mine]
-        causal = query_position[:, None, :, None] >= torch.arange(longest, device=query.device)
+        before = query_position[:, None, :, None] - torch.arange(longest, device=query.device)
+        seen = before >= 0 if self.window is None else (before >= 0) & (before < self.window)
         attended = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=causal, scale=self.scale, enable_gqa=True
+            queries, keys, values, attn_mask=seen, scale=self.scale, enable_gqa=True
         )
         return attended.transpose(1, 2)[row, column].flatten(1)
 

@@ -78,16 +78,20 @@ class _Rectangle:
 
     Attributes:
         queries, keys: `[segments, longest]` rows; that of padding is any.
-        mask: `[segments, 1, longest query, longest key]` bool; None: causal, and nothing is padded.
+        last: `[segments, longest query]`: of its segment's keys the one at a query's own place, the last that
+            it sees.
+        is_square: whether nothing is padded and the keys are the queries' own.
         valid: `[segments, longest query]` bool: what is no padding.
         rows: those of the valid queries.
     """
 
     queries: Tensor
     keys: Tensor
-    mask: Tensor | None
+    last: Tensor
+    is_square: bool
     valid: Tensor
     rows: Tensor
+    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, numbers: Sequence[int], branches: Branches) -> _Rectangle:
@@ -106,13 +110,23 @@ class _Rectangle:
         )
         queries, valid = rectangle(chosen(branches.cu_seqlens_q), query_lengths)
         keys, _ = rectangle(chosen(branches.cu_seqlens_kv), key_lengths)
-        row, column = (torch.arange(size, device=device) for size in (queries.size(1), keys.size(1)))
+        row = torch.arange(queries.size(1), device=device)
         # Of a query of padding too, so that each has a key.
         last = (key_lengths - query_lengths)[:, None] + row.minimum(query_lengths[:, None] - 1)
-        mask = None
-        if not (bool(valid.all()) and queries.size(1) == keys.size(1)):
-            mask = (column <= last[:, :, None])[:, None]
-        return cls(queries, branches.keys[keys], mask, valid, queries[valid])
+        is_square = bool(valid.all()) and queries.size(1) == keys.size(1)
+        return cls(queries, branches.keys[keys], last, is_square, valid, queries[valid])
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """`[segments, 1, longest query, longest key]` bool, made once for all layers that have the window.
+
+        None: causal, and nothing is padded.
+        """
+        if window not in self.masks:
+            column = torch.arange(self.keys.size(1), device=self.keys.device)
+            last = self.last[:, :, None]
+            seen = column <= last if window is None else (column <= last) & (column > last - window)
+            self.masks[window] = None if self.is_square and window is None else seen[:, None]
+        return self.masks[window]
 
 
 def _alike(query_lengths: Sequence[int], key_lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -136,7 +150,14 @@ def gathered(rows: Tensor, index: Tensor) -> Tensor:
     return rows.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, branches: Branches, scale: float) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    branches: Branches,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
     """Core attention by torch's kernel, on any device.
 
     Args:
@@ -144,6 +165,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, branches: Branches, scale:
         key, value: `[rows, kv_heads, dim]`.
         branches: what attends to what.
         scale: of the scores.
+        window: how many of the last keys each query sees; None: all.
 
     Returns:
         `[rows, heads × dim]`.
@@ -152,12 +174,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, branches: Branches, scale:
     found = []
     for one in branches.rectangles:
         keys, values = gathered(key_value, one.keys).transpose(1, 2).split(key.size(-1), dim=-1)
+        mask = one.mask(window)
         attended = F.scaled_dot_product_attention(
             gathered(query, one.queries).transpose(1, 2),
             keys,
             values,
-            attn_mask=one.mask,
-            is_causal=one.mask is None,
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=scale,
             enable_gqa=True,
         )

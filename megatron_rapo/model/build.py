@@ -24,6 +24,7 @@ from megatron_rapo.model.branches import Branches
 from megatron_rapo.model.dtypes import DTYPES
 from megatron_rapo.model.families.named import family_of
 from megatron_rapo.model.layer_spec import block_spec, uses_transformer_engine
+from megatron_rapo.model.rotary import Angles
 from megatron_rapo.parallel.device import device
 
 # float64 is no option of the configuration: it is for certificates.
@@ -77,14 +78,22 @@ def _routing(layout: Parallel, dtype: torch.dtype) -> dict[str, Any]:
 
 
 class Body(GPTModel):
-    """A GPTModel that ends in final hidden states: its head is applied in the loss, chunk by chunk."""
+    """A GPTModel that ends in final hidden states: its head is applied in the loss, chunk by chunk.
+
+    Attributes:
+        embedding_scale: as `Architecture` has it.
+    """
+
+    embedding_scale: float | None = None
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *given: Any, **options: Any) -> Any:
         # Megatron's rotary embedding counts positions by itself, from 0 in each sequence. Given as many
         # angles as there are rows, it takes one for each: rows of branches have positions that they are told.
         embedded, angles, *rest = super()._preprocess(input_ids, position_ids, *given, **options)
         if isinstance(options.get("packed_seq_params"), Branches):
-            angles = angles[position_ids[0]]
+            angles = angles[:, position_ids[0]]
+        if embedded is not None and self.embedding_scale is not None:
+            embedded = embedded * torch.tensor(self.embedding_scale, dtype=torch.float32).to(embedded.dtype)
         if self.config.recompute_granularity and embedded is not None and torch.is_grad_enabled():
             # Recomputed layers have gradients where what they are given has one: a frozen embedding has none.
             embedded = embedded if embedded.requires_grad else embedded.detach().requires_grad_()
@@ -140,18 +149,17 @@ def _build_chunk(
 ) -> Body:
     chunk = Body(
         config=config,
-        transformer_layer_spec=block_spec(config, vp_stage),
+        transformer_layer_spec=block_spec(architecture, config, vp_stage),
         vocab_size=vocabulary_rows,
         max_sequence_length=architecture.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=architecture.tied,
         position_embedding_type="rope",
-        rotary_base=architecture.rope_theta,
-        rope_scaling=architecture.rope_factor is not None,
-        rope_scaling_factor=architecture.rope_factor or 1.0,
         vp_stage=vp_stage,
     )
+    chunk.rotary_pos_emb = Angles(architecture)
+    chunk.embedding_scale = architecture.embedding_scale
     _mark_shards(chunk)
     _mark_experts(chunk)
     if adapter is not None:

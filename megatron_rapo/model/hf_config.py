@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import Architecture
-from megatron_rapo.model.families.named import FAMILIES
+from megatron_rapo.model.families.named import FAMILIES, REASONS
 
 
 def read_architecture(path: Path) -> Architecture:
@@ -30,9 +30,10 @@ def read_architecture(path: Path) -> Architecture:
             f"model configuration {file} cannot be read ({type(error).__name__}: {error}); copy it again"
         ) from error
     if config is None:
+        reason = f", {REASONS[model_type]}" if model_type in REASONS else ""
         raise RapoError(
-            f"model {path} is of the family {model_type!r} (model_type in its config.json); there are "
-            f"{', '.join(FAMILIES)}; docs/families.md says how to add one"
+            f"model {path} is of the family {model_type!r} (model_type in its config.json){reason}; "
+            f"there are {', '.join(FAMILIES)}; docs/families.md says how to add one"
         )
     family = FAMILIES[model_type]
     try:

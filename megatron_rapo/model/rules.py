@@ -1,8 +1,9 @@
 """The lines of a family's table: which HF tensors a Megatron parameter is made of, and how.
 
-Every HF tensor is cut over tensor parallelism into equal contiguous slices of one dimension (or not at all),
-and a Megatron parameter is one, or a fusion of several, such slices. So loading reads slices and fuses them,
-exporting splits and concatenates, and a resharding plan needs nothing but the lines.
+Every HF tensor, or each of its sections, is cut over tensor parallelism into equal contiguous slices of one
+dimension (or not at all), and a Megatron parameter is one, or a fusion of several, such slices. So loading
+reads slices and fuses them, exporting splits and concatenates, and a resharding plan needs nothing but the
+lines.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class Rule:
         heads: whether rows are those of attention heads, none of which is cut.
         copy: whether it repeats what another parameter holds: it is loaded as well, never exported or stored.
         expert: of a layer's experts the one that it is a parameter of; expert tensor parallelism cuts it.
+        sections: equal parts of the rows, one under the other, each of which is cut by itself.
+        whole_in_engines: whether ranks of an engine have all of it, although the trainer's do not.
     """
 
     megatron: str
@@ -69,6 +72,8 @@ class Rule:
     heads: bool = False
     copy: bool = False
     expert: int | None = None
+    sections: int = 1
+    whole_in_engines: bool = False
 
     def of_layer(self, index: int) -> Rule:
         """The same with the HF names of one layer."""

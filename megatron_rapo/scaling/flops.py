@@ -2,8 +2,9 @@
 
 Counted as by Chowdhery et al. (PaLM, arXiv 2204.02311, appendix B): all matrix products, the head's and
 attention's among them, the latter as if every token attended to all of its sequence (s², no discount for
-causality); no norms, no softmax, no look-up of embeddings, nothing that is computed again to save memory.
-A backward pass takes twice the forward's; under adapters once that of matrices, which then have no gradient.
+causality), or to a whole window; no norms, no softmax, no look-up of embeddings, nothing that is computed
+again to save memory. A backward pass takes twice the forward's; under adapters once that of matrices, which
+then have no gradient.
 """
 
 from __future__ import annotations
@@ -42,9 +43,14 @@ def _matrices(architecture: Architecture) -> int:
 
 def _attention(architecture: Architecture, lengths: Sequence[int], attended: Iterable[int] | None) -> int:
     """Of scores, and of values weighed by them."""
-    pairs = zip(lengths, lengths if attended is None else attended, strict=True)
+    pairs = list(zip(lengths, lengths if attended is None else attended, strict=True))
     queries = architecture.heads * architecture.head_dim
-    return architecture.layers * 2 * 2 * queries * sum(length * keys for length, keys in pairs)
+    window = architecture.window
+    narrow = 0 if window is None else len(window.layers)
+    seen = (architecture.layers - narrow) * sum(length * keys for length, keys in pairs)
+    if window is not None:
+        seen += narrow * sum(length * min(keys, window.size) for length, keys in pairs)
+    return 2 * 2 * queries * seen
 
 
 def _feed_forward(architecture: Architecture) -> int:

@@ -58,9 +58,11 @@ def estimate_memory(
 
     Activations follow Korthikanti et al. (arXiv 2205.05198), without the attention matrix, which fused
     attention does not keep: 34·h bytes a token and layer in bf16, 10 of which only sequence parallelism
-    shards. A mixture keeps what its experts compute as well: for each expert that a token chooses its input
-    and three times its inner channels, if tokens are spread evenly. Buffers of CUDA, NCCL and the allocator
-    come on top. Adapters alone have gradients and optimizer states, and need no reference beside the policy.
+    shards. Norms after the sublayers, where there are others before them, keep what they are given, and norms
+    over all heads two fp32 copies of queries and keys. A mixture keeps what its experts compute as well: for
+    each expert that a token chooses its input and three times its inner channels, if tokens are spread
+    evenly. Buffers of CUDA, NCCL and the allocator come on top. Adapters alone have gradients and optimizer
+    states, and need no reference beside the policy.
 
     `teacher` is the teacher's architecture, where there is one.
     """
@@ -139,7 +141,12 @@ def _activations(
     in_flight = layout.pipeline_parallel
     hidden = architecture.hidden * element // 2
     sequence_shards = layout.tensor_parallel if layout.sequence_parallel else 1
-    whole = tokens * hidden * (10 / sequence_shards + 24 / layout.tensor_parallel)
+    norms = architecture.norms
+    of_norms = 14 if norms.before and norms.after else 10
+    whole = tokens * hidden * (of_norms / sequence_shards + 24 / layout.tensor_parallel)
+    if architecture.query_key_norm == "heads":
+        channels = (architecture.heads + architecture.kv_heads) * architecture.head_dim
+        whole += tokens * 8 * channels / layout.tensor_parallel
     if (experts := architecture.experts) is not None:
         inner = architecture.hidden + 3 * architecture.feed_forward
         whole += tokens / sequence_shards * experts.chosen * inner * element

@@ -70,7 +70,9 @@ class StageWeights:
         local = self.local(tensor.name)
         if tensor.cut is None:
             return local
-        start = part.start - local.size(tensor.cut) * tensor.holders.slice_of(self._placement.rank)
+        size = local.size(tensor.cut) // tensor.sections
+        section, within = divmod(part.start, tensor.shape[tensor.cut] // tensor.sections)
+        start = section * size + within - size * tensor.holders.slice_of(self._placement.rank)
         return local.narrow(tensor.cut, start, len(part))
 
     def forget(self) -> None:
@@ -90,6 +92,9 @@ class StageWeights:
         group = self._placement.group_of(ranks)
         if out is None:
             _exchange([dist.P2POp(dist.isend, part.contiguous(), group=group, group_peer=0)])
+        elif tensor.sections > 1:
+            parted, whole = (rows.unflatten(0, (tensor.sections, -1)) for rows in (part, out))
+            _receive(parted, tensor.cut + 1, whole, group)
         else:
             _receive(part, tensor.cut, out, group)
 

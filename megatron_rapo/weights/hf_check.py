@@ -39,7 +39,7 @@ def check_tensors(tensors: HFTensors, architecture: Architecture) -> None:
         if name == HEAD and architecture.tied:
             _check_form(tensors, name, expected[EMBEDDING], architecture)
             _check_tied(tensors)
-        elif _FREQUENCIES.fullmatch(name) and architecture.rope_factor is None:
+        elif _FREQUENCIES.fullmatch(name) and architecture.rope.scaling is None:
             _check_frequencies(tensors, name, architecture)
         else:
             raise RapoError(
@@ -90,12 +90,11 @@ def _check_frequencies(tensors: HFTensors, name: str, architecture: Architecture
         found, computed, rtol=_FREQUENCY_TOLERANCE, atol=0
     ):
         raise RapoError(
-            f"tensor {name} in {tensors.directory} is not what rope_theta = {architecture.rope_theta:g} of "
+            f"tensor {name} in {tensors.directory} is not what rope_theta = {architecture.rope.theta:g} of "
             "its config.json makes it; is config.json that of its weights?"
         )
 
 
 def _frequencies(architecture: Architecture) -> Tensor:
-    """`[head_dim / 2]`: θ^(−2i / d), arXiv 2104.09864."""
-    exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.float64) / architecture.head_dim
-    return architecture.rope_theta**-exponents
+    """`[rotated channels / 2]`."""
+    return architecture.rope.frequencies(architecture.head_dim).double()

@@ -92,6 +92,8 @@ def _local_part(
     size = local.size(cut or 0)
     start = size * rank  # of a tensor that is cut; others are read whole
     total = whole[cut or 0]
+    if rule.sections > 1:
+        return _of_sections(tensors, name, local, rule.sections, rank)
     part = tensors.read(name, cut, min(start, total), min(start + size, total))
     missing = size - part.size(cut or 0)
     expected = list(local.shape)
@@ -103,3 +105,10 @@ def _local_part(
             "is config.json that of its weights?"
         )
     return part
+
+
+def _of_sections(tensors: WholeTensors, name: str, local: Tensor, sections: int, rank: int) -> Tensor:
+    """A rank's rows of each section, one under the other. Whoever opened the tensors has checked shapes."""
+    size, step = local.size(0) // sections, tensors.shape(name)[0] // sections
+    starts = [section * step + rank * size for section in range(sections)]
+    return torch.cat([tensors.read(name, 0, start, start + size) for start in starts])

@@ -1,8 +1,8 @@
 """The resharding plan: which trainer rank sends which slice of which tensor to which rank of which engine.
 
-A HF tensor is cut, on either side, into contiguous slices of one and the same dimension (`parameter_map`). So
-a plan is the intersection of two cuts of an interval, for each tensor: arithmetic on the architecture and the
-layouts, made once, without a model or a process.
+A HF tensor, or each of its sections, is cut on either side into contiguous slices of one and the same
+dimension (`parameter_map`). So a plan is the intersection of two cuts of an interval, for each tensor:
+arithmetic on the architecture and the layouts, made once, without a model or a process.
 """
 
 from __future__ import annotations
@@ -121,24 +121,31 @@ def _transfers(tensor: HFTensor, rows: int, engine_ranks: int, engine: int) -> I
         if tensor.cut is None:
             yield Transfer(tensor, needed, ranks[engine_rank % len(ranks)], engine, engine_rank)
             continue
-        for source, holding in zip(ranks, held, strict=True):
-            if part := holding.common(needed):
-                yield Transfer(tensor, part, source, engine, engine_rank)
+        section = tensor.shape[tensor.cut] // tensor.sections
+        for start in range(0, section * tensor.sections, section):
+            for source, holding in zip(ranks, held, strict=True):
+                if part := holding.common(needed):
+                    part = Slice(start + part.start, start + part.stop)
+                    yield Transfer(tensor, part, source, engine, engine_rank)
 
 
 def _trainer_slices(tensor: HFTensor, rows: int, ranks: int) -> list[Slice]:
-    """What each rank of a copy holds of a tensor, padding left out."""
+    """What each rank of a copy holds of a tensor, or of each of its sections, padding left out."""
     if tensor.cut is None:
         return [Slice(0, 1)] * ranks
-    size = tensor.shape[tensor.cut]
+    size = tensor.shape[tensor.cut] // tensor.sections
     return _equal_slices(size, (rows if tensor.vocabulary else size) // ranks, ranks)
 
 
 def _engine_slices(tensor: HFTensor, ranks: int) -> list[Slice]:
-    """What each rank of an engine needs of a tensor: SGLang's cuts, under its own tensor parallelism."""
+    """What each rank of an engine needs of a tensor, or of each of its sections: SGLang's cuts, under its own
+    tensor parallelism.
+    """
     if tensor.cut is None:
         return [Slice(0, 1)] * ranks
-    size, unit = tensor.shape[tensor.cut], tensor.unit
+    size, unit = tensor.shape[tensor.cut] // tensor.sections, tensor.unit
+    if tensor.whole_in_engines:
+        return [Slice(0, size)] * ranks
     if tensor.vocabulary:
         padded = -(-size // ENGINE_VOCABULARY_MULTIPLE) * ENGINE_VOCABULARY_MULTIPLE
         return _equal_slices(size, -(-padded // ranks), ranks)

@@ -22,6 +22,8 @@ class HFTensor:
         holders: the ranks that have it.
         vocabulary: whether its rows are the vocabulary's, which is padded before it is cut.
         unit: how many rows are left together by whoever cuts it: those of a head.
+        sections: equal parts of its rows, each of which is cut by itself.
+        whole_in_engines: whether ranks of an engine have all of it.
     """
 
     name: str
@@ -30,6 +32,8 @@ class HFTensor:
     holders: Holders
     vocabulary: bool = False
     unit: int = 1
+    sections: int = 1
+    whole_in_engines: bool = False
 
     @property
     def elements(self) -> int:
@@ -57,4 +61,13 @@ def _in_order(architecture: Architecture, layout: Parallel, adapter: Adapter | N
             assert architecture.experts is not None
             held_by = expert_holders(layout, stage, architecture.experts.count, rule.expert)
         for name, shape in rule.hf.items():
-            yield HFTensor(name, shape, rule.cut, held_by, rule.vocabulary, unit)
+            yield HFTensor(
+                name,
+                shape,
+                rule.cut,
+                held_by,
+                rule.vocabulary,
+                unit,
+                rule.sections,
+                rule.whole_in_engines,
+            )

@@ -23,6 +23,9 @@ from megatron_rapo.methods.rapo import RAPO
 from megatron_rapo.model import adapters
 from megatron_rapo.model.adapters import LowRank
 from megatron_rapo.model.architecture import Experts
+from megatron_rapo.model.families import gemma3, glm, olmo2
+from megatron_rapo.model.features import Window
+from megatron_rapo.model.rope import Linear, Rope, Yarn
 from megatron_rapo.parallel.placement import process_groups
 from megatron_rapo.policy import gradients, reference
 from megatron_rapo.policy.frozen import FrozenModel
@@ -33,14 +36,39 @@ from tests.shared_past import deep_batch
 FEW = tuple(
     case for case in CASES if case.name in ("TP 2, sequence parallel", "CP 4", "TP 2, PP 2", "PP 2, VPP 2")
 )
+GEMMA3 = replace(
+    DEFAULT,
+    family="gemma3_text",
+    attention_bias=False,
+    query_key_norm="head",
+    norms=gemma3.NORMS,
+    tied=True,
+    activation="gelu_tanh",
+    embedding_scale=34.0,
+    attention_scale=0.1,
+    rope=Rope(1e6, scaling=Linear(8.0)),
+)
 MODELS = {
-    "qwen3": replace(DEFAULT, family="qwen3", attention_bias=False, query_key_norm=True, tied=True),
+    "qwen3": replace(DEFAULT, family="qwen3", attention_bias=False, query_key_norm="head", tied=True),
     "smollm3": replace(DEFAULT, family="smollm3", attention_bias=False, layers_without_rope=(3,)),
+    "gemma3_text": replace(
+        GEMMA3, window=Window(512, tuple(n for n in range(26) if n % 6 != 5), Rope(1e4)), layers=26
+    ),
+    "olmo3": replace(
+        DEFAULT,
+        family="olmo3",
+        attention_bias=False,
+        query_key_norm="heads",
+        norms=olmo2.NORMS,
+        rope=Rope(1e4, scaling=Yarn(4.0, 16, 1.2, 3.0)),
+        window=Window(4096, (0, 1, 2), Rope(1e4)),
+    ),
+    "glm4": replace(DEFAULT, family="glm4", norms=glm.SANDWICH, rope=Rope(1e4, share=0.5, interleaved=True)),
     "qwen3_moe": replace(
         DEFAULT,
         family="qwen3_moe",
         attention_bias=False,
-        query_key_norm=True,
+        query_key_norm="head",
         experts=Experts(128, 8, renormalised=True),
     ),
     "qwen2_moe": replace(DEFAULT, family="qwen2_moe", experts=Experts(60, 4, renormalised=False, shared=96)),
@@ -185,6 +213,10 @@ OBJECTIVES = {
             "matched_kl": {"direction": "reverse"},
         }.items()
     },
+}
+# Windows, norms and rotary positions of other families, also where beginnings are shared.
+OBJECTIVES |= {
+    name: Certified({"method": "rapo"}, name, (*FEW, *SHARED)) for name in ("gemma3_text", "olmo3", "glm4")
 }
 OBJECTIVES |= {
     "experts": Certified({"method": "rapo"}, "qwen3_moe", (EXPERTS["TP 2, EP 2"], EXPERTS["CP 2, EP 4"])),

@@ -45,6 +45,7 @@ SAVED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tied": ("tied", "tp2-pp2", {}),
     "whole optimizer": ("untied", "tp2-pp2", {"distributed": False}),
     "bf16": ("untied", "tp2-pp2", {"dtype": "bfloat16"}),
+    "norm over heads": ("norm over heads", "tp2-pp2", {}),
     "experts": ("experts", "tp2-pp2-sp-ep2", {}),
     "adapters": ("adapted", "tp2-pp2", {"adapter": ADAPTER}),
 }
@@ -59,6 +60,8 @@ RELOADED = [
     ("tied", "tp2-sp"),
     ("whole optimizer", "tp4"),
     ("bf16", "dp4"),
+    ("norm over heads", "tp4"),
+    ("norm over heads", "dp4"),
     ("experts", "tp2-pp2-sp-ep2"),
     ("experts", "tp2-sp-ep2-etp2"),
     ("experts", "cp2-ep4"),
@@ -79,6 +82,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any
     base = tmp_path_factory.mktemp("checkpoints")
     for name in ("tied", "untied", "adapted"):
         make_hf_model(base / name, tied=name != "untied", **SMALL)
+    make_hf_model(base / "norm over heads", family="olmo2", **SMALL)
     make_hf_model(base / "experts", family="qwen3_moe", **SMALL)
     with small_disk(base / "full") if ROOT else no_disk():
         yield run_job(measure, base, directory=base)

@@ -33,8 +33,10 @@ from megatron_rapo.weights.stream import Wait, WeightStream
 from megatron_rapo.weights.tensor_table import tensor_table
 from tests import own_family  # noqa: F401
 from tests.distributed.jobs import layout, run_job
-from tests.models import make_hf_model
+from tests.models import load_reference, make_hf_model
 
+NEW = ("gemma3_text", "olmo2", "olmo3", "glm", "glm4")
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 CASES = [
     ("qwen2", "dp4"),
     ("qwen2", "tp2-pp2"),
@@ -53,6 +55,20 @@ CASES = [
     ("smollm3", "pp2-vpp2"),
     ("smollm3-tied", "tp2-cp2-sp"),
     ("seed_oss", "tp2-pp2"),  # from outside of the package
+    *((family, name) for family in NEW for name in ("tp2-sp", "pp2", "cp2")),
+    ("gemma3_text-tied", "tp2-pp2-vpp2-sp"),
+    ("olmo2", "dp4"),
+    ("olmo2", "tp2-cp2"),
+    ("olmo3-yarn", "tp2-cp2-sp"),
+    ("olmo3-yarn", "pp2-vpp2"),
+    ("glm", "dp4"),
+    ("glm4-tied", "tp2-pp2"),
+    ("mistral-window", "tp2-pp2"),
+    ("mistral-window", "cp4"),
+    ("qwen3-yarn", "tp2-cp2"),
+    ("glm4-yarn", "tp2-sp"),
+    ("qwen2-linear", "pp2"),
+    ("llama-rope", "tp2-pp2"),
     ("qwen3_moe", "tp2-sp"),
     ("qwen3_moe", "pp2-vpp2-ep2"),
     ("qwen3_moe-tied", "tp2-sp-ep2"),
@@ -73,7 +89,22 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 8192,
         },
     },
+    "llama-rope": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 6.0,
+            "low_freq_factor": 2.0,
+            "high_freq_factor": 5.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
     "qwen2-mha": {"num_key_value_heads": 4},
+    "mistral-window": {"sliding_window": 7},
+    "qwen3-yarn": {"rope_parameters": YARN},
+    "olmo3-yarn": {"rope_parameters": YARN},
+    "glm4-yarn": {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}},
+    "qwen2-linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
 }
 BUCKET_BYTES = 2 * 15_000  # less than some tensors, more than others
 # Two microbatches: sequences of odd lengths packed together, and one alone.
@@ -253,9 +284,7 @@ def _microbatches(placement: Placement) -> list[Microbatch]:
 
 
 def _largest_difference(path: Path, placement: Placement, outputs: list[Any]) -> float:
-    from transformers import AutoModelForCausalLM
-
-    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    reference = load_reference(path)
     vocabulary = reference.config.vocab_size
     worst = 0.0
     for part, (microbatch, logits) in zip(_sequences(), outputs, strict=True):

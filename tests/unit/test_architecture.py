@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_rapo.certify.cases import small
 from megatron_rapo.config import Model, Parallel
 from megatron_rapo.errors import RapoError
-from megatron_rapo.model.families.named import FAMILIES
+from megatron_rapo.model.families.named import FAMILIES, REASONS, family_of
+from megatron_rapo.model.features import Window
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.model.parameters import count_layer_parameters, count_parameters
+from megatron_rapo.model.rope import Rope, Yarn
 from tests import own_family  # noqa: F401  (a family from outside of the package)
 from tests.models import OF_FAMILY
 
@@ -30,9 +35,12 @@ SHAPE: dict[str, Any] = {
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
 }
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+
 
 def write(folder: Path, family: str = "qwen2", **options: Any) -> Path:
-    AutoConfig.for_model(family, **{**SHAPE, **OF_FAMILY.get(family, {}), **options}).save_pretrained(folder)
+    given = deepcopy({**SHAPE, **OF_FAMILY.get(family, {}), **options})  # which transformers changes
+    AutoConfig.for_model(family, **given).save_pretrained(folder)
     return folder
 
 
@@ -72,33 +80,65 @@ def test_vocabulary_is_padded_to_shards(tmp_path: Path, multiple: int, tensor: i
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window = true"),
+        ("qwen2", {"mlp_bias": True}, "mlp_bias = true"),
         ("llama", {"attention_bias": True}, "attention_bias = true"),
         (
-            "mistral",
+            "llama",
             {"sliding_window": 127},
             "sliding_window = 127, less than max_position_embeddings = 128",
         ),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 6}, "layers of type chunked_attention"),
+        ("gemma3_text", {"hidden_activation": "gelu"}, "hidden_activation = 'gelu'"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention = true"),
+        ("gemma3_text", {"attention_bias": True}, "attention_bias = true"),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "dynamic", "factor": 2.0},
+                    "full_attention": {"rope_type": "default"},
+                }
+            },
+            "rope_type = 'dynamic', whose frequencies change with a sequence's length",
+        ),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default"},
+                    "full_attention": {**YARN, "truncate": False},
+                }
+            },
+            "truncate = false of full_attention, which transformers ignores",
+        ),
+        ("olmo2", {"attention_bias": True}, "attention_bias = true"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial rotary positions"),
+        ("glm", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ("llama", {"mlp_bias": True}, "mlp_bias = true"),
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "rope_type = 'linear'",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_type = 'dynamic', whose frequencies change with a sequence's length",
         ),
         (
             "llama",
             {
                 "rope_parameters": {
-                    "rope_type": "llama3",
-                    "rope_theta": 5e5,
-                    "factor": 8.0,
-                    "low_freq_factor": 2.0,
-                    "high_freq_factor": 4.0,
+                    "rope_type": "longrope",
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [2.0] * 8,
                     "original_max_position_embeddings": 64,
                 }
             },
-            "rope scaling other than",
+            "rope_type = 'longrope', whose frequencies change",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},
+            "rope_type = 'proportional'",
         ),
     ],
 )
@@ -111,8 +151,37 @@ def test_what_has_no_counterpart_is_refused(
 
 
 def test_a_window_as_long_as_the_model_has_positions_is_none(tmp_path: Path) -> None:
-    write(tmp_path, "mistral", sliding_window=128)
-    assert read_architecture(tmp_path).max_positions == 128
+    assert read_architecture(write(tmp_path / "whole", "mistral", sliding_window=128)).window is None
+    found = read_architecture(write(tmp_path / "short", "mistral", sliding_window=127)).window
+    assert found == Window(127, tuple(range(6)))
+
+
+def test_olmo3_stretches_the_positions_of_layers_without_a_window_alone(tmp_path: Path) -> None:
+    """Whether one configuration tells the stretch for all layers, or by kind of layer as newer ones do."""
+    for name, parameters in {
+        "flat": YARN,
+        "by kind": {
+            "full_attention": YARN,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    }.items():
+        found = read_architecture(write(tmp_path / name, "olmo3", rope_parameters=parameters))
+        assert isinstance(found.rope.scaling, Yarn)
+        assert found.window == Window(7, (0, 1, 2, 4, 5), Rope(1e4))
+
+
+@pytest.mark.parametrize("options", [{}, {"rope_parameters": YARN}, {"attention_bias": False}], ids=str)
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_written_configuration_reads_the_same(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    """Of the model's size, and of the small one that certificates are made with."""
+    if family == "gemma3_text" and "rope_parameters" in options:
+        kinds = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e3}, "full_attention": YARN}
+        options = {"rope_parameters": kinds}
+    for name, change in {"same": lambda a: a, "small": small}.items():
+        architecture = change(read_architecture(write(tmp_path / name, family, **options)))
+        written = AutoConfig.for_model(family, **family_of(architecture).written(architecture))
+        written.save_pretrained(tmp_path / "written")
+        assert read_architecture(tmp_path / "written") == architecture
 
 
 @pytest.mark.parametrize("family", ["gpt2", "no-such-model"])
@@ -120,6 +189,13 @@ def test_another_family_is_refused(tmp_path: Path, family: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     there_are = "llama, mistral, qwen2, .*, mixtral, seed_oss; docs/families.md"
     with pytest.raises(RapoError, match=f"of the family '{family}' .*; there are {there_are}"):
+        read_architecture(tmp_path)
+
+
+@pytest.mark.parametrize("family", REASONS)
+def test_a_family_that_cannot_be_had_says_why(tmp_path: Path, family: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(RapoError, match=re.escape(f", {REASONS[family]}; there are llama, ")):
         read_architecture(tmp_path)
 
 

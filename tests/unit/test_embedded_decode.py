@@ -5,12 +5,11 @@ import threading
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from megatron_rapo.embedded_server import decode as decoding
 from megatron_rapo.embedded_server.decode import Sample
 from megatron_rapo.embedded_server.engine import Engine
-from tests.models import EOS, make_hf_model
+from tests.models import EOS, load_reference, make_hf_model
 
 # Of unequal lengths, the first one twice.
 PROMPTS = [(5, 6, 7), (9,), (20, 21, 22, 23, 24, 25, 26), (5, 6, 7), (30, 40), (2,) * 12]
@@ -19,8 +18,37 @@ PROMPTS = [(5, 6, 7), (9,), (20, 21, 22, 23, 24, 25, 26), (5, 6, 7), (30, 40), (
 @pytest.fixture(scope="module", params=["qwen2", "qwen3", "llama"])
 def models(request, tmp_path_factory):
     """The engine, and transformers' model of the same weights."""
-    path = make_hf_model(tmp_path_factory.mktemp("model"), family=request.param, initializer_range=0.2)
-    return Engine(path, "cpu", "float32"), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return models_of(tmp_path_factory.mktemp("model"), request.param)
+
+
+def models_of(path, family, **options):
+    make_hf_model(path, family=family, initializer_range=0.2, **options)
+    return Engine(path, "cpu", "float32"), load_reference(path)
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+OTHERS = {
+    "gemma3_text": {},
+    "olmo2": {},
+    "olmo3": {"rope_parameters": YARN},
+    "glm": {},
+    "glm4": {},
+    "mistral": {"sliding_window": 7},
+    "smollm3": {"use_sliding_window": True, "sliding_window": 7},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_are_decoded_as_full_forwards_have_it(tmp_path, family):
+    """Those with windows too, that most tokens are beyond; prompts of other lengths stand beside."""
+    engine, reference = models_of(tmp_path, family, **OTHERS[family])
+    samples = [sample(prompt, i, stop_ids=range(1, 6)) for i in range(3) for prompt in PROMPTS]
+    completions = run(engine, samples)
+    assert max(len(completion.token_ids) for completion in completions) == 20
+    for one, completion in zip(samples, completions, strict=True):
+        expected = log_probs_of(reference, one.prompt, completion.token_ids)
+        torch.testing.assert_close(torch.tensor(completion.log_probs).double(), expected, atol=1e-4, rtol=0)
 
 
 def sample(prompt, seed=0, *, max_new_tokens=20, temperature=1.0, stop_ids=(EOS,), **limits):

@@ -20,6 +20,7 @@ from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.outcome import Outcome
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.job import Job
+from megatron_rapo.model.features import Window
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.scaling.devices import own_peak_tflops, peak_tflops
 from megatron_rapo.scaling.flops import forward_flops, training_flops
@@ -29,7 +30,7 @@ from tests.models import make_hf_model
 LENGTHS = (7, 40)
 
 
-FAMILIES = ["qwen2", "qwen3", "llama", "mistral", "smollm3", "qwen3_moe", "qwen2_moe"]
+FAMILIES = ["qwen2", "qwen3", "llama", "mistral", "smollm3", "olmo2", "glm4", "qwen3_moe", "qwen2_moe"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -50,6 +51,14 @@ def test_flops_are_those_that_pytorch_counts(tmp_path: Path, family: str, tied: 
         both += counter.get_total_flops()
     assert forward_flops(architecture, LENGTHS) == pytest.approx(forward, rel=0.01)
     assert training_flops(architecture, LENGTHS) == pytest.approx(forward + both, rel=0.01)
+
+
+def test_a_window_is_all_that_its_layers_attend_to() -> None:
+    whole, window = DEFAULT, replace(DEFAULT, window=Window(16, (0, 2, 3)))
+    channels = 4 * DEFAULT.heads * DEFAULT.head_dim
+    saved = forward_flops(whole, LENGTHS) - forward_flops(window, LENGTHS)
+    assert saved == 3 * channels * 40 * (40 - 16)
+    assert forward_flops(window, [7], [20]) == forward_flops(whole, [7], [20]) - 3 * channels * 7 * (20 - 16)
 
 
 def groups_of_prompts() -> list[Group]:

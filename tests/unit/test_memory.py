@@ -10,7 +10,9 @@ import pytest
 
 from megatron_rapo.config.load import validate
 from megatron_rapo.model.architecture import Architecture, Experts
+from megatron_rapo.model.features import Norms
 from megatron_rapo.model.parameters import count_parameters
+from megatron_rapo.model.rope import Rope
 from megatron_rapo.scaling.memory import GIB, MemoryEstimate, estimate_memory
 
 QWEN2_7B = Architecture(
@@ -23,11 +25,10 @@ QWEN2_7B = Architecture(
     feed_forward=18944,
     vocabulary=152064,
     norm_epsilon=1e-6,
-    rope_theta=1e6,
-    rope_factor=None,
+    rope=Rope(1e6),
     max_positions=32768,
     attention_bias=True,
-    query_key_norm=False,
+    query_key_norm=None,
     tied=False,
 )
 
@@ -61,6 +62,18 @@ def test_one_rank_holds_every_parameter_and_its_states(dtype: str, weights: int,
     assert found.weights == found.reference == weights * parameters
     assert found.gradients == 4 * parameters
     assert found.optimizer == optimizer * parameters
+
+
+def test_norms_after_sublayers_and_over_all_heads_keep_what_they_are_given() -> None:
+    """Bytes a token and layer: two bf16 copies of its channels; two fp32 ones of its queries and keys."""
+    a, tokens = QWEN2_7B, 8192
+    options: dict[str, Any] = {"algorithm": {"max_tokens_per_microbatch": tokens}}
+    plain = estimate(**options).activations
+    sandwich = replace(a, norms=Norms(after_attention="a", after_mlp="b"))
+    assert estimate(sandwich, **options).activations - plain == a.layers * tokens * 2 * 2 * a.hidden
+    both = replace(a, query_key_norm="heads", norms=replace(sandwich.norms, before_attention=None))
+    kept = 2 * 4 * (a.heads + a.kv_heads) * a.head_dim
+    assert estimate(both, **options).activations - plain == a.layers * tokens * kept
 
 
 def test_no_reference_takes_no_memory() -> None:

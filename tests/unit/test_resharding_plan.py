@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from megatron_rapo.config import Parallel
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.parameters import count_parameters
+from megatron_rapo.model.rope import Rope
 from megatron_rapo.weights.plan import make_plan
 from megatron_rapo.weights.tensor_table import HFTensor, tensor_table
 
@@ -19,7 +20,7 @@ KV_HEADS, GROUP, DIM = 4, 2, 2  # so that TP 1, 2, 4 fit a trainer, and 8 an eng
 
 @st.composite
 def architectures(draw: st.DrawFn) -> Architecture:
-    family = draw(st.sampled_from(["qwen2", "qwen3", "llama"]))
+    family = draw(st.sampled_from(["qwen2", "qwen3", "llama", "olmo2", "glm4"]))
     return Architecture(
         family=family,
         layers=8,
@@ -30,11 +31,10 @@ def architectures(draw: st.DrawFn) -> Architecture:
         feed_forward=16,
         vocabulary=draw(st.integers(1, 200)),
         norm_epsilon=1e-6,
-        rope_theta=1e4,
-        rope_factor=None,
+        rope=Rope(1e4),
         max_positions=64,
         attention_bias=family == "qwen2",
-        query_key_norm=family == "qwen3",
+        query_key_norm={"qwen3": "head", "olmo2": "heads"}.get(family),
         tied=draw(st.booleans()),
     )
 
@@ -57,6 +57,10 @@ def engine_needs(name: str, size: int, rank: int, ranks: int) -> np.ndarray:
     if "embed_tokens" in name or "lm_head" in name:
         per_rank = -(-(-(-size // 64) * 64) // ranks)
         return places // per_rank == rank
+    if "q_norm" in name or "k_norm" in name:
+        return np.ones(size, bool)
+    if "gate_up_proj" in name:
+        return np.arange(size) % (size // 2) // (size // 2 // ranks) == rank
     if "k_proj" in name or "v_proj" in name:
         head = places // DIM
         copies = max(1, ranks // KV_HEADS)
@@ -69,6 +73,8 @@ def trainer_has(tensor: HFTensor, size: int, rank: int, layout: Parallel, multip
     ranks = layout.tensor_parallel
     if "embed_tokens" in tensor.name or "lm_head" in tensor.name:
         per_rank = -(-size // (multiple * ranks)) * multiple
+    elif "gate_up_proj" in tensor.name:
+        return np.arange(size) % (size // 2) // (size // 2 // ranks) == rank % ranks
     else:
         per_rank = size // ranks
     return np.arange(size) // per_rank == rank % ranks
@@ -139,11 +145,10 @@ def test_engines_are_spread_over_the_replicas() -> None:
         16,
         64,
         1e-6,
-        1e4,
-        None,
+        Rope(1e4),
         64,
         attention_bias=True,
-        query_key_norm=False,
+        query_key_norm=None,
         tied=False,
     )
     layout = Parallel(tensor_parallel=2, context_parallel=2, data_parallel=2)

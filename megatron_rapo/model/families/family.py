@@ -21,6 +21,7 @@ class Family:
         name: HF's `model_type`.
         refused: of a HF configuration, what is in it that this package cannot train, as text for the user.
         read: a HF configuration, of which nothing is refused, as an architecture.
+        written: the options of a HF configuration that `read` makes an architecture of.
         layer: the parameters of a layer.
         ends: those before the first layer, and after the last one.
         transformer: the fields of Megatron's `TransformerConfig` that say what a layer computes.
@@ -31,6 +32,7 @@ class Family:
     name: str
     refused: Callable[[Any], Iterable[str]] = dense.refused
     read: Callable[[Any], Architecture] = dense.read
+    written: Callable[[Architecture], Mapping[str, Any]] = dense.written
     layer: Callable[[Architecture], Iterable[Rule]] = dense.layer
     ends: Callable[[Architecture], Iterable[Rule]] = dense.ends
     transformer: Callable[[Architecture], Mapping[str, Any]] = dense.transformer

@@ -15,7 +15,7 @@ NAMES = mixture.Names(
 
 
 def _read(config: Any) -> Architecture:
-    dense_model = dense.read(config)
+    dense_model = dense.read(config, windows=True)
     count = config.num_local_experts
     return mixture.read(config, dense_model, dense_model.feed_forward, count=count, renormalised=True)
 
@@ -24,6 +24,7 @@ MIXTRAL = Family(
     "mixtral",
     refused=mixture.refused,
     read=_read,
+    written=mixture.written,
     layer=partial(mixture.layer, names=NAMES),
     transformer=mixture.transformer,
     plain=plain_mixture.logits(NAMES),

@@ -34,7 +34,7 @@ QWEN = Names()
 
 def refused(config: Any) -> Iterator[str]:
     """What a configuration has that layers as these do not."""
-    yield from dense.refused(config)
+    yield from dense.refused(config, windows=True)
     if getattr(config, "mlp_only_layers", None):
         yield f"mlp_only_layers = {config.mlp_only_layers}"
     if (step := getattr(config, "decoder_sparse_step", 1)) != 1:
@@ -56,11 +56,27 @@ def read(config: Any, architecture: Architecture, feed_forward: int, **experts: 
     return replace(architecture, feed_forward=feed_forward, experts=Experts(chosen=chosen, **experts))
 
 
+def written(a: Architecture) -> dict[str, Any]:
+    """The options of a HF configuration, under every family's names."""
+    assert a.experts is not None
+    return dense.written(
+        a,
+        num_experts=a.experts.count,
+        num_local_experts=a.experts.count,
+        num_experts_per_tok=a.experts.chosen,
+        moe_intermediate_size=a.feed_forward,
+        norm_topk_prob=a.experts.renormalised,
+        shared_expert_intermediate_size=a.experts.shared,
+        qkv_bias=a.attention_bias,
+    )
+
+
 def layer(a: Architecture, names: Names = QWEN) -> Iterator[Rule]:
     """The parameters of a layer."""
     assert a.experts is not None
     yield from dense.attention(a)
-    yield Rule("pre_mlp_layernorm.weight", {"post_attention_layernorm.weight": (a.hidden,)}, WHOLE)
+    # No linear of Transformer Engine's takes in the norm before a router.
+    yield from (replace(rule, transformer_engine=None) for rule in dense.norms_of_mlp(a))
     yield Rule("mlp.router.weight", {f"{names.router}.weight": (a.experts.count, a.hidden)}, WHOLE)
     for expert in range(a.experts.count):
         gate, up, down = names.of(expert)

@@ -14,14 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.model.families.plain_rotary import rotated
 
 Weights = Mapping[str, Tensor]
 
 
 def mlp(own: Weights, architecture: Architecture, x: Tensor) -> Tensor:
-    """SwiGLU of `[tokens, hidden]`; `own` are a layer's weights."""
-    gated = F.silu(x @ own["mlp.gate_proj.weight"].T) * (x @ own["mlp.up_proj.weight"].T)
-    return gated @ own["mlp.down_proj.weight"].T
+    """The gated MLP of `[tokens, hidden]`; `own` are a layer's weights."""
+    gate, up = x @ own["mlp.gate_proj.weight"].T, x @ own["mlp.up_proj.weight"].T
+    return _activated(gate, architecture) * up @ own["mlp.down_proj.weight"].T
+
+
+def merged_mlp(own: Weights, architecture: Architecture, x: Tensor) -> Tensor:
+    """The same where gate and up are one tensor."""
+    gate, up = (x @ own["mlp.gate_up_proj.weight"].T).chunk(2, -1)
+    return _activated(gate, architecture) * up @ own["mlp.down_proj.weight"].T
+
+
+def _activated(gate: Tensor, a: Architecture) -> Tensor:
+    return F.silu(gate) if a.activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
 def logits(
@@ -33,57 +44,56 @@ def logits(
     """`[tokens, vocabulary]` of one sequence `[tokens]`; `feed_forward` is a layer's second half."""
     a = architecture
     x = weights["model.embed_tokens.weight"][token_ids]
+    if a.embedding_scale is not None:
+        x = x * torch.tensor(a.embedding_scale, dtype=torch.float32).to(x.dtype)
     for layer in range(a.layers):
         own = {
             name.removeprefix(f"model.layers.{layer}."): tensor
             for name, tensor in weights.items()
             if name.startswith(f"model.layers.{layer}.")
         }
-        rotary = layer not in a.layers_without_rope
-        x = x + _attention(own, a, _norm(x, own["input_layernorm.weight"], a), rotary)
-        y = _norm(x, own["post_attention_layernorm.weight"], a)
-        x = x + feed_forward(own, a, y)
+        y = _attention(own, a, _named_norm(x, own, a.norms.before_attention, a), layer)
+        x = x + _named_norm(y, own, a.norms.after_attention, a)
+        y = feed_forward(own, a, _named_norm(x, own, a.norms.before_mlp, a))
+        x = x + _named_norm(y, own, a.norms.after_mlp, a)
     head = weights["model.embed_tokens.weight" if a.tied else "lm_head.weight"]
     return _norm(x, weights["model.norm.weight"], a) @ head.T
 
 
-def _attention(own: Weights, a: Architecture, x: Tensor, rotary: bool) -> Tensor:
+def _attention(own: Weights, a: Architecture, x: Tensor, layer: int) -> Tensor:
     tokens = len(x)
 
     def project(name: str, heads: int) -> Tensor:
-        y = x @ own[f"self_attn.{name}.weight"].T
+        y = x @ own[f"self_attn.{name}_proj.weight"].T
         if a.attention_bias:
-            y = y + own[f"self_attn.{name}.bias"]
-        return y.view(tokens, heads, a.head_dim)
+            y = y + own[f"self_attn.{name}_proj.bias"]
+        if name != "v" and a.query_key_norm == "heads":
+            y = _norm(y, own[f"self_attn.{name}_norm.weight"], a)
+        y = y.view(tokens, heads, a.head_dim)
+        if name != "v" and a.query_key_norm == "head":
+            y = _norm(y, own[f"self_attn.{name}_norm.weight"], a)
+        return y
 
-    query, key = project("q_proj", a.heads), project("k_proj", a.kv_heads)
-    value = project("v_proj", a.kv_heads)
-    if a.query_key_norm:
-        query = _norm(query, own["self_attn.q_norm.weight"], a)
-        key = _norm(key, own["self_attn.k_norm.weight"], a)
-    if rotary:
-        cosine, sine = _rotary(a, tokens)
-        query, key = (_rotate(y, cosine.to(x.dtype), sine.to(x.dtype)) for y in (query, key))
+    query, key, value = project("q", a.heads), project("k", a.kv_heads), project("v", a.kv_heads)
+    window = a.window if a.window is not None and layer in a.window.layers else None
+    if layer not in a.layers_without_rope:
+        rope = a.rope if window is None or window.rope is None else window.rope
+        query, key = rotated(query, rope), rotated(key, rope)
     shared = a.heads // a.kv_heads
     key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
-    scores = torch.einsum("qhd,khd->hqk", query, key) / a.head_dim**0.5
-    future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
-    attended = scores.masked_fill(future, -torch.inf).softmax(-1)
+    scale = a.head_dim**-0.5 if a.attention_scale is None else a.attention_scale
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+    hidden = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    if window is not None:
+        hidden = hidden | torch.ones(tokens, tokens, dtype=torch.bool).tril(-window.size)
+    attended = scores.masked_fill(hidden, -torch.inf).softmax(-1)
     return torch.einsum("hqk,khd->qhd", attended, value).flatten(1) @ own["self_attn.o_proj.weight"].T
 
 
+def _named_norm(x: Tensor, own: Weights, name: str | None, a: Architecture) -> Tensor:
+    return x if name is None else _norm(x, own[f"{name}.weight"], a)
+
+
 def _norm(x: Tensor, weight: Tensor, a: Architecture) -> Tensor:
-    return x * (x.square().mean(-1, keepdim=True) + a.norm_epsilon).rsqrt() * weight
-
-
-def _rotary(a: Architecture, tokens: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of each position's angles, `[tokens, 1, head_dim]` fp32."""
-    exponent = torch.arange(0, a.head_dim, 2, dtype=torch.float32) / a.head_dim
-    angles = torch.outer(torch.arange(tokens, dtype=torch.float32), 1.0 / (a.rope_theta**exponent))
-    angles = torch.cat((angles, angles), -1)[:, None]
-    return angles.cos(), angles.sin()
-
-
-def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return x * cosine + torch.cat((-second, first), -1) * sine
+    factor = 1 + weight if a.norms.zero_centred else weight
+    return x * (x.square().mean(-1, keepdim=True) + a.norm_epsilon).rsqrt() * factor

@@ -7,4 +7,8 @@ from functools import partial
 from megatron_rapo.model.families import dense
 from megatron_rapo.model.families.family import Family
 
-QWEN2 = Family("qwen2", read=partial(dense.read, attention_bias=True))
+QWEN2 = Family(
+    "qwen2",
+    refused=partial(dense.refused, windows=True),
+    read=partial(dense.read, attention_bias=True, windows=True),
+)

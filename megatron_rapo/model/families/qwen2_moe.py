@@ -12,7 +12,7 @@ from megatron_rapo.model.families.family import Family
 def _read(config: Any) -> Architecture:
     return mixture.read(
         config,
-        dense.read(config, attention_bias=config.qkv_bias),
+        dense.read(config, attention_bias=config.qkv_bias, windows=True),
         config.moe_intermediate_size,
         count=config.num_experts,
         renormalised=config.norm_topk_prob,
@@ -24,6 +24,7 @@ QWEN2_MOE = Family(
     "qwen2_moe",
     refused=mixture.refused,
     read=_read,
+    written=mixture.written,
     layer=mixture.layer,
     transformer=mixture.transformer,
     plain=plain_mixture.logits(),

@@ -7,4 +7,8 @@ from functools import partial
 from megatron_rapo.model.families import dense
 from megatron_rapo.model.families.family import Family
 
-QWEN3 = Family("qwen3", read=partial(dense.read, query_key_norm=True))
+QWEN3 = Family(
+    "qwen3",
+    refused=partial(dense.refused, windows=True),
+    read=partial(dense.read, query_key_norm="head", windows=True),
+)

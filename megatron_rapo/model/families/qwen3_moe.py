@@ -12,7 +12,7 @@ from megatron_rapo.model.families.family import Family
 def _read(config: Any) -> Architecture:
     return mixture.read(
         config,
-        dense.read(config, query_key_norm=True),
+        dense.read(config, query_key_norm="head", windows=True),
         config.moe_intermediate_size,
         count=config.num_experts,
         renormalised=config.norm_topk_prob,
@@ -23,6 +23,7 @@ QWEN3_MOE = Family(
     "qwen3_moe",
     refused=mixture.refused,
     read=_read,
+    written=mixture.written,
     layer=mixture.layer,
     transformer=mixture.transformer,
     plain=plain_mixture.logits(),
