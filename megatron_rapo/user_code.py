@@ -116,10 +116,9 @@ def in_order(
     option: str,
     *,
     options: Mapping[str, object] | None = None,
+    elsewhere: bool = True,
 ) -> Callable[..., Any]:
     """What calls a function with positional arguments in this order, and with these options.
-
-    Parameters that are named as the arguments are get them wherever they stand; others get them in order.
 
     Args:
         found: what `load` returned.
@@ -127,6 +126,7 @@ def in_order(
         address: of it.
         option: that holds the address, for errors.
         options: further arguments, by name.
+        elsewhere: whether parameters that are named as all the arguments get them wherever they stand.
 
     Raises:
         RapoError: it is no function, takes other arguments, or has one of these names where another argument
@@ -147,7 +147,7 @@ def in_order(
     why = _misplaced(signature, parameters) or _refusal(signature, parameters, further)
     if why is None:
         return call
-    if _refusal(signature, (), {**dict.fromkeys(parameters), **further}) is None:
+    if elsewhere and _refusal(signature, (), {**dict.fromkeys(parameters), **further}) is None:
         return lambda *arguments: call(**dict(zip(parameters, arguments, strict=True)))
     remedy = "give it these parameters"
     if inspect.isclass(found) and "__call__" in vars(found):

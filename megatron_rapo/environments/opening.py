@@ -14,9 +14,11 @@ from megatron_rapo.config.explain import explain_value
 from megatron_rapo.episode.environment import Environment
 from megatron_rapo.errors import RapoError
 from megatron_rapo.section import Section
-from megatron_rapo.user_code import ours_or_own
+from megatron_rapo.user_code import in_order, ours_or_own
 
 S = TypeVar("S", bound=Section)
+
+_ARGUMENTS = ("problem", "generate", "seed")
 
 ENVIRONMENTS: dict[str, str] = {
     "single_turn": "megatron_rapo.environments.single_turn:SingleTurn",
@@ -48,7 +50,9 @@ def open_environment(config: RunConfig) -> Environment:
             f'environment.use = "{options.use}" is no class with `async def run(self, problem, generate, '
             f"seed)`; {_place(kind)}"
         )
-    return _made(kind, config)
+    made = _made(kind, config)
+    in_order(made.run, _ARGUMENTS, f"{options.use}.run", "environment.use", elsewhere=False)
+    return made
 
 
 def _kind(config: RunConfig) -> Any:

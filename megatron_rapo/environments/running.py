@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,7 +23,7 @@ from megatron_rapo.episode.environment import Environment
 from megatron_rapo.episode.episode import Episode, ScoredEpisode
 from megatron_rapo.episode.facts import checked_facts, checked_reward, finite_number, shown
 from megatron_rapo.episode.guide import PLAIN, Guide
-from megatron_rapo.episode.outcome import Outcome, Verification
+from megatron_rapo.episode.outcome import Outcome, Verification, encodable
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.episode.score import Score
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
@@ -159,7 +160,7 @@ class EpisodeRunner:
             so_far=attempt.so_far,
         )
         seed = sampling.seed_of(attempt.prompt, origin, _OWN_DRAWS)
-        found: Episode | Verification | None = None
+        found: Any = None
         try:
             with common.times.open.one_more():
                 found = await own_time.run(self.environment.run(problem, generate, seed))
@@ -173,10 +174,9 @@ class EpisodeRunner:
         try:
             if generate.failure is not None:
                 raise generate.failure
-            if isinstance(found, Episode):
+            if not isinstance(found, Verification):
+                found = _well_formed(found)
                 self._check(found, generate, len(prompt) + sampling.max_response_tokens)
-            elif not isinstance(found, Verification):
-                raise EnvironmentFault(f"run returned {found!r:.100}, no Episode")
         except EnvironmentFault as fault:
             raise RapoError(f"{self._told(problem)}: {fault}") from fault
         return found
@@ -241,3 +241,34 @@ class EpisodeRunner:
                         "what generate.encode makes of a text"
                     )
         generate.check(episode.sequences)
+
+
+def _well_formed(found: Any) -> Episode:
+    """What `run` returned, whose fields are of the types that an episode has.
+
+    Raises:
+        EnvironmentFault: it is no episode, or one of them is of another type.
+    """
+    if not isinstance(found, Episode):
+        raise EnvironmentFault(f"run returned {shown(found)}, no Episode")
+    many = isinstance(found.sequences, tuple | list)
+    answer = None if not isinstance(found.score, Score) else found.score.answer
+    for name, value, right, remedy in (
+        ("sequences", found.sequences, many, "a tuple of a Transcript's sequence()"),
+        *(
+            ("sequences", one, isinstance(one, TokenSequence), "what a Transcript's sequence() is")
+            for one in (found.sequences if many else ())
+        ),
+        ("answer", found.answer, isinstance(found.answer, str), "a text"),
+        ("score", found.score, isinstance(found.score, Score | None), "a Score, or None"),
+        ("score.answer", answer, isinstance(answer, str | None), "a text, or None"),
+        ("truncated", found.truncated, finite_number(found.truncated) in (0.0, 1.0), "True or False"),
+    ):
+        if not right:
+            raise EnvironmentFault(f"an episode's {name} is {shown(value)}; let it be {remedy}")
+    return replace(
+        found,
+        sequences=tuple(found.sequences),
+        answer=encodable(found.answer),
+        truncated=bool(found.truncated),
+    )

@@ -10,6 +10,10 @@ import numpy.typing as npt
 
 from megatron_rapo.episode.beginnings import Beginning
 from megatron_rapo.episode.brief import BriefSequence
+from megatron_rapo.episode.facts import shown
+
+_KINDS = {"token_ids": "iu", "sampled": "b", "log_probs": "f", "versions": "i"}
+_KINDS_IN_WORDS = {"iu": "integers", "b": "booleans", "f": "floats", "i": "integers with a sign"}
 
 TAUGHT = -2
 """The version of a token that was given, not sampled, and is trained on."""
@@ -28,8 +32,8 @@ class Sequence:
             where not sampled, but trained on.
 
     Raises:
-        ValueError: the fields are not of one length, a sampled token has no finite log-prob or no version, or
-            the first token is sampled, which nothing predicts.
+        ValueError: the fields are no such arrays, or not of one length; a sampled token has no finite
+            log-prob or no version; or the first token is sampled, which nothing predicts.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -38,6 +42,13 @@ class Sequence:
     versions: npt.NDArray[np.int32]
 
     def __post_init__(self) -> None:
+        for name, kinds in _KINDS.items():
+            field = getattr(self, name)
+            if not isinstance(field, np.ndarray) or field.ndim != 1 or field.dtype.kind not in kinds:
+                raise ValueError(
+                    f"a sequence's {name} is {shown(field)}; give a NumPy array of one dimension, of "
+                    f"{_KINDS_IN_WORDS[kinds]}"
+                )
         lengths = {len(self.token_ids), len(self.sampled), len(self.log_probs), len(self.versions)}
         if len(lengths) > 1:
             raise ValueError(f"a sequence's fields have lengths {sorted(lengths)}; give each one a token")

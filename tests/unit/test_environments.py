@@ -23,6 +23,7 @@ from megatron_rapo.environments.opening import open_environment
 from megatron_rapo.environments.runner import Runner
 from megatron_rapo.environments.running import EpisodeRunner
 from megatron_rapo.environments.times import Times
+from megatron_rapo.episode.episode import Episode
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
@@ -221,7 +222,26 @@ FAULTS = {
         "for turn in range(99): await generate(problem.token_ids, turn=turn)",
         r"more than environment.max_turns = 4 turns",
     ),
-    "no episode": ("return 1", "run returned 1, no Episode"),
+    "no episode": ("return 1", r"run returned 1 \(int\), no Episode"),
+    **{
+        f"a field of another type: {field}": (
+            "made = Transcript(problem.token_ids); made.add_turn(await generate(made.token_ids))\n"
+            "        good = Episode((made.sequence(),), '')\n"
+            f"        return dataclasses.replace(good, {field})",
+            message,
+        )
+        for field, message in {
+            "sequences=made": r"an episode's sequences is <.*Transcript\); let it be a tuple of",
+            "sequences=[made]": r"an episode's sequences is <.*Transcript\); let it be what a Transcript's",
+            "answer=None": r"an episode's answer is None \(NoneType\); let it be a text",
+            "answer=b'5'": r"an episode's answer is b'5' \(bytes\)",
+            "score=0.5": r"an episode's score is 0.5 \(float\); let it be a Score, or None",
+            "score=Score(1.0, {}, 5)": r"an episode's score.answer is 5 \(int\)",
+            "score=Score(1e300)": r"came to the reward 1e\+300, and rewards are from",
+            "truncated=None": r"an episode's truncated is None \(NoneType\); let it be True or False",
+            "facts=[1]": r"the facts \[1\] \(list\); give a dict",
+        }.items()
+    },
     "nothing sampled": (
         "return Episode((Transcript([1, 2]).sequence(),), '')",
         "no sampled token; return the sequences",
@@ -280,7 +300,7 @@ FAULTS = {
 def test_what_the_protocol_does_not_allow_ends_the_run_and_is_named(engine: Engine, what: str) -> None:
     body, message = FAULTS[what]
     source = (
-        "from megatron_rapo import Episode, Score, Transcript, Turn\n"
+        "import dataclasses\nfrom megatron_rapo import Episode, Score, Transcript, Turn\n"
         f"class Bad:\n    async def run(self, problem, generate, seed):\n        {body}\n"
     )
     with pytest.raises(RapoError, match=message) as refused:
@@ -314,6 +334,31 @@ class Some:
     assert crash.episodes[0].verification.why == "KeyError: 'no such page'"
     assert 'raise KeyError("no such page")' in (crash.episodes[0].verification.trace or "")
     assert "environment.time_limit_s = 0.5" in (late.episodes[0].verification.why or "")
+
+
+def test_numpy_s_kinds_and_odd_texts_of_an_episode_are_taken(engine: Engine) -> None:
+    source = """
+import numpy as np
+from megatron_rapo import Episode, Score, Transcript
+
+class Loud(Exception):
+    def __str__(self):
+        raise RuntimeError("no message")
+
+class Odd:
+    async def run(self, problem, generate, seed):
+        if problem.id == "1":
+            raise Loud
+        made = Transcript(problem.token_ids)
+        made.add_turn(await generate(made.token_ids))
+        return Episode([made.sequence()], "a\\ud800", Score(np.float32(0.5)), truncated=np.bool_(True))
+"""
+    first, loud, _ = engine.run(source, "Odd")
+    assert first is not None and loud is not None
+    for one in first.episodes:
+        assert isinstance(one.episode, Episode)
+        assert (one.episode.answer, one.episode.truncated, one.reward) == ("a?", True, 0.5)
+    assert loud.episodes[0].verification.why == "Loud, whose message fails"
 
 
 def test_time_at_engines_is_not_an_episode_s_own(engine: Engine) -> None:
@@ -394,6 +439,13 @@ class Long:
             {},
             "is no class with `async def",
         ),
+        (
+            "class A:\n    async def run(self, generate, problem, seed): ...\n",
+            "A",
+            {},
+            r"A.run\" \(.*.py:2\) takes .*: its parameter generate stands where problem is given",
+        ),
+        ("class A:\n    async def run(self, problem, generate): ...\n", "A", {}, "too many positional arg"),
         (
             "class A:\n    async def run(self, problem, generate, seed): ...\n",
             "A",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -41,6 +43,27 @@ def sequence(sampled: list[bool], **changes: list[float]) -> Sequence:
 def test_a_sequence_that_cannot_be_trained_on_is_refused(sampled, changes, message):
     with pytest.raises(ValueError, match=message):
         sequence(sampled, **changes)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (
+            "token_ids",
+            [1, 2],
+            r"token_ids is \[1, 2\] \(list\); give a NumPy array of one dimension, of integers",
+        ),
+        ("token_ids", np.array([1.0, 2.0]), r"token_ids is array.*integers"),
+        ("sampled", np.array([0, 1]), "sampled is .*booleans"),
+        ("log_probs", np.array([0, -1]), "log_probs is .*floats"),
+        ("versions", np.array([-1, 3], np.uint32), "versions is .*with a sign"),
+        ("versions", np.array([[-1, 3]]), "versions is .*one dimension"),
+    ],
+)
+def test_fields_of_another_type_are_refused(field, value, message):
+    """Masks of integers would index other tokens, and ids that are floats be rounded."""
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(sequence([False, True]), **{field: value})
 
 
 def test_only_sampled_tokens_count():
