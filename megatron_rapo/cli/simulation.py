@@ -71,8 +71,8 @@ def check_simulation(options: argparse.Namespace) -> None:
             raise RapoError(f"{option} {given} has no effect without {name}; give that, or remove it")
     if options.lengths is not None and options.response_tokens is not None:
         raise RapoError(
-            f"--response-tokens {options.response_tokens:g} has no effect beside --lengths, whose mean counts; "
-            "remove one of them"
+            f"--response-tokens {options.response_tokens:g} has no effect beside --lengths, whose mean "
+            "counts; remove one of them"
         )
 
 

@@ -68,10 +68,9 @@ def staleness(batch: Batch, now: int, partial_tokens: int | None = None) -> Mapp
         partial_tokens: the option of rollouts; where it is set, shares by staleness are told as well.
     """
     episodes = [one.episode for group in batch.groups for one in group.episodes]
-    by_episode = [_by_staleness([episode], now) for episode in episodes if episode.sampled_tokens]
-    if not by_episode:
-        return {}
     tokens = _by_staleness(episodes, now)
+    if not tokens:
+        return {}
     found: dict[str, float] = {
         "rollout/staleness_mean": sum(steps * count for steps, count in tokens.items()) / tokens.total(),
         "rollout/staleness_max": max(tokens),
@@ -80,6 +79,7 @@ def staleness(batch: Batch, now: int, partial_tokens: int | None = None) -> Mapp
         found |= {
             f"rollout/staleness/{steps}": count / tokens.total() for steps, count in sorted(tokens.items())
         }
+        by_episode = [_by_staleness([episode], now) for episode in episodes if episode.sampled_tokens]
         found["rollout/carried_over"] = float(np.mean([len(one) > 1 for one in by_episode]))
         beyond = [max(one.values()) > partial_tokens for one in by_episode]
         found["rollout/beyond_partial_tokens"] = float(np.mean(beyond))
@@ -91,7 +91,8 @@ def _by_staleness(episodes: Sequence[Episode | BriefEpisode], now: int) -> Count
     found: Counter[int] = Counter()
     for episode in episodes:
         for sequence in episode.sequences:
-            found.update({now - version: count for version, count in sequence.by_version})
+            for version, count in sequence.by_version:
+                found[now - version] += count
     return found
 
 

@@ -20,7 +20,7 @@ from megatron_rapo.samples.store import steps_of
 from megatron_rapo.simulation.conditions import Conditions
 from megatron_rapo.simulation.lengths import exponential, read_lengths
 from megatron_rapo.simulation.run import simulate
-from megatron_rapo.simulation.seconds import Correction, Seconds
+from megatron_rapo.simulation.seconds import Corrected, Correction, Seconds
 from megatron_rapo.timeline.simulated import refuse_simulated
 
 WARM_UP = 2  # steps that do not count
@@ -50,15 +50,16 @@ def corrected_by(directory: Path, profile: Profile) -> Correction:
         )
     found = _simulated(directory, profile)
 
-    def factor(*names: str) -> float:
-        return _median(steps, *names) / _median(found, *names)
+    def corrected(name: str) -> Corrected:
+        taken, planned = _median(steps, name), _median(found, name)
+        return Corrected(taken / planned) if planned else Corrected(more_s=taken)
 
     other = statistics.median(_beside(line) for line in steps)
     return Correction(
-        engines=factor("sampling"),
-        annotate=factor("annotate"),
-        update=factor("update"),
-        publish=factor("publish"),
+        engines=_median(steps, "sampling") / _median(found, "sampling"),
+        annotate=corrected("annotate"),
+        update=corrected("update"),
+        publish=corrected("publish"),
         other_s=max(0.0, other - profile.step_s),
         source=str(directory),
     )
@@ -69,7 +70,8 @@ def _steps(directory: Path) -> list[dict[str, Any]]:
     steps = [line for line in lines if line["step"] > WARM_UP and "time/sampling_s" in line]
     if not steps:
         raise RapoError(
-            f"--corrected-by {directory} has no step after the first {WARM_UP} that sampled; name a longer run"
+            f"--corrected-by {directory} has no step after the first {WARM_UP} that sampled; name a longer "
+            "run"
         )
     return steps
 
@@ -79,7 +81,12 @@ def _simulated(directory: Path, profile: Profile) -> Sequence[Mapping[str, Any]]
     config = load_config([directory / "config.toml"], [f"run.steps={_STEPS}", "checkpoint.every=@default"])
     steps = _steps(directory)
     mean = statistics.fmean(line["rollout/response_tokens_mean"] for line in steps)
-    planner = Planner(config, read_architecture(config.model.path), workload_of(config, None, mean), profile)
+    planner = Planner(
+        config,
+        read_architecture(config.model.config or config.model.path),
+        workload_of(config, None, mean),
+        profile,
+    )
     split = engines_of(config)
     engines = split.engines * split.tensor_parallel
     ranks = config.parallel.world_size
@@ -96,5 +103,5 @@ def _beside(line: Mapping[str, Any]) -> float:
     return max(0.0, float(line["time/step_s"]) - known)
 
 
-def _median(steps: Sequence[Mapping[str, Any]], *names: str) -> float:
-    return statistics.median(sum(line[f"time/{name}_s"] for name in names) for line in steps)
+def _median(steps: Sequence[Mapping[str, Any]], name: str) -> float:
+    return statistics.median(line[f"time/{name}_s"] for line in steps)

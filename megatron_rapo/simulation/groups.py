@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from megatron_rapo.episode.brief import BriefEpisode, BriefSequence
@@ -29,6 +29,11 @@ def group(
             for place, versions in enumerate(sampled)
         ),
     )
+
+
+def sampled_tokens(groups: Iterable[Group]) -> list[int]:
+    """Of each response of these groups."""
+    return [one.episode.sequences[0].turns[0] for of in groups for one in of.episodes]  # type: ignore[union-attr]
 
 
 @lru_cache(maxsize=1 << 16)

@@ -24,15 +24,16 @@ class Lengths:
     """Groups of responses to draw from.
 
     Attributes:
-        groups: lengths in tokens of each recorded group, or of one response each where it is not known which
-            belong together.
+        groups: lengths in tokens, of each recorded group.
         rewards: likewise; None where they are not known.
         source: where they come from, for people.
+        belong_together: whether groups are; else they are one, of responses that each are drawn alone.
     """
 
     groups: Sequence[Integers]
     rewards: Sequence[npt.NDArray[np.float64]] | None
     source: str
+    belong_together: bool = True
 
     @property
     def mean(self) -> float:
@@ -40,22 +41,27 @@ class Lengths:
         return float(np.concatenate(self.groups).mean())
 
     def draw(
-        self, random: np.random.Generator, count: int, longest: int
-    ) -> tuple[Integers, npt.NDArray[np.float64] | None]:
-        """One group of so many responses, none above `longest` tokens; and their rewards, where known.
+        self, random: np.random.Generator, counts: Sequence[int], longest: int
+    ) -> tuple[list[Integers], list[npt.NDArray[np.float64]] | None]:
+        """Groups of so many responses each, none above `longest` tokens; and their rewards, where known.
 
-        A recorded group is taken as a whole, since responses to one prompt are alike in length; of a group of
-        another size, so many are drawn from it, with replacement.
+        A recorded group is taken as a whole, since responses to one prompt are alike in length; for a group
+        of another size, so many are drawn from it, with replacement.
         """
-        place = int(random.integers(len(self.groups)))
-        group = self.groups[place]
-        if len(group) == 1:  # which belong together is not known
-            drawn = random.integers(len(self.groups), size=count)
-            lengths = np.concatenate([self.groups[one] for one in drawn])
-            return np.minimum(lengths, longest), None
-        order = random.permutation(count) if len(group) == count else random.integers(len(group), size=count)
-        rewards = None if self.rewards is None else self.rewards[place][order]
-        return np.minimum(group[order], longest), rewards
+        if not self.belong_together:
+            values = np.minimum(np.concatenate(self.groups), longest)
+            drawn = values[random.integers(len(values), size=sum(counts))]
+            return np.split(drawn, np.cumsum(counts)[:-1]), None
+        places = random.integers(len(self.groups), size=len(counts))
+        orders = [
+            random.permutation(count)
+            if len(self.groups[place]) == count
+            else random.integers(len(self.groups[place]), size=count)
+            for place, count in zip(places, counts, strict=True)
+        ]
+        pairs = list(zip(places, orders, strict=True))
+        rewards = None if self.rewards is None else [self.rewards[place][order] for place, order in pairs]
+        return [np.minimum(self.groups[place][order], longest) for place, order in pairs], rewards
 
 
 def exponential(workload: Workload) -> Lengths:
@@ -67,7 +73,7 @@ def exponential(workload: Workload) -> Lengths:
     lengths = np.interp(-shares[::-1], -running, tokens)
     rounded = np.maximum(1, np.rint(lengths)).astype(np.int64)
     source = f"exponential, {workload.response_tokens:g} tokens in the mean, cut at {workload.longest}"
-    return Lengths([np.array([one]) for one in rounded], None, source)
+    return Lengths([rounded], None, source, belong_together=False)
 
 
 def read_lengths(path: Path) -> Lengths:
@@ -113,4 +119,5 @@ def _of_file(path: Path) -> Lengths:
         raise RapoError(f"--lengths {path} has no length; give the tokens of a response in each line")
     if min(lengths) < 1:
         raise RapoError(f"--lengths {path} has {min(lengths)}, and a response has a token or more; remove it")
-    return Lengths([np.array([one]) for one in lengths], None, f"{len(lengths)} lengths of {path}")
+    told = f"{len(lengths)} lengths of {path}"
+    return Lengths([np.array(lengths)], None, told, belong_together=False)

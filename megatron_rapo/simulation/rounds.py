@@ -50,10 +50,7 @@ class SimulatedRound:
         counts = [chosen.responses_per_prompt] * len(wanted.prompts)
         if wanted.tries is not None:
             counts = [len(tries.guides) for tries in wanted.tries]
-        self._drawn = [
-            sampler.draw(seed, prompt, count, chosen.max_response_tokens)
-            for prompt, count in zip(wanted.prompts, counts, strict=True)
-        ]
+        self._drawn = sampler.draw(seed, wanted.prompts, counts, chosen.max_response_tokens)
         self._parts = [
             part for part in sampler.parts(len(wanted.prompts)) if any(counts[place] for place in part)
         ]
@@ -82,7 +79,7 @@ class SimulatedRound:
         """What is under way when a run ends does no harm: time stands still then."""
 
     def _request(self, number: int, part: list[int]) -> Request:
-        tokens = [int(length) for place in part for length in self._drawn[place][0]]
+        tokens = [length for place in part for length in self._drawn[place][0]]
         return Request(tokens, [self._sampler.prompt_tokens] * len(tokens), len(part), number)
 
     def _note_versions(self, missing: list[Request]) -> None:
@@ -97,7 +94,7 @@ class SimulatedRound:
         groups = []
         for place, (lengths, rewards) in enumerate(self._drawn):
             version = self._versions.get(places.get(place, -1), self.weight_version)
-            sampled = [((version, int(length)),) for length in lengths]
+            sampled = [((version, length),) for length in lengths]
             groups.append(
                 group(self._sampler.prompt_tokens, sampled, rewards, self._chosen.max_response_tokens)
             )

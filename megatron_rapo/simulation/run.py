@@ -17,7 +17,7 @@ from megatron_rapo.config.write import to_toml
 from megatron_rapo.errors import RapoError
 from megatron_rapo.experience.batch import Batch
 from megatron_rapo.experience.sharing import Shared
-from megatron_rapo.experience.summary import count_tokens, staleness
+from megatron_rapo.experience.summary import staleness
 from megatron_rapo.folder import write_whole
 from megatron_rapo.observe.phases import Phases
 from megatron_rapo.observe.step_lines import StepLines
@@ -25,6 +25,7 @@ from megatron_rapo.scaling.devices import peak_tflops
 from megatron_rapo.scaling.flops import training_flops
 from megatron_rapo.scaling.memory import GIB
 from megatron_rapo.simulation.conditions import Conditions
+from megatron_rapo.simulation.groups import sampled_tokens
 from megatron_rapo.simulation.lengths import Lengths
 from megatron_rapo.simulation.pool import Pool
 from megatron_rapo.simulation.rounds import SimulatedSource
@@ -86,6 +87,7 @@ class _Simulation:
 
         self._timeline = Timeline(directory, 0, clock)
         self._lines = StepLines(directory / "metrics.jsonl", None, clock)
+        self._prompt_tokens = round(seconds.planner.workload.prompt_tokens)
         self._phases = Phases([self._timeline.enter], clock)
         rollout = config.rollout
         self._pool = Pool(
@@ -105,7 +107,7 @@ class _Simulation:
             config,
             self._pool,
             lengths,
-            round(seconds.planner.workload.prompt_tokens),
+            self._prompt_tokens,
             seconds.verifications_per_s,
             conditions.seed,
             self._publish,
@@ -123,8 +125,8 @@ class _Simulation:
         for step in range(1, self._config.run.steps + 1):
             self._phases.begin_step(step)
             batch = self._batches.take(step)
-            responses, _ = count_tokens(batch.groups)
-            cost = self._seconds.trainer(responses / self._config.responses_per_step)
+            sampled = sampled_tokens(batch.groups)
+            cost = self._seconds.trainer(sum(sampled) / len(sampled))
             slowness = self._slowness()
             with phase("annotate"):
                 pass_time(self._world, slowness * cost.annotate)
@@ -135,7 +137,7 @@ class _Simulation:
                 self._publish(step)
             self._batches.run_ahead(step)
             pass_time(self._world, self._seconds.other_s)
-            self._write(step, self._metrics(step, batch))
+            self._write(step, self._metrics(step, batch, sampled))
         self._phases.begin_step(self._config.run.steps)  # the end of the last stay
         self._timeline.flush()
         self._lines.close()
@@ -150,13 +152,12 @@ class _Simulation:
         slow = self._random.random() > (1.0 - self._conditions.stragglers) ** ranks
         return self._conditions.straggler_factor if slow else 1.0
 
-    def _metrics(self, step: int, batch: Batch) -> Mapping[str, float]:
+    def _metrics(self, step: int, batch: Batch, sampled: list[int]) -> Mapping[str, float]:
         """As `job.Job.measured`, as far as lengths and times say them."""
         times = self._phases.times()
-        episodes = [one.episode for group in batch.groups for one in group.episodes]
-        lengths = [episode.tokens for episode in episodes]
-        sampled = [episode.sampled_tokens for episode in episodes]
-        drawn, _ = count_tokens(batch.drawn)
+        lengths = [self._prompt_tokens + tokens for tokens in sampled]
+        drawn = sum(sampled_tokens(batch.drawn)) if batch.rounds else sum(sampled)
+        longest = self._config.rollout.max_response_tokens
         sampling = batch.sampled.times.metrics()
         ranks = self._config.parallel.world_size
         tflop = training_flops(self._seconds.planner.architecture, lengths) / 1e12
@@ -166,7 +167,7 @@ class _Simulation:
         return {
             "rollout/response_tokens_mean": sum(sampled) / len(sampled),
             "rollout/response_tokens_max": max(sampled),
-            "rollout/truncated": sum(one.truncated for one in episodes) / len(episodes),
+            "rollout/truncated": sum(tokens >= longest for tokens in sampled) / len(sampled),
             **staleness(batch, step - 1, self._config.rollout.partial_tokens),
             **of_dynamic,
             **sampling,

@@ -12,7 +12,7 @@ from megatron_rapo.config import RunConfig
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.experience.course import Phase
 from megatron_rapo.simulation.engine import Request
-from megatron_rapo.simulation.lengths import Integers, Lengths
+from megatron_rapo.simulation.lengths import Lengths
 from megatron_rapo.simulation.pool import Pool, Round
 
 Rewards = Sequence[float] | None
@@ -20,8 +20,8 @@ Rewards = Sequence[float] | None
 
 def pass_time(world: simpy.Environment, seconds: float) -> None:
     """Lets so much time pass."""
-    if seconds > 0:
-        world.run(until=world.now + seconds)
+    if (until := world.now + seconds) > world.now:
+        world.run(until=until)
 
 
 class Prompts:
@@ -67,11 +67,16 @@ class Sampler:
     seed: int
     publish: Callable[[int], None]
 
-    def draw(self, seed: int, prompt: Prompt, count: int, longest: int) -> tuple[Integers, Rewards]:
-        """The lengths of a prompt's responses: the same in each mode, whoever samples them when."""
-        random = np.random.default_rng([self.seed, seed, prompt.draw])
-        lengths, rewards = self.lengths.draw(random, count, longest)
-        return lengths, None if rewards is None else rewards.tolist()
+    def draw(
+        self, seed: int, prompts: Sequence[Prompt], counts: Sequence[int], longest: int
+    ) -> list[tuple[list[int], Rewards]]:
+        """Lengths and rewards of the prompts' responses: the same in each mode, whoever samples them when."""
+        random = np.random.default_rng([self.seed, seed, prompts[0].draw])
+        lengths, rewards = self.lengths.draw(random, counts, longest)
+        earned: Sequence[Rewards] = [None] * len(counts)
+        if rewards is not None:
+            earned = [of_group.tolist() for of_group in rewards]
+        return list(zip([of_group.tolist() for of_group in lengths], earned, strict=True))
 
     def parts(self, prompts: int) -> list[list[int]]:
         """Places of the prompts that share a request, in the order in which heads send them."""

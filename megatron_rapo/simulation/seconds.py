@@ -14,17 +14,32 @@ _UNBOUNDED = 1 << 40
 
 
 @dataclass(frozen=True)
+class Corrected:
+    """Of a phase: so many times what is planned, and seconds where nothing is."""
+
+    times: float = 1.0
+    more_s: float = 0.0
+
+    def of(self, planned: float) -> float:
+        """Seconds of the phase."""
+        return self.times * planned + self.more_s
+
+
+@dataclass(frozen=True)
 class Correction:
-    """How many times as long as planned each takes, and seconds of a step beside all phases.
+    """How long each takes beside what is planned.
 
     Attributes:
+        engines: how many times as long they sample.
+        annotate, update, publish: of the phases.
+        other_s: seconds of a step beside all phases, above the profile's.
         source: the run that it was measured in; None: there is none.
     """
 
     engines: float = 1.0
-    annotate: float = 1.0
-    update: float = 1.0
-    publish: float = 1.0
+    annotate: Corrected = Corrected()
+    update: Corrected = Corrected()
+    publish: Corrected = Corrected()
     other_s: float = 0.0
     source: str | None = None
 
@@ -91,7 +106,7 @@ class Seconds:
     @property
     def publish_s(self) -> float:
         """Of a publication."""
-        return self.correction.publish * self.way.publish_s
+        return self.correction.publish.of(self.way.publish_s)
 
     @property
     def other_s(self) -> float:
@@ -104,6 +119,6 @@ class Seconds:
         cost = replace(self.planner, workload=load).cost(self.way.layout)
         return replace(
             cost,
-            annotate=self.correction.annotate * cost.annotate,
-            update=self.correction.update * cost.update,
+            annotate=self.correction.annotate.of(cost.annotate),
+            update=self.correction.update.of(cost.update),
         )

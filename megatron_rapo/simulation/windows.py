@@ -62,11 +62,9 @@ class SimulatedWindows:
         so_far: SoFar,
     ) -> None:
         """Begins a batch; the next window samples it."""
-        drawn = [
-            self._sampler.draw(seed, prompt, chosen.responses_per_prompt, chosen.max_response_tokens)
-            for prompt in prompts
-        ]
-        responses = [[_Response(int(length)) for length in lengths] for lengths, _ in drawn]
+        counts = [chosen.responses_per_prompt] * len(prompts)
+        drawn = self._sampler.draw(seed, prompts, counts, chosen.max_response_tokens)
+        responses = [[_Response(length) for length in lengths] for lengths, _ in drawn]
         self._open[number] = _Batch(chosen.max_response_tokens, responses, [rewards for _, rewards in drawn])
 
     def sample(self, version: int, tokens: int, whole: Container[int]) -> None:
