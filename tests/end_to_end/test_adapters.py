@@ -87,7 +87,7 @@ def test_what_a_run_leaves_is_one_model_in_two_forms(finished: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    ids = torch.randint(5, 40, (1, 24), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(5, 30, (1, 24), generator=torch.Generator().manual_seed(0))
 
     def logits(model: Any) -> torch.Tensor:
         with torch.no_grad():

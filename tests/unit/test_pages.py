@@ -122,15 +122,8 @@ def test_a_command_in_a_block_is_taken_as_it_stands(page: str, command: str) -> 
 @pytest.mark.parametrize(
     "page",
     [
-        *(
-            "adapters.md",
-            "distillation.md",
-            "engines.md",
-            "environments.md",
-            "gateway.md",
-            "methods.md",
-            "sft.md",
-        ),
+        *("distillation.md", "engines.md", "environments.md", "gateway.md", "methods.md", "sft.md"),
+        "adapters.md",
         "models.md",
         "shared-prompts.md",
     ],
