@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.checkpoint.store import CheckpointStore
 from megatron_rapo.config import Adapter, Model, Optimizer, RunConfig, validate
+from megatron_rapo.config.resuming import Change, change_of, changes, options_of
 from megatron_rapo.convert.to_hf import convert_to_hf
 from megatron_rapo.convert.to_peft import convert_to_peft
 from megatron_rapo.errors import RapoError
@@ -94,6 +95,23 @@ def test_a_reference_in_host_memory_is_refused_where_it_is_the_policy(model: Pat
     with pytest.raises(RapoError, match=r"reference_in_host_memory = true would have no effect: under \[ad"):
         config(model, adapter={}, model=section)
     config(model, adapter={}, model={**section, "reference_path": str(model)})
+
+
+def test_no_run_goes_on_with_another_adapter_or_none(model: Path) -> None:
+    """Nor does one of whole weights with an adapter, were it one of defaults alone."""
+    full, default, wide = (
+        options_of(config(model, **sections))
+        for sections in ({}, {"adapter": {}}, {"adapter": {"rank": 32, "rank_stabilized": True}})
+    )
+    options = {f"adapter.{name}" for name in ("rank", "alpha", "targets", "rank_stabilized")}
+    assert changes(full, default).keys() == changes(default, full).keys() == options
+    assert changes(full, default)["adapter.rank"] == (None, 16)
+    assert changes(default, wide) == {
+        "adapter.rank": (16, 32),
+        "adapter.rank_stabilized": (False, True),
+    }
+    assert {change_of(option) for option in options} == {Change.NEVER}
+    assert changes(default, {k: v for k, v in default.items() if k != "adapter.rank_stabilized"}) == {}
 
 
 @pytest.mark.parametrize("targets", ["all", ["q_proj", "up_proj"]])
