@@ -29,6 +29,7 @@ OF_MEGATRON = tests/unit/test_megatron_repairs.py tests/unit/test_checkpoint_sto
 	tests/unit/test_megatron_files.py tests/unit/test_embedded_weights.py \
 	tests/distributed/test_model_parity.py tests/distributed/test_update_gradients.py \
 	tests/distributed/test_training_modes.py tests/distributed/test_checkpoint.py \
+	tests/distributed/test_adapters.py \
 	tests/distributed/test_publishing.py tests/end_to_end/test_demo.py
 
 .PHONY: demo test test-all test-newest test-slurm test-docker lint install sglang vllm verifiers trl clean

@@ -91,9 +91,12 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
     """Options whose values differ, before and now; None where an option has none.
 
     One that only one of them has is none where the other has its default: options come with later versions.
+    But where one of them alone has an adapter, all options of that are.
     """
     method = METHODS.get(now.get("algorithm.method", DEFAULT_METHOD), Method)  # the user's own may be gone
     defaults = _DEFAULTS | dict(_defaults(method.Options, "algorithm."))
+    if not all(any(map(_of_adapter, values)) for values in (before, now)):
+        defaults = {option: value for option, value in defaults.items() if not _of_adapter(option)}
     differing = {}
     for option in dict.fromkeys([*before, *now]):
         old, new = (values.get(option, defaults.get(option)) for values in (before, now))
@@ -109,6 +112,10 @@ def table() -> str:
         for change, names in CLASSES.items()
     ]
     return "\n".join(["| may change | options |", "|---|---|", *rows]) + "\n"
+
+
+def _of_adapter(option: str) -> bool:
+    return option.startswith("adapter.")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -92,8 +92,10 @@ def _table(metrics: Sequence[Mapping[str, Any]], benchmark: str, keys: Sequence[
 
 
 def _files(run_directory: Path) -> list[str]:
+    has_adapter = (run_directory / "adapter").is_dir()
     contents = {
         "model": "trained policy, as transformers and SGLang load it",
+        **({"adapter": "its adapters alone, as PEFT loads them"} if has_adapter else {}),
         "metrics.jsonl": "metrics of each step; TensorBoard in tensorboard/",
         "checkpoints": "to go on from",
         "config.toml": "resolved configuration",

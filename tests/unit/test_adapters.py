@@ -11,8 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_rapo.checkpoint.state import TrainState
+from megatron_rapo.checkpoint.store import CheckpointStore
 from megatron_rapo.config import Adapter, Model, Optimizer, RunConfig, validate
+from megatron_rapo.config.resuming import Change, change_of, changes, options_of
+from megatron_rapo.convert.to_hf import convert_to_hf
+from megatron_rapo.convert.to_peft import convert_to_peft
 from megatron_rapo.errors import RapoError
+from megatron_rapo.fingerprint import weights_fingerprint
 from megatron_rapo.loss.objective import Objective
 from megatron_rapo.model.adapter_rules import adapter_rules
 from megatron_rapo.model.adapters import merged
@@ -24,6 +30,7 @@ from megatron_rapo.policy.policy import Policy
 from megatron_rapo.policy.reference import PolicyWithoutAdapters, Reference
 from megatron_rapo.preflight import describe_plan, planned_architecture
 from megatron_rapo.scaling.flops import training_flops
+from megatron_rapo.weights.adapter_files import AdapterRecord
 from megatron_rapo.weights.export import hf_tensors
 from tests.distributed.minibatches import VOCABULARY, make_minibatches
 from tests.methods import a_method
@@ -88,6 +95,23 @@ def test_a_reference_in_host_memory_is_refused_where_it_is_the_policy(model: Pat
     with pytest.raises(RapoError, match=r"reference_in_host_memory = true would have no effect: under \[ad"):
         config(model, adapter={}, model=section)
     config(model, adapter={}, model={**section, "reference_path": str(model)})
+
+
+def test_no_run_goes_on_with_another_adapter_or_none(model: Path) -> None:
+    """Nor does one of whole weights with an adapter, were it one of defaults alone."""
+    full, default, wide = (
+        options_of(config(model, **sections))
+        for sections in ({}, {"adapter": {}}, {"adapter": {"rank": 32, "rank_stabilized": True}})
+    )
+    options = {f"adapter.{name}" for name in ("rank", "alpha", "targets", "rank_stabilized")}
+    assert changes(full, default).keys() == changes(default, full).keys() == options
+    assert changes(full, default)["adapter.rank"] == (None, 16)
+    assert changes(default, wide) == {
+        "adapter.rank": (16, 32),
+        "adapter.rank_stabilized": (False, True),
+    }
+    assert {change_of(option) for option in options} == {Change.NEVER}
+    assert changes(default, {k: v for k, v in default.items() if k != "adapter.rank_stabilized"}) == {}
 
 
 @pytest.mark.parametrize("targets", ["all", ["q_proj", "up_proj"]])
@@ -252,3 +276,52 @@ def test_merging_rounds_once(model: Path, placement: Placement) -> None:
         a, b = (matrices[f"{own}.lora_{which}.weight"].double() for which in "AB")
         assert torch.equal(tensor, (weights[name].double() + 3.0 * b @ a).bfloat16())
     policy.close()
+
+
+def saved(model: Path, run: Path, placement: Placement, **sections: Any) -> Path:
+    """A checkpoint of a policy that has not moved, in the run's directory."""
+    chosen = config(model, run, **sections)
+    architecture = read_architecture(model)
+    policy = Policy(chosen.model, chosen.optimizer, architecture, placement, 10, chosen.adapter, seed=3)
+    fingerprints = {"weights of model.path": weights_fingerprint(model)}
+    CheckpointStore(chosen, fingerprints).save(policy, TrainState(1))
+    policy.close()
+    return run / "run"
+
+
+def test_a_checkpoint_is_of_its_base_alone(tmp_path: Path, placement: Placement) -> None:
+    model = make_hf_model(tmp_path / "model")
+    run = saved(model, tmp_path, placement, adapter={"rank": 2})
+    convert_to_hf(run, tmp_path / "merged")
+    hf = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (model, tmp_path / "merged")]
+    assert all(torch.equal(hf[0][name], hf[1][name]) for name in hf[0]), "B is 0"
+
+    make_hf_model(model, seed=1)
+    with pytest.raises(RapoError, match=r"holds adapters of other weights than those in .*model \(fingerpri"):
+        convert_to_hf(run, tmp_path / "again", model)
+    model.rename(tmp_path / "elsewhere")
+    with pytest.raises(RapoError, match=r"holds adapters of .*model, which is not there; bring it there"):
+        convert_to_hf(run, tmp_path / "again", tmp_path / "elsewhere")
+    with pytest.raises(RapoError, match=r"holds adapters of .*model, which has no config.json; name the HF"):
+        convert_to_peft(run, tmp_path / "peft")
+    convert_to_peft(run, tmp_path / "peft", tmp_path / "elsewhere")
+    assert (tmp_path / "peft/adapter_model.safetensors").is_file()
+    record = next(run.glob("checkpoints/*/run.json"))
+    record.write_text(record.read_text().replace('"rank": 2', '"rank": 0'))
+    with pytest.raises(RapoError, match=r"run\.json is damaged"):
+        AdapterRecord.of(record.parent)
+
+
+def test_adapters_of_another_architecture_are_refused(
+    tmp_path: Path, model: Path, placement: Placement
+) -> None:
+    run = saved(model, tmp_path, placement, adapter={"rank": 2})
+    wider = make_hf_model(tmp_path / "wider", intermediate_size=192)
+    with pytest.raises(RapoError, match=r"is of another architecture: .*lora_.* has shape \[.*176.*config"):
+        convert_to_peft(run, tmp_path / "peft", wider)
+
+
+def test_whole_weights_are_no_adapters(tmp_path: Path, model: Path, placement: Placement) -> None:
+    run = saved(model, tmp_path, placement)
+    with pytest.raises(RapoError, match="holds whole weights, and no adapters; convert it by `megatron-rapo"):
+        convert_to_peft(run, tmp_path / "peft")

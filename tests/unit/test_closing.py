@@ -92,6 +92,13 @@ def test_it_names_what_the_run_left(tmp_path: Path) -> None:
         assert f"{tmp_path / name}  " in text
 
 
+def test_it_names_adapters_where_there_are_some(tmp_path: Path) -> None:
+    told = f"{tmp_path / 'adapter'}  its adapters alone, as PEFT loads them"
+    assert told not in summary(tmp_path, {"step": 1})
+    (tmp_path / "adapter").mkdir()
+    assert told in summary(tmp_path, {"step": 1})
+
+
 def test_each_data_set_and_setting_has_a_table(tmp_path: Path) -> None:
     values = {"aime24/t1.0": 0.1, "math/t0.6": 0.7}
     line = {

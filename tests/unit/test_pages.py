@@ -30,6 +30,7 @@ PAGES = [
 ]
 # The languages of a page's blocks, and the tests that run all of them.
 RUN_BY = {
+    "adapters.md": ({"toml"}, "test_pages.py"),
     "ahead.md": ({"toml"}, "test_ahead.py"),
     "configuration.md": ({"toml"}, "test_configuration.py"),
     "data.md": ({"toml", "jsonl", "python"}, "test_data_page.py"),
@@ -122,6 +123,7 @@ def test_a_command_in_a_block_is_taken_as_it_stands(page: str, command: str) -> 
     "page",
     [
         *("distillation.md", "engines.md", "environments.md", "gateway.md", "methods.md", "sft.md"),
+        "adapters.md",
         "models.md",
         "shared-prompts.md",
     ],
