@@ -9,14 +9,13 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from megatron_rapo.engines.embedded.client import EmbeddedClient
 from megatron_rapo.engines.engine import Generation
 from megatron_rapo.engines.sglang.client import SGLangClient
 from megatron_rapo.engines.vllm.client import VLLMClient
 from tests.engines.servers import EMBEDDED, KEY, SGLANG_CPU, SGLANG_GPU, VLLM_CPU, running, tail, why_not
-from tests.models import make_hf_model
+from tests.models import load_reference, make_hf_model
 
 # bf16 activations against fp32 ones of the same weights; another checkpoint's log-probs differ by nats.
 TOLERANCE = 0.4
@@ -34,7 +33,7 @@ class Checkpoint:
     def __init__(self, path):
         self.path = path
         self.tensors = load_file(path / "model.safetensors")
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        self.model = load_reference(path)
 
     def logits(self, prompt, token_ids):
         """`[tokens, vocabulary]`, that each of `token_ids` is drawn from."""

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from megatron_rapo.config import Model, Parallel
@@ -15,14 +16,15 @@ from megatron_rapo.episode.beginnings import beginnings
 from megatron_rapo.episode.sequence import Sequence
 from megatron_rapo.launch.local import run_local
 from tests.gpu import needs_cuda
-from tests.models import make_hf_model
+from tests.models import load_reference, make_hf_model
 
 LENGTHS, PROMPT = (9, 23, 14), 5
 
 
 @needs_cuda
-def test_packed_logits_equal_those_of_transformers(tmp_path):
-    path = make_hf_model(tmp_path / "model", hidden_size=256, head_dim=64)
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "olmo3", "glm4"])
+def test_packed_logits_equal_those_of_transformers(tmp_path, family):
+    path = make_hf_model(tmp_path / "model", family=family, hidden_size=256, head_dim=64)
     report = tmp_path / "report.json"
     run_local(measure, (path, report), 1)
     # bf16 against fp32: what rounding alone makes of logits of about this size; on a CPU, 0.08.
@@ -32,8 +34,6 @@ def test_packed_logits_equal_those_of_transformers(tmp_path):
 
 
 def measure(path: Path, report: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     from megatron_rapo.model.build import build_chunks
     from megatron_rapo.model.hf_config import read_architecture
     from megatron_rapo.parallel.device import device
@@ -67,7 +67,7 @@ def measure(path: Path, report: Path) -> None:
         assert len(microbatches[0].token_ids) - len(microbatches[1].token_ids) == 2 * PROMPT
         found = run_forward(chunks, microbatches, lambda one, hidden: one.at_responses(hidden))
         logits = [(hidden @ chunks[-1].head_weight.T).float().cpu() for hidden in found]
-    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    reference = load_reference(path)
     with torch.no_grad():
         expected = torch.cat(
             [reference(torch.from_numpy(ids).long()[None]).logits[0, :-1] for ids in sequences]

@@ -31,7 +31,6 @@ REASONS = {
     "gemma2": "whose logits and scores are capped by a tanh",
     "gemma3": "which takes images; save its text model as gemma3_text",
     "gpt_oss": "whose attention has sinks",
-    "phi3": "whose rotary positions depend on a sequence's length (longrope)",
 }
 """Why some of the families that there are not cannot be had."""
 

@@ -1,0 +1,59 @@
+"""Which engines serve which families, and take new weights of them: docs/families.md has what is found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.engines.conftest import TOLERANCE, Checkpoint, Engine
+from tests.engines.servers import EMBEDDED, SGLANG_CPU, VLLM_CPU, running, why_not
+from tests.engines.trainer import Broadcasting
+from tests.models import make_hf_model
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 1024}
+# Heads that all engines have kernels for; windows that most tokens are beyond.
+SHAPE = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 4096, "initializer_range": 0.2}
+FAMILIES = {
+    "gemma3_text": {},
+    "olmo2": {},
+    "olmo3": {"rope_parameters": YARN},
+    "glm": {},
+    "glm4": {},
+    "mistral": {"sliding_window": 7},
+    "smollm3": {},
+    "qwen3": {"rope_parameters": YARN},
+}
+PROMPTS = [[10, 20, 30], [5], [*range(7, 31)]]
+
+
+def gaps(engine, checkpoint):
+    answers = engine.greedy(PROMPTS)
+    return [
+        checkpoint.gap(prompt, answer.token_ids, answer.log_probs)
+        for prompt, answer in zip(PROMPTS, answers, strict=True)
+    ]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", [EMBEDDED, SGLANG_CPU, VLLM_CPU])
+def test_an_engine_serves_a_family_and_takes_its_weights(tmp_path, kind, family):
+    if reason := why_not(kind):
+        pytest.skip(reason)
+    options = {**SHAPE, **FAMILIES[family], "family": family, "dtype": torch.bfloat16}
+    first, second = (
+        Checkpoint(make_hf_model(tmp_path / str(seed), seed=seed, **options)) for seed in range(2)
+    )
+    with running(kind, first.path, tmp_path / "log") as url:
+        engine = Engine(kind, url, tmp_path / "log")
+        engine.anew()
+        try:
+            assert max(gaps(engine, first)) < TOLERANCE
+            engine.ask(lambda client: client.begin_update())
+            with Broadcasting(engine) as group:
+                group.send(second.tensors, 7)
+            engine.ask(lambda client: client.end_update(7))
+            assert max(gaps(engine, second)) < TOLERANCE
+            assert min(gaps(engine, first)) > 1.0
+        finally:
+            engine.close()
