@@ -112,7 +112,7 @@ def _value(reply: Reply) -> str | Score | None:
         raise UserFault(f"the function of {_OPTION}: {reply.why}")
     value: Any = reply.value
     if reply.outcome is CallOutcome.RESULT and (value is None or isinstance(value, str)):
-        return value
+        return f"{value}… (cut to {len(value)} characters)" if value and reply.cut else value
     if reply.outcome is CallOutcome.RESULT and isinstance(value, dict) and value.keys() == {"score"}:
         with suppress(TypeError):  # a table of the function's own
             return Score(**value["score"])

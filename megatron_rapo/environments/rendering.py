@@ -70,7 +70,7 @@ class Rendering:
         """What the policy said, as `renderers.base.ParsedResponse`."""
         try:
             return self._renderer.parse_response(list(sampled), tools=self._tools, prompt_ids=list(prompt))
-        except RecursionError:  # of JSON that is nested too deep
+        except (RecursionError, ValueError):  # of JSON that is nested too deep, or has a number too long
             from renderers.base import ParsedResponse, ParsedToolCall, ToolCallParseStatus
 
             text = self._tokenizer.decode(list(sampled))

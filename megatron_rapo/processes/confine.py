@@ -91,7 +91,10 @@ def end_with_parent() -> None:
 def python_places() -> list[Path]:
     """Where Python, installed packages and this one lie; no other folder of sources."""
     installed = [Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
-    return [Path(__file__).parents[1], Path(sys.prefix), Path(sys.base_prefix), *installed]
+    linked = [
+        found for place in installed if place.is_dir() for found in place.iterdir() if found.is_symlink()
+    ]
+    return [Path(__file__).parents[1], Path(sys.prefix), Path(sys.base_prefix), *installed, *linked]
 
 
 def _limit(which: int, value: int, grace: int = 0) -> None:

@@ -98,7 +98,7 @@ def test_what_a_run_leaves_is_one_model_in_two_forms(finished: Path) -> None:
 
     base, merged = logits(hf(MODEL)), logits(hf(finished / "model"))
     of_peft = logits(PeftModel.from_pretrained(hf(MODEL), finished / "adapter"))
-    assert float((of_peft - merged).abs().max()) <= 1e-5
+    assert float((of_peft - merged).abs().max()) <= 1e-5 * float(merged.abs().max())
     assert float((base - merged).abs().max()) > 1e-2
 
 

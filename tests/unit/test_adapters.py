@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.checkpoint.store import CheckpointStore
-from megatron_rapo.config import Adapter, Model, Optimizer, RunConfig, validate
+from megatron_rapo.config import Adapter, Model, Optimizer, Parallel, RunConfig, validate
 from megatron_rapo.config.resuming import Change, change_of, changes, options_of
 from megatron_rapo.convert.to_hf import convert_to_hf
 from megatron_rapo.convert.to_peft import convert_to_peft
@@ -24,8 +24,9 @@ from megatron_rapo.model.adapter_rules import adapter_rules
 from megatron_rapo.model.adapters import merged
 from megatron_rapo.model.architecture import Experts
 from megatron_rapo.model.hf_config import read_architecture
-from megatron_rapo.model.parameters import count_adapter_parameters
+from megatron_rapo.model.parameters import count_adapter_parameters, count_parameters
 from megatron_rapo.parallel.placement import Placement
+from megatron_rapo.planning.trainer_cost import TrainerModel
 from megatron_rapo.policy.policy import Policy
 from megatron_rapo.policy.reference import PolicyWithoutAdapters, Reference
 from megatron_rapo.preflight import describe_plan, planned_architecture
@@ -37,6 +38,7 @@ from tests.methods import a_method
 from tests.models import make_hf_model
 from tests.unit.one_rank import one_placement
 from tests.unit.test_memory import QWEN2_7B, estimate
+from tests.unit.test_planning import LOAD, RATE, forward_by_hand, profile
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -193,6 +195,24 @@ def test_a_mixtures_experts_have_no_states() -> None:
     found = estimate(mixture, adapter={"targets": ATTENTION}, parallel={"expert_parallel": 1})
     count = count_adapter_parameters(mixture, Adapter(targets=ATTENTION))  # type: ignore[arg-type]
     assert found.gradients == 4 * count
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_planned_update_has_no_products_for_gradients_of_frozen_weights(recompute: bool) -> None:
+    """Of what adapters train, gradients and optimizer states alone are moved."""
+    budget = {"budget": 4000, "recompute": recompute, "distributed": False, "overlap": False}
+    slow = profile(memory_bytes_per_s=1e6)
+    costs = [
+        TrainerModel(QWEN2_7B, LOAD, device, 2, adapter).cost(Parallel(), **budget)  # type: ignore[arg-type]
+        for device in (profile(), slow)
+        for adapter in (None, Adapter(rank=16))
+    ]
+    layers, whole = (forward_by_hand(64_000, 1000, head=head) / RATE for head in (False, True))
+    again = layers if recompute else 0.0
+    assert costs[0].update == pytest.approx(3 * whole + again, rel=1e-6)
+    assert costs[1].update == pytest.approx(2 * whole + again, rel=1e-6)
+    share = count_adapter_parameters(QWEN2_7B, Adapter(rank=16)) / count_parameters(QWEN2_7B)
+    assert costs[3].optimizer == pytest.approx(share * costs[2].optimizer)
 
 
 def a_policy(model: Path, placement: Placement, adapter: Adapter, **optimizer: Any) -> Policy:

@@ -56,7 +56,7 @@ def test_a_sequence_that_cannot_be_trained_on_is_refused(sampled, changes, messa
         ("token_ids", np.array([1.0, 2.0]), r"token_ids is array.*integers"),
         ("sampled", np.array([0, 1]), "sampled is .*booleans"),
         ("log_probs", np.array([0, -1]), "log_probs is .*floats"),
-        ("versions", np.array([-1, 3], np.uint32), "versions is .*with a sign"),
+        ("versions", np.array([1, 3], np.uint32), "versions is .*with a sign"),
         ("versions", np.array([[-1, 3]]), "versions is .*one dimension"),
     ],
 )

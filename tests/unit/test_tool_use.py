@@ -30,6 +30,7 @@ from megatron_rapo.environments.opening import open_environment
 from megatron_rapo.environments.plain_renderer import Markers, PlainRenderer
 from megatron_rapo.environments.rendering import Rendering
 from megatron_rapo.environments.tool_use import ToolUse
+from megatron_rapo.episode.score import Score
 from megatron_rapo.errors import RapoError
 from megatron_rapo.testing import a_problem
 from megatron_rapo.tools.described import load_tools
@@ -205,6 +206,7 @@ def test_turns_are_what_the_family_s_template_writes() -> None:
         ('<tool_call>\n{"arguments": {}}\n</tool_call>', "missing_name"),
         ("<tool_call>\n" + a_call("1")[12:-13], "unclosed_block"),
         ("<tool_call>\n" + "[" * 5000 + "\n</tool_call>", "malformed_structure"),
+        (f'<tool_call>\n{{"name": {"7" * 5000}}}\n</tool_call>', "malformed_structure"),
     ],
 )
 def test_a_call_that_cannot_be_read_is_answered(turn: str, told: str) -> None:
@@ -351,6 +353,19 @@ def reply(messages, problem):
 
 def too_few(messages):
     pass
+
+def other_names(history, task):
+    pass
+
+def scores_as_numpy(problem, messages):
+    import numpy as np
+    return Score(np.float32(0.5), {"even": np.bool_(True), "many": np.int64(3)})
+
+def returns_a_table(messages, problem):
+    return {"score": {"reward": 1}}
+
+def says_much(messages, problem):
+    return "4" * 30 if len(messages) < 3 else None
 
 def returns_a_list(messages, problem):
     return [1]
@@ -555,7 +570,21 @@ def test_a_user_s_function_speaks_and_may_give_the_reward(folder: Path) -> None:
     assert ended.score is None and ended.answer == "8"
 
 
+def test_a_user_s_function_gives_numpy_s_numbers_and_its_texts_are_cut_as_tools_are(folder: Path) -> None:
+    episode = asyncio.run(one_episode(plain_conversation(folder, "scores_as_numpy"), ["6"]))
+    assert episode.score == Score(0.5, {"even": 1.0, "many": 3.0})
+    cut = asyncio.run(one_episode(plain_conversation(folder, "says_much", output_characters=9), ["6", "7"]))
+    assert f"{'4' * 9}…" not in (text := tiny().decode(cut.sequences[0].token_ids)), "the tiny one has no …"
+    assert "\n" + "4" * 9 in text and "4" * 10 not in text and "9" in text.partition("4" * 9)[2]
+
+
 def test_a_user_s_function_that_does_no_such_thing_is_told(folder: Path) -> None:
+    with pytest.raises(RapoError, match=r"takes \(history, task\), .*other_names\(messages=…, problem=…\)"):
+        plain_conversation(folder, "other_names")
+    with pytest.raises(
+        RapoError, match=r"returned \{'score': \{'reward': 1\}\}; return a text, None, or a S"
+    ):
+        asyncio.run(one_episode(plain_conversation(folder, "returns_a_table"), ["6"]))
     with pytest.raises(RapoError, match=r"returned \[1\]; return a text, None, or a Score"):
         asyncio.run(one_episode(plain_conversation(folder, "returns_a_list"), ["6"]))
     with pytest.raises(Exception, match="LookupError: no such problem"):

@@ -219,6 +219,54 @@ def test_arguments_are_held_to_the_hints(code: Path) -> None:
     assert "add_two" in no_tool.text and "add_one" in no_tool.text
 
 
+TYPED = '''
+from typing import Annotated, Any, Literal, Optional, Union
+
+def typed(
+    text: Union[int, str],
+    copy: Optional[int] = None,
+    schema: Literal["a", "b"] = "a",
+    model_config: dict[str, list[int]] | None = None,
+    pair: tuple[int, str] = (1, "x"),
+    _x: Annotated[bool, "whether"] = False,
+    *,
+    anything: Any = None,
+) -> str:
+    """It.
+
+    Args:
+        text: one
+        copy: two
+        schema: three
+        model_config: four
+        pair: five
+        _x: six
+        anything: seven
+    """
+    return repr((text, copy, schema, model_config, pair, _x, anything))
+'''
+
+
+def test_all_that_a_schema_can_say_is_taken_by_whatever_name(tmp_path: Path) -> None:
+    (tmp_path / "typed_tools.py").write_text(TYPED)
+    tools = load_tools(["typed_tools:typed"], [tmp_path])
+    box = Toolbox(tools, Limits(call_s=30.0), code=[tmp_path], workers=1)
+    given = {"text": "1", "copy": 2, "schema": "b", "model_config": {"a": [3]}, "pair": [4, "y"], "_x": True}
+    found = answers(
+        box,
+        ("typed", {"text": 5}),
+        ("typed", {**given, "anything": {"b": None}}),
+        ("typed", {"text": 1, "schema": "c"}),
+        ("typed", {"text": 1, "model_config": {"a": ["x"]}}),
+    )
+    assert [answer.text for answer in found] == [
+        "(5, None, 'a', None, (1, 'x'), False, None)",
+        "('1', 2, 'b', {'a': [3]}, (4, 'y'), True, {'b': None})",
+        "error: schema: input should be 'a' or 'b'",
+        "error: model_config.a.0: input should be a valid integer, unable to parse string as an integer",
+    ]
+
+
 def test_whatever_a_function_does_has_one_outcome(code: Path) -> None:
     expected = {
         "waits": (CallOutcome.RESULT, "waited"),
@@ -420,6 +468,22 @@ def test_what_the_policy_writes_cannot_leave_its_process(code: Path, monkeypatch
     assert not outside.exists()
 
 
+def test_packages_that_are_linked_from_elsewhere_can_be_imported(
+    code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some installers leave them; what lies beside their places stays closed."""
+    site, store = tmp_path / "site-packages", tmp_path / "store"
+    (store / "linked_package").mkdir(parents=True)
+    (store / "linked_package/__init__.py").write_text("value = 7")
+    (store / "beside.py").write_text("value = 8")
+    site.mkdir()
+    (site / "linked_package").symlink_to(store / "linked_package")
+    monkeypatch.syspath_prepend(site)
+    source = f"import linked_package\nlinked_package.value\nopen({str(store / 'beside.py')!r})"
+    [found] = answers(toolbox(code, "python"), ("python", {"code": source}))
+    assert "PermissionError" in found.text and "linked_package" not in found.text.rpartition("open(")[2]
+
+
 def test_a_python_tool_that_is_lost_says_so_and_begins_anew(code: Path) -> None:
     sources = {
         "x = 1\nimport os; os._exit(2)": (CallOutcome.DIED, "status 2; its variables are lost"),
@@ -499,6 +563,16 @@ def test_the_calculator_refuses_what_is_no_arithmetic(expression: str) -> None:
 
 
 BAD = '''
+import enum
+from dataclasses import dataclass
+
+@dataclass
+class Point:
+    x: int
+
+class Color(enum.Enum):
+    RED = "red"
+
 def without_docstring(x: int) -> int:
     return x
 def without_hint(x) -> int:
@@ -509,7 +583,39 @@ def without_hint(x) -> int:
     """
 def of_any_number(*x: int) -> int:
     """It."""
+def of_a_class(x: Point) -> int:
+    """It.
+
+    Args:
+        x: a point
+    """
+def of_colors(x: dict[str, list[Color]]) -> int:
+    """It.
+
+    Args:
+        x: colors
+    """
+def of_a_bare_list(x: list) -> int:
+    """It.
+
+    Args:
+        x: anything
+    """
+def of_nothing(x: "Missing") -> int:
+    """It.
+
+    Args:
+        x: what is not there
+    """
+def yields(x: int) -> int:
+    """It.
+
+    Args:
+        x: a number
+    """
+    yield x
 number = 5
+without_name = lambda: 5
 '''
 
 
@@ -519,6 +625,15 @@ number = 5
         ("without_docstring", "docstring"),
         ("without_hint", "type hint"),
         ("of_any_number", r"\*x"),
+        (
+            "of_a_class",
+            r"bad_tools_of_a_class.py:\d+\) has the parameter x of type Point, of which the policy",
+        ),
+        ("of_colors", "has the parameter x of type Color, .*use str, int"),
+        ("of_a_bare_list", r"has the parameter x of type list, .*list\[…\]"),
+        ("of_nothing", r"bad_tools_of_nothing.py:\d+\) cannot be described: NameError: name 'Missing'"),
+        ("yields", "is a generator"),
+        ("without_name", "has no name that a call could use"),
         ("number", "no function"),
         ("missing", "has no missing"),
     ],
