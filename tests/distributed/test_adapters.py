@@ -58,6 +58,9 @@ CASES = [
     ("qwen3-tied", "attention", "none", "pp2"),
     ("llama", "mlp", "none", "tp2-sp"),
     ("qwen3_moe", "mixture", "none", "tp2-sp-ep2"),
+    ("gemma3_text", "all", "full", "tp2-sp-pp2"),
+    ("olmo2", "all", "none", "tp2-pp2"),
+    ("glm4", "attention", "none", "tp2-sp"),
 ]
 IDS = ["/".join(case) for case in CASES]
 LENGTHS, TOKENS = (9, 23, 2, 14, 6, 11), 61
