@@ -8,9 +8,12 @@ import importlib
 import inspect
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.machinery import PathFinder
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,10 @@ ADDRESS = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 """How the configuration names an object of a module: `my_rewards:score`, `my_package.rewards:score`."""
 
 _LIBRARY = Path(importlib.__file__).parents[1]
+_LIBRARY_PLACES = {
+    *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib")),
+    str(Path(sysconfig.get_path("platstdlib"), "lib-dynload")),
+}
 _CALLERS = (Path(__file__).parent, _LIBRARY / "importlib", _LIBRARY / "asyncio")  # of the user's code
 _LONGEST_TRACEBACK = 4000  # characters
 _SHOWN = 8  # modules of a folder
@@ -50,7 +57,8 @@ def malformed(address: str) -> str | None:
 def load(address: str, folders: Sequence[Path], option: str) -> Any:
     """The object that an address names, in a module of one of the folders or of an installed package.
 
-    The folders come first on `sys.path` from then on, so that what is in them imports its neighbours.
+    From then on the folders come on `sys.path` before all that is installed, so that what is in them imports
+    its neighbours, but behind Python's own library, for whose modules a file in them must not stand in.
 
     Args:
         address: `module:name`.
@@ -64,11 +72,9 @@ def load(address: str, folders: Sequence[Path], option: str) -> Any:
     if wrong := malformed(address):
         raise RapoError(f"{named} {wrong}")
     module_name, _, name = address.partition(":")
-    for folder in reversed(folders):
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()
+    _put_on_path([str(folder) for folder in folders])
     _refuse_a_taken_name(module_name.partition(".")[0], folders, named)
+    _refuse_two_of_a_name(module_name, folders, named)
     try:
         module = importlib.import_module(module_name)
     except BaseException as error:
@@ -225,10 +231,32 @@ def _chain(told: traceback.TracebackException | None) -> Iterator[traceback.Trac
         yield from _chain(told.__context__)
 
 
+def _put_on_path(folders: Sequence[str]) -> None:
+    library = [entry for entry in sys.path if entry in _LIBRARY_PLACES]
+    if new := [folder for folder in folders if folder not in sys.path]:
+        sys.path[:] = [*library, *new, *(entry for entry in sys.path if entry not in library)]
+    importlib.invalidate_caches()
+
+
+def _refuse_two_of_a_name(module: str, folders: Sequence[Path], named: str) -> None:
+    """Of a file and a package by the same name Python takes the package, whichever was meant."""
+    parts = module.split(".")
+    for folder, depth in product(folders, range(1, len(parts) + 1)):
+        package = folder.joinpath(*parts[:depth])
+        file = package.with_name(f"{package.name}.py")
+        if file.is_file() and (package / "__init__.py").is_file():
+            raise RapoError(
+                f"{named}: {_short(file)} and the package {_short(package)} have one name, of which Python "
+                "takes the package; rename one of them"
+            )
+
+
 def _refuse_a_taken_name(top: str, folders: Sequence[Path], named: str) -> None:
     """Python has one module of a name: that of the folders must not be another than the one in use."""
     theirs = PathFinder.find_spec(top, [str(folder) for folder in folders])
     taken = getattr(sys.modules.get(top), "__spec__", None)
+    if top not in sys.modules:
+        taken = find_spec(top)  # Python's own comes first
     if theirs is None or taken is None or theirs.origin is None or theirs.origin == taken.origin:
         return
     raise RapoError(

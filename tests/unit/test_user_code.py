@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -76,8 +77,11 @@ def test_an_installed_package_is_found_without_a_folder() -> None:
 
 
 def test_the_folder_comes_before_what_is_installed(write: Callable[..., Path]) -> None:
-    folder = write(antigravity="def score(): return 'mine'")
-    assert load("antigravity:score", [folder], "reward.function")() == "mine"
+    folder = write(
+        site__mine_twice="def score(): return 'installed'", mine_twice="def score(): return 'mine'"
+    )
+    sys.path.insert(0, str(folder / "site"))
+    assert load("mine_twice:score", [folder], "reward.function")() == "mine"
 
 
 def test_an_installed_distribution_is_found(tmp_path: Path) -> None:
@@ -167,6 +171,26 @@ def test_a_file_by_the_name_of_another_module_is_refused(write: Callable[..., Pa
     text = refusal(f"{taken}:score", folder)
     assert f"{folder}/{taken}.py cannot be imported, since {taken} is already the name of" in text
     assert text.endswith("; rename yours")
+
+
+def test_a_file_does_not_stand_in_for_a_module_that_libraries_import_later(
+    write: Callable[..., Path],
+) -> None:
+    folder = write(mine_beside="def f(): ...", antigravity="ours = 1", colorsys="ours = 1")
+    load("mine_beside:f", [folder], "reward.function")
+    assert not hasattr(importlib.import_module("colorsys"), "ours")
+    text = refusal("antigravity:ours", folder)
+    assert f"{folder}/antigravity.py cannot be imported, since antigravity is already the name of" in text
+
+
+def test_a_file_and_a_package_of_one_name_are_refused(write: Callable[..., Path]) -> None:
+    folder = write(mine_double="def score(): return 'file'")
+    (folder / "mine_double").mkdir()
+    assert load("mine_double:score", [folder], "x")() == "file", "a folder without __init__.py is no package"
+    del sys.modules["mine_double"]
+    (folder / "mine_double/__init__.py").write_text("def score(): return 'package'")
+    assert "mine_double.py and the package " in (text := refusal("mine_double:score", folder))
+    assert text.endswith("have one name, of which Python takes the package; rename one of them")
 
 
 def test_what_cannot_be_called_as_it_will_be_is_refused_with_its_place(write: Callable[..., Path]) -> None:
