@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rapo.checkpoint.state import TrainState
 from megatron_rapo.checkpoint.store import CheckpointStore
-from megatron_rapo.config import Adapter, Model, Optimizer, Parallel, RunConfig, validate
+from megatron_rapo.config import Adapter, Model, Optimizer, Parallel, RunConfig, load_config, validate
 from megatron_rapo.config.resuming import Change, change_of, changes, options_of
 from megatron_rapo.convert.to_hf import convert_to_hf
 from megatron_rapo.convert.to_peft import convert_to_peft
@@ -40,6 +40,7 @@ from tests.unit.one_rank import one_placement
 from tests.unit.test_memory import QWEN2_7B, estimate
 from tests.unit.test_planning import LOAD, RATE, forward_by_hand, profile
 
+ROOT = Path(__file__).parents[2]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -132,6 +133,13 @@ def test_targets_that_a_family_lacks_are_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "family_of", lambda architecture: without)
     with pytest.raises(RapoError, match=r'targets = "all" has gate_proj, up_proj, down_proj, which a qwen2'):
         list(adapter_rules(QWEN2_7B, Adapter()))
+
+
+def test_the_example_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    example = load_config([ROOT / "examples/adapters/lora.toml"])
+    assert example.adapter == Adapter(rank=8, alpha=16.0)
+    assert "trained are adapters of rank 8" in describe_plan(example)
 
 
 def test_the_plan_tells_what_is_trained(model: Path, tmp_path: Path) -> None:
