@@ -204,8 +204,8 @@ def _check_microbatch(config: RunConfig) -> None:
 
 
 def _check_engines(config: RunConfig, architecture: Architecture) -> None:
-    """That engines take the model's weights and compute what it does, and that the ranks of a server can share
-    its heads, as vLLM and SGLang want it.
+    """That engines take the model's weights and compute what it does, and that a server's ranks can share its
+    heads, as vLLM and SGLang want it.
     """
     engine = config.rollout.engine
     if architecture.experts is not None and config.opens_engines and not config.engine_kind.takes_experts:
