@@ -215,14 +215,27 @@ def _check_microbatch(config: RunConfig) -> None:
 
 
 def _check_engines(config: RunConfig, architecture: Architecture) -> None:
-    """That engines take the model's weights, and that the ranks of a server can share its heads, as vLLM and
-    SGLang want it.
+    """That engines take the model's weights and compute what it does, and that a server's ranks can share its
+    heads, as vLLM and SGLang want it.
     """
     engine = config.rollout.engine
     if architecture.experts is not None and config.opens_engines and not config.engine_kind.takes_experts:
         raise RapoError(
             f'rollout.engine.kind = "{engine.kind}" is not known to take new weights of experts, which a '
             f'{architecture.family} has; choose "sglang" or "embedded"'
+        )
+    window, windows = architecture.window, config.engine_kind.windows
+    if (
+        window is not None
+        and config.opens_engines
+        and windows is not None
+        and architecture.family not in windows
+        and config.longest_sequence > window.size
+    ):
+        raise RapoError(
+            f'rollout.engine.kind = "{engine.kind}" computes no windows of a {architecture.family}, whose '
+            f"sliding_window = {window.size} is shorter than rollout.max_prompt_tokens + "
+            f"rollout.max_response_tokens = {config.longest_sequence}; lower these, or choose another kind"
         )
     if not engine.urls and architecture.heads % engine.ranks:
         raise RapoError(

@@ -40,12 +40,14 @@ class EngineKind(ABC):
             ENGINE_PYTHON, GPUS_PER_ENGINE (0 where GPUS_PER_NODE is) and RAPO_ENGINE_API_KEY, without
             `--host` and `--port`. None: it starts none.
         takes_experts: whether it takes new weights of a mixture of experts.
+        windows: families whose windows of attention it computes; None: all.
         options: this run's.
     """
 
     Options: ClassVar[type[EngineOptions]] = EngineOptions
     bash: ClassVar[str | None] = None
     takes_experts: ClassVar[bool] = True
+    windows: ClassVar[frozenset[str] | None] = None
 
     def __init__(self, options: EngineOptions) -> None:
         self.options = options

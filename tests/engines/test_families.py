@@ -14,7 +14,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 # Heads that all engines have kernels for; windows that most tokens are beyond.
 SHAPE = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 4096, "initializer_range": 0.2}
 FAMILIES = {
-    "gemma3_text": {},
+    "gemma3_text": {"tied": True},  # as all that are published; SGLang reads no head of its own
     "olmo2": {},
     "olmo3": {"rope_parameters": YARN},
     "glm": {},
@@ -22,6 +22,11 @@ FAMILIES = {
     "mistral": {"sliding_window": 7},
     "smollm3": {},
     "qwen3": {"rope_parameters": YARN},
+}
+NOT_SERVED = {
+    (SGLANG_CPU, "mistral"): "it computes no windows of Mistral's (refused before a run starts)",
+    (SGLANG_CPU, "olmo3"): "0.5.23 cannot read an OLMo 3's configuration with YaRN",
+    (SGLANG_CPU, "glm"): "it has no such model",
 }
 PROMPTS = [[10, 20, 30], [5], [*range(7, 31)]]
 
@@ -38,7 +43,7 @@ def gaps(engine, checkpoint):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", [EMBEDDED, SGLANG_CPU, VLLM_CPU])
 def test_an_engine_serves_a_family_and_takes_its_weights(tmp_path, kind, family):
-    if reason := why_not(kind):
+    if reason := why_not(kind) or NOT_SERVED.get((kind, family)):
         pytest.skip(reason)
     options = {**SHAPE, **FAMILIES[family], "family": family, "dtype": torch.bfloat16}
     first, second = (

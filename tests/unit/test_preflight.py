@@ -170,6 +170,24 @@ def test_experts_are_refused_where_engines_do_not_take_them_and_planned_elsewher
         preflight.planned_architecture(config(tmp_path, mixture, rollout=vllm))
 
 
+def test_windows_are_refused_where_an_engine_attends_to_everything(tmp_path: Path) -> None:
+    """Unless no sequence is longer; SGLang computes those of Gemma 3 and OLMo 3."""
+    sglang = {"engine": {"kind": "sglang", "urls": ["http://engine:1"]}}
+    run = config(tmp_path, tmp_path / "mistral", rollout=sglang)
+    longest = run.longest_sequence
+    make_hf_model(tmp_path / "mistral", family="mistral", sliding_window=longest - 1)
+    refused = (
+        f'kind = "sglang" computes no windows of a mistral, whose sliding_window = {longest - 1} is shorter'
+    )
+    with pytest.raises(RapoError, match=refused):
+        preflight.planned_architecture(run)
+    preflight.planned_architecture(config(tmp_path, tmp_path / "mistral"))
+    make_hf_model(tmp_path / "whole", family="mistral", sliding_window=longest)
+    preflight.planned_architecture(config(tmp_path, tmp_path / "whole", rollout=sglang))
+    make_hf_model(tmp_path / "olmo3", family="olmo3", sliding_window=longest - 1)
+    preflight.planned_architecture(config(tmp_path, tmp_path / "olmo3", rollout=sglang))
+
+
 def test_spread_experts_of_a_dense_model_are_refused(tmp_path: Path, model: Path) -> None:
     layout = {"data_parallel": 2, "expert_parallel": 2}
     with pytest.raises(RapoError, match="expert_parallel has no effect: a qwen2 has no experts"):

@@ -34,6 +34,8 @@ class SGLang(Routed):
 
     Options = SGLangOptions
     options: SGLangOptions
+    # 0.5.23 attends to everything in Mistral's and Qwen's layers.
+    windows = frozenset({"gemma3_text", "olmo3"})
     bash = """\
 command=(
     "$ENGINE_PYTHON" -m sglang.launch_server --model-path "$MODEL" --tp-size "$GPUS_PER_ENGINE"
