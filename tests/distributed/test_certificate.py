@@ -25,7 +25,6 @@ from megatron_rapo.model.adapters import LowRank
 from megatron_rapo.model.architecture import Experts
 from megatron_rapo.parallel.placement import process_groups
 from megatron_rapo.policy import gradients, reference
-from megatron_rapo.policy.frozen import FrozenModel
 from megatron_rapo.policy.teacher import Teacher
 from tests.distributed.jobs import run_job
 from tests.shared_past import deep_batch
@@ -89,14 +88,14 @@ def short_normaliser() -> Iterator[None]:
 @contextmanager
 def rows_of_its_own() -> Iterator[None]:
     """The teacher's head is cut by its own number of rows, so that a rank's are not the policy's tokens."""
-    own = FrozenModel.loaded
+    own = Teacher.loaded
 
     def cut(*given: Any) -> Any:
         *others, rows = given
         return own(*others, rows + 4)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Teacher, "loaded", cut)
+        patch.setattr(Teacher, "loaded", staticmethod(cut))
         yield
 
 
