@@ -193,7 +193,7 @@ OBJECTIVES |= {
         (EXPERTS["TP 2, EP 2, experts' TP 2"], EXPERTS["PP 2, VPP 2, EP 2"]),
     ),
 }
-ALL, OF_ATTENTION = Adapter(rank=3, alpha=5.0), Adapter(rank=2, targets=["q_proj", "k_proj", "o_proj"])
+ALL, OF_ATTENTION = Adapter(rank=3, alpha=5.0), Adapter(rank=2, targets=["q_proj", "v_proj"])
 OBJECTIVES |= {
     "adapters": Certified({"method": "rapo"}, "qwen3", (*FEW, *SHARED), adapter=ALL),
     "adapters of attention": Certified({"method": "rapo"}, "smollm3", SPREAD, adapter=OF_ATTENTION),
