@@ -40,6 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "run"
 
 
+@pytest.mark.exhaustive  # tests/distributed/test_checkpoint.py resumes policies with adapters bit for bit
 def test_a_killed_run_goes_on_bit_for_bit(finished: Path, tmp_path: Path) -> None:
     """And under no other adapter; killed in step 3."""
     directory = tmp_path / "run"
