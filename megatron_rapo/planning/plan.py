@@ -214,7 +214,7 @@ class Planner:
         return config.model_copy(update={"parallel": layout.parallel, "algorithm": algorithm, "model": model})
 
     def _engines(self, division: Division) -> list[EngineSplit]:
-        most = 1 if self.config.rollout.engine.kind == "embedded" else self.profile.devices_per_node
+        most = 1 if self._one_request_at_a_time else self.profile.devices_per_node
         return engine_splits(self.architecture, division.engines, self.profile.devices_per_node, most)
 
     def _fastest(
@@ -241,9 +241,14 @@ class Planner:
     def engine_model(self) -> EngineModel:
         """The seconds of the engines' work."""
         rollout = self.config.rollout
-        embedded = rollout.engine.kind == "embedded"
-        batch = rollout.prompts_per_request * rollout.responses_per_prompt if embedded else None
+        together = rollout.prompts_per_request * rollout.responses_per_prompt
+        batch = together if self._one_request_at_a_time else None
         return EngineModel(self.architecture, self.workload, self.profile, self._element, batch)
+
+    @property
+    def _one_request_at_a_time(self) -> bool:
+        """As embedded servers do, and kinds of a user's own that say so."""
+        return bool(getattr(self.config.engine_kind.connect, "one_request_at_a_time", False))
 
     @property
     def _element(self) -> int:
