@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--cases", nargs="+", type=int, help="numbers, from 1; default: all")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=lambda name: Path(name).resolve())
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         found = check(Path(name), read_profile(options.profile), options)
@@ -142,6 +142,7 @@ def main() -> None:
 
 def check(folder: Path, profile: Profile, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Of each case, what was measured and simulated."""
+    os.chdir(folder)  # which configurations name their model from
     make_model(folder / "model", options.hidden, options.layers)
     for tail in (False, True):
         given = {"TOKENS": options.tokens, "TAIL": TAIL if tail else 0.0, "TIMES_LONGER": TIMES_LONGER}
@@ -194,7 +195,6 @@ def run(folder: Path, case: Case, name: str, options: argparse.Namespace) -> Non
 
 def imagine(folder: Path, case: Case, name: str, profile: Profile, correction: Correction) -> None:
     """The same run, simulated with lengths that were known before it ran."""
-    os.chdir(folder)
     config = load_config([folder / name / "config.toml"])
     lengths = read_lengths(folder / f"lengths-{case.tail}")
     load = workload_of(config, PROMPT_TOKENS, lengths.mean)

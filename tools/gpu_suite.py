@@ -7,8 +7,8 @@
 What a part found is written to RESULTS/PART.json at once, with its output in RESULTS/PART.log, so what a
 machine had done when it went away is there; a further call goes on with parts that are missing or failed. All
 of them take at most eight minutes, the first three at most four. Needed are torch, Triton, transformers and
-pytest, and what `pip install --no-deps -e .` leaves to be found: megatron-core, pydantic, fastapi, uvicorn, rich
-and the parsers of the math verifier.
+pytest, and what `pip install --no-deps -e .` leaves to be found: megatron-core, pydantic, fastapi, uvicorn,
+rich and the parsers of the math verifier.
 
 - tests: tests/gpu
 - loss: tools/bench_loss.py: PyTorch, torch.compile, and Liger where it is installed
@@ -87,6 +87,10 @@ class Setting:
         """Whether sizes are those of a rehearsal."""
         return self.device == "cpu"
 
+    def limit_s(self, part: Part) -> float:
+        """Of a part; a rehearsal is of what runs, not of how fast, whatever else its cores do."""
+        return 20 * part.limit_s if self.small else part.limit_s
+
     @property
     def shape(self) -> list[str]:
         """Of the model: Qwen2.5-0.5B's, but for heads of 128."""
@@ -124,6 +128,7 @@ def main() -> int:
     results = options.results.resolve()
     results.mkdir(parents=True, exist_ok=True)
     setting = Setting(device, results)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and so end what runs
     print(f"{device}: {device_name(device)}, torch {torch.__version__}", flush=True)
     failed = 0
     for name in options.parts:
@@ -183,15 +188,16 @@ def run_command(name: str, part: Part, setting: Setting) -> str:
             start_new_session=True,
         )
         try:
-            code = process.wait(part.limit_s)
+            code = process.wait(setting.limit_s(part))
         except subprocess.TimeoutExpired:
+            return f"ended at its limit of {setting.limit_s(part):g} s (see {log.name})"
+        finally:
             end(process)
-            return f"ended at its limit of {part.limit_s:g} s (see {log.name})"
     return "done" if code == 0 else f"exit status {code} (see {log.name})"
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """With all that it started: asked first, for servers to go."""
+    """With all that it started and left: asked first, for servers to go."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
