@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.families.named import family_of
@@ -20,16 +21,19 @@ def model_rules(architecture: Architecture) -> Iterator[tuple[int | None, Rule]]
     yield from last
 
 
+@cache
 def count_parameters(architecture: Architecture) -> int:
     """Numbers in the HF model."""
     return _count(rule for _, rule in model_rules(architecture))
 
 
+@cache
 def count_layer_parameters(architecture: Architecture) -> int:
     """Numbers in one layer."""
     return _count(family_of(architecture).layer(architecture))
 
 
+@cache
 def count_expert_parameters(architecture: Architecture) -> int:
     """Numbers in the experts of one layer, bar a shared one; 0 of a dense model."""
     rules = family_of(architecture).layer(architecture)

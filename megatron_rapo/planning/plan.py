@@ -69,11 +69,10 @@ class Planner:
     profile: Profile
 
     def __post_init__(self) -> None:
-        if self.architecture.experts is not None:
+        if self.architecture.experts is not None and not self.config.engine_kind.takes_experts:
             raise RapoError(
-                "megatron-rapo plan tries no parallel.expert_parallel, and the model of "
-                f"{self.config.model.path} is a mixture of experts; choose its layout by --dry-run, which "
-                "tells a rank's memory (docs/models.md)"
+                f'rollout.engine.kind = "{self.config.rollout.engine.kind}" takes no new weights of '
+                f"experts, which the model of {self.config.model.path} has; choose another kind"
             )
         if self.config.model.dtype != self.profile.dtype:
             raise RapoError(
