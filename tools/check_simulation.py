@@ -7,7 +7,9 @@ Real runs of `megatron-rapo train` on this machine, one after the other: a train
 servers. Responses have given lengths, as in `bench_ahead.py`. The first run, synchronous and with responses
 of one length, says how wrong the profile is (`plan --corrected-by`); it then is no test. The others sample
 other lengths, with other engines, ahead, or in part, and are simulated with that correction, and with lengths
-that are known before. Told are medians over steps after the first five, and errors of the simulation.
+that are known before. A second simulation ("its phases") has the trainer's phases as long as they were in the
+run itself: where a machine is shared, it tells the order of things apart from how long they take. Told are
+medians over steps after the first five, with errors, and points of idle share.
 
 With --sleeping, an engine waits as long as it says a token takes, and makes its tokens up: all else is real,
 such as requests, batches, weights and their proof. That takes one core; trainer and engines together take
@@ -23,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ from megatron_rapo.simulation.conditions import Conditions
 from megatron_rapo.simulation.correction import corrected_by
 from megatron_rapo.simulation.lengths import read_lengths
 from megatron_rapo.simulation.run import simulate
-from megatron_rapo.simulation.seconds import Correction, Seconds
+from megatron_rapo.simulation.seconds import Corrected, Correction, Seconds
 from megatron_rapo.timeline.trace import idle_by_cause, load
 
 BAR = 0.15
@@ -164,13 +166,32 @@ def check(folder: Path, profile: Profile, options: argparse.Namespace) -> dict[s
         if number == 0:
             correction = corrected_by(folder / "run-0", profile)
             print(correction, file=sys.stderr, flush=True)
-        imagine(folder, case, f"run-{number}", profile, correction)
-        real, simulated = (measured(folder / name) for name in (f"run-{number}", f"simulated-{number}"))
-        found[case.name] = {"real": real, "simulated": simulated}
+        found[case.name] = compare(folder, case, number, profile, correction)
         print(f"{case.name}: {found[case.name]}", file=sys.stderr, flush=True)
         if options.json:
             options.json.write_text(json.dumps({"cases": found, "load": os.getloadavg()}, indent=1))
     return found
+
+
+def compare(
+    folder: Path, case: Case, number: int, profile: Profile, correction: Correction
+) -> dict[str, Any]:
+    """A real run beside both simulations of it."""
+    real, others = folder / f"run-{number}", (f"simulated-{number}", f"ordered-{number}")
+    for name, one in zip(others, (correction, with_phases_of(real, correction)), strict=True):
+        imagine(folder, case, real.name, name, profile, one)
+    found = [measured(folder / name) for name in (real.name, *others)]
+    return dict(zip(("real", "simulated", "ordered"), found, strict=True))
+
+
+def with_phases_of(directory: Path, correction: Correction) -> Correction:
+    """The correction with the trainer's own phases as long as they were in this run, in the median."""
+    lines = [line for line in read_step_lines(directory / "metrics.jsonl") if line["step"] > WARM_UP]
+    own = {
+        name: Corrected(0.0, statistics.median(line[f"time/{name}_s"] for line in lines))
+        for name in ("annotate", "update", "publish")
+    }
+    return replace(correction, **own)
 
 
 def run(folder: Path, case: Case, name: str, options: argparse.Namespace) -> None:
@@ -193,15 +214,16 @@ def run(folder: Path, case: Case, name: str, options: argparse.Namespace) -> Non
         raise SystemExit(f"{case.name} failed:\n{ended.stdout}\n{ended.stderr}")
 
 
-def imagine(folder: Path, case: Case, name: str, profile: Profile, correction: Correction) -> None:
+def imagine(
+    folder: Path, case: Case, name: str, target: str, profile: Profile, correction: Correction
+) -> None:
     """The same run, simulated with lengths that were known before it ran."""
     config = load_config([folder / name / "config.toml"])
     lengths = read_lengths(folder / f"lengths-{case.tail}")
     load = workload_of(config, PROMPT_TOKENS, lengths.mean)
     planner = Planner(config, read_architecture(folder / "model"), load, profile)
     way = as_configured(planner, config.parallel.world_size + config.rollout.engine.count)
-    target = folder / name.replace("run", "simulated")
-    simulate(config, Seconds(planner, way, correction), lengths, Conditions(), target)
+    simulate(config, Seconds(planner, way, correction), lengths, Conditions(), folder / target)
 
 
 def measured(directory: Path) -> dict[str, float]:
@@ -218,21 +240,23 @@ def measured(directory: Path) -> dict[str, float]:
 
 
 def table(found: dict[str, dict[str, Any]]) -> list[str]:
-    """For people."""
-    lines = ["| run | step, real | simulated | error | idle, real | simulated | difference |"]
+    """For people: of each run, then how many are within the bars."""
+    lines = ["| run | step, real | simulated | its phases | idle, real | simulated | its phases |"]
     lines.append("|---|---|---|---|---|---|---|")
-    within = 0
+    within = {"simulated": 0, "ordered": 0}
     for number, (name, one) in enumerate(found.items()):
-        real, simulated = one["real"], one["simulated"]
-        error = simulated["step_s"] / real["step_s"] - 1
-        apart = simulated["idle"] - real["idle"]
-        within += number > 0 and abs(error) <= BAR and abs(apart) <= BAR
+        real = one["real"]
+        cells = {"step_s": [f"{real['step_s']:.2f} s"], "idle": [f"{real['idle']:.0%}"]}
+        for kind in within:
+            error = one[kind]["step_s"] / real["step_s"] - 1
+            apart = one[kind]["idle"] - real["idle"]
+            within[kind] += number > 0 and abs(error) <= BAR and abs(apart) <= BAR
+            cells["step_s"].append(f"{one[kind]['step_s']:.2f} s ({error:+.0%})")
+            cells["idle"].append(f"{one[kind]['idle']:.0%} ({100 * apart:+.0f})")
         told = name if number else f"{name} (says how wrong the profile is)"
-        lines.append(
-            f"| {told} | {real['step_s']:.2f} s | {simulated['step_s']:.2f} s | {error:+.0%} | "
-            f"{real['idle']:.0%} | {simulated['idle']:.0%} | {100 * apart:+.0f} points |"
-        )
-    return [*lines, "", f"within {BAR:.0%} and {100 * BAR:.0f} points: {within} of {len(found) - 1}"]
+        lines.append(f"| {told} | {' | '.join([*cells['step_s'], *cells['idle']])} |")
+    counts = ", ".join(f"{count} of {len(found) - 1} {kind}" for kind, count in within.items())
+    return [*lines, "", f"within {BAR:.0%} and {100 * BAR:.0f} points: {counts}"]
 
 
 def _module(*, tail: bool) -> str:

@@ -51,8 +51,6 @@ dtype = "{dtype}"
 {more}
 [data]
 source = "arithmetic"
-template = "plain"
-template_text = "{{prompt}}"
 [rollout]
 prompts_per_step = {prompts}
 responses_per_prompt = 8

@@ -123,10 +123,17 @@ def test_the_whole_suite_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_check_of_simulations_counts_what_is_within_the_bars() -> None:
-    one = {"real": {"step_s": 1.0, "idle": 0.5}, "simulated": {"step_s": 1.0, "idle": 0.5}}
-    near = {"real": {"step_s": 2.0, "idle": 0.3}, "simulated": {"step_s": 1.8, "idle": 0.4}}
-    slow = {"real": {"step_s": 2.0, "idle": 0.3}, "simulated": {"step_s": 2.5, "idle": 0.3}}
-    idle = {"real": {"step_s": 2.0, "idle": 0.3}, "simulated": {"step_s": 2.0, "idle": 0.5}}
-    lines = check_simulation.table({"fit": one, "near": near, "slow": slow, "idle": idle})
-    assert "| near | 2.00 s | 1.80 s | -10% | 30% | 40% | +10 points |" in lines
-    assert lines[-1] == "within 15% and 15 points: 1 of 3"
+    real = {"step_s": 2.0, "idle": 0.3}
+    near, slow, idle = (
+        {"step_s": 1.8, "idle": 0.4},
+        {"step_s": 2.5, "idle": 0.3},
+        {"step_s": 2.0, "idle": 0.5},
+    )
+    found = {
+        name: {"real": real, "simulated": simulated, "ordered": near}
+        for name, simulated in {"fit": real, "near": near, "slow": slow, "idle": idle}.items()
+    }
+    lines = check_simulation.table(found)
+    slow_line = "| slow | 2.00 s | 2.50 s (+25%) | 1.80 s (-10%) | 30% | 30% (+0) | 40% (+10) |"
+    assert slow_line in lines
+    assert lines[-1] == "within 15% and 15 points: 1 of 3 simulated, 3 of 3 ordered"
