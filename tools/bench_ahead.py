@@ -128,11 +128,15 @@ def make_model(directory: Path, hidden: int, layers: int) -> None:
         eos_token_id=1,
     )
     Qwen2ForCausalLM(config).save_pretrained(directory)
+    digits_tokenizer(VOCABULARY).save_pretrained(directory)
+
+
+def digits_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Of digits, and names that no text has for all other tokens."""
     names = ["<unknown>", "<end>", *"0123456789"]
-    names += [f"<{number}>" for number in range(len(names), VOCABULARY)]
+    names += [f"<{number}>" for number in range(len(names), vocabulary)]
     characters = Tokenizer(BPE({name: number for number, name in enumerate(names)}, [], unk_token=names[0]))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, eos_token=names[1], unk_token=names[0])
-    tokenizer.save_pretrained(directory)
+    return PreTrainedTokenizerFast(tokenizer_object=characters, eos_token=names[1], unk_token=names[0])
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:

@@ -48,6 +48,7 @@ class Shape:
 
 
 CPU = (Shape(2048, 8192, 512, 256), Shape(1024, 32768, 512, 256), Shape(512, 151_936, 512, 128))
+SMALL = Shape(64, 512, 64, 32)
 CUDA = (Shape(8192, 151_936, 2048, 2048), Shape(8192, 151_936, 3584, 2048))
 
 
@@ -335,11 +336,15 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--small", action="store_true", help="one shape that takes a second, on a CPU")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     records = []
     print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads")
-    for shape in CUDA if options.device == "cuda" else CPU:
+    if options.small and options.device == "cuda":
+        parser.error("--small is of a CPU; remove it, or --device cuda")
+    shapes = CUDA if options.device == "cuda" else (SMALL,) if options.small else CPU
+    for shape in shapes:
         for exact in (False, True):
             print(f"\n{shape}, divergence {'forward_exact' if exact else 'none'}")
             for record in bench(shape, options.device, exact, options.rounds):

@@ -26,8 +26,10 @@ def add_size_options(parser: argparse.ArgumentParser) -> None:
 def make_random_model(directory: Path, options: argparse.Namespace) -> int:
     """Writes a random Qwen2, or Qwen3-MoE where `options` has experts. Returns its parameters' number.
 
-    bfloat16, tied embeddings, a file a parameter. Of experts `options.feed_forward` is the size of each.
+    bfloat16, tied embeddings, a file a parameter; normal numbers of deviation `options.std`, or 1. Of experts
+    `options.feed_forward` is the size of each.
     """
+    std = getattr(options, "std", 1.0)
     directory.mkdir()
     config: dict[str, Any] = {
         "model_type": "qwen2",
@@ -58,7 +60,7 @@ def make_random_model(directory: Path, options: argparse.Namespace) -> int:
     for parameter in stored_parameters(architecture):
         file = "-".join(map(str, (parameter.key, *parameter.place))) + ".safetensors"
         tensors = {
-            name: torch.randn(shape, dtype=torch.bfloat16) for name, shape in parameter.rule.hf.items()
+            name: std * torch.randn(shape, dtype=torch.bfloat16) for name, shape in parameter.rule.hf.items()
         }
         save_tensors(tensors, directory / file)
         weight_map.update(dict.fromkeys(tensors, file))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 from megatron_rapo.config import Adapter
 from megatron_rapo.model.adapter_rules import adapter_rules
@@ -32,6 +33,7 @@ def model_rules(
     yield from last
 
 
+@cache
 def count_parameters(architecture: Architecture) -> int:
     """Numbers in the HF model."""
     return _count(rule for _, rule in model_rules(architecture))
@@ -42,11 +44,13 @@ def count_adapter_parameters(architecture: Architecture, adapter: Adapter) -> in
     return _count(rule for _, rule in model_rules(architecture, adapter))
 
 
+@cache
 def count_layer_parameters(architecture: Architecture) -> int:
     """Numbers in one layer."""
     return _count(family_of(architecture).layer(architecture))
 
 
+@cache
 def count_expert_parameters(architecture: Architecture) -> int:
     """Numbers in the experts of one layer, bar a shared one; 0 of a dense model."""
     rules = family_of(architecture).layer(architecture)

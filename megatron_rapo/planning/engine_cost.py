@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron_rapo.model.architecture import Architecture
-from megatron_rapo.model.parameters import count_parameters
+from megatron_rapo.model.parameters import count_expert_parameters, count_parameters
 from megatron_rapo.planning.profile import Profile, all_reduce_s
 from megatron_rapo.planning.workload import Workload
 from megatron_rapo.scaling.flops import forward_flops
@@ -81,7 +81,7 @@ class EngineModel:
         """Of a token of each of so many responses, which attend to so many tokens in the mean."""
         tensor, rates = split.tensor_parallel, self.profile.engine
         rows = max(1, round(batch))
-        weights = self._weights / tensor
+        weights = self._read(batch) / tensor
         read = (weights + batch * context * self._kept_of_token / tensor) / self.profile.memory_bytes_per_s
         layers = self.architecture.layers
         flops = forward_flops(self.architecture, [rows], [round(context)]) / tensor
@@ -106,6 +106,19 @@ class EngineModel:
     def _weights(self) -> int:
         """Bytes of the model."""
         return count_parameters(self.architecture) * self.element
+
+    def _read(self, batch: float) -> float:
+        """Bytes of the weights that a token of each of so many responses needs.
+
+        Of experts those that any of them chooses, if each chooses evenly and by itself:
+        count · (1 − (1 − chosen / count)^batch) of a layer.
+        """
+        experts = self.architecture.experts
+        if experts is None:
+            return self._weights
+        of_experts = self.architecture.layers * count_expert_parameters(self.architecture) * self.element
+        idle = (1 - experts.chosen / experts.count) ** batch
+        return self._weights - idle * of_experts
 
     @property
     def _kept_of_token(self) -> int:

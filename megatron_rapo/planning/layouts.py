@@ -28,7 +28,9 @@ class TrainerLayout:
     def __str__(self) -> str:
         one = self.parallel
         names = {"TP": one.tensor_parallel, "PP": one.pipeline_parallel, "CP": one.context_parallel}
+        experts = {"EP": one.expert_parallel, "expert TP": one.expert_tensor_parallel}
         shown = " × ".join(f"{name} {size}" for name, size in {**names, "DP": one.data_parallel}.items())
+        shown += "".join(f", {name} {size}" for name, size in experts.items() if size > 1)
         chunks = f", VPP {one.virtual_pipeline_parallel}" if one.virtual_pipeline_parallel else ""
         return f"{shown}{chunks}, {self.budget} tokens a microbatch, recompute {self.recompute}"
 
@@ -94,15 +96,31 @@ def _divided(
                 if data > config.rollout.prompts_per_step:
                     yield f"DP is above rollout.prompts_per_step = {config.rollout.prompts_per_step}"
                     continue
-                yield from _chunked(architecture, tensor, pipeline, context, data)
+                for experts in _expert_layouts(architecture, tensor, context, data):
+                    yield from _chunked(architecture, tensor, pipeline, context, data, experts)
+
+
+def _expert_layouts(
+    architecture: Architecture, tensor: int, context: int, data: int
+) -> Iterator[dict[str, int]]:
+    """Options of how a stage's ranks share experts: EP by powers of two, each expert whole or over TP."""
+    if architecture.experts is None:
+        yield {}
+        return
+    stage = tensor * context * data
+    for of_matrices in sorted({1, tensor}):
+        for size in _powers(architecture.experts.count):
+            if stage % (size * of_matrices) == 0:
+                yield {"expert_parallel": size, "expert_tensor_parallel": of_matrices}
 
 
 def _chunked(
-    architecture: Architecture, tensor: int, pipeline: int, context: int, data: int
+    architecture: Architecture, tensor: int, pipeline: int, context: int, data: int, experts: dict[str, int]
 ) -> Iterator[Parallel | str]:
     for chunks in _CHUNKS if pipeline > 1 else (None,):
         options: dict[str, Any] = {"virtual_pipeline_parallel": chunks} if chunks else {}
         options |= {"sequence_parallel": True} if tensor > 1 else {}
+        options |= experts
         parallel = Parallel(
             tensor_parallel=tensor,
             pipeline_parallel=pipeline,

@@ -53,6 +53,10 @@ def _parallel(way: Planned) -> dict[str, Any]:
         "context_parallel": layout.context_parallel,
         "data_parallel": layout.data_parallel,
         "sequence_parallel": layout.sequence_parallel or "@default",
+        "expert_parallel": layout.expert_parallel if layout.expert_parallel > 1 else "@default",
+        "expert_tensor_parallel": (
+            layout.expert_tensor_parallel if layout.expert_tensor_parallel > 1 else "@default"
+        ),
     }
 
 

@@ -69,11 +69,10 @@ class Planner:
     profile: Profile
 
     def __post_init__(self) -> None:
-        if self.architecture.experts is not None:
+        if self.architecture.experts is not None and not self.config.engine_kind.takes_experts:
             raise RapoError(
-                "megatron-rapo plan tries no parallel.expert_parallel, and the model of "
-                f"{self.config.model.path} is a mixture of experts; choose its layout by --dry-run, which "
-                "tells a rank's memory (docs/models.md)"
+                f'rollout.engine.kind = "{self.config.rollout.engine.kind}" takes no new weights of '
+                f"experts, which the model of {self.config.model.path} has; choose another kind"
             )
         if self.config.model.dtype != self.profile.dtype:
             raise RapoError(
@@ -214,7 +213,7 @@ class Planner:
         return config.model_copy(update={"parallel": layout.parallel, "algorithm": algorithm, "model": model})
 
     def _engines(self, division: Division) -> list[EngineSplit]:
-        most = 1 if self.config.rollout.engine.kind == "embedded" else self.profile.devices_per_node
+        most = 1 if self._one_request_at_a_time else self.profile.devices_per_node
         return engine_splits(self.architecture, division.engines, self.profile.devices_per_node, most)
 
     def _fastest(
@@ -243,9 +242,14 @@ class Planner:
     def engine_model(self) -> EngineModel:
         """The seconds of the engines' work."""
         rollout = self.config.rollout
-        embedded = rollout.engine.kind == "embedded"
-        batch = rollout.prompts_per_request * rollout.responses_per_prompt if embedded else None
+        together = rollout.prompts_per_request * rollout.responses_per_prompt
+        batch = together if self._one_request_at_a_time else None
         return EngineModel(self.architecture, self.workload, self.profile, self._element, batch)
+
+    @property
+    def _one_request_at_a_time(self) -> bool:
+        """As embedded servers do, and kinds of a user's own that say so."""
+        return bool(getattr(self.config.engine_kind.connect, "one_request_at_a_time", False))
 
     @property
     def _element(self) -> int:

@@ -94,6 +94,13 @@ def all_reduce_s(link: Link, ranks: int, nbytes: float) -> float:
     )
 
 
+def all_to_all_s(link: Link, ranks: int, nbytes: float) -> float:
+    """Each of so many ranks has so many bytes, of which an equal part goes to each."""
+    if ranks == 1:
+        return 0.0
+    return link.latency_s + (ranks - 1) / ranks * nbytes / link.bytes_per_s
+
+
 def read_profile(name: str) -> Profile:
     """A profile by its file, or by the name of a shipped one.
 

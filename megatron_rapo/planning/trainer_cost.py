@@ -5,7 +5,8 @@ written and read once (34 · hidden bytes a token in bf16, Korthikanti et al., a
 `layer_s`. A backward takes twice that, once where the weights are frozen under adapters (whose own products
 are left out), and the forward again where it is recomputed. Tensor parallelism adds
 two all-reduces a layer and pass; pipelines the bubble of 1F1B, (PP − 1) / VPP slots (Narayanan et al., arXiv
-2104.04473); data parallelism one reduction of fp32 gradients and one gathering of weights an update.
+2104.04473); data parallelism one reduction of fp32 gradients and one gathering of weights an update. Experts
+have the work that even choices give them; their tokens cross to them and back in each layer and pass.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ from functools import cached_property
 
 from megatron_rapo.config import Adapter, Parallel
 from megatron_rapo.model.architecture import Architecture
-from megatron_rapo.model.parameters import count_adapter_parameters, count_parameters
-from megatron_rapo.planning.profile import Profile, all_reduce_s
+from megatron_rapo.model.parameters import (
+    count_adapter_parameters,
+    count_expert_parameters,
+    count_parameters,
+)
+from megatron_rapo.planning.profile import Profile, all_reduce_s, all_to_all_s
 from megatron_rapo.planning.workload import Workload
 from megatron_rapo.scaling.flops import forward_flops
 
@@ -127,8 +132,9 @@ class TrainerModel:
         shards = layout.tensor_parallel * layout.context_parallel
         count = max(1, round(tokens))
         body = replace(self.architecture, vocabulary=0, layers=layers)
-        matrix = forward_flops(body, [count], [0])
-        attention = forward_flops(body, [count], [round(self.workload.sequence)]) - matrix
+        matrix = forward_flops(body, [count], [0]) - self._expert_flops(layers, count)
+        attention = forward_flops(body, [count], [round(self.workload.sequence)])
+        attention -= forward_flops(body, [count], [0])
         norms = layout.tensor_parallel if layout.sequence_parallel else 1
         written = self.architecture.hidden * (10 / norms + 24 / layout.tensor_parallel) * self.element / 2
         moved = 2 * layers * written * tokens / layout.context_parallel
@@ -137,7 +143,47 @@ class TrainerModel:
             + self.profile.attention_s(attention / shards, layers)
             + moved / self.profile.memory_bytes_per_s
             + layers * self.profile.layer_s
+            + self._experts_s(layout, layers, count)
         )
+
+    def _expert_flops(self, layers: int, tokens: int) -> int:
+        """Of the matrix products of all experts that tokens choose; 0 of a dense model."""
+        one = self.architecture
+        if one.experts is None:
+            return 0
+        return 2 * tokens * layers * 3 * one.hidden * one.experts.chosen * one.feed_forward
+
+    def _experts_s(self, layout: Parallel, layers: int, tokens: int) -> float:
+        """A forward of a rank's experts: products of each, or reading its weights, and what tokens write.
+
+        A rank has as much of the work as any, if tokens choose experts evenly.
+        """
+        one = self.architecture
+        if one.experts is None:
+            return 0.0
+        shards = layout.tensor_parallel * layout.context_parallel
+        computed = self.profile.matrix_s(
+            self._expert_flops(layers, tokens) / shards,
+            2 * layers * one.experts.count / layout.expert_parallel,
+        )
+        held = layers * count_expert_parameters(one) / layout.expert_parallel / layout.expert_tensor_parallel
+        read = held * self.element / self.profile.memory_bytes_per_s
+        inner = one.hidden * layout.expert_tensor_parallel + 3 * one.feed_forward
+        written = layers * tokens / shards * one.experts.chosen * inner * self.element
+        return max(computed, read) + 2 * written / self.profile.memory_bytes_per_s
+
+    def _dispatch_s(self, layout: Parallel, tokens: float) -> float:
+        """Of a layer and pass: tokens go to the ranks of their experts, and come back."""
+        one = self.architecture
+        if one.experts is None:
+            return 0.0
+        parts, sharing = layout.expert_parallel, layout.expert_tensor_parallel
+        own = tokens / layout.context_parallel / layout.tensor_parallel
+        nbytes = own * one.experts.chosen * one.hidden * self.element
+        to_experts = all_to_all_s(self.profile.link(parts * sharing), parts, nbytes)
+        # Gathered before an expert whose matrices are shared, and summed and scattered after it.
+        gathered = all_reduce_s(self.profile.link(sharing), sharing, nbytes * sharing)
+        return 2 * to_experts + gathered
 
     def _wire_s(self, layout: Parallel, tokens: float) -> float:
         """Of one pass through a rank's layers: TP's all-reduces, CP's keys and values."""
@@ -153,7 +199,10 @@ class TrainerModel:
         context = all_reduce_s(
             self.profile.link(span), layout.context_parallel, tokens * keys / layout.tensor_parallel
         )
-        return layers * (2 * tensor + context / 2)
+        experts = self.architecture.experts
+        # A layer's second half has none where tokens go to experts, unless all pass a shared one as well.
+        times = 1 if experts is not None and experts.shared is None else 2
+        return layers * (times * tensor + context / 2 + self._dispatch_s(layout, tokens))
 
     def _handed_s(self, layout: Parallel, tokens: float) -> float:
         """A microbatch's hidden states from one stage to the next."""
@@ -178,8 +227,20 @@ class TrainerModel:
         """Products of a backward for one of the forward: of inputs, and of weights that are trained."""
         return 2 if self.adapter is None else 1
 
-    def _own_parameters(self, layout: Parallel) -> float:
-        return self._trained / layout.tensor_parallel / layout.pipeline_parallel
+    def _own_parameters(self, layout: Parallel) -> tuple[float, float]:
+        """Trained ones of a rank: those of its experts, and all others."""
+        stages = layout.pipeline_parallel
+        others = (self._trained - self._trained_of_experts) / layout.tensor_parallel / stages
+        return (
+            self._trained_of_experts / layout.expert_parallel / layout.expert_tensor_parallel / stages,
+            others,
+        )
+
+    @property
+    def _trained_of_experts(self) -> int:
+        if self.adapter is not None:
+            return 0  # experts are not adapted
+        return self.architecture.layers * count_expert_parameters(self.architecture)
 
     @cached_property
     def _trained(self) -> int:
@@ -187,14 +248,24 @@ class TrainerModel:
             return count_parameters(self.architecture)
         return count_adapter_parameters(self.architecture, self.adapter)
 
+    def _copies(self, layout: Parallel) -> tuple[int, int]:
+        """Ranks that have the same experts, and the same of all others."""
+        return layout.expert_copies, layout.data_parallel * layout.context_parallel
+
     def _reduce_s(self, layout: Parallel, *, distributed: bool) -> float:
-        """Of fp32 gradients over DP × CP; with a distributed optimizer scattered, and weights gathered."""
-        ranks = layout.data_parallel * layout.context_parallel
-        link = self.profile.link(layout.tensor_parallel * ranks)
-        parameters = self._own_parameters(layout)
-        whole = all_reduce_s(link, ranks, 4 * parameters)
-        return whole / 2 + all_reduce_s(link, ranks, self.element * parameters) / 2 if distributed else whole
+        """Of fp32 gradients over ranks with the same weights; with a distributed optimizer scattered, and
+        weights gathered."""
+        link = self.profile.link(layout.stage)
+        seconds = 0.0
+        for parameters, ranks in zip(self._own_parameters(layout), self._copies(layout), strict=True):
+            if not parameters:
+                continue
+            whole = all_reduce_s(link, ranks, 4 * parameters)
+            gathered = all_reduce_s(link, ranks, self.element * parameters)
+            seconds += whole / 2 + gathered / 2 if distributed else whole
+        return seconds
 
     def _optimizer_s(self, layout: Parallel, *, distributed: bool) -> float:
-        shards = layout.data_parallel * layout.context_parallel if distributed else 1
-        return self._own_parameters(layout) / shards * _BYTES_OF_ADAM / self.profile.memory_bytes_per_s
+        pairs = zip(self._own_parameters(layout), self._copies(layout), strict=True)
+        held = sum(parameters / (ranks if distributed else 1) for parameters, ranks in pairs)
+        return held * _BYTES_OF_ADAM / self.profile.memory_bytes_per_s

@@ -148,7 +148,8 @@ def _activations(
         channels = (architecture.heads + architecture.kv_heads) * architecture.head_dim
         whole += tokens * 8 * channels / layout.tensor_parallel
     if (experts := architecture.experts) is not None:
-        inner = architecture.hidden + 3 * architecture.feed_forward
+        # Ranks that share an expert's matrices have the inputs of all of them, and a part of the channels.
+        inner = architecture.hidden * layout.expert_tensor_parallel + 3 * architecture.feed_forward
         whole += tokens / sequence_shards * experts.chosen * inner * element
     if config.model.recompute == "none":
         return int(in_flight * layers * whole)

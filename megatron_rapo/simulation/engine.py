@@ -171,7 +171,8 @@ class Engine:
         """Until a request is answered, or for `limit` seconds; the seconds, and that request."""
         state, spent = self._state, 0.0
         while True:
-            spent += self._begin_waiting()
+            if state.waiting:
+                spent += self._begin_waiting()
             end, _, offset, request = state.running[0]
             batch, tokens = len(state.running), end - state.clock
             each = self.slowness * self._rates.decode_s(

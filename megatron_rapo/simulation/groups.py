@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from megatron_rapo.episode.brief import BriefEpisode, BriefSequence
 from megatron_rapo.episode.episode import ScoredEpisode
@@ -41,7 +41,11 @@ def _episode(prompt_tokens: int, versions: Versions, reward: float | None, longe
     tokens = sum(count for _, count in versions)
     sequence = BriefSequence(prompt_tokens + tokens, (tokens,), 0, versions, tokens)
     episode = BriefEpisode((sequence,), None, truncated=tokens >= longest, facts={})
+    return ScoredEpisode(episode, _verification(reward))
+
+
+@cache
+def _verification(reward: float | None) -> Verification:
     if reward is None or math.isnan(reward):
-        return ScoredEpisode(episode, Verification(Outcome.CRASH, why="simulated"))
-    outcome = Outcome.CORRECT if reward > 0 else Outcome.WRONG
-    return ScoredEpisode(episode, Verification(outcome, reward=reward))
+        return Verification(Outcome.CRASH, why="simulated")
+    return Verification(Outcome.CORRECT if reward > 0 else Outcome.WRONG, reward=reward)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ from megatron_rapo.simulation.windows import SimulatedWindows
 from megatron_rapo.timeline.record import Timeline
 from megatron_rapo.timeline.simulated import mark_simulated
 
+_OBJECTS = 5_000_000  # that are made between two collections
+
 
 def simulate(
     config: RunConfig, seconds: Seconds, lengths: Lengths, conditions: Conditions, directory: Path
@@ -65,7 +69,19 @@ def simulate(
     run = config.run.model_copy(update={"directory": directory})
     config = config.model_copy(update={"run": run})
     write_whole(directory / "config.toml", to_toml(config))
-    _Simulation(config, seconds, lengths, conditions, directory).run()
+    with _collecting_rarely():
+        _Simulation(config, seconds, lengths, conditions, directory).run()
+
+
+@contextmanager
+def _collecting_rarely() -> Iterator[None]:
+    """A step makes tens of thousands of objects without cycles: to look for some takes half of the time."""
+    before = gc.get_threshold()
+    gc.set_threshold(_OBJECTS)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 class _Simulation:

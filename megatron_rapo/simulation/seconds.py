@@ -50,6 +50,7 @@ class PlannedRates:
     def __init__(self, model: EngineModel, split: EngineSplit, factor: float) -> None:
         self._model, self._split, self._factor = model, split, factor
         self._decode: dict[tuple[int, int], float] = {}
+        self._prefill: dict[tuple[int, float], float] = {}
 
     def decode_s(self, batch: int, context: float) -> float:
         """Of a token of each of so many responses."""
@@ -62,7 +63,11 @@ class PlannedRates:
 
     def prefill_s(self, contexts: int, tokens: float) -> float:
         """Of so many contexts of so many tokens."""
-        return self._factor * self._model.prefill_s(self._split, contexts, tokens)
+        key = contexts, tokens
+        if (known := self._prefill.get(key)) is None:
+            known = self._factor * self._model.prefill_s(self._split, contexts, tokens)
+            self._prefill[key] = known
+        return known
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pytest
 from megatron_rapo.cli import main
 from megatron_rapo.config import Parallel, RunConfig, load_config, validate
 from megatron_rapo.errors import RapoError
-from megatron_rapo.model.architecture import Architecture, Experts
+from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.parameters import count_parameters
 from megatron_rapo.planning.engine_cost import EngineModel, EngineSplit
 from megatron_rapo.planning.layouts import Division, TrainerLayout
@@ -307,11 +307,6 @@ def test_a_run_that_samples_nothing_is_refused() -> None:
 def test_rates_of_another_type_are_refused() -> None:
     with pytest.raises(RapoError, match=r'model.dtype = "float32", but the profile of NVIDIA H100'):
         planner(model={"path": "model", "dtype": "float32"})
-
-
-def test_mixtures_of_experts_are_refused() -> None:
-    with pytest.raises(RapoError, match=r"no parallel.expert_parallel.*mixture of experts.*--dry-run"):
-        planner(architecture=replace(QWEN2_7B, experts=Experts(count=8, chosen=2, renormalised=True)))
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.toml")), ids=lambda path: path.stem)
