@@ -96,6 +96,7 @@ def test_a_run_tells_what_it_computes_again() -> None:
                 parallel=layout,
                 observe=SimpleNamespace(peak_tflops=None),
                 model=SimpleNamespace(dtype="float32"),
+                adapter=None,
             ),
         )
         return Job._compute(job, SimpleNamespace(groups=groups_of_prompts()), seconds=2.0)  # type: ignore[arg-type]
