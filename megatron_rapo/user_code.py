@@ -6,11 +6,13 @@ import difflib
 import functools
 import importlib
 import inspect
+import os
 import re
 import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from itertools import product
@@ -76,7 +78,8 @@ def load(address: str, folders: Sequence[Path], option: str) -> Any:
     _refuse_a_taken_name(module_name.partition(".")[0], folders, named)
     _refuse_two_of_a_name(module_name, folders, named)
     try:
-        module = importlib.import_module(module_name)
+        with same_folder():
+            module = importlib.import_module(module_name)
     except BaseException as error:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise RapoError(f"{named}: {_no_module(address, folders)}") from error
@@ -90,6 +93,16 @@ def load(address: str, folders: Sequence[Path], option: str) -> Any:
         return getattr(module, name)
     except AttributeError:
         raise RapoError(f"{named}: {_no_name(address, vars(module), place_of(module))}") from None
+
+
+@contextmanager
+def same_folder() -> Iterator[None]:
+    """Goes back to the working directory, in which paths of the configuration may begin."""
+    before = Path.cwd()
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def ours_or_own(name: str, ours: Mapping[str, Any], folders: Sequence[Path], option: str, what: str) -> Any:

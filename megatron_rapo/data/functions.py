@@ -12,7 +12,7 @@ from megatron_rapo.config.data import FunctionData
 from megatron_rapo.data.tasks.problem import Split
 from megatron_rapo.episode.facts import shown
 from megatron_rapo.errors import RapoError
-from megatron_rapo.user_code import load, own_traceback, place_of
+from megatron_rapo.user_code import load, own_traceback, place_of, same_folder
 
 MOST = 2_000_000  # records of a function that is not told how many
 
@@ -51,8 +51,9 @@ def call(
             '"train" or "test", or name others in evaluate.data'
         )
     try:
-        returned = function(**arguments)
-        records = _taken(returned, data.count, place, option)
+        with same_folder():
+            returned = function(**arguments)
+            records = _taken(returned, data.count, place, option)
     except RapoError:
         raise
     except Exception as error:

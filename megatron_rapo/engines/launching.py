@@ -6,6 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+SAFE_PATH = "-P"
+"""Of an interpreter that runs a module: what lies in the working directory is not imported as a library."""
+SAFE_PATH_VARIABLE = {"PYTHONSAFEPATH": "1"}
+"""The same of an interpreter of any version, which may not know the argument."""
+
 
 @dataclass(frozen=True)
 class Launch:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -87,6 +88,7 @@ class EpisodeRunner:
         correct_at: the reward from which an environment's own score counts as correct.
         vocabulary: tokens that the model has.
         guided: makes tokens of guides; None: there are none.
+        folder: the working directory, which episodes may not change.
     """
 
     environment: Environment
@@ -95,6 +97,7 @@ class EpisodeRunner:
     correct_at: float
     vocabulary: int
     guided: Callable[[Prompt, Guide], Guided] | None = None
+    folder: Path = field(default_factory=Path.cwd)
 
     async def play(self, attempt: Attempt, common: Common) -> Episode | Verification:
         """The episode; or why there is none, where the environment took too long or raised.
@@ -174,6 +177,11 @@ class EpisodeRunner:
         try:
             if generate.failure is not None:
                 raise generate.failure
+            if (folder := Path.cwd()) != self.folder:
+                raise EnvironmentFault(
+                    f"the working directory is {folder} now, and the run's relative paths begin in "
+                    f"{self.folder}; leave it, and give absolute paths to what you call"
+                )
             if not isinstance(found, Verification):
                 found = _well_formed(found)
                 self._check(found, generate, len(prompt) + sampling.max_response_tokens)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,15 @@ def problems(split, *, seed=0, count=None):
     assert [prompt.question for prompt in load(data, tmp_path)] == [f"train 7 {n}" for n in range(3)]
     held_out = load(data, tmp_path, split="test", count=2)
     assert [prompt.question for prompt in held_out] == ["test 7 0", "test 7 1"]
+
+
+def test_the_working_directory_is_the_same_afterwards(tmp_path, request, monkeypatch):
+    """A run's relative paths begin there."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    body = f"import os\nos.chdir('/')\ndef problems():\n    os.chdir('/usr')\n    yield {HERE}\n"
+    load(function_data(body, tmp_path, request), tmp_path)
+    assert Path.cwd() == tmp_path / "here"
 
 
 def test_no_more_are_taken_than_asked_for(tmp_path, request, monkeypatch):

@@ -222,6 +222,12 @@ FAULTS = {
         "for turn in range(99): await generate(problem.token_ids, turn=turn)",
         r"more than environment.max_turns = 4 turns",
     ),
+    "another working directory": (
+        "import os; os.chdir('/usr')\n"
+        "        made = Transcript(problem.token_ids); made.add_turn(await generate(made.token_ids))\n"
+        "        return Episode((made.sequence(),), '')",
+        "the working directory is /usr now, and the run's relative paths begin in /.*; leave it",
+    ),
     "no episode": ("return 1", r"run returned 1 \(int\), no Episode"),
     **{
         f"a field of another type: {field}": (
@@ -297,7 +303,10 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("what", FAULTS)
-def test_what_the_protocol_does_not_allow_ends_the_run_and_is_named(engine: Engine, what: str) -> None:
+def test_what_the_protocol_does_not_allow_ends_the_run_and_is_named(
+    engine: Engine, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(engine.folder)  # and back afterwards
     body, message = FAULTS[what]
     source = (
         "import dataclasses\nfrom megatron_rapo import Episode, Score, Transcript, Turn\n"

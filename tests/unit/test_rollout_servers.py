@@ -76,7 +76,11 @@ def processes():
     return [p for p in running if "megatron_rapo.embedded_server" in " ".join(p.cmdline())]
 
 
-def test_two_servers_sample_as_one_from_the_published_weights(checkpoints, tmp_path):
+def test_two_servers_sample_as_one_from_the_published_weights(checkpoints, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "queue.py").write_text("raise RuntimeError('a file of the user is taken for a library')")
+    monkeypatch.chdir(here)
     with start(checkpoints[0], tmp_path, count=2) as servers:
         with make_pool(servers) as pool:
             pool.update_weights(checkpoints[1], 1)

@@ -28,12 +28,13 @@ def test_a_server_is_told_model_address_gpus_and_what_a_run_needs(monkeypatch: p
     launcher = VLLMLauncher(Path("/models/m"), "bfloat16", "p", 2, gpus=[4, 5, 6, 7], arguments=["--x"])
     launch = launcher.launch(1, 7000, socket_fd=9)
     assert launch.inherited_socket is None
-    tether = [sys.executable, "-m", "megatron_rapo.engines.tether", str(os.getpid())]
+    tether = [sys.executable, "-P", "-m", "megatron_rapo.engines.tether", str(os.getpid())]
     server = ["p", "-m", "vllm.entrypoints.openai.api_server", "--model", "/models/m"]
     address = ["--host", "127.0.0.1", "--port", "7000", "--dtype", "bfloat16"]
     size = ["--tensor-parallel-size", "2"]
     assert launch.arguments == [*tether, *server, *address, *size, *FLAGS, "--x"]
     assert launch.environment == {
+        "PYTHONSAFEPATH": "1",
         "VLLM_SERVER_DEV_MODE": "1",
         "PYTHONPATH": f"{PATH}:/users/own",
         "CUDA_VISIBLE_DEVICES": "6,7",

@@ -54,7 +54,7 @@ def _drawn(request: str, count: int) -> list[Problem] | str:
     limit = _START_S + _A_PROBLEM_S * count
     try:
         process = subprocess.run(
-            [sys.executable, "-m", "megatron_rapo.data.tasks.gym_draws"],
+            [sys.executable, "-P", "-m", "megatron_rapo.data.tasks.gym_draws"],
             input=request.encode(),
             capture_output=True,
             env={**os.environ, "PYTHONHASHSEED": "0"},

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rapo.engines.launching import Launch
+from megatron_rapo.engines.launching import SAFE_PATH, Launch
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class EmbeddedLauncher:
     name: str = "embedded server"
 
     def launch(self, number: int, port: int, socket_fd: int) -> Launch:
-        arguments = [sys.executable, "-m", "megatron_rapo.embedded_server"]
+        arguments = [sys.executable, SAFE_PATH, "-m", "megatron_rapo.embedded_server"]
         arguments += ["--model", str(self.model_path), "--device", self.device, "--dtype", self.dtype]
         arguments += ["--threads", str(self.threads)]
         arguments += ["--socket-fd", str(socket_fd), "--parent-pid", str(os.getpid())]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rapo.engines.launching import Launch
+from megatron_rapo.engines.launching import SAFE_PATH, SAFE_PATH_VARIABLE, Launch
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class SGLangLauncher:
     name: str = "SGLang server"
 
     def launch(self, number: int, port: int, socket_fd: int) -> Launch:
-        tether = [sys.executable, "-m", "megatron_rapo.engines.tether", str(os.getpid())]
+        tether = [sys.executable, SAFE_PATH, "-m", "megatron_rapo.engines.tether", str(os.getpid())]
         command = [self.python, "-m", "sglang.launch_server", "--model-path", str(self.model_path)]
         command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", self.dtype]
         command += ["--tp-size", str(self.tensor_parallel), *self.arguments]
-        environment = {}
+        environment = dict(SAFE_PATH_VARIABLE)
         if self.gpus is not None:
             mine = self.gpus[number * self.tensor_parallel :][: self.tensor_parallel]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, mine))

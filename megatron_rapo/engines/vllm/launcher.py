@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rapo.engines.launching import Launch
+from megatron_rapo.engines.launching import SAFE_PATH, SAFE_PATH_VARIABLE, Launch
 from megatron_rapo.engines.vllm.flags import FLAGS, MODULE, environment
 
 
@@ -31,11 +31,11 @@ class VLLMLauncher:
     name: str = "vLLM server"
 
     def launch(self, number: int, port: int, socket_fd: int) -> Launch:
-        tether = [sys.executable, "-m", "megatron_rapo.engines.tether", str(os.getpid())]
+        tether = [sys.executable, SAFE_PATH, "-m", "megatron_rapo.engines.tether", str(os.getpid())]
         command = [self.python, "-m", MODULE, "--model", str(self.model_path)]
         command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", self.dtype]
         command += ["--tensor-parallel-size", str(self.tensor_parallel), *FLAGS, *self.arguments]
-        variables = environment(os.environ.get("PYTHONPATH"))
+        variables = {**SAFE_PATH_VARIABLE, **environment(os.environ.get("PYTHONPATH"))}
         if self.gpus is not None:
             mine = self.gpus[number * self.tensor_parallel :][: self.tensor_parallel]
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, mine))
