@@ -152,9 +152,9 @@ class Engine:
         for request in before.left:
             request.ends[:] = [end for end in request.ends if end <= began]
         self._state = before
-        _, request = self._advance(self._world.now - began, began)
-        if request is not None:  # at this very moment
-            self._answer(request)
+        _, answered = self._advance(self._world.now - began, began)
+        if answered is not None:  # at this very moment
+            self._answer(answered)
 
     def _answer(self, request: Request) -> None:
         begun = self.requests.pop(request)

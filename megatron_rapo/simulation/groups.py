@@ -33,7 +33,7 @@ def group(
 
 def sampled_tokens(groups: Iterable[Group]) -> list[int]:
     """Of each response of these groups."""
-    return [one.episode.sequences[0].turns[0] for of in groups for one in of.episodes]  # type: ignore[union-attr]
+    return [one.episode.sequences[0].turns[0] for of in groups for one in of.episodes]
 
 
 @lru_cache(maxsize=1 << 16)
