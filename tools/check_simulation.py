@@ -187,11 +187,11 @@ def compare(
 def with_phases_of(directory: Path, correction: Correction) -> Correction:
     """The correction with the trainer's own phases as long as they were in this run, in the median."""
     lines = [line for line in read_step_lines(directory / "metrics.jsonl") if line["step"] > WARM_UP]
-    own = {
-        name: Corrected(0.0, statistics.median(line[f"time/{name}_s"] for line in lines))
-        for name in ("annotate", "update", "publish")
-    }
-    return replace(correction, **own)
+
+    def own(name: str) -> Corrected:
+        return Corrected(0.0, statistics.median(line[f"time/{name}_s"] for line in lines))
+
+    return replace(correction, annotate=own("annotate"), update=own("update"), publish=own("publish"))
 
 
 def run(folder: Path, case: Case, name: str, options: argparse.Namespace) -> None:
