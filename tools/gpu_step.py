@@ -88,7 +88,7 @@ def measure(folder: Path, options: argparse.Namespace, placement: Placement) -> 
     config = config.model_copy(update={"model": model, "algorithm": algorithm})
     architecture, method = read_architecture(config.model.path), config.new_method()
     policy = Policy(config.model, config.optimizer, architecture, placement, total_updates=100)
-    frozen = open_frozen(config, architecture, method, placement)
+    frozen = open_frozen(config, architecture, method, placement, policy.chunks)
     objective = Objective(
         method, temperature=1.0, vocabulary=options.vocabulary, group=placement.tensor_group
     )
