@@ -68,11 +68,18 @@ def encode_template(
         return encode_plain([before + _text(data, row.question) for row in rows], tokenizer)
     chat = chat_template(data, tokenizer, option, tools)
     texts = [
-        chat.render(turns, row.columns, date)
+        _rendered(chat, row, turns, date, option)
         for row, turns in zip(rows, conversations(rows, data, option), strict=True)
     ]
     # The template writes every special token itself; adding the tokenizer's own would double them.
     return encode(texts, tokenizer)
+
+
+def _rendered(chat: ChatTemplate, row: Row, turns: Sequence[Message], date: str | None, option: str) -> str:
+    try:
+        return chat.render(turns, row.columns, date)
+    except RapoError as error:
+        raise RapoError(f"{option}, row {row.index}: {error}, or correct the row") from error
 
 
 def conversations(rows: Sequence[Row], data: Templated, option: str = "data") -> list[list[Message]]:

@@ -161,6 +161,16 @@ def encoded(made, *rows, **options):
 SHOTS = [{"question": "1+1", "answer": "2"}, {"question": "2+2", "answer": "4"}]
 
 
+def test_a_role_that_the_template_refuses_is_told_by_its_row():
+    refuses = "{% if messages[0].role == 'developer' %}{{ raise_exception('no developer') }}{% endif %}"
+    good, bad = ({"role": "user", "content": "1"},), ({"role": "developer", "content": "2"},)
+    chats = [Row(number, "1", "", messages=turns) for number, turns in ((3, good), (8, bad + good))]
+    data = FileData(source="file", path="rows.jsonl")
+    made = tokenizer(chat_template=refuses + CHAT_TEMPLATE)
+    with pytest.raises(RapoError, match=r"^data, row 8: .*conversation: no developer; .*or correct the row$"):
+        encode_template(chats, made, data)
+
+
 def test_few_shot_examples_are_turns_of_the_chat(tmp_path):
     made = tokenizer(chat_template=CHAT_TEMPLATE)
     expected = "system:hi\nuser:Q 1+1\nassistant:2\nuser:Q 2+2\nassistant:4\nuser:Q 3+3\nassistant:"
