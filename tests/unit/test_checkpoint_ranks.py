@@ -60,6 +60,7 @@ def policy_of(place: Placement, words: list[str]) -> Any:
             **{name: getattr(place, name) for name in ALONE}, gradient_group="gradient group"
         ),
         chunks=[Chunk(word) for word in words],
+        adapter=None,
         optimizer=Optimizer(),
         synchronise_parameters=lambda: log.append("synchronised"),
         go_to_update=log.append,

@@ -396,7 +396,7 @@ def test_a_slow_episode_holds_back_no_other(engine: Engine) -> None:
     firsts = [body["input_ids"][0][0] for body in engine.asked() if len(body["input_ids"]) == 1]
     assert sorted(firsts[:8]) == [1] * 4 + [3] * 4, "both later turns of all others"
     assert firsts[8:] == [2] * 4
-    assert engine.times.metrics()["time/engines_idle"] > 0.8
+    assert engine.times.metrics()["time/engines_idle"] > 0.5  # of more than a second
 
 
 def test_an_environment_that_blocks_all_episodes_is_named_with_its_line(engine: Engine) -> None:
