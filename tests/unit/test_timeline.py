@@ -34,10 +34,9 @@ def written(run: Path) -> Path:
     return run
 
 
-def test_a_record_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     clock = iter(range(100))
-    monkeypatch.setattr("megatron_rapo.timeline.record.time.time", lambda: float(next(clock)))
-    timeline = Timeline(tmp_path, 3)
+    timeline = Timeline(tmp_path, 3, lambda: float(next(clock)))
     phases = Phases([timeline.enter])
     phases.begin_step(7)
     with phases.phase("evaluate"), phases.phase("rollout"):
