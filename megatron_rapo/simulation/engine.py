@@ -141,20 +141,17 @@ class Engine:
             try:
                 yield self._world.timeout(spent)
             except simpy.Interrupt:
-                if self.requests:  # else it was lost
-                    self._undo(before, began)
-            else:
-                self._answer(answered)
+                answered = self._undo(before, began) if self.requests else None  # None: it was lost
             self._decoding = self._disturbed = False
+            if answered is not None:
+                self._answer(answered)
 
-    def _undo(self, before: _State, began: float) -> None:
-        """Goes back to `before`, and on to now."""
+    def _undo(self, before: _State, began: float) -> Request | None:
+        """Goes back to `before`, and on to now; the request that is answered at this very moment."""
         for request in before.left:
             request.ends[:] = [end for end in request.ends if end <= began]
         self._state = before
-        _, answered = self._advance(self._world.now - began, began)
-        if answered is not None:  # at this very moment
-            self._answer(answered)
+        return self._advance(self._world.now - began, began)[1]
 
     def _answer(self, request: Request) -> None:
         begun = self.requests.pop(request)

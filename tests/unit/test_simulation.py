@@ -413,3 +413,12 @@ def test_a_run_corrects_the_plan_by_what_it_took(tmp_path: Path, monkeypatch: py
     assert found.other_s == pytest.approx(4.0, rel=1e-3)
     with pytest.raises(RapoError, match="rates of float32; name a run of that type"):
         corrected_by(tmp_path / "run", device.model_copy(update={"dtype": "float32"}))
+
+
+def test_requests_that_find_no_room_wait_for_an_answer(tmp_path: Path) -> None:
+    """8 requests for 2 engines that may have one each: four rounds, of 8 responses."""
+    chosen, seconds = seconds_of(requests_per_engine=1, prompts_per_request=1)
+    steps = steps_of(tmp_path / "run", chosen, seconds)
+    rates = seconds.rates
+    each = 64 * rates.decode_s(8, 16 + 32) + rates.prefill_s(1, 16)
+    assert steps[2]["time/sampling_s"] == pytest.approx(4 * each, rel=2e-3)

@@ -36,7 +36,7 @@ def written(run: Path) -> Path:
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     clock = iter(range(100))
-    timeline = Timeline(tmp_path, 3, clock=lambda: float(next(clock)))
+    timeline = Timeline(tmp_path, 3, lambda: float(next(clock)))
     phases = Phases([timeline.enter])
     phases.begin_step(7)
     with phases.phase("evaluate"), phases.phase("rollout"):
