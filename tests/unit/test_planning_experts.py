@@ -11,6 +11,7 @@ import pytest
 from megatron_rapo.config import Parallel, load_config
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import Architecture, Experts
+from megatron_rapo.model.rope import Rope
 from megatron_rapo.planning.engine_cost import EngineSplit
 from megatron_rapo.planning.layouts import TrainerLayout, trainer_layouts
 from megatron_rapo.planning.overlay import overlay
@@ -31,11 +32,10 @@ MIXTURE = Architecture(
     feed_forward=768,
     vocabulary=151_936,
     norm_epsilon=1e-6,
-    rope_theta=1e6,
-    rope_factor=None,
+    rope=Rope(1e6),
     max_positions=40_960,
     attention_bias=False,
-    query_key_norm=True,
+    query_key_norm="head",
     tied=False,
     experts=Experts(count=128, chosen=8, renormalised=True),
 )
