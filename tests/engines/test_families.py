@@ -7,14 +7,14 @@ import json
 import pytest
 import torch
 
-from tests.engines.conftest import TOLERANCE, Checkpoint, Engine
+from tests.engines.conftest import Checkpoint, Engine
 from tests.engines.servers import EMBEDDED, SGLANG_CPU, VLLM_CPU, running, why_not
 from tests.engines.trainer import Broadcasting
 from tests.models import make_hf_model
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 1024}
 # Heads that all engines have kernels for; windows that most tokens are beyond.
-SHAPE = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 4096, "initializer_range": 0.2}
+SHAPE = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 4096, "initializer_range": 0.06}
 FAMILIES = {
     # As 270M and 1B are: SGLang reads no head of its own, and knows no stretched positions of Gemma 3.
     "gemma3_text": {
@@ -25,7 +25,7 @@ FAMILIES = {
         },
     },
     "olmo2": {},
-    "olmo3": {"rope_parameters": YARN},
+    "olmo3": {"rope_parameters": {**YARN, "rope_theta": 5e5}},
     "glm": {},
     "glm4": {},
     "mistral": {"sliding_window": 7},
@@ -36,6 +36,7 @@ NOT_SERVED = {
     (SGLANG_CPU, "mistral"): "it computes no windows of Mistral's (refused before a run starts)",
     (SGLANG_CPU, "glm"): "it has no such model",
 }
+TOLERANCE = 0.1  # of bf16 activations; another checkpoint is apart by more than 2
 PROMPTS = [[10, 20, 30], [5], [*range(7, 31)]]
 
 
@@ -79,6 +80,6 @@ def test_an_engine_serves_a_family_and_takes_its_weights(tmp_path, kind, family)
                 group.send(second.tensors, 7)
             engine.ask(lambda client: client.end_update(7))
             assert max(gaps(engine, second)) < TOLERANCE
-            assert max(gaps(engine, first)) > 1.0
+            assert min(gaps(engine, first)) > 1.0
         finally:
             engine.close()
