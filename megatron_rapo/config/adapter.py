@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+import json
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
-from pydantic import AfterValidator, Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from megatron_rapo.section import PositiveFloat, PositiveInt, Section
 
@@ -17,15 +19,23 @@ OF_MLP: tuple[Target, ...] = ("gate_proj", "up_proj", "down_proj")
 TARGETS = OF_ATTENTION + OF_MLP
 
 
-def _in_order(targets: str | list[Target]) -> str | list[Target]:
+def _in_order(targets: Any) -> Any:
     """In the order of a layer, which the user's plays no part in."""
-    if isinstance(targets, str):
+    if targets == "all":
         return targets
-    if not targets:
-        raise ValueError(f'names no layer; name some of {", ".join(TARGETS)}, or set "all"')
+    if not isinstance(targets, list) or not targets:
+        _refuse("must be a list of layers")
+    if unknown := [name for name in targets if name not in TARGETS]:
+        _refuse(f"{json.dumps(unknown[0], default=str)} is no layer that is adapted")
     if twice := [name for name in TARGETS if targets.count(name) > 1]:
-        raise ValueError(f"names {twice[0]} twice; remove one")
+        _refuse(f"{json.dumps(twice[0])} stands there twice")
     return [name for name in TARGETS if name in targets]
+
+
+def _refuse(why: str) -> NoReturn:
+    # An error of pydantic's own would name the members of the union.
+    remedy = f'name some of {", ".join(TARGETS)}, each once, or set "all"'
+    raise PydanticCustomError("adapter_targets", "{why}; {remedy}", {"why": why, "remedy": remedy})
 
 
 class Adapter(Section):
@@ -39,7 +49,7 @@ class Adapter(Section):
     alpha: PositiveFloat = Field(
         32.0, description="scale is alpha / rank, or alpha / √rank where `rank_stabilized`."
     )
-    targets: Annotated[Literal["all"] | list[Target], AfterValidator(_in_order)] = Field(
+    targets: Annotated[Literal["all"] | list[Target], BeforeValidator(_in_order)] = Field(
         "all",
         description="Linear layers, by the names that HF and PEFT know: of attention "
         f"{', '.join(f'`{name}`' for name in OF_ATTENTION)}, of the MLP "

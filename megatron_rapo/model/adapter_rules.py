@@ -66,7 +66,7 @@ def adapted_linears(architecture: Architecture, adapter: Adapter) -> Iterator[Ad
             if targets:
                 yield AdaptedLinear(rule, targets)
     if missing := [name for name in adapter.names if name not in found]:
-        _refuse(missing, architecture, adapter)
+        _refuse(missing, found, architecture, adapter)
 
 
 def adapter_rules(architecture: Architecture, adapter: Adapter) -> Iterator[Rule]:
@@ -75,7 +75,7 @@ def adapter_rules(architecture: Architecture, adapter: Adapter) -> Iterator[Rule
         yield from linear.rules(adapter.rank)
 
 
-def _refuse(missing: list[str], architecture: Architecture, adapter: Adapter) -> None:
+def _refuse(missing: list[str], found: set[str], architecture: Architecture, adapter: Adapter) -> None:
     chosen = '"all"' if adapter.targets == "all" else str(list(adapter.names))
     if architecture.experts is not None:
         attention = ", ".join(f'"{name}"' for name in OF_ATTENTION)
@@ -83,7 +83,8 @@ def _refuse(missing: list[str], architecture: Architecture, adapter: Adapter) ->
             f"adapter.targets = {chosen} has {', '.join(missing)}, which in a {architecture.family} are of "
             f"experts, and experts are not adapted; name layers of attention alone: [{attention}]"
         )
+    has = ", ".join(f'"{name}"' for name in adapter.names if name in found)
     raise RapoError(
-        f"adapter.targets = {chosen} has {', '.join(missing)}, which a {architecture.family} has not; remove "
-        "what is missing"
+        f"adapter.targets = {chosen} has {', '.join(missing)}, which a {architecture.family} has not; "
+        + (f"name what it has of them: [{has}]" if has else "name others")
     )

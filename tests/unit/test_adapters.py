@@ -20,7 +20,7 @@ from megatron_rapo.convert.to_peft import convert_to_peft
 from megatron_rapo.errors import RapoError
 from megatron_rapo.fingerprint import weights_fingerprint
 from megatron_rapo.loss.objective import Objective
-from megatron_rapo.model.adapter_rules import adapter_rules
+from megatron_rapo.model.adapter_rules import adapted_linears, adapter_rules
 from megatron_rapo.model.adapters import merged
 from megatron_rapo.model.architecture import Experts
 from megatron_rapo.model.hf_config import read_architecture
@@ -71,10 +71,11 @@ def config(path: Path, base: Path = Path("run"), **sections: Any) -> RunConfig:
     [
         ({"rank": 0}, r"adapter\.rank"),
         ({"alpha": 0.0}, r"adapter\.alpha"),
-        ({"targets": []}, r"adapter\.targets.*names no layer; name some of q_proj"),
-        ({"targets": ["q_proj", "q_proj"]}, r"names q_proj twice; remove one"),
-        ({"targets": ["lm_head"]}, r"adapter\.targets.*lm_head"),
-        ({"targets": "attention"}, r"adapter\.targets.*attention"),
+        ({"targets": []}, r"adapter\.targets = \[\]: must be a list of layers; name some of q_proj"),
+        ({"targets": ["q_proj"] * 2}, r'adapter\.targets = .*: "q_proj" stands there twice; name some'),
+        ({"targets": ["lm_head"]}, r'adapter\.targets = \["lm_head"\]: "lm_head" is no layer that'),
+        ({"targets": "attention"}, r'adapter\.targets = "attention": must be a list of layers'),
+        ({"targets": [["q_proj"]]}, r'adapter\.targets = .*: \["q_proj"\] is no layer'),
         ({"dropout": 0.1}, r"adapter\.dropout"),
     ],
 )
@@ -115,6 +116,14 @@ def test_no_run_goes_on_with_another_adapter_or_none(model: Path) -> None:
     }
     assert {change_of(option) for option in options} == {Change.NEVER}
     assert changes(default, {k: v for k, v in default.items() if k != "adapter.rank_stabilized"}) == {}
+
+
+def test_layers_that_a_model_has_not_are_refused_with_those_it_has(tmp_path: Path) -> None:
+    architecture = read_architecture(make_hf_model(tmp_path / "glm4", family="glm4"))
+    with pytest.raises(
+        RapoError, match=r'gate_proj, up_proj, which a glm4 has not; .*"o_proj", "down_proj"\]'
+    ):
+        list(adapted_linears(architecture, Adapter()))
 
 
 @pytest.mark.parametrize("targets", ["all", ["q_proj", "up_proj"]])
