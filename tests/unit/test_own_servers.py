@@ -341,7 +341,7 @@ def test_a_restart_ends_the_server_and_no_other(tmp_path: Path, monkeypatch: pyt
 )
 def test_the_command_line_of_an_sglang_server(gpus: Any, number: int, mine: str | None) -> None:
     launch = SGLangLauncher(Path("m"), "bfloat16", "py", 2, gpus, ["--x"]).launch(number, 8000, 9)
-    tether = [sys.executable, "-m", "megatron_rapo.engines.tether", str(os.getpid())]
+    tether = [sys.executable, "-P", "-m", "megatron_rapo.engines.tether", str(os.getpid())]
     command = [
         "py",
         "-m",
@@ -354,12 +354,13 @@ def test_the_command_line_of_an_sglang_server(gpus: Any, number: int, mine: str 
         "8000",
     ]
     assert launch.arguments == [*tether, *command, "--dtype", "bfloat16", "--tp-size", "2", "--x"]
+    assert launch.environment.pop("PYTHONSAFEPATH") == "1"
     assert launch.environment == ({} if mine is None else {"CUDA_VISIBLE_DEVICES": mine})
     assert launch.inherited_socket is None
 
 
 def test_the_command_line_of_an_embedded_server() -> None:
     launch = EmbeddedLauncher(Path("m"), "cpu", "float32", threads=3).launch(1, 8000, 9)
-    command = [sys.executable, "-m", "megatron_rapo.embedded_server", "--model", "m", "--device", "cpu"]
+    command = [sys.executable, "-P", "-m", "megatron_rapo.embedded_server", "--model", "m", "--device", "cpu"]
     command += ["--dtype", "float32", "--threads", "3", "--socket-fd", "9", "--parent-pid", str(os.getpid())]
     assert launch == Launch(command, inherited_socket=9, environment={})
