@@ -43,7 +43,8 @@ from megatron_rapo.simulation.correction import corrected_by
 from megatron_rapo.simulation.lengths import read_lengths
 from megatron_rapo.simulation.run import simulate
 from megatron_rapo.simulation.seconds import Corrected, Correction, Seconds
-from megatron_rapo.timeline.trace import idle_by_cause, load
+from megatron_rapo.timeline.idle import idle_by_cause
+from megatron_rapo.timeline.trace import load
 
 BAR = 0.15
 PROMPT_TOKENS = 4

@@ -26,8 +26,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _trace(options: argparse.Namespace) -> int:
+    from megatron_rapo.timeline.idle import told
     from megatron_rapo.timeline.simulated import is_simulated
-    from megatron_rapo.timeline.trace import chrome_trace, load, told
+    from megatron_rapo.timeline.trace import chrome_trace, load
 
     simulated = " (simulated)" if is_simulated(options.run) else ""
     run = load(options.run, _steps(options.steps))

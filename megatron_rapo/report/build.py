@@ -10,6 +10,7 @@ from megatron_rapo.report.diagnostics import diagnoses_of
 from megatron_rapo.report.figures import figure
 from megatron_rapo.report.sources import Sources
 from megatron_rapo.report.summary import answer, headlines
+from megatron_rapo.report.timelines import timelines_of
 from megatron_rapo.report.training import read_training, training_plots
 from megatron_rapo.timeline.simulated import is_simulated, shown_name
 
@@ -30,6 +31,7 @@ def build_report(sources: Sources) -> Report:
         headlines=tuple(headlines(benchmarks)),
         runs=tuple(runs),
         training=tuple(figure(plot) for plot in training_plots(runs)),
+        timelines=tuple(timelines_of(sources.runs)),
         benchmarks=tuple(benchmarks),
         diagnostics=tuple(diagnoses_of(sources.models)),
         browser=browser,

@@ -13,6 +13,7 @@ from megatron_rapo.report.configuration import Table
 from megatron_rapo.report.drawing import Plot
 from megatron_rapo.report.figures import PageFigure
 from megatron_rapo.report.responses import Browser
+from megatron_rapo.report.timelines import RunTimeline
 from megatron_rapo.report.training import TrainingRun
 
 
@@ -119,6 +120,7 @@ class Report:
     headlines: tuple[Headline, ...] = ()
     runs: tuple[TrainingRun, ...] = ()
     training: tuple[PageFigure, ...] = ()
+    timelines: tuple[RunTimeline, ...] = ()
     benchmarks: tuple[Benchmark, ...] = ()
     diagnostics: tuple[Diagnosis, ...] = ()
     browser: Browser | None = None

@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from megatron_rapo.report.theme import LIGHT, as_variables
 
-_PIXELS = 72.0  # of the SVG's user units, an inch: matplotlib writes points
+PIXELS = 72.0  # of the SVG's user units, an inch: matplotlib writes points
 _PNG_DPI = 200
 _MARK_POINTS = 12  # from one mark's text to the next
 # No more points are told apart on a page; drawings keep all.
@@ -104,20 +104,26 @@ def draw_svg(plot: Plot, width: int, height: int) -> Drawing:
         width: of the drawing, in CSS pixels at its natural size.
         height: likewise.
     """
-    figure = _figure(plot, width / _PIXELS, height / _PIXELS, legend=False)
-    text = io.StringIO()
-    # The salt makes ids of two drawings differ: they stand in one document.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{plot.name} {width}"}):
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    axes = figure.axes[0]
-    return Drawing(_for_page(text.getvalue()), _told(plot, axes, width, height))
+    figure = _figure(plot, width / PIXELS, height / PIXELS, legend=False)
+    return Drawing(svg_of(figure, f"{plot.name} {width}"), _told(plot, figure.axes[0], width, height))
 
 
 def save_png(plot: Plot, path: Path) -> None:
     """Draws for a paper: light colours on white, title and legend inside."""
-    _figure(plot, 6.4, 4.2, legend=True).savefig(
-        path, dpi=_PNG_DPI, facecolor="white", metadata={"Software": None}
-    )
+    write_png(_figure(plot, 6.4, 4.2, legend=True), path)
+
+
+def svg_of(figure: Figure, salt: str) -> str:
+    """A figure for the page. The salt makes ids of two figures differ: they stand in one document."""
+    text = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return _for_page(text.getvalue())
+
+
+def write_png(figure: Figure, path: Path) -> None:
+    """A figure for a paper, on white."""
+    figure.savefig(path, dpi=_PNG_DPI, facecolor="white", metadata={"Software": None})
 
 
 def _figure(plot: Plot, width: float, height: float, legend: bool) -> Figure:

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_rapo.evaluation.compare import Comparison
 from megatron_rapo.evaluation.interval import Estimate
 from megatron_rapo.report.contents import Benchmark, Diagnosis, Report
+from megatron_rapo.report.timelines import RunTimeline
 
 Row = Mapping[str, Any]
 
@@ -39,6 +40,8 @@ def tables(report: Report) -> dict[str, list[Row]]:
     """Rows by table, of tables that have some. An estimate becomes `NAME`, `NAME_low` and `NAME_high`."""
     found: dict[str, list[Row]] = {
         "training": [{"run": run.name, **step} for run in report.runs for step in run.steps],
+        "timeline": [row for timeline in report.timelines for row in _bars(timeline)],
+        "engines": [row for timeline in report.timelines for row in _engines(timeline)],
         "frontier": [row for benchmark in report.benchmarks for row in _frontier(benchmark)],
         "scores": [row for benchmark in report.benchmarks for row in _scores(benchmark)],
     }
@@ -55,6 +58,23 @@ def tables(report: Report) -> dict[str, list[Row]]:
         ]
     found["diagnostics"] = [row for diagnosis in report.diagnostics for row in _diagnostics(diagnosis)]
     return {name: rows for name, rows in found.items() if rows}
+
+
+def _bars(timeline: RunTimeline) -> list[Row]:
+    return [
+        {"run": timeline.run, "lane": lane.label, **asdict(bar)}
+        for lane in timeline.schedule.lanes
+        for bar in lane.bars
+    ]
+
+
+def _engines(timeline: RunTimeline) -> list[Row]:
+    """Whether an engine was busy, or what the trainer was at while it was not."""
+    return [
+        {"run": timeline.run, "engine": one.engine, "state": state, "seconds": seconds}
+        for one in timeline.engines
+        for state, seconds in [("busy", one.busy), *one.idle.items()]
+    ]
 
 
 def _frontier(benchmark: Benchmark) -> list[Row]:

@@ -75,6 +75,7 @@ def _sections(report: Report) -> list[Section]:
     sections = {
         Section("summary", "Summary"): True,
         Section("training", "Training"): report.training,
+        Section("timeline", "Timeline"): report.timelines,
         Section("frontier", "Frontier"): report.benchmarks,
         Section("ledger", "Ledger of problems"): any(report.against()),
         Section("hard", "Hard subset"): any(report.against()),

@@ -9,6 +9,7 @@ from megatron_rapo.report.contents import Report
 from megatron_rapo.report.drawing import save_png
 from megatron_rapo.report.numbers import write_numbers
 from megatron_rapo.report.page import render
+from megatron_rapo.report.schedule import save_schedule
 from megatron_rapo.report.summary import summary_text
 
 
@@ -27,6 +28,8 @@ def _write(report: Report, directory: Path) -> str:
     figures.mkdir(parents=True, exist_ok=True)
     for plot in report.plots():
         save_png(plot, figures / f"{plot.name}.png")
+    for timeline in report.timelines:
+        save_schedule(timeline.schedule, figures / f"{timeline.schedule.name}.png")
     write_numbers(report, directory / "numbers")
     summary = summary_text(report)
     (directory / "summary.txt").write_text(summary, encoding="utf-8")

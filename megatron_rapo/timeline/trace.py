@@ -1,12 +1,11 @@
-"""A run's records as a trace that Perfetto and chrome://tracing show, and as engines' idle time by cause.
+"""A run's records as a trace that Perfetto and chrome://tracing show.
 
 The format is Google's Trace Event Format, complete events (`ph` = "X"), times in microseconds.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -102,47 +101,8 @@ def chrome_trace(run: Run, of: str = "") -> dict[str, Any]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def idle_by_cause(run: Run) -> dict[str, dict[str, float]]:
-    """Of each engine, seconds: `busy`, and else the phase that rank 0 was in meanwhile."""
-    found: dict[str, dict[str, float]] = {}
-    stays = run.stays[min(run.stays)]
-    for engine, asked in run.asked.items():
-        busy = list(_merged(asked))
-        seconds: defaultdict[str, float] = defaultdict(float)
-        for stay in stays:
-            working = sum(max(0.0, min(stay.ended, end) - max(stay.begun, begin)) for begin, end in busy)
-            seconds["busy"] += working
-            seconds[stay.phase] += stay.ended - stay.begun - working
-        found[engine] = dict(seconds)
-    return found
-
-
-def told(run: Run) -> list[str]:
-    """Engines' idle time by cause, for people; causes below a percent are left out."""
-    lines = []
-    for engine, seconds in idle_by_cause(run).items():
-        whole = sum(seconds.values())
-        causes = sorted((-s / whole, phase) for phase, s in seconds.items() if phase != "busy")
-        shares = ", ".join(f"{phase} {-share:.0%}" for share, phase in causes if share <= -0.01)
-        lines.append(f"{engine}: busy {seconds['busy'] / whole:.0%}; idle while the trainer was in: {shares}")
-    return lines
-
-
 def _within(step: int, steps: tuple[int, int] | None) -> bool:
     return steps is None or steps[0] <= step <= steps[1]
-
-
-def _merged(asked: Sequence[Asked]) -> Iterator[tuple[float, float]]:
-    """The stretches in which at least one request was under way."""
-    begin, end = None, 0.0
-    for one in asked:
-        if begin is None or one.begun > end:
-            if begin is not None:
-                yield begin, end
-            begin, end = one.begun, one.ended
-        end = max(end, one.ended)
-    if begin is not None:
-        yield begin, end
 
 
 def _event(

@@ -22,6 +22,7 @@ from megatron_rapo.episode.outcome import Outcome, Verification
 from megatron_rapo.episode.problem import Problem
 from megatron_rapo.record.versions import record_versions
 from megatron_rapo.samples.store import Recorded, write_part
+from megatron_rapo.timeline.record import FOLDER
 from tests.dialogues import TINY
 from tests.end_to_end.chromium import browser, needs_chromium, opened
 from tests.end_to_end.command import COMMAND
@@ -61,6 +62,20 @@ def report(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+def write_timeline(run: Path) -> None:
+    """Two ranks, steps of 10 s. The engine is busy for 2 of the rollout's 4."""
+    phases = ((0.0, "between phases"), (1.0, "rollout"), (5.0, "update"), (9.0, "publish/send"))
+    (run / FOLDER).mkdir()
+    for rank in (0, 1):
+        lines: list[list[object]] = []
+        for start, step in ((10.0 * step, step) for step in range(2, 42)):
+            lines += [[start + at, step, phase] for at, phase in phases]
+            lines += [[start + 2, start + 4, "http://one:1", 8]] if rank == 0 else []
+        lines.append([420.0, 41, "between phases"])
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (run / FOLDER / f"rank_{rank:05d}.jsonl").write_text(text)
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run with a base and two checkpoints evaluated: where the report is, and what the command printed."""
@@ -69,6 +84,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     steps = [{"step": step, "reward/mean": 0.1 + 0.01 * step, "loss/entropy": 1.0} for step in range(1, 41)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (run / "config.toml").write_text('[run]\nsteps = 40\n[model]\npath = "/models/not-here"\n')
+    write_timeline(run)
     record_versions(run, None, {"python": "3.11.2", "torch": "2.12.0"})
     record_versions(run, 20, {"python": "3.11.2", "torch": "2.13.0"})
     half = [(before + after) // 2 for before, after in zip(BASE, TRAINED, strict=True)]
@@ -134,6 +150,30 @@ class TestPage:
         assert [page.locator(str(link.get_attribute("href"))).count() for link in links] == [1] * len(
             headings
         )
+
+    def test_the_timeline_has_a_lane_for_each_rank_and_engine(
+        self, page: Page, written: tuple[Path, str]
+    ) -> None:
+        section = page.locator("#timeline")
+        assert section.locator("h3").inner_text() == "run, steps 39 to 41"
+        drawn = section.locator(".drawing:visible svg text").all_text_contents()
+        assert [text.strip() for text in drawn if text.split()[0] in ("rank", "engine", "step")] == [
+            *("rank 0", "rank 1", "engine 0"),
+            *("step 39", "step 40", "step 41"),
+        ]
+        assert section.locator(".legend li").all_inner_texts() == [
+            "rollout",
+            "update",
+            "publish",
+            "engine at work",
+        ]
+        bars = [row for row in numbers(written[0], "timeline") if row["lane"] == "engine 0"]
+        assert [(row["begun"], row["ended"], row["what"]) for row in bars] == [
+            (f"{at}", f"{at + 2}", "engine at work") for at in (2.0, 12.0, 22.0)
+        ]
+        assert section.locator("tbody tr").all_inner_texts() == [
+            "engine 0\t20.0%\tupdate 40.0%, rollout 20.0%, between phases 10.0%, publish 10.0%"
+        ]
 
     def test_a_curve_tells_its_values(self, page: Page) -> None:
         figure = page.locator("figure", has_text="mean reward").first

@@ -31,7 +31,8 @@ from megatron_rapo.simulation.engine import Engine, Request
 from megatron_rapo.simulation.lengths import Lengths, exponential, read_lengths
 from megatron_rapo.simulation.run import simulate
 from megatron_rapo.simulation.seconds import Corrected, Correction, Seconds
-from megatron_rapo.timeline.trace import idle_by_cause, load
+from megatron_rapo.timeline.idle import idle_by_cause
+from megatron_rapo.timeline.trace import load
 from tests.unit.test_memory import QWEN2_7B
 from tests.unit.test_planning import EXAMPLE, LOAD, config, profile
 

@@ -11,8 +11,9 @@ from megatron_rapo.cli import main
 from megatron_rapo.errors import RapoError
 from megatron_rapo.observe.phases import Phases
 from megatron_rapo.timeline import record
+from megatron_rapo.timeline.idle import idle_by_cause, told
 from megatron_rapo.timeline.record import Asked, Entered, Timeline, read
-from megatron_rapo.timeline.trace import chrome_trace, idle_by_cause, load, told
+from megatron_rapo.timeline.trace import chrome_trace, load
 
 # Steps of 10 s: 4 s of rollout, 5 s of update, 1 s between. The engine works for 3 s of each rollout.
 ENTERED = [
