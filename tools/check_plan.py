@@ -36,7 +36,7 @@ from bench_ahead import CONFIG, ENVIRONMENT, TIMES_LONGER, make_model
 from random_model import make_random_model
 
 from megatron_rapo.config import Parallel, load_config
-from megatron_rapo.model.architecture import Architecture
+from megatron_rapo.model.architecture import Architecture, Experts
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.model.rope import Rope
 from megatron_rapo.parallel.placement import Placement, process_groups
@@ -265,12 +265,18 @@ _COMMON: dict[str, Any] = {
 LLAMA_8B = Architecture("llama", 32, 4096, 32, 8, 128, 14336, 128256, **_COMMON)
 LLAMA_405B = Architecture("llama", 126, 16384, 128, 8, 128, 53248, 128256, **_COMMON)
 QWEN3_32B = Architecture("qwen3", 64, 5120, 64, 8, 128, 25600, 151936, **_COMMON)
+QWEN3_30B_A3B = Architecture(
+    "qwen3_moe", 48, 2048, 32, 4, 128, 768, 151936, **_COMMON, experts=Experts(128, 8, True)
+)
+QWEN3_235B_A22B = Architecture(  # 94 layers, which no pipeline of 8 divides
+    "qwen3_moe", 96, 4096, 64, 4, 128, 1536, 151936, **_COMMON, experts=Experts(128, 8, True)
+)
 
 
 class GRPO(NamedTuple):
     """A step of NeMo-RL 0.4 (docs/about/performance-summary.md: OpenMathInstruct-2, DGX H100, bf16).
 
-    2,048 responses a step in updates of 512. Assumed, as the page does not tell: 64 prompts of 160 tokens,
+    Updates are of 512 responses. Assumed, as the page does not tell: 32 responses of a prompt of 160 tokens,
     and that half of the GPUs sample where the policy is one step off (`samplers`; 0: all do both).
     """
 
@@ -284,6 +290,9 @@ class GRPO(NamedTuple):
     pipeline: int
     engine: int
     seconds: float
+    responses: int = 2048
+    context: int = 1
+    experts: int = 1
 
 
 class Pretraining(NamedTuple):
@@ -308,6 +317,23 @@ STEPS = (
     GRPO("Llama 3.1 8B, 16 GPUs, one step off", LLAMA_8B, 8, 8, 1129, 4096, 1, 2, 1, 74.6),
     GRPO("Qwen3 32B, 32 GPUs, on policy", QWEN3_32B, 32, 0, 3206, 4096, 4, 4, 4, 393.0),
     GRPO("Qwen3 32B, 64 GPUs, one step off", QWEN3_32B, 32, 32, 3207, 4096, 4, 4, 4, 215.0),
+    GRPO("Qwen3 30B-A3B, 32 GPUs, on policy", QWEN3_30B_A3B, 32, 0, 3154, 4096, 2, 1, 4, 225.0, experts=8),
+    GRPO(
+        "Qwen3 30B-A3B, 32 GPUs, one step off", QWEN3_30B_A3B, 16, 16, 3158, 4096, 1, 2, 2, 244.0, experts=8
+    ),
+    GRPO(
+        "Qwen3 235B-A22B, 128 GPUs, on policy",
+        *(QWEN3_235B_A22B, 128, 0, 5671, 8192, 2, 8, 16, 506.0),
+        responses=512,
+        context=2,
+        experts=16,
+    ),
+    GRPO(
+        "Qwen3 235B-A22B, 256 GPUs, one step off",
+        *(QWEN3_235B_A22B, 128, 128, 5691, 8192, 4, 8, 8, 241.0),
+        responses=512,
+        experts=16,
+    ),
 )
 RATES = (
     Pretraining("8,192 GPUs, 8,192 tokens", 8, 1, 16, 64, 8192, 32, 430.0),
@@ -336,12 +362,12 @@ def published() -> list[str]:
 def step_s(profile: Profile, step: GRPO) -> float:
     """Seconds, with the policy's and a reference's log-probs."""
     load = Workload(
-        prompts=64,
-        responses=2048,
+        prompts=step.responses // 32,
+        responses=step.responses,
         prompt_tokens=PROMPT,
         response_tokens=step.mean - PROMPT,
         longest=step.longest - PROMPT,
-        updates=4,
+        updates=step.responses // 512,
         old_log_probs=True,
         reference=True,
         frozen_logits=False,
@@ -349,7 +375,9 @@ def step_s(profile: Profile, step: GRPO) -> float:
     layout = parallel(
         tensor_parallel=step.tensor,
         pipeline_parallel=step.pipeline,
-        data_parallel=step.trainers // step.tensor // step.pipeline,
+        context_parallel=step.context,
+        expert_parallel=step.experts,
+        data_parallel=step.trainers // step.tensor // step.pipeline // step.context,
     )
     trainer = TrainerModel(step.model, load, profile, 2)
     trained = trainer.cost(layout, step.longest, recompute=False, distributed=True, overlap=True).total
