@@ -147,7 +147,7 @@ def _computed(config: RunConfig, case: Case, dtype: str) -> tuple[float, dict[st
     if adapter is not None:
         matrices = RandomAdapters(architecture, adapter)
         for mapped in mapped_parameters(chunks, architecture, adapter):
-            fill(mapped, matrices, architecture, placement.tensor_rank)
+            fill(mapped, matrices, architecture, placement.tensor_rank, placement.expert_tensor_rank)
     wrapped = wrap(chunks, Optimizer(distributed=False))
     objective = Objective(
         method,

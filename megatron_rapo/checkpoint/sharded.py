@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 
 from megatron_rapo.checkpoint.writing import SHARDING
@@ -68,4 +69,7 @@ def _sharded(mapped: MappedParameter, policy: Policy) -> Any:
     whole = make_sharded_tensor_for_checkpoint
     make = whole if cut is None else partial(make_tp_sharded_tensor_for_checkpoint, tp_axis=cut)
     groups = {"tp_group": policy.placement.tensor_group, "dp_cp_group": policy.placement.gradient_group}
+    if mapped.rule.expert is not None:
+        copies = parallel_state.get_expert_data_parallel_group()
+        groups = {"tp_group": policy.placement.expert_tensor_group, "dp_cp_group": copies}
     return make(mapped.parameter, KEY + _name(mapped), **groups)

@@ -53,8 +53,8 @@ class Adapter(Section):
         "all",
         description="Linear layers, by the names that HF and PEFT know: of attention "
         f"{', '.join(f'`{name}`' for name in OF_ATTENTION)}, of the MLP "
-        f"{', '.join(f'`{name}`' for name in OF_MLP)}. `all` are these seven. Of a mixture of experts, "
-        "name those of attention: experts have none.",
+        f"{', '.join(f'`{name}`' for name in OF_MLP)}. `all` are these seven. Of a mixture of experts "
+        "those of the MLP are of each expert.",
     )
     rank_stabilized: bool = Field(
         False, description="rsLoRA (arXiv 2312.03732): the scale falls with √rank, not with rank."

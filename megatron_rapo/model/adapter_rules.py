@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from megatron_rapo.config import Adapter
-from megatron_rapo.config.adapter import OF_ATTENTION
+from megatron_rapo.config.adapter import OF_ATTENTION, OF_MLP
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.families.named import family_of
@@ -47,26 +47,43 @@ class AdaptedLinear:
             module = hf.removesuffix(_WEIGHT)
             of_a, of_b = f"{module}.{A}{_WEIGHT}", f"{module}.{B}{_WEIGHT}"
             own = f"{self.name}.{MODULE}.{target}_"
-            yield Rule(own + A, {of_a: (rank, columns)}, COLUMNS if cut == COLUMNS else WHOLE)
-            yield Rule(own + B, {of_b: (rows, rank)}, ROWS if cut == ROWS else WHOLE, heads=self.rule.heads)
+            expert = self.rule.expert
+            of_columns, of_rows = (side if cut == side else WHOLE for side in (COLUMNS, ROWS))
+            yield Rule(own + A, {of_a: (rank, columns)}, of_columns, expert=expert)
+            yield Rule(own + B, {of_b: (rows, rank)}, of_rows, heads=self.rule.heads, expert=expert)
 
 
 def adapted_linears(architecture: Architecture, adapter: Adapter) -> Iterator[AdaptedLinear]:
     """What `adapter.targets` names in each layer.
 
+    Of a mixture's MLP it is each expert.
+
     Raises:
-        RapoError: the model has no such layer, or it is an expert's.
+        RapoError: the model has no such layer, or PEFT could not load the adapters of its experts.
     """
+    if adapts_experts(architecture, adapter):
+        _check_experts(architecture, adapter)
     found: set[str] = set()
     for rule in family_of(architecture).layer(architecture):
-        names = [name.removesuffix(_WEIGHT).rpartition(".")[2] for name in rule.hf if name.endswith(_WEIGHT)]
+        names = _names(rule)
         targets = {place: name for place, name in enumerate(names) if name in adapter.names}
-        if architecture.experts is None or set(names) <= set(OF_ATTENTION):
-            found |= set(targets.values())
-            if targets:
-                yield AdaptedLinear(rule, targets)
+        found |= set(targets.values())
+        if targets:
+            yield AdaptedLinear(rule, targets)
     if missing := [name for name in adapter.names if name not in found]:
         _refuse(missing, found, architecture, adapter)
+
+
+def adapts_experts(architecture: Architecture, adapter: Adapter | None) -> bool:
+    """Whether experts of a mixture are adapted."""
+    return architecture.experts is not None and adapter is not None and bool(set(adapter.names) & set(OF_MLP))
+
+
+def _names(rule: Rule) -> list[str]:
+    """The names as targets of the matrices of a rule; those of experts are published under several."""
+    if rule.expert is not None:
+        return list(OF_MLP[:2] if len(rule.hf) == 2 else OF_MLP[2:])
+    return [name.removesuffix(_WEIGHT).rpartition(".")[2] for name in rule.hf if name.endswith(_WEIGHT)]
 
 
 def adapter_rules(architecture: Architecture, adapter: Adapter) -> Iterator[Rule]:
@@ -75,14 +92,27 @@ def adapter_rules(architecture: Architecture, adapter: Adapter) -> Iterator[Rule
         yield from linear.rules(adapter.rank)
 
 
-def _refuse(missing: list[str], found: set[str], architecture: Architecture, adapter: Adapter) -> None:
+def _check_experts(architecture: Architecture, adapter: Adapter) -> None:
+    """Refuses what PEFT 0.21 could not load on transformers 5, where experts are tensors of a layer's own."""
+    assert architecture.experts is not None
     chosen = '"all"' if adapter.targets == "all" else str(list(adapter.names))
-    if architecture.experts is not None:
+    gated = [name for name in OF_MLP[:2] if name in adapter.names]
+    if len(gated) == 1:
+        raise RapoError(
+            f"adapter.targets = {chosen} has {gated[0]} alone; PEFT adapts experts' gate_proj and up_proj, "
+            "which are one tensor in transformers, together; name both, or neither"
+        )
+    if architecture.experts.shared is not None:
+        named = ", ".join(name for name in OF_MLP if name in adapter.names)
         attention = ", ".join(f'"{name}"' for name in OF_ATTENTION)
         raise RapoError(
-            f"adapter.targets = {chosen} has {', '.join(missing)}, which in a {architecture.family} are of "
-            f"experts, and experts are not adapted; name layers of attention alone: [{attention}]"
+            f"adapter.targets = {chosen} has {named}, which in a {architecture.family} are of experts, and "
+            f"PEFT loads no adapters of these; name layers of attention alone: [{attention}]"
         )
+
+
+def _refuse(missing: list[str], found: set[str], architecture: Architecture, adapter: Adapter) -> None:
+    chosen = '"all"' if adapter.targets == "all" else str(list(adapter.names))
     has = ", ".join(f'"{name}"' for name in adapter.names if name in found)
     raise RapoError(
         f"adapter.targets = {chosen} has {', '.join(missing)}, which a {architecture.family} has not; "

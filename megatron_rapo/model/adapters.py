@@ -6,6 +6,8 @@ each in columns of its own: `[out, n · rank]`, in which the other matrices' row
 the layer's part in the order that Megatron wants, and W + scale · B · A is theirs as well.
 
 What crosses tensor-parallel ranks between the two products has n · rank channels a token, not `hidden`.
+An expert is given all tokens that come to it, and its output is summed over the ranks that cut it, by the
+dispatcher: there nothing crosses but the gradient of the matrix that is whole.
 """
 
 from __future__ import annotations
@@ -53,8 +55,13 @@ class LowRank(torch.nn.Module):
         self._linear = linear
         self._architecture = architecture
         self._cuts_columns = linear.rule.cut == COLUMNS
+        self._of_expert = linear.rule.expert is not None
         self._sequence_parallel = config.sequence_parallel
-        self._group = parallel_state.get_tensor_model_parallel_group()
+        self._group = (
+            parallel_state.get_expert_tensor_parallel_group()
+            if self._of_expert
+            else parallel_state.get_tensor_model_parallel_group()
+        )
         self._norm_epsilon = config.layernorm_epsilon
         self._norm_offset = float(config.layernorm_zero_centered_gamma)
         for rule in linear.rules(adapter.rank):
@@ -65,8 +72,13 @@ class LowRank(torch.nn.Module):
         (shape,) = rule.hf.values()
         local = list(shape)
         if rule.cut is not None:
-            local[rule.cut] //= config.tensor_model_parallel_size
+            local[rule.cut] //= self._group.size()
         parameter: Any = torch.nn.Parameter(torch.empty(local, dtype=config.params_dtype))
+        if self._of_expert:
+            # Summed over the ranks that have the same experts, and in the norm once (`build.py`).
+            parameter.allreduce, parameter.tensor_model_parallel = False, True
+            parameter.shared = rule.cut is None and self._group.rank() > 0
+            return parameter
         if rule.cut is not None:
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=rule.cut, stride=1)
         else:
@@ -107,12 +119,19 @@ class LowRank(torch.nn.Module):
         """
         if norm is not None:
             given = F.rms_norm(given, (given.size(-1),), norm + self._norm_offset, self._norm_epsilon)
-        hidden = self._shared(F.linear(given, self.inner())) * self.scale
-        added = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), self.outer().T)
+        inner, outer = self.inner(), self.outer()
+        if self._of_expert and self._cuts_columns:
+            outer = copy_to_tensor_model_parallel_region(outer, group=self._group)
+        elif self._of_expert:
+            inner = copy_to_tensor_model_parallel_region(inner, group=self._group)
+        hidden = self._shared(F.linear(given, inner)) * self.scale
+        added = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), outer.T)
         return added.view_as(output)
 
     def _shared(self, hidden: Tensor) -> Tensor:
         """What both products meet in, on the ranks that the second one is computed on."""
+        if self._of_expert:
+            return hidden
         if self._cuts_columns:
             if self._sequence_parallel:
                 return reduce_scatter_to_sequence_parallel_region(hidden, group=self._group)
@@ -130,12 +149,23 @@ def attach(chunk: Any, architecture: Architecture, adapter: Adapter) -> None:
     chunk.requires_grad_(False)
     for linear in adapted_linears(architecture, adapter):
         assert linear.rule.cut in (ROWS, COLUMNS), f"{linear.name} is cut otherwise than by rows or columns"
-        for layer in chunk.decoder.layers:
-            module = layer.get_submodule(linear.name)
+        for module in _linears(chunk, linear):
             low_rank = LowRank(linear, adapter, architecture, chunk.config)
             module.add_module(MODULE, low_rank)
             module.weight.low_rank = low_rank
             module.register_forward_hook(_added)
+
+
+def _linears(chunk: Any, linear: AdaptedLinear) -> Iterator[Any]:
+    """The linear layer in each layer of a chunk; that of an expert where this rank has the expert."""
+    for layer in chunk.decoder.layers:
+        expert = linear.rule.expert
+        if expert is None:
+            yield layer.get_submodule(linear.name)
+        elif expert in layer.mlp.local_expert_indices:
+            place = layer.mlp.local_expert_indices.index(expert)
+            _, _, inner = linear.name.rpartition(".")
+            yield layer.mlp.experts.local_experts[place].get_submodule(inner)
 
 
 def _added(module: Any, given: tuple[Any, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any] | None:

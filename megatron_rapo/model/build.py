@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_rapo.config import Adapter, Model, Parallel
+from megatron_rapo.model.adapter_rules import adapts_experts
 from megatron_rapo.model.adapters import attach
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.branches import Branches
@@ -31,12 +32,17 @@ from megatron_rapo.parallel.device import device
 
 
 def transformer_config(
-    architecture: Architecture, layout: Parallel, *, dtype: torch.dtype, recompute: bool
+    architecture: Architecture,
+    layout: Parallel,
+    *,
+    dtype: torch.dtype,
+    recompute: bool,
+    adapter: Adapter | None = None,
 ) -> TransformerConfig:
     """Megatron's configuration of the transformer and of its pipeline communication."""
     return TransformerConfig(
         **family_of(architecture).transformer(architecture),
-        **(_routing(layout, dtype) if architecture.experts else {}),
+        **(_routing(layout, dtype, adapts_experts(architecture, adapter)) if architecture.experts else {}),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         masked_softmax_fusion=False,
@@ -65,15 +71,16 @@ def transformer_config(
     )
 
 
-def _routing(layout: Parallel, dtype: torch.dtype) -> dict[str, Any]:
-    """How tokens come to their experts, of whom each takes all that choose it."""
+def _routing(layout: Parallel, dtype: torch.dtype, adapted: bool) -> dict[str, Any]:
+    """How tokens come to their experts, of whom each takes all that choose it. Adapted ones are modules of
+    their own, one after the other: no adapter is grouped."""
     return {
         "expert_model_parallel_size": layout.expert_parallel,
         "expert_tensor_parallel_size": layout.expert_tensor_parallel,
         "moe_token_dispatcher_type": "alltoall",
         "moe_router_dtype": "fp64" if dtype is torch.float64 else "fp32",
         "moe_router_load_balancing_type": "none",
-        "moe_grouped_gemm": uses_transformer_engine(),
+        "moe_grouped_gemm": uses_transformer_engine() and not adapted,
     }
 
 
@@ -131,7 +138,11 @@ def build_chunks(
     """
     architecture.check_layout(layout)
     config = transformer_config(
-        architecture, layout, dtype=DTYPES[model.dtype], recompute=model.recompute == "full"
+        architecture,
+        layout,
+        dtype=DTYPES[model.dtype],
+        recompute=model.recompute == "full",
+        adapter=adapter,
     )
     stages = range(layout.virtual_pipeline_parallel) if layout.virtual_pipeline_parallel else [None]
     rows = vocabulary_rows or architecture.padded_vocabulary(

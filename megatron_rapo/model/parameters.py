@@ -44,6 +44,12 @@ def count_adapter_parameters(architecture: Architecture, adapter: Adapter) -> in
     return _count(rule for _, rule in model_rules(architecture, adapter))
 
 
+def count_expert_adapter_parameters(architecture: Architecture, adapter: Adapter) -> int:
+    """Those of its experts' adapters."""
+    rules = adapter_rules(architecture, adapter)
+    return architecture.layers * _count(rule for rule in rules if rule.expert is not None)
+
+
 @cache
 def count_layer_parameters(architecture: Architecture) -> int:
     """Numbers in one layer."""

@@ -19,6 +19,7 @@ from megatron_rapo.config import Adapter, Parallel
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.parameters import (
     count_adapter_parameters,
+    count_expert_adapter_parameters,
     count_expert_parameters,
     count_parameters,
 )
@@ -239,7 +240,7 @@ class TrainerModel:
     @property
     def _trained_of_experts(self) -> int:
         if self.adapter is not None:
-            return 0  # experts are not adapted
+            return count_expert_adapter_parameters(self.architecture, self.adapter)
         return self.architecture.layers * count_expert_parameters(self.architecture)
 
     @cached_property

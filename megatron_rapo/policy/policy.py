@@ -103,7 +103,8 @@ class Policy:
         source = model.checkpoint or model.path
         load_weights(self.chunks, architecture, source, placement.tensor_rank, placement.expert_tensor_rank)
         if adapter is not None:
-            begin_adapters(self.chunks, architecture, adapter, seed, placement.tensor_rank)
+            ranks = placement.tensor_rank, placement.expert_tensor_rank
+            begin_adapters(self.chunks, architecture, adapter, seed, *ranks)
         largest = self._check_parameters(f"the policy's weights of {source}", "take an undamaged copy")
         self._largest_weight = MOST_GROWTH * max(largest, 1.0)
         self._routing = ExpertRouting(self.chunks, architecture, model, placement)

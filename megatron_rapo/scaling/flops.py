@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from megatron_rapo.config import Adapter
 from megatron_rapo.model.architecture import Architecture
-from megatron_rapo.model.parameters import count_adapter_parameters
+from megatron_rapo.model.parameters import count_adapter_parameters, count_expert_adapter_parameters
 
 FORWARD_AND_BACKWARD = 3  # times the forward pass
 
@@ -61,6 +61,16 @@ def _feed_forward(architecture: Architecture) -> int:
     return 3 * (experts.chosen * architecture.feed_forward + (experts.shared or 0)) + experts.count
 
 
+def _adapters(architecture: Architecture, adapter: Adapter) -> int:
+    """Numbers of the adapters that a token passes: of experts those that it chooses."""
+    every, of_experts = (
+        count(architecture, adapter) for count in (count_adapter_parameters, count_expert_adapter_parameters)
+    )
+    if architecture.experts is None:
+        return every
+    return every - of_experts + of_experts * architecture.experts.chosen // architecture.experts.count
+
+
 def training_flops(
     architecture: Architecture,
     lengths: Iterable[int],
@@ -72,5 +82,5 @@ def training_flops(
         return FORWARD_AND_BACKWARD * forward_flops(architecture, lengths, attended)
     lengths = list(lengths)
     trained = _attention(architecture, lengths, attended)
-    trained += 2 * sum(lengths) * count_adapter_parameters(architecture, adapter)
+    trained += 2 * sum(lengths) * _adapters(architecture, adapter)
     return FORWARD_AND_BACKWARD * trained + 2 * sum(lengths) * _matrices(architecture)

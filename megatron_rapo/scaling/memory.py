@@ -75,8 +75,10 @@ def estimate_memory(
     experts = _experts(layout, architecture)
     parameters = _parameters(layout, architecture, vocabulary_rows)
 
-    adapters = 0 if config.adapter is None else _adapters(layout, architecture, config.adapter)
-    trained, trained_experts = (parameters, experts) if config.adapter is None else (adapters, 0)
+    adapters, of_experts = (0, 0)
+    if config.adapter is not None:
+        adapters, of_experts = _adapters(layout, architecture, config.adapter)
+    trained, trained_experts = (parameters, experts) if config.adapter is None else (adapters, of_experts)
     distributed = config.optimizer.distributed
     shards = layout.data_parallel * layout.context_parallel if distributed else 1
     sharded = (trained - trained_experts) // shards
@@ -117,14 +119,18 @@ def _parameters(layout: Parallel, architecture: Architecture, vocabulary_rows: i
     return of_layers + tables * vocabulary_rows * architecture.hidden
 
 
-def _adapters(layout: Parallel, architecture: Architecture, adapter: Adapter) -> int:
-    """Numbers of a rank's part of its layers' adapters, of which each has one matrix whole."""
+def _adapters(layout: Parallel, architecture: Architecture, adapter: Adapter) -> tuple[int, int]:
+    """Numbers of a rank's part of its layers' adapters, of which each has one matrix whole: all; experts'."""
     layers = architecture.layers // layout.pipeline_parallel
-    return layers * sum(
-        math.prod(shape) // (1 if rule.cut is None else layout.tensor_parallel)
-        for rule in adapter_rules(architecture, adapter)
-        for shape in rule.hf.values()
-    )
+    others = of_experts = 0
+    for rule in adapter_rules(architecture, adapter):
+        (size,) = map(math.prod, rule.hf.values())
+        if rule.expert is None:
+            others += size // (1 if rule.cut is None else layout.tensor_parallel)
+        else:
+            of_experts += size // (1 if rule.cut is None else layout.expert_tensor_parallel)
+    of_experts //= layout.expert_parallel
+    return layers * (others + of_experts), layers * of_experts
 
 
 def _experts(layout: Parallel, architecture: Architecture) -> int:

@@ -57,9 +57,14 @@ class FreshAdapters:
 
 
 def begin_adapters(
-    chunks: Sequence[GPTModel], architecture: Architecture, adapter: Adapter, seed: int, tensor_rank: int
+    chunks: Sequence[GPTModel],
+    architecture: Architecture,
+    adapter: Adapter,
+    seed: int,
+    tensor_rank: int,
+    expert_tensor_rank: int = 0,
 ) -> None:
     """Fills the adapters of this rank's chunks."""
     fresh = FreshAdapters(architecture, adapter, seed)
     for mapped in mapped_parameters(chunks, architecture, adapter):
-        fill(mapped, fresh, architecture, tensor_rank)
+        fill(mapped, fresh, architecture, tensor_rank, expert_tensor_rank)

@@ -67,17 +67,23 @@ def load_weights(
     """
     with open_tensors(directory, architecture) as tensors:
         for mapped in mapped_parameters(chunks, architecture):
-            rank = tensor_rank if mapped.rule.expert is None else expert_tensor_rank
-            fill(mapped, tensors, architecture, rank)
+            fill(mapped, tensors, architecture, tensor_rank, expert_tensor_rank)
 
 
 @torch.no_grad()
-def fill(mapped: MappedParameter, tensors: WholeTensors, architecture: Architecture, rank: int) -> None:
-    """Fills one parameter with its slices of whole tensors, those of rank `rank` that share them.
+def fill(
+    mapped: MappedParameter,
+    tensors: WholeTensors,
+    architecture: Architecture,
+    tensor_rank: int,
+    expert_tensor_rank: int = 0,
+) -> None:
+    """Fills one parameter with its slices of whole tensors, those of this rank among all that share them.
 
     Raises:
         RapoError: a tensor is of another shape than the architecture's.
     """
+    rank = tensor_rank if mapped.rule.expert is None else expert_tensor_rank
     parts = [_local_part(tensors, mapped, architecture, i, rank) for i in range(len(mapped.rule.hf))]
     mapped.parameter.copy_(mapped.rule.fusion.fuse(parts, architecture))
 

@@ -20,7 +20,8 @@ from megatron_rapo.model.rules import Rule
 
 # Megatron's own experts are modules one by one, those of Transformer Engine numbered weights of one module.
 _OF_EXPERT = re.compile(
-    r"mlp\.experts\.(local_experts\.(?P<alone>\d+)\.)?(?P<linear>linear_fc[12])\.weight(?P<grouped>\d+)?"
+    r"mlp\.experts\.(local_experts\.(?P<alone>\d+)\.)?(?P<linear>linear_fc[12])\."
+    rf"(?P<own>weight|{MODULE}\.\w+?)(?P<grouped>\d+)?"
 )
 
 
@@ -70,7 +71,7 @@ def _of_whole_layer(name: str, layer: Any) -> str:
     if found is None:
         return name
     here = int(found["alone"] or found["grouped"])
-    return f"mlp.experts.{layer.mlp.local_expert_indices[here]}.{found['linear']}.weight"
+    return f"mlp.experts.{layer.mlp.local_expert_indices[here]}.{found['linear']}.{found['own']}"
 
 
 def local_name(rule: Rule) -> str:

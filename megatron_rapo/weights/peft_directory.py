@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_rapo.config import Adapter
 from megatron_rapo.errors import RapoError
 from megatron_rapo.file_sums import write_sums
+from megatron_rapo.model.adapter_rules import A
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.weights.export import hf_tensors
@@ -82,19 +83,24 @@ def write_peft_files(tensors: dict[str, Tensor], adapter: Adapter, directory: Pa
         OSError: it cannot be written.
     """
     save_tensors({PREFIX + name: own.contiguous() for name, own in tensors.items()}, directory / WEIGHTS)
-    (directory / OPTIONS).write_text(json.dumps(_options(adapter, base), indent=1) + "\n")
+    (directory / OPTIONS).write_text(json.dumps(_options(adapter, base, tensors), indent=1) + "\n")
     write_sums(directory)
 
 
-def _options(adapter: Adapter, base: Path) -> dict[str, Any]:
+def _options(adapter: Adapter, base: Path, names: Iterable[str]) -> dict[str, Any]:
+    """PEFT's, of matrices of these names, whose layers are called as the model's published weights are."""
+    layers = sorted({name.split(f".{A}.")[0].rpartition(".")[2] for name in names if f".{A}." in name})
+    # PEFT makes one matrix of experts' gate and up projections, of twice the rank and alpha: the scale stays
+    # what it is if it is alpha / rank, and not if it is alpha / √rank.
+    of_experts = any(".experts." in name for name in names)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base),
         "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
-        "use_rslora": adapter.rank_stabilized,
-        "target_modules": list(adapter.names),
+        "lora_alpha": adapter.scale * adapter.rank if of_experts else adapter.alpha,
+        "use_rslora": adapter.rank_stabilized and not of_experts,
+        "target_modules": layers,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

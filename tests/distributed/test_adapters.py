@@ -24,26 +24,25 @@ from megatron_rapo.parallel.placement import Placement, arrange, process_groups
 from megatron_rapo.policy.gradients import main_gradient, unwrap, wrap
 from megatron_rapo.policy.hidden_states import shared_tokens
 from megatron_rapo.policy.pipeline import run_forward_backward
+from megatron_rapo.policy.policy import _megatron_optimizer
 from megatron_rapo.policy.reference import PolicyWithoutAdapters
 from megatron_rapo.weights.export import hf_tensors
 from megatron_rapo.weights.fresh_adapters import begin_adapters
 from megatron_rapo.weights.load import fill, load_weights
 from megatron_rapo.weights.parameter_map import mapped_parameters
 from megatron_rapo.weights.peft_directory import PREFIX, write_peft_adapter
+from tests.distributed.adapted_models import (
+    ADAPTERS,
+    LENGTHS,
+    TOKENS,
+    of_experts,
+    of_peft,
+    sequences,
+    weights_of,
+)
 from tests.distributed.jobs import layout, run_job
 from tests.models import make_hf_model
 
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "all": {"rank": 4, "alpha": 12.0},
-    "attention": {
-        "rank": 8,
-        "alpha": 6.0,
-        "targets": ["q_proj", "v_proj", "o_proj"],
-        "rank_stabilized": True,
-    },
-    "mlp": {"rank": 3, "alpha": 3.0, "targets": ["up_proj", "down_proj"]},
-    "mixture": {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]},
-}
 # model, adapter, recompute, layout
 CASES = [
     ("qwen2", "all", "none", "dp4"),
@@ -58,12 +57,15 @@ CASES = [
     ("qwen3-tied", "attention", "none", "pp2"),
     ("llama", "mlp", "none", "tp2-sp"),
     ("qwen3_moe", "mixture", "none", "tp2-sp-ep2"),
+    ("qwen3_moe", "experts", "full", "tp2-sp-ep2"),
+    ("qwen3_moe", "experts", "none", "pp2-ep2"),
+    ("qwen3_moe", "experts", "none", "tp2-sp-ep2-etp2"),
+    ("qwen3_moe", "experts' down", "none", "dp4-etp2"),
     ("gemma3_text", "all", "full", "tp2-sp-pp2"),
     ("olmo2", "all", "none", "tp2-pp2"),
     ("glm4", "attention", "none", "tp2-sp"),
 ]
 IDS = ["/".join(case) for case in CASES]
-LENGTHS, TOKENS = (9, 23, 2, 14, 6, 11), 61
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name, kind in {(model, adapter) for model, adapter, _, _ in CASES}:
         if not (base / name).exists():
             make_hf_model(base / name, family=name.split("-")[0], tied="tied" in name)
-        of_peft(base, name, kind)
+        (of_experts if kind.startswith("experts") else of_peft)(base, name, kind)
     return run_job(measure, base, directory=base)
 
 
@@ -84,6 +86,11 @@ def test_log_probs_equal_those_of_peft(measured: dict[str, Any], case: str) -> N
 @pytest.mark.parametrize("case", IDS)
 def test_gradients_of_a_and_b_equal_those_of_peft(measured: dict[str, Any], case: str) -> None:
     assert measured[case]["gradients"] <= 1e-5
+
+
+@pytest.mark.parametrize("case", IDS)
+def test_each_gradient_is_in_the_norm_once(measured: dict[str, Any], case: str) -> None:
+    assert measured[case]["norm"] == pytest.approx(measured[case]["norm_of_gradients"], rel=1e-5)
 
 
 @pytest.mark.parametrize("case", IDS)
@@ -118,58 +125,6 @@ def test_every_layout_begins_with_the_same_adapters_as_peft_draws_them(measured:
         bound = int(columns) ** -0.5
         assert 0.97 * bound < largest <= bound
         assert deviation == pytest.approx(bound / 3**0.5, rel=0.05)
-
-
-def of_peft(base: Path, model: str, kind: str) -> None:
-    """A PEFT adapter with random A and B, and what PEFT makes of it."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    adapter = Adapter(**ADAPTERS[kind])
-    torch.manual_seed(3)
-    hf = AutoModelForCausalLM.from_pretrained(base / model, dtype=torch.float32)
-    options = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        target_modules=list(adapter.names),
-        use_rslora=adapter.rank_stabilized,
-    )
-    peft = get_peft_model(hf, options)
-    for name, parameter in peft.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    directory = base / f"{model} {kind}"
-    peft.save_pretrained(directory)
-    found: dict[str, torch.Tensor] = {}
-    total = torch.zeros(())
-    for index, ids in enumerate(sequences()):
-        own = log_probs_of(peft, ids)
-        found[f"log_probs {index}"] = own.detach()
-        with torch.no_grad(), peft.disable_adapter():
-            found[f"reference {index}"] = log_probs_of(peft, ids)
-        total = total + (own * weights_of(index, len(own))).sum()
-    total.backward()
-    for name, parameter in peft.named_parameters():
-        if parameter.grad is not None:
-            found[name.removeprefix(PREFIX).replace(".default.", ".")] = parameter.grad
-    torch.save(found, directory / "expected.pt")
-    torch.save(dict(peft.merge_and_unload().state_dict()), directory / "merged.pt")
-
-
-def log_probs_of(model: Any, ids: np.ndarray) -> torch.Tensor:
-    """Of each token but the first."""
-    token_ids = torch.from_numpy(ids).long()
-    logits = model(token_ids[None]).logits[0, :-1]
-    return logits.log_softmax(-1).gather(1, token_ids[1:, None]).squeeze(1)
-
-
-def sequences() -> list[np.ndarray]:
-    random = np.random.default_rng(0)
-    return [random.integers(2, TOKENS, length).astype(np.int32) for length in LENGTHS]
-
-
-def weights_of(index: int, count: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(index).normal(size=count)).float()
 
 
 def measure(base: Path, report: Path) -> None:
@@ -207,11 +162,12 @@ def _measure(
     model = Model(path=path, dtype="float32", recompute=recompute)
     chunks = build_chunks(architecture, model, parallel, adapter=adapter)
     load_weights(chunks, architecture, path, placement.tensor_rank, placement.expert_tensor_rank)
-    begin_adapters(chunks, architecture, adapter, 5, placement.tensor_rank)
+    ranks = placement.tensor_rank, placement.expert_tensor_rank
+    begin_adapters(chunks, architecture, adapter, 5, *ranks)
     begun = _begun(_everyone(hf_tensors(chunks, architecture, placement, adapter=adapter)))
     of_peft = Directory(directory)
     for mapped in mapped_parameters(chunks, architecture, adapter):
-        fill(mapped, of_peft, architecture, placement.tensor_rank)
+        fill(mapped, of_peft, architecture, placement.tensor_rank, placement.expert_tensor_rank)
 
     expected = torch.load(directory / "expected.pt")
     microbatches = _microbatches(placement)
@@ -229,6 +185,8 @@ def _measure(
     reports = run_forward_backward(wrapped, microbatches, loss)
     gradients = _everyone(hf_tensors(chunks, architecture, placement, main_gradient, adapter))
     merged = _everyone(hf_tensors(chunks, architecture, placement))
+    optimizer = _megatron_optimizer(wrapped, Optimizer(distributed=False), torch.float32)
+    optimizer.prepare_grads()
     others = [
         name
         for chunk in chunks
@@ -244,6 +202,8 @@ def _measure(
         "reference": _apart(found, microbatches, expected, "reference", placement),
         "left_on": _apart(reports, microbatches, expected, "reference", placement),
         "gradients": _relative(gradients, expected),
+        "norm": float(optimizer.get_grad_norm()),
+        "norm_of_gradients": float(torch.stack([one.norm() for one in gradients.values()]).norm()),
         "merged": _merged_apart(merged, torch.load(directory / "merged.pt"), architecture),
         "exported": same,
         "others": others,

@@ -225,18 +225,24 @@ OBJECTIVES |= {
         (EXPERTS["TP 2, EP 2, experts' TP 2"], EXPERTS["PP 2, VPP 2, EP 2"]),
     ),
 }
+CUT_EXPERTS = (EXPERTS["TP 2, EP 2, experts' TP 2"],)
 ALL, OF_ATTENTION = Adapter(rank=3, alpha=5.0), Adapter(rank=2, targets=["q_proj", "v_proj"])
+OF_MLP = Adapter(rank=2, targets=["gate_proj", "up_proj", "down_proj"])
 OBJECTIVES |= {
     "adapters": Certified({"method": "rapo"}, "qwen3", (*FEW, *SHARED), adapter=ALL),
     "adapters of attention": Certified({"method": "rapo"}, "smollm3", SPREAD, adapter=OF_ATTENTION),
-    "adapters of a mixture": Certified(
-        {"method": "rapo"}, "qwen3_moe", (EXPERTS["TP 2, EP 2"],), adapter=OF_ATTENTION
+    "adapters of experts": Certified(
+        {"method": "rapo"}, "qwen3_moe", (EXPERTS["TP 2, EP 2"], EXPERTS["CP 2, EP 4"]), adapter=ALL
     ),
+    "adapters of experts that TP cuts": Certified({"method": "rapo"}, "qwen3_moe", CUT_EXPERTS, adapter=ALL),
     "adapters and a teacher": Certified({"method": "distill"}, "qwen3", SPREAD[1:], adapter=ALL),
 }
 FAULTS = {
     "adapters left on": Certified({"method": "rapo"}, "qwen3", TENSOR, adapters_left_on, ALL),
     "adapters apart": Certified({"method": "rapo"}, "qwen3", TENSOR, adapters_apart, ALL),
+    "experts' adapters apart": Certified(
+        {"method": "rapo"}, "qwen3_moe", CUT_EXPERTS, adapters_apart, OF_MLP
+    ),
     "tokens apart": Certified({"method": "rapo"}, "qwen3", FEW[:2], tokens_apart, ALL),
     "plain collective": Certified({"method": "rapo"}, "qwen3", TENSOR, plain_collective),
     "teacher's own rows": Certified({"method": "distill"}, "qwen3", TENSOR, rows_of_its_own),
@@ -283,11 +289,12 @@ def test_other_objectives_and_families_are_certified(certified: dict[str, list[R
         ("teacher's own rows", {"TP 2"}),
         ("adapters left on", {"DP 4", "TP 2"}),
         ("adapters apart", {"TP 2"}),
+        ("experts' adapters apart", {"TP 2, EP 2, experts' TP 2"}),
         ("tokens apart", {"TP 2, sequence parallel"}),
     ],
 )
 def test_a_planted_fault_is_reported(
     certified: dict[str, list[Result]], fault: str, failing: set[str]
 ) -> None:
-    assert len(certified[fault]) == 4
+    assert len(certified[fault]) == 2 * len(FAULTS[fault].cases)
     assert {result.case for result in certified[fault] if not result.passed} == failing

@@ -49,6 +49,7 @@ SAVED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "norm over heads": ("norm over heads", "tp2-pp2", {}),
     "experts": ("experts", "tp2-pp2-sp-ep2", {}),
     "adapters": ("adapted", "tp2-pp2", {"adapter": ADAPTER}),
+    "adapters of experts": ("experts", "tp2-pp2-sp-ep2", {"adapter": ADAPTER}),
 }
 RELOADED = [
     ("untied", "tp2-pp2"),
@@ -71,6 +72,9 @@ RELOADED = [
     ("adapters", "tp2-pp2-vpp2-sp"),
     ("adapters", "tp4"),
     ("adapters", "cp2"),
+    ("adapters of experts", "tp2-pp2-sp-ep2"),
+    ("adapters of experts", "tp2-sp-ep2-etp2"),
+    ("adapters of experts", "dp4"),
 ]
 IDS = [f"{saved} as {name}" for saved, name in RELOADED]
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "num_key_value_heads": 4}

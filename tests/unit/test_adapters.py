@@ -126,10 +126,10 @@ def test_layers_that_a_model_has_not_are_refused_with_those_it_has(tmp_path: Pat
         list(adapted_linears(architecture, Adapter()))
 
 
-@pytest.mark.parametrize("targets", ["all", ["q_proj", "up_proj"]])
-def test_experts_are_refused_by_name(tmp_path: Path, targets: Any) -> None:
+@pytest.mark.parametrize("targets", ["all", ["q_proj", "gate_proj", "up_proj"]])
+def test_experts_that_peft_does_not_load_are_refused_by_name(tmp_path: Path, targets: Any) -> None:
     mixture = make_hf_model(tmp_path / "mixture", family="qwen2_moe")
-    with pytest.raises(RapoError, match=r"has .*up_proj.* which in a qwen2_moe are of experts, and experts"):
+    with pytest.raises(RapoError, match=r"has .*up_proj.* which in a qwen2_moe are of experts, and PEFT"):
         planned_architecture(config(mixture, adapter={"targets": targets}))
     planned_architecture(config(mixture, adapter={"targets": ATTENTION}))
 
