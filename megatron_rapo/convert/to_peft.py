@@ -39,8 +39,9 @@ def convert_to_peft(source: Path, destination: Path, model: Path | None = None) 
             f"checkpoint {checkpoint} holds adapters of {base}, which has no config.json; name the HF "
             "directory of the model with --model"
         )
-    adapters = AdapterTensors(checkpoint, read_architecture(base), record.adapter)
+    architecture = read_architecture(base)
+    adapters = AdapterTensors(checkpoint, architecture, record.adapter)
     nbytes = sum(math.prod(shape) for shape in adapters.shapes.values()) * record.dtype.itemsize
     with new_directory(destination, nbytes) as directory:
         tensors = {name: adapters.read(name) for name in adapters.shapes}
-        write_peft_files(tensors, record.adapter, directory, base)
+        write_peft_files(tensors, architecture, record.adapter, directory, base)

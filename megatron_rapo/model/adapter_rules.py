@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from megatron_rapo.config import Adapter
-from megatron_rapo.config.adapter import OF_ATTENTION, OF_MLP
+from megatron_rapo.config.adapter import OF_MLP
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.families.named import family_of
@@ -56,10 +56,10 @@ class AdaptedLinear:
 def adapted_linears(architecture: Architecture, adapter: Adapter) -> Iterator[AdaptedLinear]:
     """What `adapter.targets` names in each layer.
 
-    Of a mixture's MLP it is each expert.
+    Of a mixture's MLP it is each expert, and the one that every token passes as well.
 
     Raises:
-        RapoError: the model has no such layer, or PEFT could not load the adapters of its experts.
+        RapoError: the model has no such layer, or of experts' gate and up projections one alone is named.
     """
     if adapts_experts(architecture, adapter):
         _check_experts(architecture, adapter)
@@ -93,21 +93,12 @@ def adapter_rules(architecture: Architecture, adapter: Adapter) -> Iterator[Rule
 
 
 def _check_experts(architecture: Architecture, adapter: Adapter) -> None:
-    """Refuses what PEFT 0.21 could not load on transformers 5, where experts are tensors of a layer's own."""
-    assert architecture.experts is not None
-    chosen = '"all"' if adapter.targets == "all" else str(list(adapter.names))
     gated = [name for name in OF_MLP[:2] if name in adapter.names]
     if len(gated) == 1:
         raise RapoError(
-            f"adapter.targets = {chosen} has {gated[0]} alone; PEFT adapts experts' gate_proj and up_proj, "
-            "which are one tensor in transformers, together; name both, or neither"
-        )
-    if architecture.experts.shared is not None:
-        named = ", ".join(name for name in OF_MLP if name in adapter.names)
-        attention = ", ".join(f'"{name}"' for name in OF_ATTENTION)
-        raise RapoError(
-            f"adapter.targets = {chosen} has {named}, which in a {architecture.family} are of experts, and "
-            f"PEFT loads no adapters of these; name layers of attention alone: [{attention}]"
+            f"adapter.targets = {list(adapter.names)} has {gated[0]} alone; gate_proj and up_proj of a "
+            f"{architecture.family}'s experts are one tensor in transformers, which PEFT adapts as a whole; "
+            "name both, or neither"
         )
 
 

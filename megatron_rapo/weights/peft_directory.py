@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from torch import Tensor
 from megatron_rapo.config import Adapter
 from megatron_rapo.errors import RapoError
 from megatron_rapo.file_sums import write_sums
-from megatron_rapo.model.adapter_rules import A
+from megatron_rapo.model.adapter_rules import A, adapts_experts
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.parallel.placement import Placement
 from megatron_rapo.weights.export import hf_tensors
 from megatron_rapo.weights.hf_directory import save_tensors
+from megatron_rapo.weights.peft_experts import CONVERTED, GATE_UP, joined
 
 WEIGHTS, OPTIONS = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # of names there, before the model's own
@@ -55,9 +56,8 @@ def write_peft_adapter(
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            write_peft_files(
-                {name: own for share in shares for name, own in share.items()}, adapter, partial, base
-            )
+            whole = {name: own for share in shares for name, own in share.items()}
+            write_peft_files(whole, architecture, adapter, partial, base)
             shutil.rmtree(directory, ignore_errors=True)
             partial.rename(directory)
         except OSError as error:
@@ -70,11 +70,14 @@ def write_peft_adapter(
         )
 
 
-def write_peft_files(tensors: dict[str, Tensor], adapter: Adapter, directory: Path, base: Path) -> None:
+def write_peft_files(
+    tensors: Mapping[str, Tensor], architecture: Architecture, adapter: Adapter, directory: Path, base: Path
+) -> None:
     """Writes the files of such a directory, with their checksums.
 
     Args:
         tensors: A and B of each matrix, by its HF name.
+        architecture: of the model.
         adapter: their options.
         directory: an empty folder.
         base: HF directory of the model.
@@ -82,17 +85,25 @@ def write_peft_files(tensors: dict[str, Tensor], adapter: Adapter, directory: Pa
     Raises:
         OSError: it cannot be written.
     """
+    options = _options(architecture, adapter, base, tensors)
+    if adapts_experts(architecture, adapter) and architecture.family not in CONVERTED:
+        tensors, options["target_parameters"] = joined(tensors)
+        twice = rf".*\.{GATE_UP}"
+        options["rank_pattern"] = {twice: 2 * options["r"]}
+        options["alpha_pattern"] = {twice: 2 * options["lora_alpha"]}
     save_tensors({PREFIX + name: own.contiguous() for name, own in tensors.items()}, directory / WEIGHTS)
-    (directory / OPTIONS).write_text(json.dumps(_options(adapter, base, tensors), indent=1) + "\n")
+    (directory / OPTIONS).write_text(json.dumps(options, indent=1) + "\n")
     write_sums(directory)
 
 
-def _options(adapter: Adapter, base: Path, names: Iterable[str]) -> dict[str, Any]:
+def _options(
+    architecture: Architecture, adapter: Adapter, base: Path, names: Iterable[str]
+) -> dict[str, Any]:
     """PEFT's, of matrices of these names, whose layers are called as the model's published weights are."""
     layers = sorted({name.split(f".{A}.")[0].rpartition(".")[2] for name in names if f".{A}." in name})
     # PEFT makes one matrix of experts' gate and up projections, of twice the rank and alpha: the scale stays
     # what it is if it is alpha / rank, and not if it is alpha / √rank.
-    of_experts = any(".experts." in name for name in names)
+    of_experts = adapts_experts(architecture, adapter)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from megatron_rapo.certify.adapted import RandomAdapters, adapted
 from megatron_rapo.config import Adapter
@@ -28,6 +29,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "experts": {"rank": 3, "alpha": 5.0},
     "experts' down": {"rank": 2, "targets": ["down_proj"], "rank_stabilized": True},
 }
+APART = "matrices.safetensors"  # of a directory in whose own file those of experts may be joined
 LENGTHS, TOKENS = (9, 23, 2, 14, 6, 11), 61
 
 
@@ -79,7 +81,8 @@ def of_experts(base: Path, model: str, kind: str) -> None:
     matrices = RandomAdapters(architecture, adapter).all(torch.float32)
     directory = base / f"{model} {kind}"
     directory.mkdir()
-    write_peft_files(matrices, adapter, directory, base / model)
+    write_peft_files(matrices, architecture, adapter, directory, base / model)
+    save_file({PREFIX + name: matrix for name, matrix in matrices.items()}, directory / APART)
     leaves = {name: matrix.clone().requires_grad_() for name, matrix in matrices.items()}
     with HFTensors(base / model) as tensors:
         published = {name: tensors.read(name, None, 0, 0).float() for name in tensors.names()}

@@ -33,6 +33,7 @@ from megatron_rapo.weights.parameter_map import mapped_parameters
 from megatron_rapo.weights.peft_directory import PREFIX, write_peft_adapter
 from tests.distributed.adapted_models import (
     ADAPTERS,
+    APART,
     LENGTHS,
     TOKENS,
     of_experts,
@@ -59,7 +60,7 @@ CASES = [
     ("qwen3_moe", "mixture", "none", "tp2-sp-ep2"),
     ("qwen3_moe", "experts", "full", "tp2-sp-ep2"),
     ("qwen3_moe", "experts", "none", "pp2-ep2"),
-    ("qwen3_moe", "experts", "none", "tp2-sp-ep2-etp2"),
+    ("qwen2_moe", "experts", "none", "tp2-sp-ep2-etp2"),
     ("qwen3_moe", "experts' down", "none", "dp4-etp2"),
     ("gemma3_text", "all", "full", "tp2-sp-pp2"),
     ("olmo2", "all", "none", "tp2-pp2"),
@@ -144,7 +145,8 @@ class Directory:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._tensors = load_file(directory / "adapter_model.safetensors")
+        apart = directory / APART
+        self._tensors = load_file(apart if apart.exists() else directory / "adapter_model.safetensors")
 
     def shape(self, name: str) -> list[int]:
         return list(self._tensors[PREFIX + name].shape)

@@ -234,7 +234,7 @@ OBJECTIVES |= {
     "adapters of experts": Certified(
         {"method": "rapo"}, "qwen3_moe", (EXPERTS["TP 2, EP 2"], EXPERTS["CP 2, EP 4"]), adapter=ALL
     ),
-    "adapters of experts that TP cuts": Certified({"method": "rapo"}, "qwen3_moe", CUT_EXPERTS, adapter=ALL),
+    "adapters of experts that TP cuts": Certified({"method": "rapo"}, "qwen2_moe", CUT_EXPERTS, adapter=ALL),
     "adapters and a teacher": Certified({"method": "distill"}, "qwen3", SPREAD[1:], adapter=ALL),
 }
 FAULTS = {
