@@ -39,9 +39,8 @@ def joined(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]
     layers: dict[str, dict[tuple[str, str], dict[int, Tensor]]] = {}
     for name, one in tensors.items():
         if of_expert := _OF_EXPERT.fullmatch(name):
-            layer = layers.setdefault(of_expert["experts"], {})
             key = of_expert["target"], of_expert["which"]
-            layer.setdefault(key, {})[int(of_expert["expert"])] = one
+            layers.setdefault(of_expert["experts"], {}).setdefault(key, {})[int(of_expert["expert"])] = one
     adapted: list[str] = []
     for layer, matrices in layers.items():
         gate, up, down = OF_MLP
