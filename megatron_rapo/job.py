@@ -32,6 +32,7 @@ from megatron_rapo.methods.state import restore_state, saved_state
 from megatron_rapo.methods.told import told_by
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.observe.observer import Observer
+from megatron_rapo.observe.phase_memory import PHASES, PhaseMemory
 from megatron_rapo.observe.versions import software_versions
 from megatron_rapo.parallel.device import peak_memory
 from megatron_rapo.parallel.placement import Placement
@@ -46,7 +47,7 @@ from megatron_rapo.samples.recorder import SampleRecorder
 from megatron_rapo.samples.replay import Unpublished
 from megatron_rapo.samples.store import drop_after
 from megatron_rapo.scaling.devices import own_peak_tflops
-from megatron_rapo.scaling.flops import training_flops
+from megatron_rapo.scaling.flops import recomputed_flops, training_flops, update_computing
 from megatron_rapo.weights.export import write_hf_model
 from megatron_rapo.weights.peft_directory import write_peft_adapter
 
@@ -57,6 +58,7 @@ class Job:
 
     config: RunConfig
     observer: Observer
+    memory: PhaseMemory
     placement: Placement
     identity: Identity
     architecture: Architecture
@@ -204,7 +206,6 @@ class Job:
             **told_by(self.method),
             **self._evaluate_if_due(state.step),
             **self.engines.metrics(),
-            "memory/peak_gib": self.placement.largest(peak_memory()) / 2**30,
         }
         metrics |= self.guards.finish_step(metrics)
         state = replace(state, guards=self.guards.state())
@@ -212,7 +213,7 @@ class Job:
         if self.stop_signal:
             requests.heed()
         if self.guards.rolls_back:
-            self.observer.finish_step(metrics)
+            self.observer.finish_step({**metrics, **self._memory()})
             return self._roll_back()
         self._finish_checkpoint(wait=False)
         best = self.checkpoints.best is not None and self.checkpoints.best.take(state.step, metrics)
@@ -223,9 +224,18 @@ class Job:
                 self._finish_checkpoint(wait=True)
                 self.checkpoints.save(self.policy, state, self._keep_batches)
                 self._finish_checkpoint(wait=state.step == self.config.run.steps or self.stop_signal > 0)
-        self.observer.finish_step(metrics)
+        self.observer.finish_step({**metrics, **self._memory()})
         self.guards.check_end()
         return state
+
+    def _memory(self) -> Mapping[str, float]:
+        """The most that any rank has held: since the start, and in each phase of the step."""
+        most, *phases = self.placement.largest_of_each(
+            [self.memory.most or peak_memory(), *self.memory.take()]
+        )
+        named = zip(PHASES, phases, strict=True)
+        told = {f"memory/{phase}_gib": peak / 2**30 for phase, peak in named if peak}
+        return {**told, "memory/peak_gib": most / 2**30}
 
     def _finish_checkpoint(self, *, wait: bool) -> None:
         """Completes the checkpoint that is being written; answers before it are needed no more."""
@@ -305,11 +315,15 @@ class Job:
         segments = segment_sizes(batch.groups)
         if self.config.algorithm.share_prompts:
             lengths, attended = segments
-        tflop = training_flops(self.architecture, lengths, attended, self.config.adapter) / 1e12
-        rate = tflop / seconds / self.placement.layout.world_size
         peak = self.config.observe.peak_tflops or own_peak_tflops(self.config.model.dtype)
-        used = {} if peak is None else {"throughput/mfu": rate / peak}
-        told = {"compute/update_tflop": tflop, "throughput/update_tflop_per_s": rate, **used}
+        of_sequences = self.architecture, lengths, attended, self.config.adapter
+        recompute = self.config.model.recompute == "full"
+        told: dict[str, float] = update_computing(
+            training_flops(*of_sequences),
+            recomputed_flops(*of_sequences) if recompute else 0,
+            seconds * self.placement.layout.world_size,
+            peak,
+        )
         if self.config.parallel.context_parallel == 1:  # else they cannot be shared
             told["compute/repeated_tokens"] = 1.0 - sum(segments[0]) / sum(lengths)
         return told

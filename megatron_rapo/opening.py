@@ -45,6 +45,8 @@ from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.observe.heartbeat import where_is
 from megatron_rapo.observe.observer import Observer
+from megatron_rapo.observe.phase_memory import PhaseMemory
+from megatron_rapo.parallel.device import take_peak_memory
 from megatron_rapo.parallel.placement import Placement, process_groups
 from megatron_rapo.policy.beside import open_frozen
 from megatron_rapo.policy.policy import Policy
@@ -72,6 +74,8 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             requests.last_words = partial(_tell_loss, config.run.directory)
         observer = stack.enter_context(Observer(config, placement.rank, placement.layout.world_size))
         observer.listen(stack.enter_context(open_watch(config, placement)).beat)
+        memory = PhaseMemory(take_peak_memory)
+        observer.listen(memory.enter)
         with observer.phase("load"):
             architecture = read_architecture(config.model.path)
             tokenizer = load_tokenizer(config.model.path)
@@ -113,6 +117,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
         yield Job(
             config=config,
             observer=observer,
+            memory=memory,
             placement=placement,
             identity=identity,
             architecture=architecture,

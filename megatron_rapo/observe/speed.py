@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_rapo.observe.phase_memory import PHASES
+
 WORTH_TELLING = 0.05  # of a step
 MUCH_REPEATED = 0.25  # of the tokens
 
@@ -26,12 +28,25 @@ def _throughput(steps: Steps) -> list[str]:
         parts.append(f"{tokens:,.0f} tokens/s")
     if (rate := _median(steps, "throughput/update_tflop_per_s")) is not None:
         share = _median(steps, "throughput/mfu")
-        of_peak = "" if share is None else f" ({share:.0%} of the device's peak)"
+        of_peak = "" if share is None else f" ({share:.0%} of the device's peak{_recomputed(steps, share)})"
         shown = f"{rate:.3g} TFLOP/s" if rate >= 1 else f"{1000 * rate:.3g} GFLOP/s"
         parts.append(f"updates at {shown} a rank{of_peak}")
     if memory := max((line.get("memory/peak_gib", 0.0) for line in steps), default=0.0):
-        parts.append(f"at most {memory:.2f} GiB a rank")
+        parts.append(f"at most {memory:.2f} GiB a rank{_by_phase(steps)}")
     return [f"speed: {', '.join(parts)}"] if parts else []
+
+
+def _recomputed(steps: Steps, share: float) -> str:
+    """What recomputation adds to the share, where it adds something."""
+    hardware = _median(steps, "throughput/hfu")
+    return "" if hardware is None or hardware <= share else f", {hardware:.0%} with what is computed again"
+
+
+def _by_phase(steps: Steps) -> str:
+    """The memory of each phase, where it is told."""
+    most = {phase: max(line.get(f"memory/{phase}_gib", 0.0) for line in steps) for phase in PHASES}
+    told = ", ".join(f"{phase} {peak:.2f}" for phase, peak in most.items() if peak)
+    return f" ({told})" if told else ""
 
 
 def _engines(steps: Steps) -> list[str]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import resource
+from pathlib import Path
 
 import torch
 
 from megatron_rapo.errors import RapoError
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def device() -> torch.device:
@@ -39,6 +42,24 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def take_peak_memory() -> int | None:
+    """Bytes as `peak_memory`, but since this was last asked.
+
+    On CPU the kernel keeps the most that the process has held (VmHWM), and begins anew when told to (proc(5),
+    `clear_refs`); None where it does not, as on other systems than Linux.
+    """
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+    try:
+        lines = _STATUS.read_text(encoding="ascii").splitlines()
+        _CLEAR.write_text("5", encoding="ascii")
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 def communication_backend() -> str:

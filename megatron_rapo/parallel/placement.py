@@ -112,6 +112,12 @@ class Placement:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.host_group)
         return float(value)
 
+    def largest_of_each(self, mine: Sequence[float]) -> list[float]:
+        """Likewise, of each of several values."""
+        values = torch.tensor(mine, dtype=torch.float64)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.host_group)
+        return [float(value) for value in values]
+
     def sum_from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
         """Sums over DP × CP what the last stages hold, for all stages, in place."""
         return self._reduce_from_last_stage(values, dist.ReduceOp.SUM)

@@ -13,6 +13,7 @@ from functools import cached_property
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.parameters import count_expert_parameters, count_parameters
 from megatron_rapo.planning.profile import Profile, all_reduce_s
+from megatron_rapo.planning.remembered import remembered
 from megatron_rapo.planning.workload import Workload
 from megatron_rapo.scaling.flops import forward_flops
 from megatron_rapo.scaling.memory import GIB
@@ -54,6 +55,12 @@ class EngineModel:
         together = min(here, self.batch or here, self.room(split, taken_gib))
         if together < 1:
             return None
+        return self._sampled_s(split, prompts, here, together)
+
+    @remembered
+    def _sampled_s(self, split: EngineSplit, prompts: int, here: float, together: float) -> float:
+        """Of an engine's share of prompts and responses, of which so many decode together."""
+        load = self.workload
         prefill = self.prefill_s(split, prompts, load.prompt_tokens)
         if self.batch is not None and here > self.batch:  # one batch ends before the next begins
             return prefill + here / together * self._drain_s(split, together)
@@ -84,11 +91,16 @@ class EngineModel:
         weights = self._read(batch) / tensor
         read = (weights + batch * context * self._kept_of_token / tensor) / self.profile.memory_bytes_per_s
         layers = self.architecture.layers
-        flops = forward_flops(self.architecture, [rows], [round(context)]) / tensor
+        flops = rows * self._token_flops(round(context)) / tensor
         computed = self.profile.matrix_s(flops, 4 * layers + 1)
         link = self.profile.link(tensor)
         wire = 2 * layers * all_reduce_s(link, tensor, batch * self.architecture.hidden * self.element)
         return max(read, computed) + wire + rates.step_s + layers * rates.layer_s + batch * rates.response_s
+
+    @remembered
+    def _token_flops(self, context: int) -> int:
+        """Of a token that attends to so many."""
+        return forward_flops(self.architecture, [1], [context])
 
     def prefill_s(self, split: EngineSplit, prompts: int, tokens: float) -> float:
         """Of so many contexts of so many tokens each."""
@@ -107,6 +119,11 @@ class EngineModel:
         """Bytes of the model."""
         return count_parameters(self.architecture) * self.element
 
+    @cached_property
+    def _weights_of_experts(self) -> int:
+        """Bytes of all experts of all layers."""
+        return self.architecture.layers * count_expert_parameters(self.architecture) * self.element
+
     def _read(self, batch: float) -> float:
         """Bytes of the weights that a token of each of so many responses needs.
 
@@ -116,9 +133,8 @@ class EngineModel:
         experts = self.architecture.experts
         if experts is None:
             return self._weights
-        of_experts = self.architecture.layers * count_expert_parameters(self.architecture) * self.element
         idle = (1 - experts.chosen / experts.count) ** batch
-        return self._weights - idle * of_experts
+        return self._weights - idle * self._weights_of_experts
 
     @property
     def _kept_of_token(self) -> int:

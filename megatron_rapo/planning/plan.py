@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from megatron_rapo.config import RunConfig
 from megatron_rapo.errors import RapoError
@@ -20,8 +23,9 @@ from megatron_rapo.planning.layouts import (
 )
 from megatron_rapo.planning.profile import Profile
 from megatron_rapo.planning.trainer_cost import TrainerCost, TrainerModel
+from megatron_rapo.planning.trainer_memory import TrainerMemory
 from megatron_rapo.planning.workload import Workload
-from megatron_rapo.scaling.memory import GIB, MemoryEstimate, estimate_memory
+from megatron_rapo.scaling.memory import GIB, MemoryEstimate
 
 USABLE = 0.9  # of a device's memory; the rest is the allocator's, CUDA's and NCCL's
 _KEPT = 50  # of the fastest layouts of each division
@@ -47,8 +51,47 @@ class Planned:
     def step_s(self) -> float:
         """Of a step: all phases, or the longer of sampling and training where engines sample ahead."""
         beside = self.trainer.total + self.reward_s + self.other_s
-        sampled = max(self.rollout_s, beside) if self.max_staleness else self.rollout_s + beside
-        return sampled + self.publish_s
+        return _step_s(self.rollout_s, beside, self.publish_s, self.max_staleness)
+
+
+def _step_s(rollout: float, beside: float, publish: float, max_staleness: int) -> float:
+    return (max(rollout, beside) if max_staleness else rollout + beside) + publish
+
+
+class _Draft(NamedTuple):
+    """What is known of a way when its time is: most are no longer of interest then."""
+
+    step_s: float
+    layout: TrainerLayout
+    split: EngineSplit
+    max_staleness: int
+    rollout_s: float
+    trainer: TrainerCost
+
+
+class _Fastest:
+    """So many of the fastest; of equal ones those that came first."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._heap: list[tuple[float, int, _Draft]] = []  # the slowest and latest first
+        self._come = 0
+
+    @property
+    def limit(self) -> float:
+        """Seconds of a step from which on nothing is kept any more."""
+        return -self._heap[0][0] if len(self._heap) == self._most else math.inf
+
+    def add(self, draft: _Draft) -> None:
+        """Keeps it, if it is fast enough."""
+        self._come += 1
+        heapq.heappush(self._heap, (-draft.step_s, -self._come, draft))
+        if len(self._heap) > self._most:
+            heapq.heappop(self._heap)
+
+    def in_order(self) -> list[_Draft]:
+        """Those that are kept, fastest first."""
+        return [draft for _, _, draft in sorted(self._heap, reverse=True)]
 
 
 @dataclass
@@ -95,27 +138,35 @@ class Planner:
         plan = Plan()
         node = self.profile.devices_per_node
         for division in divisions(devices, node, colocated=self.config.slurm is None):
-            ways = list(self._ways(division, plan.rejected))
-            ways.sort(key=lambda way: way.step_s)
-            plan.found += ways[:_KEPT]
+            plan.found += [self._planned(division, *draft[1:]) for draft in self._fastest_of(division, plan)]
         plan.found.sort(key=lambda way: (way.step_s, way.memory.total))
         return plan
 
-    def _ways(self, division: Division, rejected: Counter[str]) -> Iterator[Planned]:
-        """The trainer's layouts and the engines' splits do not know each other, unless they are colocated."""
-        trainers = list(self._trainers(division.trainer, rejected))
-        engines = self._engines(division)
-        apart = self._fastest(engines, division, 0.0) if not division.colocated else None
-        for layout, cost, memory in trainers:
+    def _fastest_of(self, division: Division, plan: Plan) -> list[_Draft]:
+        """The trainer's layouts and the engines' splits do not know each other, unless they are colocated.
+
+        A layout is not priced where sampling alone takes as long as the slowest that is kept.
+        """
+        fastest, rejected = _Fastest(_KEPT), plan.rejected
+        engines, stalenesses = self._engines(division), self._stalenesses(division)
+        publish = self._publish_s(division)
+        apart = self._fastest(engines, 0.0) if not division.colocated else None
+        for layout in self._fitting(division.trainer, rejected):
             sampled = apart
             if division.colocated:
-                sampled = self._fastest(engines, division, self.held_gib(memory))
+                sampled = self._fastest(engines, self.trainer_memory.beside_engines_gib(layout))
             if sampled is None:
                 rejected["engines have no room for the weights and one response"] += 1
                 continue
             split, rollout = sampled
-            for staleness in self._stalenesses(division):
-                yield self._planned(division, layout, split, staleness, rollout, cost, memory)
+            if rollout + publish >= fastest.limit:
+                continue
+            trainer = self.cost(layout)
+            beside = trainer.total + self._reward_s(layout, rollout) + self.profile.step_s
+            for staleness in stalenesses:
+                step = _step_s(rollout, beside, publish, staleness)
+                fastest.add(_Draft(step, layout, split, staleness, rollout, trainer))
+        return fastest.in_order()
 
     def _stalenesses(self, division: Division) -> tuple[int, ...]:
         """What `rollout.max_staleness` may be; partial responses need as much as is configured."""
@@ -130,24 +181,29 @@ class Planner:
         split: EngineSplit,
         staleness: int,
         rollout: float,
-        cost: TrainerCost,
-        memory: MemoryEstimate,
+        trainer: TrainerCost,
     ) -> Planned:
-        devices = division.trainer if division.colocated else division.trainer + division.engines
-        judges = self.config.reward.workers * layout.parallel.data_parallel
-        judged = self.workload.responses / judges / self.profile.verifications_per_s
         return Planned(
             division=division,
             layout=layout,
             split=split,
             max_staleness=staleness,
             rollout_s=rollout,
-            reward_s=max(0.0, judged - rollout),  # responses are judged while others are sampled
-            publish_s=self.engine_model.publish_s(devices, over_disk=self.transport(division) == "disk"),
+            reward_s=self._reward_s(layout, rollout),
+            publish_s=self._publish_s(division),
             other_s=self.profile.step_s,
-            trainer=cost,
-            memory=memory,
+            trainer=trainer,
+            memory=self.trainer_memory.estimate(layout),
         )
+
+    def _reward_s(self, layout: TrainerLayout, rollout: float) -> float:
+        """Of judging, as far as it ends after sampling: responses are judged while others are sampled."""
+        judges = self.config.reward.workers * layout.parallel.data_parallel
+        return max(0.0, self.workload.responses / judges / self.profile.verifications_per_s - rollout)
+
+    def _publish_s(self, division: Division) -> float:
+        devices = division.trainer if division.colocated else division.trainer + division.engines
+        return self.engine_model.publish_s(devices, over_disk=self.transport(division) == "disk")
 
     def predict(
         self, division: Division, layout: TrainerLayout, split: EngineSplit, max_staleness: int
@@ -157,15 +213,14 @@ class Planner:
         Raises:
             RapoError: engines have no room for the weights and one response.
         """
-        cost, memory = self.cost(layout), self.memory(layout)
-        taken = self.held_gib(memory) if division.colocated else 0.0
+        taken = self.trainer_memory.beside_engines_gib(layout) if division.colocated else 0.0
         rollout = self.engine_model.rollout_s(split, taken)
         if rollout is None:
             raise RapoError(
                 f"{split.engines} engines of {split.tensor_parallel} devices have no room for weights and a "
                 "response; raise rollout.engine.tensor_parallel"
             )
-        return self._planned(division, layout, split, max_staleness, rollout, cost, memory)
+        return self._planned(division, layout, split, max_staleness, rollout, self.cost(layout))
 
     def transport(self, division: Division) -> str:
         """`weights.transport`: colocated engines take no broadcast, and handles reach one machine alone."""
@@ -174,25 +229,19 @@ class Planner:
             return configured
         return "tensor" if division.trainer <= self.profile.devices_per_node else "disk"
 
-    def _trainers(
-        self, ranks: int, rejected: Counter[str]
-    ) -> Iterator[tuple[TrainerLayout, TrainerCost, MemoryEstimate]]:
+    def _fitting(self, ranks: int, rejected: Counter[str]) -> Iterator[TrainerLayout]:
+        """The trainer's layouts that divide and have room."""
+        room = USABLE * self.profile.memory_gib * GIB
         for layout in trainer_layouts(self.config, self.architecture, ranks, self.profile.devices_per_node):
             if isinstance(layout, str):
                 rejected[layout] += 1
-                continue
-            memory = self.memory(layout)
-            if memory.total > USABLE * self.profile.memory_gib * GIB:
+            elif self.trainer_memory.total(layout) > room:
                 rejected[
                     f"a trainer rank has no room in {self.profile.memory_gib:g} GiB "
                     f"(recompute {layout.recompute})"
                 ] += 1
-                continue
-            yield layout, self.cost(layout), memory
-
-    def memory(self, layout: TrainerLayout) -> MemoryEstimate:
-        """Of a rank of this layout."""
-        return estimate_memory(self.laid_out(layout), self.architecture)
+            else:
+                yield layout
 
     def cost(self, layout: TrainerLayout) -> TrainerCost:
         """Of a step under this layout."""
@@ -205,31 +254,20 @@ class Planner:
             overlap=optimizer.overlap_communication,
         )
 
-    def laid_out(self, layout: TrainerLayout) -> RunConfig:
-        """The configuration under a layout, not validated again."""
-        config = self.config
-        algorithm = config.algorithm.model_copy(update={"max_tokens_per_microbatch": layout.budget})
-        model = config.model.model_copy(update={"recompute": layout.recompute})
-        return config.model_copy(update={"parallel": layout.parallel, "algorithm": algorithm, "model": model})
-
     def _engines(self, division: Division) -> list[EngineSplit]:
         most = 1 if self._one_request_at_a_time else self.profile.devices_per_node
         return engine_splits(self.architecture, division.engines, self.profile.devices_per_node, most)
 
-    def _fastest(
-        self, splits: list[EngineSplit], division: Division, taken_gib: float
-    ) -> tuple[EngineSplit, float] | None:
+    def _fastest(self, splits: list[EngineSplit], taken_gib: float) -> tuple[EngineSplit, float] | None:
         """The split that samples a step's responses first; None where none has room."""
         timed = [(split, self.engine_model.rollout_s(split, taken_gib)) for split in splits]
         possible = [(split, seconds) for split, seconds in timed if seconds is not None]
         return min(possible, key=lambda one: one[1], default=None)
 
-    def held_gib(self, memory: MemoryEstimate) -> float:
-        """What a trainer rank holds while colocated engines sample."""
-        held = memory.weights + memory.reference + memory.teacher
-        if not self.config.optimizer.in_host_memory_during_rollouts:
-            held += memory.gradients + memory.optimizer
-        return held / GIB
+    @cached_property
+    def trainer_memory(self) -> TrainerMemory:
+        """The memory of the trainer's ranks."""
+        return TrainerMemory(self.config, self.architecture)
 
     @cached_property
     def trainer_model(self) -> TrainerModel:

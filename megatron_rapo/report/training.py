@@ -11,6 +11,7 @@ from typing import Any
 from megatron_rapo.errors import RapoError
 from megatron_rapo.guards.findings import read_findings, told
 from megatron_rapo.observe.catalogue import recorded
+from megatron_rapo.observe.phase_memory import PHASES
 from megatron_rapo.observe.step_lines import read_step_lines
 from megatron_rapo.report.drawing import Line, Plot
 from megatron_rapo.report.sources import file_name
@@ -93,7 +94,23 @@ def training_plots(runs: Sequence[TrainingRun]) -> list[Plot]:
             plots.append(
                 Plot(name, curve.title, curve.description, "step", "", tuple(lines), share=curve.share)
             )
-    return plots
+    return [*plots, *(plot for run in runs for plot in _memory(run, alone=len(runs) == 1))]
+
+
+def _memory(run: TrainingRun, alone: bool) -> list[Plot]:
+    """The memory of each phase, where it was told."""
+    lines = []
+    for index, phase in enumerate(PHASES):
+        told = [line for line in run.steps if line.get(f"memory/{phase}_gib") is not None]
+        if told:
+            values = [line[f"memory/{phase}_gib"] for line in told]
+            lines.append(Line(phase, series_colour(index), [line["step"] for line in told], values))
+    if not lines:
+        return []
+    title = "memory by phase, GiB" + ("" if alone else f", {run.name}")
+    name = file_name("_".join(["training_memory", *([] if alone else [run.name])]))
+    description = "The most memory of any rank in each phase of a step."
+    return [Plot(name, title, description, "step", "", tuple(lines))]
 
 
 def _lines(run: TrainingRun, curve: Curve, index: int, alone: bool) -> list[Line]:

@@ -2,14 +2,15 @@
 
 Counted as by Chowdhery et al. (PaLM, arXiv 2204.02311, appendix B): all matrix products, the head's and
 attention's among them, the latter as if every token attended to all of its sequence (s², no discount for
-causality), or to a whole window; no norms, no softmax, no look-up of embeddings, nothing that is computed
-again to save memory. A backward pass takes twice the forward's; under adapters once that of matrices, which
-then have no gradient.
+causality), or to a whole window; no norms, no softmax, no look-up of embeddings. What is computed again to
+save memory is told apart (`recomputed_flops`). A backward pass takes twice the forward's; under adapters once
+that of matrices, which then have no gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from megatron_rapo.config import Adapter
 from megatron_rapo.model.architecture import Architecture
@@ -84,3 +85,42 @@ def training_flops(
     trained = _attention(architecture, lengths, attended)
     trained += 2 * sum(lengths) * _adapters(architecture, adapter)
     return FORWARD_AND_BACKWARD * trained + 2 * sum(lengths) * _matrices(architecture)
+
+
+def recomputed_flops(
+    architecture: Architecture,
+    lengths: Iterable[int],
+    attended: Iterable[int] | None = None,
+    adapter: Adapter | None = None,
+) -> int:
+    """What an update computes again under `model.recompute = "full"`: each layer's forward, no head."""
+    lengths = list(lengths)
+    adapters = 0 if adapter is None else 2 * sum(lengths) * count_adapter_parameters(architecture, adapter)
+    return forward_flops(replace(architecture, vocabulary=0), lengths, attended) + adapters
+
+
+def update_computing(
+    flops: int, recomputed: int, device_seconds: float, peak_tflops: float | None
+) -> dict[str, float]:
+    """Metrics of an update's computing: the model's operations, and those that are computed again.
+
+    Args:
+        flops: of all ranks, as `training_flops`.
+        recomputed: likewise, as `recomputed_flops`.
+        device_seconds: its seconds, times ranks.
+        peak_tflops: of a rank's device in TFLOP/s, where it is known.
+
+    Returns:
+        Among them shares of the peak: `throughput/mfu` by the model's operations, `throughput/hfu` by all.
+    """
+    tflop, again = flops / 1e12, recomputed / 1e12
+    rate = tflop / device_seconds
+    told = {
+        "compute/update_tflop": tflop,
+        "compute/recomputed_tflop": again,
+        "throughput/update_tflop_per_s": rate,
+    }
+    if peak_tflops is not None:
+        told["throughput/mfu"] = rate / peak_tflops
+        told["throughput/hfu"] = (tflop + again) / device_seconds / peak_tflops
+    return told

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from megatron_rapo.config import Adapter, Parallel, RunConfig
 from megatron_rapo.model.adapter_rules import adapter_rules
@@ -66,11 +66,18 @@ def estimate_memory(
 
     `teacher` is the teacher's architecture, where there is one.
     """
+    held = estimate_held(config, architecture, teacher)
+    activations, loss = estimate_working(config, architecture)
+    return replace(held, activations=activations, loss=loss)
+
+
+def estimate_held(
+    config: RunConfig, architecture: Architecture, teacher: Architecture | None = None
+) -> MemoryEstimate:
+    """What `estimate_memory` has of it that does not depend on microbatches: all but activations and loss."""
     layout, method = config.parallel, config.new_method()
     element = 2 if config.model.dtype == "bfloat16" else 4
-    tensor, stages = layout.tensor_parallel, layout.pipeline_parallel
-    layers = architecture.layers // stages
-    vocabulary_rows = architecture.padded_vocabulary(config.model.vocabulary_multiple, tensor) // tensor
+    vocabulary_rows = _vocabulary_rows(config, architecture)
     table = vocabulary_rows * architecture.hidden
     experts = _experts(layout, architecture)
     parameters = _parameters(layout, architecture, vocabulary_rows)
@@ -84,7 +91,6 @@ def estimate_memory(
     sharded = (trained - trained_experts) // shards
     sharded += trained_experts // (layout.expert_copies if distributed else 1)
     main_weights = 4 if element == 2 else 0
-    tokens = config.algorithm.max_tokens_per_microbatch // layout.context_parallel
     # In host memory the body goes; the head stays, for the loss.
     in_host_memory = config.model.reference_in_host_memory
     reference = table if in_host_memory else parameters
@@ -103,11 +109,30 @@ def estimate_memory(
         teacher=of_teacher,
         gradients=trained * 4,
         optimizer=sharded * (8 + main_weights),
-        activations=_activations(config, architecture, tokens, layers, element),
-        loss=_loss(config, tokens, vocabulary_rows, element) + (table * 4 if config.adapter is None else 0),
+        activations=0,
+        loss=0,
         reference_hidden=_frozen_hidden(config, architecture, element) if hidden_kept else 0,
         teacher_hidden=teacher_hidden,
     )
+
+
+def estimate_working(config: RunConfig, architecture: Architecture) -> tuple[int, int]:
+    """Bytes of `activations` and of `loss`, which do not depend on DP, nor on EP."""
+    layout = config.parallel
+    element = 2 if config.model.dtype == "bfloat16" else 4
+    tokens = config.algorithm.max_tokens_per_microbatch // layout.context_parallel
+    layers = architecture.layers // layout.pipeline_parallel
+    vocabulary_rows = _vocabulary_rows(config, architecture)
+    loss = _loss(config, tokens, vocabulary_rows, element)
+    if config.adapter is None:
+        loss += vocabulary_rows * architecture.hidden * 4
+    return _activations(config, architecture, tokens, layers, element), loss
+
+
+def _vocabulary_rows(config: RunConfig, architecture: Architecture) -> int:
+    """Of a rank's part of the embedding, or the head."""
+    tensor = config.parallel.tensor_parallel
+    return architecture.padded_vocabulary(config.model.vocabulary_multiple, tensor) // tensor
 
 
 def _parameters(layout: Parallel, architecture: Architecture, vocabulary_rows: int) -> int:

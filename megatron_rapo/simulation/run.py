@@ -24,7 +24,7 @@ from megatron_rapo.folder import write_whole
 from megatron_rapo.observe.phases import Phases
 from megatron_rapo.observe.step_lines import StepLines
 from megatron_rapo.scaling.devices import peak_tflops
-from megatron_rapo.scaling.flops import training_flops
+from megatron_rapo.scaling.flops import recomputed_flops, training_flops, update_computing
 from megatron_rapo.scaling.memory import GIB
 from megatron_rapo.simulation.conditions import Conditions
 from megatron_rapo.simulation.groups import sampled_tokens
@@ -176,8 +176,8 @@ class _Simulation:
         longest = self._config.rollout.max_response_tokens
         sampling = batch.sampled.times.metrics()
         ranks = self._config.parallel.world_size
-        tflop = training_flops(self._seconds.planner.architecture, lengths) / 1e12
-        rate = tflop / times["time/update_s"] / ranks
+        model = self._seconds.planner.architecture
+        recompute = self._config.model.recompute == "full"
         peak = self._config.observe.peak_tflops or peak_tflops(self._seconds.planner.profile.device)
         of_dynamic = {name: value for name, value in batch.metrics().items() if "reward" not in name}
         return {
@@ -190,9 +190,12 @@ class _Simulation:
             "throughput/rollout_tokens_per_s": drawn / sampling["time/sampling_s"],
             "throughput/tokens_per_s": sum(lengths) / times["time/step_s"],
             "throughput/update_tokens_per_s": sum(lengths) / times["time/update_s"],
-            "compute/update_tflop": tflop,
-            "throughput/update_tflop_per_s": rate,
-            **({} if peak is None else {"throughput/mfu": rate / peak}),
+            **update_computing(
+                training_flops(model, lengths),
+                recomputed_flops(model, lengths) if recompute else 0,
+                times["time/update_s"] * ranks,
+                peak,
+            ),
         }
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:

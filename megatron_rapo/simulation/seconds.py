@@ -99,7 +99,11 @@ class Seconds:
         """Most responses that decode together in an engine."""
         if self.one_at_a_time:  # a request is a batch
             return _UNBOUNDED
-        taken = self.planner.held_gib(self.way.memory) if self.way.division.colocated else 0.0
+        taken = (
+            self.planner.trainer_memory.beside_engines_gib(self.way.layout)
+            if self.way.division.colocated
+            else 0.0
+        )
         return max(1, int(self.planner.engine_model.room(self.way.split, taken)))
 
     @property

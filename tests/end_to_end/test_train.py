@@ -68,7 +68,15 @@ def test_computing_is_counted_by_the_tokens_that_are_trained_on(finished: Finish
         assert 0 < line["compute/repeated_tokens"] < 1
         rate = line["compute/update_tflop"] / line["time/update_s"] / 4
         assert line["throughput/update_tflop_per_s"] == pytest.approx(rate)
-        assert line["throughput/mfu"] == pytest.approx(rate / PEAK_TFLOPS)
+        assert line["throughput/mfu"] == line["throughput/hfu"] == pytest.approx(rate / PEAK_TFLOPS)
+        assert line["compute/recomputed_tflop"] == 0
+
+
+def test_each_phase_tells_its_memory(finished: Finished) -> None:
+    phases = {f"memory/{phase}_gib" for phase in ("rollout", "annotate", "update", "publish", "checkpoint")}
+    for line in metrics(finished[0])[1:]:
+        assert phases <= line.keys()
+        assert 0 < max(line[name] for name in phases) <= line["memory/peak_gib"]
 
 
 def test_what_is_written_is_recorded_and_what_is_recorded_is_written(

@@ -189,8 +189,16 @@ def test_how_fast_a_run_was_is_told(tmp_path: Path) -> None:
     [slow] = [line for line in summary(tmp_path, step(5, 0.00824, 0.0)) if line.startswith("speed")]
     assert slow == "speed: 5 tokens/s, updates at 8.24 GFLOP/s a rank"
     evaluated = step(1, 0.1, 9.0, **{"time/evaluate_s": 50.0})
-    known = [{**one, "throughput/mfu": 0.375} for one in steps]
+    known = [{**one, "throughput/mfu": 0.375, "throughput/hfu": 0.375} for one in steps]
     assert [line for line in summary(tmp_path, evaluated, *known) if line.startswith("speed")] == [
         "speed: 2,000 tokens/s, updates at 1.25 TFLOP/s a rank (38% of the device's peak), "
         "at most 3.00 GiB a rank"
     ]
+    phases = {"memory/rollout_gib": 0.5, "memory/update_gib": 3.0}
+    [told] = [
+        line
+        for line in summary(tmp_path, *({**one, **phases, "throughput/hfu": 0.5} for one in known))
+        if line.startswith("speed")
+    ]
+    assert "(38% of the device's peak, 50% with what is computed again)" in told
+    assert told.endswith("at most 3.00 GiB a rank (rollout 0.50, update 3.00)")

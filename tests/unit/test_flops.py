@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from megatron_rapo.certify.certificate import DEFAULT
-from megatron_rapo.config import Parallel
+from megatron_rapo.config import Adapter, Parallel
 from megatron_rapo.data.trees import segment_sizes
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.outcome import Outcome
@@ -22,8 +22,9 @@ from megatron_rapo.episode.problem import Problem
 from megatron_rapo.job import Job
 from megatron_rapo.model.features import Window
 from megatron_rapo.model.hf_config import read_architecture
+from megatron_rapo.model.parameters import count_adapter_parameters
 from megatron_rapo.scaling.devices import own_peak_tflops, peak_tflops
-from megatron_rapo.scaling.flops import forward_flops, training_flops
+from megatron_rapo.scaling.flops import forward_flops, recomputed_flops, training_flops, update_computing
 from tests.episodes import group_of, scored_response
 from tests.models import make_hf_model
 
@@ -31,12 +32,15 @@ LENGTHS = (7, 40)
 
 
 FAMILIES = ["qwen2", "qwen3", "llama", "mistral", "smollm3", "olmo2", "glm4", "qwen3_moe", "qwen2_moe"]
+FAMILIES += ["mixtral"]
+WINDOWED = ["gemma3_text", "olmo3"]  # with a window that holds all, as eager attention computes them
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *WINDOWED])
 @pytest.mark.parametrize("tied", [True, False])
 def test_flops_are_those_that_pytorch_counts(tmp_path: Path, family: str, tied: bool) -> None:
-    path = make_hf_model(tmp_path / "model", family=family, tied=tied, num_hidden_layers=3)
+    wide = {"sliding_window": 64} if family in WINDOWED else {}
+    path = make_hf_model(tmp_path / "model", family=family, tied=tied, num_hidden_layers=3, **wide)
     architecture = read_architecture(path)
     model = AutoModelForCausalLM.from_pretrained(
         path, attn_implementation="eager", experts_implementation="eager"
@@ -49,6 +53,15 @@ def test_flops_are_those_that_pytorch_counts(tmp_path: Path, family: str, tied: 
         with counter:
             logits.sum().backward()
         both += counter.get_total_flops()
+    again = -both
+    model.gradient_checkpointing_enable({"use_reentrant": True})  # each layer, to its last product
+    model.train()
+    for length in LENGTHS:
+        logits = model(torch.randint(architecture.vocabulary, (1, length))).logits
+        with FlopCounterMode(display=False) as counter:
+            logits.sum().backward()
+        again += counter.get_total_flops()
+    assert recomputed_flops(architecture, LENGTHS) == pytest.approx(again, rel=0.01)
     assert forward_flops(architecture, LENGTHS) == pytest.approx(forward, rel=0.01)
     assert training_flops(architecture, LENGTHS) == pytest.approx(forward + both, rel=0.01)
 
@@ -86,7 +99,7 @@ def test_what_sequences_share_is_counted_once() -> None:
 def test_a_run_tells_what_it_computes_again() -> None:
     """20 of 48 tokens; nothing with shared prompts; not where they cannot be shared."""
 
-    def told(share: bool, context: int = 1) -> Any:
+    def told(share: bool, context: int = 1, recompute: str = "none") -> Any:
         layout = Parallel(context_parallel=context)
         job: Any = SimpleNamespace(
             architecture=DEFAULT,
@@ -95,7 +108,7 @@ def test_a_run_tells_what_it_computes_again() -> None:
                 algorithm=SimpleNamespace(share_prompts=share),
                 parallel=layout,
                 observe=SimpleNamespace(peak_tflops=None),
-                model=SimpleNamespace(dtype="float32"),
+                model=SimpleNamespace(dtype="float32", recompute=recompute),
                 adapter=None,
             ),
         )
@@ -108,6 +121,23 @@ def test_a_run_tells_what_it_computes_again() -> None:
     of_apart = training_flops(DEFAULT, [14, 12, 16, 6]) / 1e12
     of_shared = training_flops(DEFAULT, *segment_sizes(groups_of_prompts())) / 1e12
     assert [each["compute/update_tflop"] for each in (apart, shared)] == [of_apart, of_shared]
+    again = recomputed_flops(DEFAULT, *segment_sizes(groups_of_prompts())) / 1e12
+    assert told(True, recompute="full") == {**shared, "compute/recomputed_tflop": again}
+    assert shared["compute/recomputed_tflop"] == 0
+
+
+def test_recomputation_counts_for_the_hardware_alone() -> None:
+    """8 TFLOP, and 2 of them again, in 4 seconds of 2 devices that do 10 a second."""
+    told = update_computing(8 * 10**12, 2 * 10**12, 8.0, 10.0)
+    assert told["throughput/update_tflop_per_s"] == 1.0
+    assert (told["throughput/mfu"], told["throughput/hfu"]) == (0.1, 0.125)
+    assert not {"throughput/mfu", "throughput/hfu"} & update_computing(1, 0, 1.0, None).keys()
+
+
+def test_adapters_are_computed_again_with_their_layers() -> None:
+    adapter = Adapter(rank=4)
+    more = recomputed_flops(DEFAULT, [5], adapter=adapter) - recomputed_flops(DEFAULT, [5])
+    assert more == 2 * 5 * count_adapter_parameters(DEFAULT, adapter)
 
 
 def test_peaks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from tests.unit.test_memory import QWEN2_7B
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # scripts beside the package, not a part of it
 import check_plan
+import published_figures
 
 EXAMPLE = Path(__file__).parents[2] / "examples/configs/qwen2.5-7b.toml"
 RATE = 1e12
@@ -253,7 +254,11 @@ def test_colocated_engines_have_what_trainers_leave() -> None:
     both = Division(8, 8, True)
     layout = TrainerLayout(Parallel(tensor_parallel=4, data_parallel=2), 4096, "full")
     mine, thrifty = planner(), planner(**beside)
-    assert mine.held_gib(mine.memory(layout)) > thrifty.held_gib(thrifty.memory(layout)) + 17
+
+    def held(one: Planner) -> float:
+        return one.trainer_memory.beside_engines_gib(layout)
+
+    assert held(mine) > held(thrifty) + 17
     assert mine.transport(both) == "tensor"
     assert mine.transport(Division(16, 16, True)) == "disk"
     assert mine.transport(Division(8, 8, False)) == "distributed"
@@ -392,8 +397,11 @@ def test_the_check_of_plans_adds_what_the_first_layout_leaves_and_ranks_all() ->
     assert lines[-1].endswith("3 layouts: 0.33")
 
 
-def test_published_figures_are_predicted_within_a_factor_of_two() -> None:
-    """No more than that is claimed (docs/planning.md); a lost term is more."""
-    errors = [int(line.split("|")[-2].strip().removesuffix("%")) for line in check_plan.published()[2:]]
-    assert len(errors) == 10
-    assert all(-55 <= error <= 55 for error in errors)
+def test_published_figures_are_predicted_as_far_as_is_claimed() -> None:
+    """About a factor of two of dense models, three of mixtures (docs/planning.md); a lost term is more."""
+    lines = published_figures.published()[2:]
+    errors = [int(line.split("|")[-2].strip().removesuffix("%")) for line in lines]
+    assert len(errors) == 14
+    dense = [error for error, line in zip(errors, lines, strict=True) if "-A" not in line]
+    assert len(dense) == 10 and all(-55 <= error <= 55 for error in dense)
+    assert all(-70 <= error <= 55 for error in errors)

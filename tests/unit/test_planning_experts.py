@@ -101,7 +101,7 @@ def test_a_rank_holds_its_part_of_the_experts(ep: int, etp: int, copies: int) ->
         expert_tensor_parallel=etp,
     )
     mine = Planner(SGLANG, MIXTURE, workload_of(SGLANG), read_profile("h100"))
-    memory = mine.memory(TrainerLayout(layout, 4096, "full"))
+    memory = mine.trainer_memory.estimate(TrainerLayout(layout, 4096, "full"))
     of_experts = 48 * EXPERTS // (ep * etp)
     others = (48 * (ATTENTION + ROUTER) + TABLES) / 2
     assert memory.weights == pytest.approx(2 * (of_experts + others), rel=1e-3)
@@ -116,7 +116,7 @@ def test_experts_that_share_matrices_keep_the_inputs_of_all_of_them() -> None:
         layout = Parallel(
             tensor_parallel=4, data_parallel=2, sequence_parallel=True, expert_tensor_parallel=etp
         )
-        return mine.memory(TrainerLayout(layout, 4096, "none")).activations
+        return mine.trainer_memory.estimate(TrainerLayout(layout, 4096, "none")).activations
 
     assert kept(4) - kept(1) == pytest.approx(48 * 4096 / 4 * 8 * 3 * 2048 * 2, rel=1e-6)
 

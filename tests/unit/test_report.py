@@ -111,6 +111,20 @@ class TestCurves:
         assert [line.label for line in plot.lines] == ["one", "two"]
         assert len({line.colour for line in plot.lines}) == 2
 
+    def test_the_memory_of_phases_is_one_plot_of_each_run(self) -> None:
+        steps = [
+            {"step": 1, "memory/rollout_gib": 1.0, "memory/update_gib": 3.0},
+            {"step": 2, "memory/rollout_gib": 2.0, "memory/update_gib": 4.0, "memory/checkpoint_gib": 5.0},
+        ]
+        (plot,) = training_plots([TrainingRun("run", steps)])
+        assert [(line.label, list(line.x), list(line.y)) for line in plot.lines] == [
+            ("rollout", [1, 2], [1.0, 2.0]),
+            ("update", [1, 2], [3.0, 4.0]),
+            ("checkpoint", [2], [5.0]),
+        ]
+        both = training_plots([TrainingRun("one", steps), TrainingRun("two", steps)])
+        assert [plot.title for plot in both] == ["memory by phase, GiB, one", "memory by phase, GiB, two"]
+
     def test_each_data_set_and_setting_has_a_plot_of_its_own(self) -> None:
         steps = [
             {"step": step}
