@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +13,7 @@ from megatron_rapo.config import load_config
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.planning import plan as planning
+from megatron_rapo.planning import trainer_cost
 from megatron_rapo.planning.layouts import Division, divisions, engine_splits, trainer_layouts
 from megatron_rapo.planning.plan import USABLE, Planned, Planner
 from megatron_rapo.planning.profile import read_profile
@@ -77,12 +78,18 @@ def test_the_search_finds_what_an_enumeration_finds(name: str, monkeypatch: pyte
     assert found == expected
 
 
-def test_a_mixture_on_4096_devices_is_planned_within_seconds() -> None:
-    mine = planner("qwen3-30b-a3b")
-    begun = time.process_time()
-    plan = mine.plan(4096)
-    assert time.process_time() - begun < 5
+def test_a_mixture_on_4096_devices_prices_what_layouts_share_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is what takes time: `megatron-rapo plan` is to be over in seconds."""
+    counted = []
+
+    def counting(*given: Any) -> float:
+        counted.append(given)
+        return all_reduce_s(*given)
+
+    monkeypatch.setattr(trainer_cost, "all_reduce_s", counting)
+    plan = planner("qwen3-30b-a3b").plan(4096)
     assert plan.found[0].layout.parallel.expert_parallel > 1
+    assert 0 < len(counted) < 10_000  # of 8,000 layouts, several of each
 
 
 @dataclass(frozen=True)
