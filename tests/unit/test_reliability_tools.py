@@ -87,6 +87,7 @@ def test_a_command_that_was_ended_goes_on_with_the_runs_that_are_left(tmp_path: 
     assert sorted(cell.phase for own in every.values() for cell in own) == sorted(c.phase for c in CELLS)
     write_lines(tmp_path / "runs.jsonl", {"seed": 1, "run": 0}, {"seed": 2, "run": 1})
     assert dict(crash_test.undone(tmp_path, CELLS, 1)) == {n: own for n, own in every.items() if n != 0}
+    assert dict(crash_test.undone(tmp_path, CELLS, 1, only=[0, 2, 3])) == {n: every[n] for n in (2, 3)}
 
 
 @pytest.mark.parametrize(("named", "after"), [(True, "12.5 s"), (False, "not at all")])
