@@ -124,7 +124,7 @@ class Run:
     def members(self, who: str) -> list[psutil.Process]:
         """Processes of the run that are alive: "a rank" and "all ranks" are both all ranks."""
         assert self.process is not None
-        ranks = {json.loads(path.read_text())["pid"] for path in self._beats() if path.exists()}
+        ranks = set(self.ranks().values())
         found = []
         for process in _marked([self.mark]):
             with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -142,6 +142,11 @@ class Run:
                 if belongs[who]:
                     found.append(process)
         return found
+
+    def ranks(self) -> dict[int, int]:
+        """Process ids by rank, as their heartbeats have them; of an earlier start before these come."""
+        beats = [json.loads(path.read_text()) for path in self._beats() if path.exists()]
+        return {beat["rank"]: beat["pid"] for beat in beats}
 
     def jump(self, seconds: int) -> None:
         """Sets the clock of dates off by so much, in all processes of the run."""
