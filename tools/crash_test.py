@@ -203,6 +203,7 @@ def disturbed(
             told.append(what)
             print(json.dumps(what), flush=True)
         status = finish(run)
+        wait(lambda: not run.left(), END_LIMIT_S, pause=0.2)  # Python's own resource tracker ends last
         left = run.kill_all()
     found = differences(expected, contents(run.directory)) if status == 0 else [f"status {status}"]
     if found:

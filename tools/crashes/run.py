@@ -153,14 +153,22 @@ class Run:
         with self._offset.open("r+b") as file:
             file.write(ctypes.c_long(seconds))
 
-    def kill_all(self) -> list[str]:
-        """Kills whatever is left, of earlier starts as well; the commands of what that was."""
-        left = []
+    def left(self) -> list[psutil.Process]:
+        """Processes that are alive, of earlier starts as well."""
+        found = []
         for process in _marked(self._marks):
             with suppress(psutil.NoSuchProcess):
                 if process.status() != psutil.STATUS_ZOMBIE:
-                    left.append(" ".join(process.cmdline()[:4]))
-                    process.kill()
+                    found.append(process)
+        return found
+
+    def kill_all(self) -> list[str]:
+        """Kills whatever is left; the commands of what that was."""
+        left = []
+        for process in self.left():
+            with suppress(psutil.NoSuchProcess):
+                left.append(" ".join(process.cmdline()[:4]))
+                process.kill()
         if self.process is not None:
             self.process.wait()
         return left
