@@ -2,6 +2,7 @@
 
     python tools/crash_test.py OUT                       # all cells of CELLS: an hour or two on two cores
     python tools/crash_test.py OUT --cells 8 --seed 3    # a selection
+    python tools/crash_test.py OUT --only 9 10           # of the seed's runs, by their numbers
     python tools/crash_test.py OUT --set rollout.max_staleness=1    # other options: an OUT of their own
     python tools/crash_test.py OUT --table               # what stands in OUT so far
 
@@ -202,6 +203,7 @@ def disturbed(
             told.append(what)
             print(json.dumps(what), flush=True)
         status = finish(run)
+        wait(lambda: not run.left(), END_LIMIT_S, pause=0.2)  # Python's own resource tracker ends last
         left = run.kill_all()
     found = differences(expected, contents(run.directory)) if status == 0 else [f"status {status}"]
     if found:
@@ -245,12 +247,16 @@ def table(out: Path) -> str:
     return text + "."
 
 
-def undone(out: Path, cells: Sequence[Cell], seed: int) -> Iterator[tuple[int, list[Cell]]]:
-    """Numbers and cells of the runs that are not in the folder yet."""
+def undone(
+    out: Path, cells: Sequence[Cell], seed: int, only: Sequence[int] | None = None
+) -> Iterator[tuple[int, list[Cell]]]:
+    """Numbers and cells of the runs that are not in the folder yet; of those in `only`, if given."""
     path = out / "runs.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {line["run"] for line in lines if line["seed"] == seed}
-    return ((number, own) for number, own in enumerate(runs_of(cells, seed)) if number not in done)
+    runs = enumerate(runs_of(cells, seed))
+    wanted = ((number, own) for number, own in runs if only is None or number in only)
+    return ((number, own) for number, own in wanted if number not in done)
 
 
 def main() -> None:
@@ -263,6 +269,7 @@ def main() -> None:
         "--set", nargs="*", default=[], help="options of the runs, as `train --set` takes them"
     )
     parser.add_argument("--runs", type=int, help="end after so many; the same command goes on")
+    parser.add_argument("--only", nargs="*", type=int, help="numbers of the runs to do, in place of all")
     parser.add_argument("--table", action="store_true", help="only print what stands there")
     options = parser.parse_args()
     if not options.table:
@@ -271,7 +278,9 @@ def main() -> None:
         clock = build_clock(out)
         cells = [cell for cell in CELLS if clock or cell.does not in JUMPS]
         random.Random(options.seed).shuffle(cells)
-        for number, own in islice(undone(out, cells[: options.cells], options.seed), options.runs):
+        for number, own in islice(
+            undone(out, cells[: options.cells], options.seed, options.only), options.runs
+        ):
             preloaded = clock if any(cell.does in JUMPS for cell in own) else None
             print(json.dumps(disturbed(out, number, own, options.seed, preloaded, options.set)))
     print(table(options.out))

@@ -2,6 +2,7 @@
 
     python tools/soak.py OUT                 # two hours; the same command goes on where it was ended
     python tools/soak.py OUT --minutes 20 --settle 5
+    python tools/soak.py OUT --set evaluate.every=1000000   # without one part: is it that which grows?
     python tools/soak.py OUT --table         # what stands in OUT so far
 
 One small run (crashes/run.py): two pipeline stages, two engines, two verifiers, evaluations, and checkpoints
@@ -17,9 +18,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import signal
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -59,18 +62,17 @@ class Noted:
     def now(self) -> dict[str, float]:
         """Each figure, at this moment."""
         found: dict[str, float] = {}
-        kinds = {
-            kind: {p.pid for p in self._run.members(kind)} for kind in ("all ranks", "engine", "verifier")
-        }
+        kinds = {kind: {p.pid for p in self._run.members(kind)} for kind in ("engine", "verifier")}
+        ranks = {pid: f"rank {number}" for number, pid in self._run.ranks().items()}
         seen = Counter[str]()
         for process in self._run.members("everything"):
-            kind = next((kind for kind, pids in kinds.items() if process.pid in pids), "other")
-            if kind in ("engine", "verifier"):
+            kind = next((kind for kind, pids in kinds.items() if process.pid in pids), None)
+            if kind is not None:
                 name = f"the spared {kind}" if process.pid == self.spared(kind) else f"killed {kind}s"
             elif process.pid == self._run.process.pid:  # type: ignore[union-attr]
                 name = "launcher"
             else:
-                name = {"all ranks": "ranks", "other": "other processes"}[kind]
+                name = ranks.get(process.pid, "other processes")
             with suppress(psutil.NoSuchProcess, psutil.AccessDenied), process.oneshot():
                 seen[name] += 1
                 for what, value in (
@@ -94,9 +96,9 @@ def _sizes(folder: Path) -> dict[str, float]:
     return {"files": files, "MiB": size / MIB}
 
 
-def soak(out: Path, seconds: float, every: float, kill: float) -> None:
-    """Goes on with the run for so long."""
-    run = Run(out, None, SETTINGS)
+def soak(out: Path, seconds: float, every: float, kill: float, settings: Sequence[str]) -> None:
+    """Goes on with the run for so long; nothing is killed where `kill` is 0."""
+    run = Run(out, None, [*SETTINGS, *settings])
     with ending(run), (out / "samples.jsonl").open("a") as file:
         run.start()
         if not wait(lambda: run.ended() or run.phase()[1] == "update", 900.0):
@@ -104,7 +106,7 @@ def soak(out: Path, seconds: float, every: float, kill: float) -> None:
         noted, victims = Noted(run), itertools.cycle(("engine", "verifier"))
         spared = {kind: noted.spared(kind) for kind in ("engine", "verifier")}
         began = time.monotonic()
-        next_kill = began + kill
+        next_kill = began + (kill or math.inf)
         while (now := time.monotonic()) < began + seconds and not run.ended():
             if now > next_kill:
                 next_kill, kind = now + kill, next(victims)
@@ -166,7 +168,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=120.0)
     parser.add_argument("--settle", type=float, default=10.0, help="minutes before slopes begin")
     parser.add_argument("--every", type=float, default=10.0, help="seconds between two notes")
-    parser.add_argument("--kill", type=float, default=120.0, help="seconds between two kills")
+    parser.add_argument("--kill", type=float, default=120.0, help="seconds between two kills; 0: none")
+    parser.add_argument("--set", nargs="*", default=[], help="options of the run, as for `train --set`")
     parser.add_argument("--table", action="store_true", help="only print what stands there")
     options = parser.parse_args()
     out = options.out.absolute()
@@ -177,7 +180,7 @@ def main() -> None:
         ages = [line["age_s"] for line in lines if "age_s" in line]
         done = sum(b - a for a, b in itertools.pairwise(ages) if b > a)
         if (left := 60 * options.minutes - done) > 0:
-            soak(out, left, options.every, options.kill)
+            soak(out, left, options.every, options.kill, options.set)
     print(table(out, 60 * options.settle))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import hang_times
 import soak
 from crashes.cells import CELLS
 from crashes.comparing import contents, differences
+from crashes.run import MARK, Run
 
 
 def write_lines(path: Path, *lines: dict[str, Any]) -> None:
@@ -87,6 +90,7 @@ def test_a_command_that_was_ended_goes_on_with_the_runs_that_are_left(tmp_path: 
     assert sorted(cell.phase for own in every.values() for cell in own) == sorted(c.phase for c in CELLS)
     write_lines(tmp_path / "runs.jsonl", {"seed": 1, "run": 0}, {"seed": 2, "run": 1})
     assert dict(crash_test.undone(tmp_path, CELLS, 1)) == {n: own for n, own in every.items() if n != 0}
+    assert dict(crash_test.undone(tmp_path, CELLS, 1, only=[0, 2, 3])) == {n: every[n] for n in (2, 3)}
 
 
 @pytest.mark.parametrize(("named", "after"), [(True, "12.5 s"), (False, "not at all")])
@@ -132,3 +136,36 @@ def test_what_grows_is_told_with_its_slope(tmp_path: Path) -> None:
         "40 minutes, 2400 steps; killed: {'engine': 1}; slopes over 118 notes after 10 minutes; "
         "guards: {'mismatch': 1}"
     )
+
+
+def test_memory_is_noted_of_each_rank_by_itself(tmp_path: Path) -> None:
+    """One of them holds 64 MiB more than the other."""
+    run = Run(tmp_path, None)
+    run.mark = "a mark"
+    holding = "held = bytearray({}); print(1, flush=True); input()"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", holding.format(size)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, MARK: run.mark},
+        )
+        for size in (0, 64 << 20)
+    ]
+    run.process = subprocess.Popen(["sleep", "60"], env={**os.environ, MARK: run.mark})
+    try:
+        for number, rank in enumerate(ranks):
+            assert rank.stdout is not None
+            rank.stdout.readline()
+            write_lines(
+                run.directory / f"heartbeat/rank_{number:05d}.json", {"rank": number, "pid": rank.pid}
+            )
+        assert run.ranks() == {0: ranks[0].pid, 1: ranks[1].pid}
+        noted = soak.Noted(run).now()
+    finally:
+        for process in (*ranks, run.process):
+            process.kill()
+            process.communicate()
+    assert noted["rank 1: memory MiB"] - noted["rank 0: memory MiB"] == pytest.approx(64, abs=4)
+    assert noted["launcher: processes"] == 1
+    assert not any(name.startswith("other processes") for name in noted)

@@ -124,7 +124,7 @@ class Run:
     def members(self, who: str) -> list[psutil.Process]:
         """Processes of the run that are alive: "a rank" and "all ranks" are both all ranks."""
         assert self.process is not None
-        ranks = {json.loads(path.read_text())["pid"] for path in self._beats() if path.exists()}
+        ranks = set(self.ranks().values())
         found = []
         for process in _marked([self.mark]):
             with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -143,19 +143,32 @@ class Run:
                     found.append(process)
         return found
 
+    def ranks(self) -> dict[int, int]:
+        """Process ids by rank, as their heartbeats have them; of an earlier start before these come."""
+        beats = [json.loads(path.read_text()) for path in self._beats() if path.exists()]
+        return {beat["rank"]: beat["pid"] for beat in beats}
+
     def jump(self, seconds: int) -> None:
         """Sets the clock of dates off by so much, in all processes of the run."""
         with self._offset.open("r+b") as file:
             file.write(ctypes.c_long(seconds))
 
-    def kill_all(self) -> list[str]:
-        """Kills whatever is left, of earlier starts as well; the commands of what that was."""
-        left = []
+    def left(self) -> list[psutil.Process]:
+        """Processes that are alive, of earlier starts as well."""
+        found = []
         for process in _marked(self._marks):
             with suppress(psutil.NoSuchProcess):
                 if process.status() != psutil.STATUS_ZOMBIE:
-                    left.append(" ".join(process.cmdline()[:4]))
-                    process.kill()
+                    found.append(process)
+        return found
+
+    def kill_all(self) -> list[str]:
+        """Kills whatever is left; the commands of what that was."""
+        left = []
+        for process in self.left():
+            with suppress(psutil.NoSuchProcess):
+                left.append(" ".join(process.cmdline()[:4]))
+                process.kill()
         if self.process is not None:
             self.process.wait()
         return left
