@@ -85,7 +85,7 @@ def planned_architecture(config: RunConfig) -> Architecture:
     """The model's architecture (of `model.config`, where given), checked against layout and lengths."""
     architecture = read_architecture(config.model.config or config.model.path)
     architecture.check_layout(config.parallel)
-    architecture.check_experts(config.parallel, config.model)
+    architecture.check_experts(config.parallel, config.model, config.algorithm.routing_replay)
     architecture.check_lengths(config.rollout)
     if config.adapter is not None:
         list(adapter_rules(architecture, config.adapter))  # refuses targets that are not there

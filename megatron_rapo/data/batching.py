@@ -92,6 +92,8 @@ class Microbatch:
         teacher_hidden: of the teacher, likewise; its own hidden size.
         reference_log_probs, flattened_log_probs: `[response tokens]` fp32, under the reference as it is, and
             flattened by φ.
+        experts: of rows in each of this rank's layers, by its number from 1: `[rows / CP (/ TP under sequence
+            parallelism), experts of a token]` uint8 or uint16; None: routers choose.
     """
 
     token_ids: Tensor
@@ -115,6 +117,7 @@ class Microbatch:
     teacher_hidden: Tensor | None = None
     reference_log_probs: Tensor | None = None
     flattened_log_probs: Tensor | None = None
+    experts: dict[int, Tensor] | None = None
 
     @property
     def is_response(self) -> Tensor:
