@@ -49,7 +49,7 @@ class Options(Section):
         "off",
         description="Of a mixture of experts: where a step's updates send tokens. `off`: to the experts that "
         "routers choose then; `old`: to those that they chose when old log-probs were computed, so that no "
-        "ratio jumps because other experts are chosen (docs/routing-replay.md). What routers learn is the "
+        "ratio jumps because other experts are chosen (docs/models.md). What routers learn is the "
         "probabilities of the experts that are taken.",
     )
     max_tokens_per_microbatch: PositiveInt = Field(
