@@ -224,6 +224,12 @@ def _check_engines(config: RunConfig, architecture: Architecture) -> None:
             f'rollout.engine.kind = "{engine.kind}" is not known to take new weights of experts, which a '
             f'{architecture.family} has; choose "sglang" or "embedded"'
         )
+    hidden = config.engine_kind.hides_experts
+    if config.algorithm.routing_replay == "engine" and hidden is not None:
+        raise RapoError(
+            'algorithm.routing_replay = "engine" needs the experts that engines choose, and '
+            f'rollout.engine.kind = "{engine.kind}" {hidden}; choose "embedded", or routing_replay = "old"'
+        )
     window, windows = architecture.window, config.engine_kind.windows
     if (
         window is not None

@@ -19,7 +19,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 Choices = dict[int, Tensor]
-"""By number of the layer, from 1: `[rows, experts of a token]` uint8, or uint16 of more than 256 experts."""
+"""By number of the layer, from 1: `[rows, experts of a token]` uint8, or uint16 from 256 experts on.
+
+The type's highest number is no expert's: a row of it is one whose choice is not known."""
 
 _Best = Callable[..., tuple[Tensor, Tensor]]
 
@@ -30,7 +32,7 @@ class Routing:
 
     Attributes:
         choices: of this rank's layers and rows.
-        recorded: whether the pass chooses, and records them; else it takes them.
+        recorded: whether the pass chooses, and records them; else it takes them, where they are known.
     """
 
     choices: Choices
@@ -49,8 +51,8 @@ class Packed(PackedSeqParams):
 
 
 def compact(experts: int) -> torch.dtype:
-    """The smallest type that has the numbers of so many experts."""
-    return torch.uint8 if experts <= 256 else torch.uint16
+    """The smallest type that has the numbers of so many experts, and one more."""
+    return torch.uint8 if experts < 256 else torch.uint16
 
 
 class Replay(RouterReplay):
@@ -95,11 +97,13 @@ class Replay(RouterReplay):
             if routing is not None:
                 routing.choices[self.layer] = own.to(self._type)
             return found, own
-        taken = routing.choices[self.layer].long()
+        kept = routing.choices[self.layer]
+        taken = kept.long()
         if taken.shape != (len(scores), topk):
             raise ValueError(f"layer {self.layer} has {len(scores)} rows, and choices {tuple(taken.shape)}")
         with torch.no_grad():
             _, own = default_compute_topk(scores, topk, num_groups, group_topk)
+            taken = torch.where(taken == torch.iinfo(kept.dtype).max, own, taken)
             self.changed = (own.sort(1).values != taken.sort(1).values).any(1).sum()
         return scores.gather(1, taken), taken
 

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rapo.config import Model
+from megatron_rapo.config import Model, RunConfig
 from megatron_rapo.data.batching import Microbatch
+from megatron_rapo.episode.choices import ChoiceShape
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.build import Body
 from megatron_rapo.model.router import BALANCE, CHANGED, ENTROPY, SUMS, Router, Z
@@ -64,6 +65,14 @@ class ExpertRouting:
             for module in chunk.modules():
                 if isinstance(module, Router):
                     yield module.layer_number - 1, module
+
+
+def told_choices(config: RunConfig, architecture: Architecture) -> ChoiceShape | None:
+    """Of the choices that engines tell with what they sample; None where none are replayed."""
+    experts = architecture.experts
+    if experts is None or config.algorithm.routing_replay != "engine":
+        return None
+    return ChoiceShape(architecture.layers, experts.count, experts.chosen)
 
 
 def summarise(measured: Tensor, chosen: int, *, replays: bool) -> dict[str, float]:

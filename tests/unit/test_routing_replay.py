@@ -41,7 +41,7 @@ def best(scores: Tensor, topk: int, *_: Any) -> tuple[Tensor, Tensor]:
     return found.values, found.indices
 
 
-@pytest.mark.parametrize(("experts", "kind"), [(256, torch.uint8), (257, torch.uint16)])
+@pytest.mark.parametrize(("experts", "kind"), [(255, torch.uint8), (256, torch.uint16)])
 def test_choices_are_kept_in_the_smallest_type_and_taken_as_they_were(
     experts: int, kind: torch.dtype
 ) -> None:
@@ -118,7 +118,9 @@ def trained(
     """A step of two updates: metrics, weights after it and after the first, and the microbatches."""
     model = Model(path=path, dtype="float32", recompute=recompute)
     architecture = read_architecture(path)
-    policy = Policy(model, Optimizer(learning_rate=RATE, distributed=False), architecture, placement, 2)
+    policy = Policy(
+        model, Optimizer(learning_rate=RATE, epsilon=1e-4, distributed=False), architecture, placement, 2
+    )
     minibatches = [[packed(0, shared=shared)], [packed(1, shared=shared)]]
     own = objective(placement, routing_replay)
     policy.annotate(minibatches, own)
@@ -218,7 +220,7 @@ def configured(**options: Any) -> RunConfig:
         "run": {"directory": "/nowhere", "steps": 1},
         "model": {"path": "/nowhere"},
         "data": {"source": "arithmetic"},
-        "rollout": {"prompts_per_step": 4, "max_response_tokens": 8},
+        "rollout": {"prompts_per_step": 4, "max_prompt_tokens": 8, "max_response_tokens": 8},
         "algorithm": {"routing_replay": "old", "minibatch_prompts": 2},
     }
     return validate(
