@@ -106,10 +106,12 @@ def packed(seed: int, *, shared: bool = False) -> Microbatch:
     return pack_trees(samples(seed), multiple=2) if shared else pack(samples(seed), sequence_multiple=2)
 
 
-def objective(placement: Placement, routing_replay: str, **options: Any) -> Objective:
+def objective(
+    placement: Placement, routing_replay: str, *, vocabulary: int = 59, **options: Any
+) -> Objective:
     options = {"divergence_coefficient": 0.0, **options}
     method = a_method("rapo", routing_replay=routing_replay, **options)
-    return Objective(method, temperature=1.0, vocabulary=59, group=placement.tensor_group)
+    return Objective(method, temperature=1.0, vocabulary=vocabulary, group=placement.tensor_group)
 
 
 def trained(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rapo.data.batching import OwnChoices, pack
+from megatron_rapo.config import Model, Optimizer
+from megatron_rapo.data.batching import OwnChoices, Sample, pack
 from megatron_rapo.embedded_server.engine import Engine
 from megatron_rapo.embedded_server.protocol import GenerateRequest, SamplingParams, to_answer, to_samples
 from megatron_rapo.engines.engine import Generated
@@ -24,12 +26,22 @@ from megatron_rapo.environments.generating import Generating
 from megatron_rapo.episode.choices import ChoiceShape
 from megatron_rapo.episode.sequence import Sequence
 from megatron_rapo.errors import RapoError
+from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.model.routing_replay import Replay, Routing
+from megatron_rapo.parallel.placement import Placement
+from megatron_rapo.policy.policy import Policy
 from megatron_rapo.preflight import planned_architecture
 from megatron_rapo.rollout.response import Response
 from megatron_rapo.rollout.responses import to_response
 from tests.models import load_reference, make_hf_model
-from tests.unit.test_routing_replay import best, configured, samples
+from tests.unit.one_rank import one_placement
+from tests.unit.test_routing_replay import best, configured, objective, samples
+
+
+@pytest.fixture(scope="module")
+def placement() -> Iterator[Placement]:
+    with one_placement() as own:
+        yield own
 
 
 @pytest.fixture(scope="module")
@@ -226,3 +238,51 @@ def test_a_dense_model_tells_no_choices(tmp_path: Path) -> None:
     engine = Engine(make_hf_model(tmp_path), "cpu", "float32")
     with pytest.raises(RapoError, match="has no experts; do not ask for return_routed_experts"):
         to_samples(GenerateRequest(input_ids=[2], return_routed_experts=True), engine)
+
+
+@pytest.mark.parametrize("fault", [None, "another token's", "another layer's"])
+def test_the_trainer_would_choose_what_the_engine_chose(
+    path: Path, placement: Placement, fault: str | None
+) -> None:
+    """Both compute the same, so that no choice differs; with those of other tokens or layers many do."""
+    engine, shape = Engine(path, "cpu", "float32"), ChoiceShape(4, 4, 2)
+    prompts = [(5, 6, 7), (20, 21, 22, 23, 24)]
+    asked = GenerateRequest(
+        input_ids=[list(prompt) for prompt in prompts],
+        sampling_params=[SamplingParams(max_new_tokens=n, sampling_seed=n, ignore_eos=True) for n in (9, 6)],
+        return_logprob=True,
+        return_routed_experts=True,
+    )
+    wanted = to_samples(asked, engine)
+    answers: Any = to_answer(asked, wanted, engine.generate(wanted, threading.Event()), "0", engine)
+    trained = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        one = to_response(
+            to_generated(answer, "x"),
+            weight_version=0,
+            vocab_size=61,
+            max_tokens=9,
+            source="x",
+            given=len(prompt),
+            experts=shape,
+        )
+        assert one.experts is not None
+        told = np.concatenate([one.experts, shape.untold(1)])
+        if fault is not None:
+            told[:-1] = np.roll(told[:-1], 1, axis=0 if fault == "another token's" else 1)
+        sequence = Sequence.of_response(prompt, one.token_ids, one.log_probs, 0)
+        trained.append(Sample(replace(sequence, experts=told), 1.0, 1.0, 0.05))
+    microbatch = pack(trained, sequence_multiple=4, choices=OwnChoices(shape, range(4)))
+    policy = Policy(
+        Model(path=path, dtype="float32"), Optimizer(distributed=False), read_architecture(path), placement, 1
+    )
+    own = objective(placement, "engine", vocabulary=61)  # all that the engine samples
+    policy.annotate([[microbatch]], own)
+    metrics = policy.update([[microbatch]], own, None)
+    policy.close()
+    if fault is None:
+        assert metrics["router/replay_changed"] == 0.0
+        assert metrics["mismatch/log_prob_max"] < 1e-4
+    else:
+        assert metrics["router/replay_changed"] > 0.3
+        assert metrics["mismatch/log_prob_max"] > 1e-3
