@@ -18,6 +18,7 @@ from megatron_rapo.config import RunConfig
 from megatron_rapo.data.batching import Microbatch, Sample
 from megatron_rapo.data.order import MixedOrder, PromptOrder
 from megatron_rapo.data.trees import segment_sizes
+from megatron_rapo.episode.choices import ChoiceShape
 from megatron_rapo.evaluation.evaluator import Evaluator
 from megatron_rapo.evaluation.given_loss import GivenLoss
 from megatron_rapo.experience.batch import Batch
@@ -63,6 +64,7 @@ class Job:
     identity: Identity
     architecture: Architecture
     vocabulary: int
+    choices: ChoiceShape | None
     prompts: PromptOrder | MixedOrder
     engines: SharedEngines
     batches: Batches | PartialBatches

@@ -33,9 +33,8 @@ def train(config: RunConfig) -> None:
                         )
                         job.record(step, batch, samples)
                         plans = plan_minibatches(samples, config)
-                        minibatches = build_minibatches(
-                            with_tokens(samples, plans, batch, job.placement), plans, config, job.placement
-                        )
+                        samples = with_tokens(samples, plans, batch, job.placement, job.choices)
+                        minibatches = build_minibatches(samples, plans, config, job.placement, job.choices)
                         job.policy.annotate(minibatches, job.objective)
                         for frozen in job.frozen:
                             frozen.annotate(minibatches, job.objective)

@@ -23,6 +23,7 @@ from megatron_rapo.data.tokenizer import load_tokenizer, vocabulary_size
 from megatron_rapo.environments.opening import open_environment
 from megatron_rapo.environments.runner import Runner
 from megatron_rapo.environments.running import EpisodeRunner
+from megatron_rapo.episode.choices import ChoiceShape
 from megatron_rapo.errors import RapoError
 from megatron_rapo.evaluation.evaluator import Evaluator
 from megatron_rapo.evaluation.given_loss import GivenLoss
@@ -49,6 +50,7 @@ from megatron_rapo.observe.phase_memory import PhaseMemory
 from megatron_rapo.parallel.device import take_peak_memory
 from megatron_rapo.parallel.placement import Placement, process_groups
 from megatron_rapo.policy.beside import open_frozen
+from megatron_rapo.policy.expert_routing import told_choices
 from megatron_rapo.policy.policy import Policy
 from megatron_rapo.publish.opening import open_publisher
 from megatron_rapo.publish.publisher import Publisher
@@ -107,7 +109,8 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             )
             held_out = prompts.held_out
         publisher = _open_publisher(config, policy, engines, prompts)
-        collector = _open_collector(config, engines, runner, verifiers, publisher, placement)
+        choices = told_choices(config, architecture)
+        collector = _open_collector(config, engines, runner, verifiers, publisher, placement, choices)
         source = _groups_from(config, placement, collector)
         order = order_of(prompts, config.run.seed)
         guards = Guards(config, vocabulary, is_main=placement.is_main)
@@ -122,6 +125,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             identity=identity,
             architecture=architecture,
             vocabulary=vocabulary,
+            choices=choices,
             prompts=order,
             engines=engines,
             batches=batches,
@@ -238,6 +242,7 @@ def _open_collector(
     verifiers: Mapping[str, Verifier],
     publisher: Publisher | Unpublished,
     placement: Placement,
+    choices: ChoiceShape | None,
 ) -> Collector | None:
     """What asks the engines; None where there are none."""
     if not config.opens_engines:
@@ -246,7 +251,7 @@ def _open_collector(
     if runner is not None and config.demonstrations is None:
         by_source = {data.name: verifiers[str(config.verifier_of(data))] for data in config.training_sources}
         judge = judge_by_source(by_source)
-    return Collector(placement, engines, runner, judge, recover=publisher.publish)
+    return Collector(placement, engines, runner, judge, recover=publisher.publish, experts=choices)
 
 
 def _open_batches(

@@ -85,7 +85,7 @@ def planned_architecture(config: RunConfig) -> Architecture:
     """The model's architecture (of `model.config`, where given), checked against layout and lengths."""
     architecture = read_architecture(config.model.config or config.model.path)
     architecture.check_layout(config.parallel)
-    architecture.check_experts(config.parallel, config.model)
+    architecture.check_experts(config.parallel, config.model, config.algorithm.routing_replay)
     architecture.check_lengths(config.rollout)
     if config.adapter is not None:
         list(adapter_rules(architecture, config.adapter))  # refuses targets that are not there
@@ -223,6 +223,12 @@ def _check_engines(config: RunConfig, architecture: Architecture) -> None:
         raise RapoError(
             f'rollout.engine.kind = "{engine.kind}" is not known to take new weights of experts, which a '
             f'{architecture.family} has; choose "sglang" or "embedded"'
+        )
+    hidden = config.engine_kind.hides_experts
+    if config.algorithm.routing_replay == "engine" and hidden is not None:
+        raise RapoError(
+            'algorithm.routing_replay = "engine" needs the experts that engines choose, and '
+            f'rollout.engine.kind = "{engine.kind}" {hidden}; choose "embedded", or routing_replay = "old"'
         )
     window, windows = architecture.window, config.engine_kind.windows
     if (

@@ -84,7 +84,7 @@ def of_updates() -> set[str]:
         found |= set(objective.metrics(torch.zeros(len(objective.parts))))
     mismatch = Mismatch()
     mismatch.add(torch.zeros(len(STRETCHES)), torch.zeros(len(STRETCHES)), torch.tensor(STRETCHES))
-    return found | set(mismatch.metrics()) | set(summarise_routing(torch.ones(2, 4 + SUMS), 2))
+    return found | set(mismatch.metrics()) | set(summarise_routing(torch.ones(2, 4 + SUMS), 2, replays=True))
 
 
 def of_evaluations(folder: Path) -> Iterator[str]:

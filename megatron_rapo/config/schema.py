@@ -28,6 +28,7 @@ from megatron_rapo.config.older_samples import (
 )
 from megatron_rapo.config.ranks import check_ranks
 from megatron_rapo.config.reward import Reward
+from megatron_rapo.config.routing_replay import check_routing_replay
 from megatron_rapo.config.running import Checkpoint, Observe, Run
 from megatron_rapo.config.sampling import Rollout
 from megatron_rapo.config.schedule import check_schedule
@@ -226,6 +227,7 @@ class RunConfig(Section):
             partial(check_adapter, self),
             partial(check_guards, self),
             partial(check_shared_prompts, self),
+            partial(check_routing_replay, self),
             partial(refuse_options_beside_replay, self),
             partial(refuse_options_of_samples, self),
         ]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_rapo.episode.beginnings import Beginning
 from megatron_rapo.episode.brief import BriefSequence
+from megatron_rapo.episode.choices import ChoiceShape
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.parallel.context import rank_major_order
 
@@ -92,6 +93,8 @@ class Microbatch:
         teacher_hidden: of the teacher, likewise; its own hidden size.
         reference_log_probs, flattened_log_probs: `[response tokens]` fp32, under the reference as it is, and
             flattened by φ.
+        experts: of rows in each of this rank's layers, by its number from 1: `[rows / CP (/ TP under sequence
+            parallelism), experts of a token]` uint8 or uint16; None: routers choose.
     """
 
     token_ids: Tensor
@@ -115,6 +118,7 @@ class Microbatch:
     teacher_hidden: Tensor | None = None
     reference_log_probs: Tensor | None = None
     flattened_log_probs: Tensor | None = None
+    experts: dict[int, Tensor] | None = None
 
     @property
     def is_response(self) -> Tensor:
@@ -207,6 +211,40 @@ def _fill(share: Sequence[int], lengths: Sequence[int], token_budget: int, count
     return bins + [[] for _ in range(count - len(bins))]
 
 
+@dataclass(frozen=True)
+class OwnChoices:
+    """Which of the samples' choices of experts a rank's microbatches have.
+
+    Attributes:
+        shape: of all layers' choices.
+        layers: of this rank, numbers from 0; samples have those of these alone.
+        tensor_rank, tensor_ranks: whose part of the rows, which sequence parallelism cuts.
+    """
+
+    shape: ChoiceShape
+    layers: Sequence[int]
+    tensor_rank: int = 0
+    tensor_ranks: int = 1
+
+    def of(
+        self, samples: Sequence[Sample], lengths: Sequence[int], mine: npt.NDArray[np.int64]
+    ) -> dict[int, npt.NDArray[Any]]:
+        """By number of the layer, from 1: `[rows, chosen]` of this rank's rows; unknown where nobody told.
+
+        Args:
+            samples: in order.
+            lengths: padded, of all sequences.
+            mine: this context-parallel rank's of the packed tokens.
+        """
+        shape = (sum(lengths), len(self.layers), self.shape.chosen)
+        packed = np.full(shape, self.shape.unknown, self.shape.dtype)
+        for sample, start in zip(samples, np.cumsum([0, *lengths]), strict=False):
+            if (told := sample.sequence.experts) is not None:
+                packed[start : start + len(told)] = told
+        rows = packed[np.split(mine, self.tensor_ranks)[self.tensor_rank]]
+        return {layer + 1: rows[:, place].copy() for place, layer in enumerate(self.layers)}
+
+
 _FLOATS = ("weights", "phi", "advantages", "engine_log_probs")
 
 
@@ -219,6 +257,7 @@ def pack(
     context_rank: int = 0,
     context_ranks: int = 1,
     device: torch.device | None = None,
+    choices: OwnChoices | None = None,
 ) -> Microbatch:
     """Packs samples into one microbatch; none at all make a microbatch of padding.
 
@@ -230,6 +269,7 @@ def pack(
         mark_names: of the samples' marks.
         context_rank, context_ranks: whose tokens to keep.
         device: where the tensors go.
+        choices: of the samples' experts, where their tokens are to go there again.
     """
     lengths = [padded_length(len(sample.sequence), sequence_multiple) for sample in samples]
     lengths += padding(lengths, total_tokens or 0, sequence_multiple)
@@ -259,7 +299,11 @@ def pack(
     def of_this_rank(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
         return {name: torch.from_numpy(array[mine]).to(device) for name, array in arrays.items()}
 
-    return Microbatch(lengths=lengths, marks=of_this_rank(marks), **of_this_rank(fields))
+    experts = None
+    if choices is not None:
+        told = choices.of(samples, lengths, mine)
+        experts = {layer: torch.from_numpy(rows).to(device) for layer, rows in told.items()}
+    return Microbatch(lengths=lengths, marks=of_this_rank(marks), experts=experts, **of_this_rank(fields))
 
 
 def padding(lengths: Sequence[int], total: int, multiple: int) -> list[int]:

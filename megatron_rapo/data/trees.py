@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -119,7 +120,7 @@ def pack_trees(
     for length in padding(rows.lengths, total, multiple):
         rows.add(np.zeros(length, np.int64), 0, np.zeros(0, np.int64))
     places, marks = of_places(samples, predicting, int(ends[-1]), mark_names)
-    fields = {
+    fields: dict[str, npt.NDArray[Any]] = {
         **places,
         "token_ids": np.concatenate(rows.token_ids),
         "position_ids": np.concatenate(rows.position_ids),
@@ -127,6 +128,7 @@ def pack_trees(
         "targets": np.concatenate(targets),
         "sources": np.concatenate(sources),
     }
+    tensors: dict[str, Any] = {name: torch.from_numpy(values).to(device) for name, values in fields.items()}
     return Microbatch(
         lengths=rows.lengths,
         marks={name: torch.from_numpy(values).to(device) for name, values in marks.items()},
@@ -135,7 +137,7 @@ def pack_trees(
             key_lengths=[len(keys) for keys in rows.keys],
             sequences=len(samples),
         ),
-        **{name: torch.from_numpy(values).to(device) for name, values in fields.items()},
+        **tensors,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 
 from megatron_rapo.embedded_server.cache import growing_cache
+from megatron_rapo.embedded_server.routed_experts import Experts, RoutedExperts
 from megatron_rapo.embedded_server.sampling import Truncation, draw, uniforms
 from megatron_rapo.embedded_server.windows import masks
 
@@ -32,6 +33,7 @@ class Sample:
         stop_ids: tokens that end the response and belong to it.
         seed: an int64: with the prompt and the weights it determines the response.
         top_p, top_k: which tokens may be drawn (`Truncation`); None: no limit.
+        tells_experts: whether the choices of a mixture's routers are kept.
     """
 
     prompt: tuple[int, ...]
@@ -41,15 +43,17 @@ class Sample:
     seed: int
     top_p: float = 1.0
     top_k: int | None = None
+    tells_experts: bool = False
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One response: its tokens, the log-prob of each in nats, and why it ended."""
+    """One response: its tokens, the log-prob of each in nats, why it ended, and experts if they are told."""
 
     token_ids: list[int]
     log_probs: list[float]
     finish: Literal["stop", "length", "abort"]
+    experts: Experts | None = None
 
 
 @dataclass
@@ -99,7 +103,6 @@ class _Rows:
         self._update(lambda values: values[indices])
 
 
-@torch.inference_mode()
 def decode(model: Any, samples: Sequence[Sample], aborted: threading.Event) -> list[Completion]:
     """Decodes all samples as one batch.
 
@@ -111,6 +114,24 @@ def decode(model: Any, samples: Sequence[Sample], aborted: threading.Event) -> l
     Raises:
         FloatingPointError: a log-prob is not finite.
     """
+    if not any(sample.tells_experts for sample in samples):
+        return _decode(model, samples, aborted)
+    routed = RoutedExperts()
+    with routed.listening(model):
+        completions = _decode(model, samples, aborted, routed)
+    distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(one.prompt for one in samples))}
+    told = routed.of_samples(
+        [distinct[sample.prompt] for sample in samples],
+        [len(sample.prompt) for sample in samples],
+        [len(completion.token_ids) for completion in completions],
+    )
+    return [replace(one, experts=experts) for one, experts in zip(completions, told, strict=True)]
+
+
+@torch.inference_mode()
+def _decode(
+    model: Any, samples: Sequence[Sample], aborted: threading.Event, routed: RoutedExperts | None = None
+) -> list[Completion]:
     longest = max(sample.max_new_tokens for sample in samples)
     token_ids = torch.zeros(len(samples), longest, dtype=torch.int64, device=model.device)
     log_probs = torch.zeros(len(samples), longest, dtype=torch.float32, device=model.device)
@@ -119,6 +140,8 @@ def decode(model: Any, samples: Sequence[Sample], aborted: threading.Event) -> l
     rows = _Rows.of(samples, model.device, model.dtype)
     truncated = any(sample.top_p < 1 or sample.top_k is not None for sample in samples)
     logits, cache = _prefill(model, [sample.prompt for sample in samples], longest)
+    if routed is not None:
+        routed.end_prefill(len({sample.prompt for sample in samples}))
     for step in range(longest):
         if aborted.is_set():
             break
@@ -137,6 +160,8 @@ def decode(model: Any, samples: Sequence[Sample], aborted: threading.Event) -> l
             cache.batch_select_indices(kept)
             tokens = tokens[kept]
         logits = _forward(model, tokens, rows, cache, step)
+        if routed is not None:
+            routed.end_step(rows.sample)
     return _completions(samples, token_ids, log_probs, lengths)
 
 

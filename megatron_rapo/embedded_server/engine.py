@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from megatron_rapo.embedded_server.attention import DECODING_ATTENTION
 from megatron_rapo.embedded_server.decode import Completion, Sample, decode
 from megatron_rapo.embedded_server.olmo3 import mend
+from megatron_rapo.embedded_server.routed_experts import routers_of
 from megatron_rapo.embedded_server.weights import NamedTensors, Weights
 from megatron_rapo.embedded_server.windows import KINDS
 from megatron_rapo.errors import RapoError
@@ -67,6 +68,11 @@ class Engine:
     def weight_version(self) -> str:
         """What the weights are called."""
         return self.weights.version
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether its layers have experts."""
+        return bool(routers_of(self._model))
 
     @property
     def device(self) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from base64 import b64encode
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -38,6 +39,7 @@ class GenerateRequest(StrictRequest):
     input_ids: list[int] | list[list[int]] | None = None
     sampling_params: SamplingParams | list[SamplingParams] = SamplingParams()
     return_logprob: bool = False
+    return_routed_experts: bool = False
     rid: str | None = None
     # What SGLang's router adds to every request. The first two say nothing here; the others are not offered.
     log_metrics: bool = True
@@ -87,6 +89,8 @@ def to_samples(request: GenerateRequest, engine: Engine) -> list[Sample]:
     Raises:
         RapoError: the request cannot be served; the message says why.
     """
+    if request.return_routed_experts and not engine.is_mixture:
+        raise RapoError(f"{engine.model_path} has no experts; do not ask for return_routed_experts")
     prompts = _prompts(request, engine)
     params = request.sampling_params
     if not isinstance(params, list):
@@ -109,6 +113,7 @@ def to_samples(request: GenerateRequest, engine: Engine) -> list[Sample]:
                 (first_seed + i) % 2**63,
                 sampling.top_p,
                 top_k=None if sampling.top_k == -1 else sampling.top_k,
+                tells_experts=request.return_routed_experts,
             )
             for i in range(sampling.n)
         ]
@@ -167,6 +172,9 @@ def to_answer(
         if request.return_logprob:
             pairs = zip(completion.log_probs, completion.token_ids, strict=True)
             meta_info["output_token_logprobs"] = [[log_prob, token, None] for log_prob, token in pairs]
+        if completion.experts is not None:
+            # As SGLang has it: int32, of all tokens but the last, layer by layer.
+            meta_info["routed_experts"] = b64encode(completion.experts.astype("<i4").tobytes()).decode()
         answers.append({"text": texts[i], "output_ids": completion.token_ids, "meta_info": meta_info})
     return answers if request.batched or len(answers) > 1 else answers[0]
 

@@ -68,6 +68,7 @@ class Generation:
         top_p, top_k: 1 and -1: full support.
         stop: token ids that end it, besides the model's own.
         ignore_eos: whether the model's own do not end it.
+        experts: whether the choices of a mixture's routers are to be told.
     """
 
     token_ids: tuple[int, ...]
@@ -78,6 +79,7 @@ class Generation:
     top_k: int = -1
     stop: tuple[int, ...] = ()
     ignore_eos: bool = False
+    experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,15 @@ class Generated:
         log_probs: `[tokens]`, in nats, of the temperature-scaled distribution over its full support.
         versions: of the weights that sampled its tokens, as the engine spells them.
         finish: why it ended: `stop`, `length` (of max_tokens), or what else the engine says.
+        experts: numbers of experts, token by token, layer by layer, of all tokens but the last, those that it
+            continues first; None where it does not tell.
     """
 
     token_ids: npt.NDArray[np.int64]
     log_probs: npt.NDArray[np.float32]
     versions: tuple[str, ...]
     finish: str
+    experts: npt.NDArray[np.int32] | None = None
 
 
 class Engine(ABC):

@@ -40,6 +40,7 @@ class EngineKind(ABC):
             ENGINE_PYTHON, GPUS_PER_ENGINE (0 where GPUS_PER_NODE is) and RAPO_ENGINE_API_KEY, without
             `--host` and `--port`. None: it starts none.
         takes_experts: whether it takes new weights of a mixture of experts.
+        hides_experts: why it does not tell which experts its routers choose; None: it does.
         windows: families whose windows of attention it computes; None: all.
         options: this run's.
     """
@@ -47,6 +48,7 @@ class EngineKind(ABC):
     Options: ClassVar[type[EngineOptions]] = EngineOptions
     bash: ClassVar[str | None] = None
     takes_experts: ClassVar[bool] = True
+    hides_experts: ClassVar[str | None] = "does not tell them"
     windows: ClassVar[frozenset[str] | None] = None
 
     def __init__(self, options: EngineOptions) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from megatron_rapo.environments.bundle import Bundle
 from megatron_rapo.environments.fault import EnvironmentFault
 from megatron_rapo.environments.recorded import Recorded
+from megatron_rapo.episode.choices import Choices, ChoiceShape
 from megatron_rapo.episode.environment import Turn
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.errors import RapoError
@@ -103,6 +105,8 @@ class Generating:
         self._temperature = temperature
         self._so_far: Turns = {} if so_far is None else so_far
         self._numbers: set[int] = set()
+        # Of each answer all tokens, and the experts of all but the last.
+        self._told: list[tuple[npt.NDArray[np.int32], Choices]] = []
 
     async def __call__(
         self,
@@ -139,7 +143,10 @@ class Generating:
             await self._bundle.ask(self._episode, ask, pieces)
         finally:
             self._on_waiting(False)
-        return self._had(given, self._joined(pieces))
+        turn_had = self._joined(pieces)
+        if (told := pieces[-1].experts) is not None:
+            self._told.append((np.concatenate([np.array(given, np.int32), turn_had.token_ids]), told))
+        return self._had(given, turn_had)
 
     def _pieces_of(self, turn: int, given: Sequence[int]) -> list[Response]:
         """What there is of a turn."""
@@ -218,6 +225,21 @@ class Generating:
                         "append turns and given tokens to a Transcript, as they are"
                     )
                 place += length
+
+    def with_experts(self, sequence: TokenSequence, shape: ChoiceShape) -> TokenSequence:
+        """It with the experts that engines sent its tokens to, each token when it was first computed.
+
+        A turn's answer tells those of its context too. What no turn tells stays unknown: the last token, and
+        what was given after it.
+        """
+        experts, known = shape.untold(len(sequence)), 0
+        for tokens, told in self._told:
+            most = min(len(tokens), len(sequence))
+            same = tokens[:most] == sequence.token_ids[:most]
+            end = min(most if same.all() else int(same.argmin()), len(told))
+            experts[known:end] = told[known:end]
+            known = max(known, end)
+        return replace(sequence, experts=experts)
 
     def _check(self, turn: int) -> None:
         if turn in self._numbers:

@@ -185,6 +185,9 @@ class EpisodeRunner:
             if not isinstance(found, Verification):
                 found = _well_formed(found)
                 self._check(found, generate, len(prompt) + sampling.max_response_tokens)
+                if (shape := sampling.experts) is not None:
+                    told = tuple(generate.with_experts(one, shape) for one in found.sequences)
+                    found = replace(found, sequences=told)
         except EnvironmentFault as fault:
             raise RapoError(f"{self._told(problem)}: {fault}") from fault
         return found

@@ -14,7 +14,7 @@ from megatron_rapo.episode.beginnings import Beginning
 from megatron_rapo.episode.score import Score
 from megatron_rapo.errors import RapoError
 
-_OF_TOKENS = ("token_ids", "sampled", "log_probs", "versions")
+_OF_TOKENS = ("token_ids", "sampled", "log_probs", "versions", "experts")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from megatron_rapo.episode.beginnings import Beginning
 from megatron_rapo.episode.brief import BriefSequence
+from megatron_rapo.episode.choices import Choices
 from megatron_rapo.episode.facts import shown
 
 _KINDS = {"token_ids": "iu", "sampled": "b", "log_probs": "f", "versions": "i"}
@@ -30,6 +31,8 @@ class Sequence:
             where not sampled.
         versions: `[tokens]` int32, of the weights that sampled the token; −1 where not sampled; `TAUGHT`
             where not sampled, but trained on.
+        experts: `[tokens, layers, chosen]` (`ChoiceShape`), that the engine sent each token to in layers of a
+            mixture; None where it was not asked.
 
     Raises:
         ValueError: the fields are no such arrays, or not of one length; a sampled token has no finite
@@ -40,6 +43,7 @@ class Sequence:
     sampled: npt.NDArray[np.bool_]
     log_probs: npt.NDArray[np.float32]
     versions: npt.NDArray[np.int32]
+    experts: Choices | None = None
 
     def __post_init__(self) -> None:
         for name, kinds in _KINDS.items():
@@ -52,6 +56,11 @@ class Sequence:
         lengths = {len(self.token_ids), len(self.sampled), len(self.log_probs), len(self.versions)}
         if len(lengths) > 1:
             raise ValueError(f"a sequence's fields have lengths {sorted(lengths)}; give each one a token")
+        if self.experts is not None and len(self.experts) != len(self.token_ids):
+            raise ValueError(
+                f"a sequence of {len(self.token_ids)} tokens has choices of experts of {len(self.experts)}; "
+                "give those of each, or None"
+            )
         if not len(self.token_ids) or self.trained[0]:
             raise ValueError("a sequence must begin with a token that was given, not sampled")
         if not np.isfinite(self.log_probs[self.sampled]).all():
@@ -92,7 +101,7 @@ class Sequence:
         )
 
     def under(self, prompt: Iterable[int], other: Iterable[int]) -> Sequence:
-        """It with another prompt in place of the one that it begins with.
+        """It with another prompt in place of the one that it begins with, after which no choices are known.
 
         Raises:
             ValueError: it does not begin with that prompt, all given.

@@ -11,6 +11,7 @@ from megatron_rapo.environments.recorded import Answers
 from megatron_rapo.environments.runner import Rollout, Runner
 from megatron_rapo.environments.running import Judge, Tries
 from megatron_rapo.environments.times import Times
+from megatron_rapo.episode.choices import ChoiceShape
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.guide import PLAIN
 from megatron_rapo.experience.course import Phase, Wanted
@@ -36,6 +37,7 @@ class Collector:
         runner: Runner | None,
         judge: Judge | None,
         recover: Callable[[int], object] | None = None,
+        experts: ChoiceShape | None = None,
     ) -> None:
         """
         Args:
@@ -45,12 +47,14 @@ class Collector:
             judge: the reward of the training data, this head's own; None on other ranks.
             recover: makes engines serve a version of the weights again, on all ranks, where a rollout has
                 lost too many; without it such a rollout is an error.
+            experts: of the choices that engines are to tell; None: none are needed.
         """
         self.placement = placement
         self.engines = engines
         self.runner = runner
         self.judge = judge
         self._recover = recover
+        self._experts = experts
 
     def begin(
         self,
@@ -78,6 +82,7 @@ class Collector:
             chosen.temperature,
             weight_version,
             seed,
+            experts=self._experts,
         )
         return Begun(self, wanted, sampling, whole=whole, answers=answers)
 

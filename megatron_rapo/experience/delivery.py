@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_rapo.data.batching import Plan, Sample, replicas_of
+from megatron_rapo.episode.choices import Choices, ChoiceShape
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
 from megatron_rapo.experience.batch import Batch
-from megatron_rapo.parallel.placement import Placement
+from megatron_rapo.parallel.placement import Placement, replica_ranks
 
 _OF_TOKENS = {
     "token_ids": np.int32,
@@ -31,6 +32,7 @@ def with_tokens(
     plans: Sequence[Plan],
     batch: Batch,
     placement: Placement,
+    choices: ChoiceShape | None = None,
 ) -> list[list[Sample]]:
     """Samples of which those that this replica trains on have their tokens; all ranks call it.
 
@@ -42,6 +44,8 @@ def with_tokens(
         plans: which replica trains on which, of each minibatch.
         batch: has the tokens where they were sampled.
         placement: this rank's.
+        choices: of the experts that tokens have, of which each pipeline stage gets those of its layers; None:
+            they have none.
     """
     sampled = batch.sampled
     places = {id(group): place for place, group in enumerate(sampled.groups)}
@@ -53,7 +57,7 @@ def with_tokens(
         sources += [sampled.heads[place]] * len(_sequences(sampled.groups[place]))
     takers = [replica for plan in plans for replica in replicas_of(plan)]
     lengths = [len(sample.sequence) for minibatch in minibatches for sample in minibatch]
-    found = _delivered(own, lengths, sources, takers, placement)
+    found = _delivered(own, lengths, sources, takers, placement, choices)
     numbers = iter(range(len(lengths)))
     return [
         [replace(sample, sequence=found.get(next(numbers), sample.sequence)) for sample in minibatch]
@@ -71,6 +75,7 @@ def _delivered(
     sources: Sequence[int],
     takers: Sequence[int],
     placement: Placement,
+    choices: ChoiceShape | None,
 ) -> dict[int, TokenSequence]:
     """The sequences that this replica takes, by number.
 
@@ -78,6 +83,7 @@ def _delivered(
         own: those that this head has, by number.
         lengths, sources, takers: tokens of each; the replica whose head has it, and the one that takes it.
         placement: this rank's.
+        choices: of the experts that they have, if they have some.
     """
     routes: dict[tuple[int, int], list[int]] = {}
     for number, route in enumerate(zip(sources, takers, strict=True)):
@@ -94,11 +100,39 @@ def _delivered(
             _exchange(values, parts, routes, lengths, placement)
         head = placement.heads[placement.data_rank]
         dist.broadcast(_bytes(values), src=head, group=placement.replica_group)
+    if choices is not None:
+        whole = choices.untold(starts[-1] if placement.is_head else 0)
+        if placement.is_head:
+            told = {n: choices.untold(lengths[n]) if s.experts is None else s.experts for n, s in own.items()}
+            _exchange(whole, told, routes, lengths, placement)
+        fields["experts"] = _of_own_layers(whole, starts[-1], choices, placement)
     pieces = zip(taken, pairwise(starts), strict=True)
     return {
         number: TokenSequence(**{name: values[start:end] for name, values in fields.items()})
         for number, (start, end) in pieces
     }
+
+
+def _of_own_layers(whole: Choices, tokens: int, shape: ChoiceShape, placement: Placement) -> Choices:
+    """`[tokens, layers of this stage, chosen]`, from the head's `[tokens, layers, chosen]`."""
+    layout = placement.layout
+    own = np.empty((tokens, len(placement.layers_of(shape.layers)), shape.chosen), shape.dtype)
+    head, *others = replica_ranks(layout, placement.data_rank)
+    waiting: list[Any] = []
+    if tokens and placement.rank != head:
+        waiting.append(dist.irecv(_bytes(own), head, group=placement.host_group))
+    elif tokens:
+        block = layout.tensor_parallel * layout.context_parallel  # ranks of a stage
+        parts = [
+            np.ascontiguousarray(whole[:, placement.layers_of(shape.layers, stage)])
+            for stage in range(layout.pipeline_parallel)
+        ]
+        own[:] = parts[0]
+        for place, rank in enumerate(others, 1):
+            waiting.append(dist.isend(_bytes(parts[place // block]), rank, group=placement.host_group))
+    for work in waiting:
+        work.wait()
+    return own
 
 
 def _exchange(

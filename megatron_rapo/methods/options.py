@@ -45,6 +45,14 @@ class Options(Section):
         "(decoupled PPO, arXiv 2505.24298); `engine`, the one that sampled, by the engines' log-probs, which "
         "saves a pass where a step has several updates.",
     )
+    routing_replay: Literal["off", "old", "engine"] = Field(
+        "off",
+        description="Of a mixture of experts: where a step's updates send tokens. `off`: to the experts that "
+        "routers choose then; `old`: to those that they chose when old log-probs were computed, so that no "
+        "ratio jumps because other experts are chosen; `engine`: to those that the engine chose when it "
+        "sampled, old log-probs too (docs/models.md). What routers learn is the probabilities of the experts "
+        "that are taken.",
+    )
     max_tokens_per_microbatch: PositiveInt = Field(
         16384,
         description="Token budget (padded) of one packed microbatch, over all its CP ranks. The default is "

@@ -109,7 +109,7 @@ class Architecture:
         if self.experts.shared is not None:
             yield "tensor_parallel", "feed-forward channels of the shared expert", self.experts.shared
 
-    def check_experts(self, layout: Parallel, model: Model) -> None:
+    def check_experts(self, layout: Parallel, model: Model, routing_replay: str = "off") -> None:
         """Raises RapoError where options are of experts, and the model, the policy, has none."""
         if self.experts is not None:
             return
@@ -118,6 +118,7 @@ class Architecture:
             "parallel.expert_tensor_parallel": layout.expert_tensor_parallel - 1,
             "model.balance_coefficient": model.balance_coefficient,
             "model.router_z_coefficient": model.router_z_coefficient,
+            f'algorithm.routing_replay = "{routing_replay}"': routing_replay != "off",
         }
         for option in (option for option, chosen in options.items() if chosen):
             raise RapoError(f"{option} has no effect: a {self.family} has no experts; remove it")

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_rapo.model.routing_replay import Packed, Routing
+
 # A rectangle may be larger than what is in it by this, so that few rectangles have all segments.
 _MOST_PADDING = 1.25
 
@@ -29,7 +31,7 @@ def starts_of(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 @dataclass
-class Branches(PackedSeqParams):
+class Branches(Packed):
     """What Megatron hands on to core attention.
 
     Its `cu_seqlens_q` and `cu_seqlens_kv` are of segments and of their gathered keys. The padded ones are
@@ -45,7 +47,13 @@ class Branches(PackedSeqParams):
     key_lengths: Sequence[int] = ()
 
     @classmethod
-    def of(cls, query_lengths: Sequence[int], key_lengths: Sequence[int], keys: Tensor) -> Branches:
+    def of(
+        cls,
+        query_lengths: Sequence[int],
+        key_lengths: Sequence[int],
+        keys: Tensor,
+        routing: Routing | None = None,
+    ) -> Branches:
         """Of segments whose rows follow each other."""
         rows = starts_of([sum(query_lengths)], keys.device)
         return cls(
@@ -56,6 +64,7 @@ class Branches(PackedSeqParams):
             cu_seqlens_kv_padded=rows,
             max_seqlen_q=max(query_lengths),
             max_seqlen_kv=max(key_lengths),
+            routing=routing,
             keys=keys,
             query_lengths=query_lengths,
             key_lengths=key_lengths,

@@ -26,6 +26,7 @@ from megatron_rapo.model.dtypes import DTYPES
 from megatron_rapo.model.families.named import family_of
 from megatron_rapo.model.layer_spec import block_spec, uses_transformer_engine
 from megatron_rapo.model.rotary import Angles
+from megatron_rapo.model.routing_replay import hand_on
 from megatron_rapo.parallel.device import device
 
 # float64 is no option of the configuration: it is for certificates.
@@ -173,6 +174,7 @@ def _build_chunk(
     chunk.embedding_scale = architecture.embedding_scale
     _mark_shards(chunk)
     _mark_experts(chunk)
+    hand_on(chunk)
     if adapter is not None:
         attach(chunk, architecture, adapter)
     return chunk.to(device())

@@ -10,7 +10,15 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-ENTROPY, BALANCE, Z, SUMS = -3, -2, -1, 3  # places in `Router.measured`, behind a place for each expert
+from megatron_rapo.model.routing_replay import Replay
+
+CHANGED, ENTROPY, BALANCE, Z, SUMS = (
+    -4,
+    -3,
+    -2,
+    -1,
+    4,
+)  # places in `Router.measured`, behind a place for each expert
 
 
 class Router(TopKRouter):
@@ -18,8 +26,8 @@ class Router(TopKRouter):
 
     Attributes:
         measured: `[experts + SUMS]` fp64, sums over this rank's tokens since it was zeroed: how many chose
-            each expert; the entropies of its distributions in nats; the two losses below, times no
-            coefficient.
+            each expert; how many were sent to others than they would have been (`Replay`); the entropies of
+            its distributions in nats; the two losses below, times no coefficient.
         balance: coefficient of the load-balancing loss a token: E · Σᵢ fᵢ pᵢ, where f is the share of a
             microbatch's choices that are expert i, and p the token's distribution (Switch Transformer, arXiv
             2101.03961, equation 4).
@@ -30,6 +38,7 @@ class Router(TopKRouter):
         super().__init__(*args, **options)
         self.measured = torch.zeros(self.num_experts + SUMS, dtype=torch.float64)
         self.balance = self.z = 0.0
+        self.router_replay = Replay(self.num_experts)
 
     def routing(self, logits: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         """As Megatron's; `logits` are `[tokens, 1, experts]`."""
@@ -53,6 +62,8 @@ class Router(TopKRouter):
             balance = self.num_experts * (whole / whole.sum() * probs.sum(0)).sum()
         with torch.no_grad():
             entropy = -(probs * log_probs).sum()
-            sums = torch.cat((picks.double(), torch.stack((entropy, balance, z)).double()))
+            changed = self.router_replay.changed
+            changed = torch.zeros_like(z) if changed is None else changed
+            sums = torch.cat((picks.double(), torch.stack((changed, entropy, balance, z)).double()))
             self.measured += sums.to(self.measured.device)
         return self.balance * balance + self.z * z

@@ -74,6 +74,14 @@ class Placement:
         """Global rank of each replica's head, by data-parallel rank."""
         return [replica_ranks(self.layout, replica)[0] for replica in range(self.layout.data_parallel)]
 
+    def layers_of(self, count: int, stage: int | None = None) -> list[int]:
+        """Numbers, from 0, of the layers of a pipeline stage's chunks; `stage` is this rank's by default."""
+        stages, chunks = self.layout.pipeline_parallel, self.layout.virtual_pipeline_parallel or 1
+        size = count // (stages * chunks)
+        stage = self.pipeline_rank if stage is None else stage
+        starts = [(chunk * stages + stage) * size for chunk in range(chunks)]
+        return [start + place for start in starts for place in range(size)]
+
     def group_of(self, ranks: Sequence[int]) -> dist.ProcessGroup:
         """The group of these ranks, which hold a tensor between them (`weights.holders`), in their order."""
         for group in (self.tensor_group, self.expert_tensor_group):

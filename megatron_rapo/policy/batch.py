@@ -11,10 +11,19 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_rapo.config import RunConfig
-from megatron_rapo.data.batching import Microbatch, Plan, Sample, pack, padded_length, plan_microbatches
+from megatron_rapo.data.batching import (
+    Microbatch,
+    OwnChoices,
+    Plan,
+    Sample,
+    pack,
+    padded_length,
+    plan_microbatches,
+)
 from megatron_rapo.data.trees import count_rows, pack_trees, plan_trees
 from megatron_rapo.episode.beginnings import Beginning
 from megatron_rapo.episode.brief import BriefEpisode, BriefSequence
+from megatron_rapo.episode.choices import ChoiceShape
 from megatron_rapo.episode.episode import Episode, ScoredEpisode
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.sequence import Sequence as TokenSequence
@@ -100,13 +109,26 @@ def plan_minibatches(minibatches: Sequence[Sequence[Sample]], config: RunConfig)
 
 
 def build_minibatches(
-    minibatches: Sequence[Sequence[Sample]], plans: Sequence[Plan], config: RunConfig, placement: Placement
+    minibatches: Sequence[Sequence[Sample]],
+    plans: Sequence[Plan],
+    config: RunConfig,
+    placement: Placement,
+    choices: ChoiceShape | None = None,
 ) -> list[list[Microbatch]]:
     """Minibatches of samples (`make_samples`), each as this rank's packed microbatches.
 
     Of this replica's samples, which must have their tokens, this context-parallel rank's tokens become
-    tensors.
+    tensors. So do the choices of experts that samples have, where `choices` says of which shape.
     """
+    own_choices = None
+    if choices is not None:
+        cut = config.parallel.sequence_parallel
+        own_choices = OwnChoices(
+            choices,
+            placement.layers_of(choices.layers),
+            placement.tensor_rank if cut else 0,
+            config.parallel.tensor_parallel if cut else 1,
+        )
     mine = [
         [[samples[index] for index in chosen] for chosen in plan[placement.data_rank]]
         for samples, plan in zip(minibatches, plans, strict=True)
@@ -130,6 +152,7 @@ def build_minibatches(
             context_rank=placement.context_rank,
             context_ranks=config.parallel.context_parallel,
             device=device(),
+            choices=own_choices,
         )
 
     return [

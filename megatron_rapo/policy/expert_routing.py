@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rapo.config import Model
+from megatron_rapo.config import Model, RunConfig
 from megatron_rapo.data.batching import Microbatch
+from megatron_rapo.episode.choices import ChoiceShape
 from megatron_rapo.model.architecture import Architecture
 from megatron_rapo.model.build import Body
-from megatron_rapo.model.router import BALANCE, ENTROPY, SUMS, Router, Z
+from megatron_rapo.model.router import BALANCE, CHANGED, ENTROPY, SUMS, Router, Z
 from megatron_rapo.parallel.device import device
 from megatron_rapo.parallel.placement import Placement
 
@@ -44,8 +45,11 @@ class ExpertRouting:
             router.balance = self._model.balance_coefficient / float(tokens)
             router.z = self._model.router_z_coefficient / float(tokens)
 
-    def metrics(self) -> Mapping[str, float]:
-        """Of the tokens of the step's updates, the same on all ranks, which call it together."""
+    def metrics(self, *, replays: bool) -> Mapping[str, float]:
+        """Of the tokens of the step's updates, the same on all ranks, which call it together.
+
+        `replays` says whether routers took choices that were made before.
+        """
         experts = self._architecture.experts
         if experts is None:
             return {}
@@ -53,7 +57,7 @@ class ExpertRouting:
         for layer, router in self._routers():
             measured[layer] += router.measured.cpu()
         dist.all_reduce(measured, group=self._placement.host_group)
-        return summarise(measured, experts.chosen)
+        return summarise(measured, experts.chosen, replays=replays)
 
     def _routers(self) -> Iterator[tuple[int, Router]]:
         """Each with the number of its layer, from 0."""
@@ -63,12 +67,21 @@ class ExpertRouting:
                     yield module.layer_number - 1, module
 
 
-def summarise(measured: Tensor, chosen: int) -> dict[str, float]:
+def told_choices(config: RunConfig, architecture: Architecture) -> ChoiceShape | None:
+    """Of the choices that engines tell with what they sample; None where none are replayed."""
+    experts = architecture.experts
+    if experts is None or config.algorithm.routing_replay != "engine":
+        return None
+    return ChoiceShape(architecture.layers, experts.count, experts.chosen)
+
+
+def summarise(measured: Tensor, chosen: int, *, replays: bool) -> dict[str, float]:
     """Metrics of what all ranks' routers measured, `[layers, experts + SUMS]` (`Router.measured`).
 
     Args:
         measured: of each layer.
         chosen: experts of a token.
+        replays: whether routers took choices that were made before.
     """
     picks = measured[:, :-SUMS]
     tokens = picks.sum(1, keepdim=True) / chosen  # of a layer; each layer has all
@@ -81,4 +94,5 @@ def summarise(measured: Tensor, chosen: int) -> dict[str, float]:
         "router/entropy": float(means[:, ENTROPY].mean()) / math.log(picks.size(1)),
         "router/balance_loss": float(means[:, BALANCE].mean()),
         "router/z_loss": float(means[:, Z].mean()),
+        **({"router/replay_changed": float(means[:, CHANGED].mean())} if replays else {}),
     }

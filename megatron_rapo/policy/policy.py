@@ -38,7 +38,7 @@ from megatron_rapo.policy.frozen import FrozenModel
 from megatron_rapo.policy.gradients import accumulate_gradients, main_gradient, unwrap, wrap
 from megatron_rapo.policy.hidden_states import whole_tokens
 from megatron_rapo.policy.learning_rate import LearningRate
-from megatron_rapo.policy.pipeline import run_forward
+from megatron_rapo.policy.pipeline import recorded_choices, run_forward, taken_choices
 from megatron_rapo.policy.weighing import mark
 from megatron_rapo.weights.fresh_adapters import begin_adapters
 from megatron_rapo.weights.load import load_weights
@@ -146,7 +146,8 @@ class Policy:
                 head = replace(head, temperature=head.temperature * method.tempered)
                 microbatch.tempered_log_probs = chunked_statistics(states, microbatch.targets, head).log_prob
 
-        run_forward(self.wrapped, microbatches, collect)
+        replays = method.options.routing_replay == "old"
+        run_forward(self.wrapped, microbatches, collect, recorded_choices if replays else taken_choices)
 
     def log_probs(self, microbatches: Sequence[Microbatch], head: Callable[[Tensor], Head]) -> list[Tensor]:
         """`[places]` log-probs of each microbatch's targets, on the last stage; nothing elsewhere.
@@ -162,7 +163,7 @@ class Policy:
             states = microbatch.at_places(whole_tokens(hidden, self.placement))
             return chunked_statistics(states, microbatch.targets, head(self.head_weight))
 
-        return run_forward(self.wrapped, microbatches, collect)
+        return run_forward(self.wrapped, microbatches, collect, taken_choices)
 
     @property
     def head_weight(self) -> Tensor:
@@ -214,7 +215,7 @@ class Policy:
             NORM: sum(norms) / len(norms) if norms else math.nan,
             "optimizer/learning_rate": sum(rates) / len(rates),
             "optimizer/changed_tensors": self._changed(before),
-            **self._routing.metrics(),
+            **self._routing.metrics(replays=objective.method.options.routing_replay != "off"),
         }
 
     @staticmethod

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from megatron_rapo.data.prompts import Prompt
 from megatron_rapo.engines.engine import Generated, Generation
+from megatron_rapo.episode.choices import ChoiceShape
 from megatron_rapo.errors import RapoError
 from megatron_rapo.rollout.response import Response
 from megatron_rapo.rollout.responses import to_response
@@ -38,6 +39,7 @@ class Sampling:
         top_p, top_k: for evaluation alone, since log-probs do not include them; 1 and -1: full support.
         first_response: number of each group's first response, which its seed comes from: to go on with a
             group is to sample what it would have had.
+        experts: of the choices that engines are to tell; None: none are needed.
     """
 
     responses_per_prompt: int
@@ -48,6 +50,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = -1
     first_response: int = 0
+    experts: ChoiceShape | None = None
 
     def seed_of(self, prompt: Prompt, response: int, turn: int = 0) -> int:
         """The seed of a turn of the prompt's `response`-th response, counted from `first_response`."""
@@ -113,6 +116,7 @@ class Request:
                 top_p=self.sampling.top_p,
                 top_k=self.sampling.top_k,
                 stop=ask.stop,
+                experts=self.sampling.experts is not None,
             )
             for ask in self.asks
         ]
@@ -130,6 +134,8 @@ class Request:
                 vocab_size=vocab_size,
                 max_tokens=ask.max_tokens,
                 source=source,
+                given=len(ask.token_ids),
+                experts=self.sampling.experts,
             )
             for ask, answer in zip(self.asks, answers, strict=True)
         ]

@@ -8,12 +8,20 @@ from typing import Literal
 import numpy as np
 
 from megatron_rapo.engines.engine import Generated
+from megatron_rapo.episode.choices import Choices, ChoiceShape
 from megatron_rapo.errors import EngineLost, RapoError
 from megatron_rapo.rollout.response import Response
 
 
 def to_response(
-    answer: Generated, *, weight_version: int, vocab_size: int, max_tokens: int, source: str
+    answer: Generated,
+    *,
+    weight_version: int,
+    vocab_size: int,
+    max_tokens: int,
+    source: str,
+    given: int = 0,
+    experts: ChoiceShape | None = None,
 ) -> Response:
     """Checks what an engine generated.
 
@@ -23,6 +31,8 @@ def to_response(
         vocab_size: token ids are below it.
         max_tokens: that were asked for.
         source: the server's address, for errors.
+        given: tokens that it continues.
+        experts: of the choices that it is to have; None: none are needed.
 
     Raises:
         EngineLost: the response was aborted, or sampled by other weights: the engine may be used again once
@@ -46,7 +56,35 @@ def to_response(
     if not np.isfinite(log_probs).all():
         raise RapoError(f"{source} sent log-probs that are not finite: the engine's weights may be broken")
     finish: Literal["stop", "length"] = "stop" if answer.finish == "stop" else "length"
-    return Response(token_ids.astype(np.int32), log_probs, weight_version, finish)
+    choices = None if experts is None else _choices(answer, given + len(token_ids) - 1, experts, source)
+    return Response(token_ids.astype(np.int32), log_probs, weight_version, finish, choices)
+
+
+def _choices(answer: Generated, tokens: int, shape: ChoiceShape, source: str) -> Choices:
+    """`[tokens, layers, chosen]`, each token's experts in a layer different ones."""
+    told = answer.experts
+    if told is None:
+        raise RapoError(
+            f"{source} does not tell the experts that its routers chose, which algorithm.routing_replay = "
+            '"engine" needs; serve the mixture that is trained, or set "old"'
+        )
+    if told.size != tokens * shape.layers * shape.chosen:
+        raise RapoError(
+            f"{source} told {told.size} experts of {tokens} tokens, where {shape.chosen} in each of "
+            f"{shape.layers} layers were expected; serve the model that is trained"
+        )
+    found = told.reshape(tokens, shape.layers, shape.chosen)
+    ordered = np.sort(found, axis=-1)
+    if ordered.size and (
+        ordered[..., 0].min() < 0
+        or ordered[..., -1].max() >= shape.experts
+        or (ordered[..., 1:] == ordered[..., :-1]).any()
+    ):
+        raise RapoError(
+            f"{source} told choices that are none: each is of {shape.chosen} different experts from 0 to "
+            f"{shape.experts - 1}; serve the model that is trained"
+        )
+    return found.astype(shape.dtype)
 
 
 def _check_versions(versions: Sequence[str], expected: int, source: str) -> None:

@@ -26,6 +26,7 @@ from megatron_rapo.policy.gradients import accumulate_gradients
 from megatron_rapo.policy.policy import Policy
 from megatron_rapo.policy.reference import Reference
 from megatron_rapo.weights.export import hf_tensors
+from tests.distributed import replayed_routing
 from tests.distributed.jobs import layout, run_job
 from tests.episodes import prompt_tokens, random_sequence
 from tests.methods import a_method
@@ -76,6 +77,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         family = name.split("-")[0]
         make_hf_model(base / name, family=family, tied="tied" in name, seed=0)
         make_hf_model(base / f"{name}-reference", family=family, tied="tied" in name, seed=7)
+    replayed_routing.make_models(base)
     return run_job(measure, base, directory=base)
 
 
@@ -109,6 +111,36 @@ def test_mismatch_equals_numpy(measured: dict[str, Any], case: str) -> None:
     expected = measured[case]["expected_mismatch"]
     assert {name.rpartition("/")[2] for name in expected} > {"0_15", "16_63"}
     assert measured[case]["mismatch"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("case", replayed_routing.CASES)
+def test_replayed_routing_equals_plain_pytorch_with_fixed_choices(
+    measured: dict[str, Any], case: str
+) -> None:
+    found = measured["replayed"][case]
+    assert found["loss"] == pytest.approx(found["expected_loss"], rel=1e-5)
+    assert found["gradient_error"] <= 1e-5
+
+
+@pytest.mark.parametrize("case", replayed_routing.CASES)
+def test_recorded_choices_are_those_of_transformers(measured: dict[str, Any], case: str) -> None:
+    found = measured["replayed"][case]
+    assert found["compared"] > 100
+    assert found["others"] == 0
+
+
+@pytest.mark.parametrize("case", replayed_routing.CASES)
+def test_changed_choices_are_those_that_differ_in_transformers(measured: dict[str, Any], case: str) -> None:
+    """Of padding no more is known than that it counts."""
+    found = measured["replayed"][case]
+    least = found["expected_differing"] * (1 - found["padding"])
+    assert found["expected_differing"] > 0.05
+    assert least - 1e-9 <= found["changed"] <= least + found["padding"] + 1e-9
+
+
+@pytest.mark.parametrize("fault", replayed_routing.FAULTS)
+def test_other_choices_show(measured: dict[str, Any], fault: str) -> None:
+    assert measured["replayed"][fault]["gradient_error"] > 1e-2
 
 
 def samples() -> list[Sample]:
@@ -196,6 +228,7 @@ def measure(base: Path, report: Path) -> None:
                 "mismatch": mismatch,
                 "expected_mismatch": expected_mismatch,
             }
+        results["replayed"] = replayed_routing.measure_all(base)
         if everyone.is_main:
             report.write_text(json.dumps(results))
 

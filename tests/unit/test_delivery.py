@@ -16,6 +16,7 @@ from megatron_rapo.certify.measure import _shared
 from megatron_rapo.config import Parallel
 from megatron_rapo.data.batching import Plan, Sample
 from megatron_rapo.episode.brief import BriefSequence
+from megatron_rapo.episode.choices import ChoiceShape
 from megatron_rapo.episode.episode import Episode, ScoredEpisode
 from megatron_rapo.episode.group import Group
 from megatron_rapo.episode.guide import PLAIN, Guide
@@ -35,6 +36,15 @@ from tests.unit.test_batch import VOCABULARY, config
 
 TYPES = {"token_ids": np.int32, "sampled": np.bool_, "log_probs": np.float32, "versions": np.int32}
 GROUPS = 7
+# Of each pipeline stage, by PP and VPP; chunks take turns over the stages.
+LAYERS = {
+    (1, 1): [[0, 1, 2, 3, 4, 5, 6, 7]],
+    (2, 1): [[0, 1, 2, 3], [4, 5, 6, 7]],
+    (2, 2): [[0, 1, 4, 5], [2, 3, 6, 7]],
+}
+SHAPE = ChoiceShape(layers=8, experts=200, chosen=2)
+# Of each token, layer and choice another number.
+PLACES = np.arange(40 * 16).reshape(40, 8, 2)
 
 
 def sequence(number: int, *, sampled: bool = True) -> Sequence:
@@ -50,6 +60,7 @@ def sequence(number: int, *, sampled: bool = True) -> Sequence:
         sampled=mask,
         log_probs=np.where(mask, -0.5 - number, np.nan).astype(floats),
         versions=np.where(mask, number, -1).astype(integers),
+        experts=None if number % 4 == 1 else ((7 * number + PLACES[:tokens]) % 200).astype(SHAPE.dtype),
     )
 
 
@@ -84,6 +95,12 @@ def equal(one: Any, other: Any) -> bool:
     )
 
 
+def of_layers(one: Sequence, layers: list[int]) -> np.ndarray[Any, Any]:
+    """A sequence's choices in these layers; unknown ones where it has none."""
+    told = SHAPE.untold(len(one)) if one.experts is None else one.experts
+    return told[:, layers]
+
+
 def plans(count: int, replicas: int, seed: int) -> tuple[list[int], list[Plan], list[int]]:
     """How many samples three minibatches have, one of them none; their plans; the replica of each sample."""
     random = np.random.default_rng(seed)
@@ -107,6 +124,7 @@ def plans(count: int, replicas: int, seed: int) -> tuple[list[int], list[Plan], 
         {"data_parallel": 4},
         {"data_parallel": 3, "tensor_parallel": 2},
         {"data_parallel": 2, "pipeline_parallel": 2, "context_parallel": 2},
+        {"data_parallel": 2, "pipeline_parallel": 2, "virtual_pipeline_parallel": 2, "tensor_parallel": 2},
     ],
 )
 @pytest.mark.parametrize("seed", [0, 1])
@@ -129,7 +147,7 @@ def test_each_replica_has_the_tokens_that_it_trains_on(
         batch = Batch([sampled.groups[place] for place in chosen], sampled, 0)
         samples = iter([Sample(one, 1.0, 0.0, 1.0) for one in sequences(batch.groups)])
         minibatches = [[next(samples) for _ in range(size)] for size in sizes]
-        found = with_tokens(minibatches, plan, batch, placement)
+        found = with_tokens(minibatches, plan, batch, placement, SHAPE)
         assert list(map(len, found)) == sizes
         return [sample.sequence for minibatch in found for sample in minibatch]
 
@@ -138,6 +156,12 @@ def test_each_replica_has_the_tokens_that_it_trains_on(
         for one, other, replica in zip(found, expected, trains, strict=True):
             if replica == mine:
                 assert equal(one, other)
+                assert one.experts.dtype == SHAPE.dtype
+                layers = LAYERS[
+                    layout.get("pipeline_parallel", 1), layout.get("virtual_pipeline_parallel", 1)
+                ]
+                stage = rank // (ranks.layout.world_size // len(layers))
+                assert np.array_equal(one.experts, of_layers(other, layers[stage]))
             else:
                 assert one == other.brief()
 

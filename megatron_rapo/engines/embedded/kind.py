@@ -19,6 +19,7 @@ class Embedded(Routed):
 
     Options = EmbeddedOptions
     options: EmbeddedOptions
+    hides_experts = None
     bash = """\
 command=("$ENGINE_PYTHON" -m megatron_rapo.embedded_server --model "$MODEL")
 ((GPUS_PER_NODE == 0)) || command+=(--device cuda)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ def generate_body(wanted: Sequence[Generation]) -> dict[str, Any]:
         "input_ids": [one.token_ids for one in wanted],
         "sampling_params": [sampling_params(one) for one in wanted],
         "return_logprob": True,
+        **({"return_routed_experts": True} if any(one.experts for one in wanted) else {}),
     }
 
 
@@ -58,6 +60,8 @@ def to_generated(answer: Any, source: str) -> Generated:
         finish = reason["type"] if reason["type"] in ("stop", "length") else str(reason)
         versions = [meta["weight_version"]]
         versions += [span["version"] for span in meta.get("weight_versions") or []]
+        told = meta.get("routed_experts")
+        experts = None if told is None else np.frombuffer(b64decode(told, validate=True), np.int32)
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise EngineLost(
             f"{source} sent a response that lacks what SGLang sends ({error!r}): {str(answer)[:500]}; "
@@ -69,7 +73,7 @@ def to_generated(answer: Any, source: str) -> Generated:
             f"{source} sent {len(token_ids)} tokens and {len(log_probs)} log-probs, which are not of the "
             "same tokens; this server's responses cannot be trained on"
         )
-    return Generated(token_ids, log_probs, tuple(map(str, versions)), finish)
+    return Generated(token_ids, log_probs, tuple(map(str, versions)), finish, experts)
 
 
 def prompt_log_probs(

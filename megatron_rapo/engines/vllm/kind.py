@@ -22,6 +22,7 @@ class VLLM(EngineKind):
     options: VLLMOptions
     # Not shown yet: it may lay experts out anew for its kernels once they are loaded.
     takes_experts = False
+    hides_experts = "is not asked for them: it does not train mixtures here"
     bash = """\
 mapfile -t command < <("${RAPO[@]}" engine vllm --python "$ENGINE_PYTHON")
 command+=(--model "$MODEL")
