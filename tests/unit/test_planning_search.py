@@ -13,7 +13,7 @@ from megatron_rapo.config import load_config
 from megatron_rapo.errors import RapoError
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.planning import plan as planning
-from megatron_rapo.planning import trainer_cost
+from megatron_rapo.planning import profile, trainer_cost
 from megatron_rapo.planning.layouts import Division, divisions, engine_splits, trainer_layouts
 from megatron_rapo.planning.plan import USABLE, Planned, Planner
 from megatron_rapo.planning.profile import read_profile
@@ -69,7 +69,7 @@ def of_division(given: Planner, division: Division) -> Iterator[Planned]:
 @pytest.mark.parametrize("name", ["qwen3-30b-a3b", "qwen2.5-7b"])
 def test_the_search_finds_what_an_enumeration_finds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "_KEPT", KEPT)
-    given = planner(name, "rollout.prompts_per_step=16", "algorithm.minibatch_prompts=16")
+    given = planner(name, "rollout.prompts_per_step=16", "algorithm.minibatch_prompts=8")
     experts = given.architecture.experts and replace(given.architecture.experts, count=8)
     mine = replace(given, architecture=replace(given.architecture, layers=4, experts=experts))
     found = mine.plan(4).found
@@ -84,7 +84,7 @@ def test_a_mixture_on_4096_devices_prices_what_layouts_share_once(monkeypatch: p
 
     def counting(*given: Any) -> float:
         counted.append(given)
-        return all_reduce_s(*given)
+        return profile.all_reduce_s(*given)
 
     monkeypatch.setattr(trainer_cost, "all_reduce_s", counting)
     plan = planner("qwen3-30b-a3b").plan(4096)
