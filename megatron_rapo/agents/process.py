@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from megatron_rapo.agents.plan import Plan
@@ -158,23 +159,26 @@ class AgentProcess:
         """Hands answers out, until the process ends."""
         why = "it was closed"
         try:
-            while line := await reader.readline():
-                told = json.loads(line)
-                if (timer := self._given_up.pop(told["number"], None)) is not None:
-                    timer.cancel()
-                answer = self._waiting.get(told["number"])
-                if answer is not None and not answer.done():
-                    self._hand_out(answer, told)
+            with suppress(ConnectionError):  # a process that ends with something unread resets it
+                while line := await reader.readline():
+                    self._take(json.loads(line))
             self._end()
             status = await asyncio.to_thread(self._keeper.wait)
             why = f"its process ended with status {status}; what it printed stands above"
-        except (ValueError, KeyError, ConnectionError) as error:
+        except (ValueError, KeyError) as error:
             why = f"its process said what is no answer: {error!r}"
             self._end()
         finally:
             for answer in self._waiting.values():
                 if not answer.done():
                     answer.set_exception(ProgramFault(f"{self._plan.address}: {why}"))
+
+    def _take(self, told: Mapping[str, Any]) -> None:
+        if (timer := self._given_up.pop(told["number"], None)) is not None:
+            timer.cancel()
+        answer = self._waiting.get(told["number"])
+        if answer is not None and not answer.done():
+            self._hand_out(answer, told)
 
     def _hand_out(self, answer: asyncio.Future[Any], told: Mapping[str, Any]) -> None:
         if "raised" in told:

@@ -12,7 +12,7 @@ from megatron_rapo.evaluation.frontier import grid
 from megatron_rapo.study.added_seeds import Look, read_looks
 from megatron_rapo.study.contrasts import Told, tell
 from megatron_rapo.study.crossed import Crossed, crossed
-from megatron_rapo.study.outcomes import check_disjoint, check_same_problems, judged, values
+from megatron_rapo.study.outcomes import check_same_problems, judged, unseen, values
 from megatron_rapo.study.results import COMPUTE, Result
 from megatron_rapo.study.scaling import PowerLaw, power_law
 from megatron_rapo.study.schema import Outcome, Study
@@ -80,6 +80,7 @@ class Analysis:
         arms: in the study's order.
         searches: by arm.
         excluded: runs of the study without a result.
+        seen: problems that were judged, and are left out, as the search saw them too.
         looks: at the interval, where seeds were added until it was narrow.
         results: of both stages.
     """
@@ -89,6 +90,7 @@ class Analysis:
     arms: Sequence[ArmResults]
     searches: Mapping[str, Search]
     excluded: Sequence[Excluded]
+    seen: int
     looks: Sequence[Look]
     results: Sequence[Result]
 
@@ -102,16 +104,18 @@ def analyse(study: Study, stages: Stages, folder: Path) -> Analysis:
     """Computes all of it.
 
     Raises:
-        RapoError: results cannot be compared, or the search saw held-out problems.
+        RapoError: results cannot be compared, or the search saw many held-out problems.
     """
     outcome = Outcome.read(study.outcome)
-    main = [stages.results[run.name] for run in stages.main if run.name in stages.results]
-    searched = [stages.results[run.name] for run in stages.tuning if run.name in stages.results]
+    searched, main = (
+        [stages.results[run.name] for run in stage if run.name in stages.results]
+        for stage in (stages.tuning, stages.main)
+    )
+    main, seen = unseen(searched, main)
     by_arm: dict[str, dict[int, Result]] = {arm.name: {} for arm in stages.arms}
     for result in main:
         by_arm[result.arm][result.seed] = result
     check_same_problems(main, outcome)
-    check_disjoint(searched, main)
     return Analysis(
         study=study,
         contrasts=tell(study.contrasts, study.outcome, by_arm),
@@ -128,6 +132,7 @@ def analyse(study: Study, stages: Stages, folder: Path) -> Analysis:
             )
             for arm, seed in stages.later
         ],
+        seen=seen,
         looks=read_looks(folder),
         results=[*searched, *main],
     )

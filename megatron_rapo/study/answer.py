@@ -62,6 +62,11 @@ def _found(analysis: Analysis) -> Iterator[str]:
             f"{len(analysis.excluded)} runs have no result and are left out by rule, whatever they would "
             "have shown: a contrast takes the seeds that both of its arms have."
         )
+    if analysis.seen:
+        yield (
+            f"{analysis.seen} of the problems that were judged are left out by rule, of all arms, as the "
+            "search saw them too."
+        )
     for arm, search in analysis.searches.items():
         for option in search.at_edge:
             yield (

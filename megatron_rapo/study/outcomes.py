@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,9 @@ from megatron_rapo.study.results import Judged, Result
 from megatron_rapo.study.schema import Outcome
 
 Floats = npt.NDArray[np.float64]
+
+# Of the problems that a study is judged on: so many may chance to be among those of its search.
+MOST_SEEN = 0.1
 
 
 def judged(result: Result, outcome: Outcome) -> tuple[str, Judged]:
@@ -76,12 +80,33 @@ def check_same_problems(results: Sequence[Result], outcome: Outcome) -> None:
             )
 
 
-def check_disjoint(search: Sequence[Result], final: Sequence[Result]) -> None:
-    """Raises RapoError where the search saw problems that the study is judged on."""
+def unseen(search: Sequence[Result], final: Sequence[Result]) -> tuple[list[Result], int]:
+    """The final runs' results without the problems that the search saw as well, and how many these were.
+
+    Raises:
+        RapoError: they were more than MOST_SEEN of those that the study is judged on.
+    """
     seen = {problem for one in search for part in one.judged.values() for problem in part.problems}
     held_out = {problem for one in final for part in one.judged.values() for problem in part.problems}
-    if both := seen & held_out:
+    both = seen & held_out
+    if len(both) > MOST_SEEN * len(held_out):
         raise RapoError(
             f"{len(both)} of the {len(held_out)} problems that the study is judged on were seen by its "
             "search; give tuning.options.evaluate.data problems of its own (another seed, another file)"
         )
+    if not both:
+        return list(final), 0
+    return [
+        replace(one, judged={name: _without(part, both) for name, part in one.judged.items()})
+        for one in final
+    ], len(both)
+
+
+def _without(part: Judged, problems: Set[str]) -> Judged:
+    kept = [place for place, problem in enumerate(part.problems) if problem not in problems]
+    return Judged(
+        problems=[part.problems[place] for place in kept],
+        samples=[part.samples[place] for place in kept],
+        correct=[part.correct[place] for place in kept],
+        reward=None if part.reward is None else [part.reward[place] for place in kept],
+    )

@@ -76,7 +76,7 @@ def made(name: str) -> Any:
                 **dict.fromkeys(["text", "input_ids", "rid", "model"]),
                 **dict.fromkeys(["return_logprob", "no_logs", "stream", "background"], False),
                 **dict.fromkeys(["return_text_in_logprobs", "return_hidden_states"], False),
-                **dict.fromkeys(["return_entropy", "return_bytes"], False),
+                **dict.fromkeys(["return_entropy", "return_bytes", "return_routed_experts"], False),
                 "log_metrics": True,
             },
         ),

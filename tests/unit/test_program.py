@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import io
 import re
 import signal
 import subprocess
@@ -11,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -19,6 +22,7 @@ from transformers import AutoConfig
 
 from megatron_rapo.agents import process as agent_process
 from megatron_rapo.agents.foreign import worker
+from megatron_rapo.agents.process import AgentProcess
 from megatron_rapo.config import RunConfig
 from megatron_rapo.config.load import validate
 from megatron_rapo.data.prompts import Prompt
@@ -200,6 +204,23 @@ FAULTS = {
     "asks_nothing": "the program asked for 0 turns, none of which is trained on",
     "other_sessions": r"sessions of the episode: [''], of the answer: ['x']",
 }
+
+
+def test_a_connection_that_is_reset_is_the_end_of_the_process_like_any_other() -> None:
+    """So it is where the process ends before it has read all that it was told."""
+
+    async def read() -> BaseException | None:
+        process = AgentProcess.__new__(AgentProcess)
+        process._plan = SimpleNamespace(address="agents:dies")  # type: ignore[assignment]
+        process._keeper = SimpleNamespace(stdin=io.BytesIO(), wait=lambda: 7)  # type: ignore[assignment]
+        answer = asyncio.get_running_loop().create_future()
+        process._waiting, process._given_up = {0: answer}, {}
+        reader = asyncio.StreamReader()
+        reader.set_exception(ConnectionResetError(104, "Connection reset by peer"))
+        await process._read(reader)
+        return answer.exception()
+
+    assert FAULTS["dies"] in str(asyncio.run(read()))
 
 
 @pytest.mark.parametrize("program", FAULTS)

@@ -399,13 +399,13 @@ def sees_siblings(patch: pytest.MonkeyPatch) -> None:
     """A segment that goes on from another attends to all rows before it, so a response to its sibling."""
     right = Branches.of
 
-    def all_before(queries: Sequence[int], keys: Sequence[int], rows: Tensor) -> Branches:
+    def all_before(queries: Sequence[int], keys: Sequence[int], rows: Tensor, *given: Any) -> Branches:
         ends = np.cumsum(queries).tolist()
         parts = [
             torch.arange(end) if len(own) > length else own
             for end, length, own in zip(ends, queries, rows.split(list(keys)), strict=True)
         ]
-        return right(queries, [len(part) for part in parts], torch.cat(parts))
+        return right(queries, [len(part) for part in parts], torch.cat(parts), *given)
 
     patch.setattr(Branches, "of", all_before)
 

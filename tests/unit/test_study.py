@@ -672,6 +672,29 @@ def test_a_search_that_saw_held_out_problems_is_refused(
         command.report(opened)
 
 
+def test_a_few_problems_that_the_search_saw_are_left_out_of_all_arms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = tuned(tmp_path)
+    make_all(opened, monkeypatch)
+    for file in sorted((opened.folder / "results").glob("tuning-*.json")):
+        result = json.loads(file.read_text())
+        [judged] = result["judged"].values()
+        judged["problems"][3:] = [f"another {place}" for place in range(3, PROBLEMS)]
+        file.write_text(json.dumps(result))
+    told = command.report(opened)
+    page = (opened.folder / "report/report.html").read_text()
+    assert "3 of the problems that were judged are left out by rule, of all arms, as the search saw" in page
+    runs = opened.plan().main
+    for first, stated in ((3, True), (0, False)):
+        found = [
+            (run.arm, pass_at_k(np.array(counts(run)), np.full(PROBLEMS, 8), 4)[first:].mean())
+            for run in runs
+        ]
+        means = [np.mean([mean for mine, mean in found if mine == arm]) for arm in "ab"]
+        assert (f"{means[1] - means[0]:+.3f}" in told) == stated
+
+
 def test_an_arm_follows_another_with_its_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = {"optimizer.learning_rate": [1e-4, 2e-4]}
     control = {"algorithm.method": "matched_entropy", "algorithm.entropy_of": "@run"}
