@@ -71,7 +71,13 @@ def _bars(timeline: RunTimeline) -> list[Row]:
 def _engines(timeline: RunTimeline) -> list[Row]:
     """Whether an engine was busy, or what the trainer was at while it was not."""
     return [
-        {"run": timeline.run, "engine": one.engine, "state": state, "seconds": seconds}
+        {
+            "run": timeline.run,
+            "engine": one.engine,
+            "address": one.address,
+            "state": state,
+            "seconds": seconds,
+        }
         for one in timeline.engines
         for state, seconds in [("busy", one.busy), *one.idle.items()]
     ]

@@ -12,7 +12,7 @@ from megatron_rapo.report.sources import file_name
 from megatron_rapo.timeline.idle import idle_by_cause, stretches
 from megatron_rapo.timeline.record import FOLDER
 from megatron_rapo.timeline.simulated import shown_name
-from megatron_rapo.timeline.trace import Run, Stay, load
+from megatron_rapo.timeline.trace import Run, load
 
 STEPS = 3  # in the picture
 LANES = 8  # of ranks, and of engines
@@ -34,20 +34,22 @@ _OTHERS = "muted"
 
 @dataclass(frozen=True)
 class EngineTime:
-    """An engine's seconds over a whole run.
+    """An engine's seconds since its run was last started.
 
     Attributes:
+        address: of the engine; one that came back may have another.
         busy: with at least one request.
         idle: without, by the phase that the trainer was in; the longest first.
     """
 
     engine: str
+    address: str
     busy: float
     idle: Mapping[str, float]
 
     @property
     def whole(self) -> float:
-        """All seconds of the run."""
+        """All of these seconds."""
         return self.busy + sum(self.idle.values())
 
 
@@ -77,11 +79,10 @@ def timelines_of(runs: Sequence[Path]) -> list[RunTimeline]:
 
 def _timeline(directory: Path) -> Iterator[RunTimeline]:
     try:
-        run = load(directory)
+        run = _since_start(load(directory))
     except RapoError:  # it ended before its first phase did: there is nothing to be shown
         return
-    first_rank = _since_start(run.stays[min(run.stays)])
-    steps = sorted({stay.step for stay in first_rank if stay.phase == "update"})[-STEPS:]
+    steps = sorted({stay.step for stay in run.stays[min(run.stays)] if stay.phase == "update"})[-STEPS:]
     if not steps:
         return
     name = shown_name(directory)
@@ -97,7 +98,7 @@ def _timeline(directory: Path) -> Iterator[RunTimeline]:
 
 def _schedule(run: Run, steps: Sequence[int], name: str) -> Schedule:
     shown = {
-        rank: [stay for stay in _since_start(stays) if stay.step in steps]
+        rank: [stay for stay in stays if stay.step in steps]
         for rank, stays in sorted(run.stays.items())[:LANES]
     }
     start = min(stays[0].begun for stays in shown.values() if stays)
@@ -106,9 +107,9 @@ def _schedule(run: Run, steps: Sequence[int], name: str) -> Schedule:
         Lane(
             f"rank {rank}",
             tuple(
-                Bar(stay.begun - start, stay.ended - start, _outer(stay))
+                Bar(stay.begun - start, stay.ended - start, _outer(stay.phase))
                 for stay in stays
-                if _outer(stay) != _BETWEEN
+                if _outer(stay.phase) != _BETWEEN
             ),
         )
         for rank, stays in shown.items()
@@ -130,30 +131,29 @@ def _schedule(run: Run, steps: Sequence[int], name: str) -> Schedule:
     )
 
 
-def _since_start(stays: Sequence[Stay]) -> list[Stay]:
-    """Those since the run was last started: one that was killed repeats steps."""
-    started = max((place for place, stay in enumerate(stays) if stay.step == 0), default=-1)
-    return list(stays[started + 1 :])
+def _since_start(run: Run) -> Run:
+    """What was since the run was last started: one that was killed repeats steps, and has other engines."""
+    stays = {}
+    for rank, own in run.stays.items():
+        started = max((place for place, stay in enumerate(own) if stay.step == 0), default=-1)
+        stays[rank] = own[started + 1 :]
+    begun = min((own[0].begun for own in stays.values() if own), default=0.0)
+    asked = {engine: [one for one in of if one.begun >= begun] for engine, of in run.asked.items()}
+    return Run(stays, {engine: of for engine, of in asked.items() if of})
 
 
-def _outer(stay: Stay) -> str:
-    return stay.phase.partition("/")[0]
+def _outer(phase: str) -> str:
+    return phase.partition("/")[0]
 
 
 def _engines(run: Run) -> Iterator[EngineTime]:
-    for number, seconds in enumerate(idle_by_cause(run).values()):
-        causes = _by_outer(seconds)
+    for number, (address, seconds) in enumerate(idle_by_cause(run).items()):
+        causes: dict[str, float] = {}
+        for phase, spent in seconds.items():
+            causes[_outer(phase)] = causes.get(_outer(phase), 0.0) + spent
         busy = causes.pop("busy")
         longest = sorted(causes.items(), key=lambda one: (-one[1], one[0]))
-        yield EngineTime(f"engine {number}", busy, dict(longest))
-
-
-def _by_outer(seconds: Mapping[str, float]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for phase, spent in seconds.items():
-        outer = phase.partition("/")[0]
-        found[outer] = found.get(outer, 0.0) + spent
-    return found
+        yield EngineTime(f"engine {number}", address, busy, dict(longest))
 
 
 def _left_out(run: Run) -> str:

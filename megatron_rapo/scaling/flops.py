@@ -95,7 +95,7 @@ def recomputed_flops(
 ) -> int:
     """What an update computes again under `model.recompute = "full"`: each layer's forward, no head."""
     lengths = list(lengths)
-    adapters = 0 if adapter is None else 2 * sum(lengths) * count_adapter_parameters(architecture, adapter)
+    adapters = 0 if adapter is None else 2 * sum(lengths) * _adapters(architecture, adapter)
     return forward_flops(replace(architecture, vocabulary=0), lengths, attended) + adapters
 
 

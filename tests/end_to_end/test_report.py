@@ -67,7 +67,8 @@ def write_timeline(run: Path) -> None:
     phases = ((0.0, "between phases"), (1.0, "rollout"), (5.0, "update"), (9.0, "publish/send"))
     (run / FOLDER).mkdir()
     for rank in (0, 1):
-        lines: list[list[object]] = []
+        lines: list[list[object]] = [[0.0, 0, "load"], [1.0, 1, "rollout"], [5.0, 1, "update"]]
+        lines += [[1.0, 5.0, "http://before:1", 8], [6.0, 0, "load"]]  # the run was started again
         for start, step in ((10.0 * step, step) for step in range(2, 42)):
             lines += [[start + at, step, phase] for at, phase in phases]
             lines += [[start + 2, start + 4, "http://one:1", 8]] if rank == 0 else []
@@ -172,7 +173,7 @@ class TestPage:
             (f"{at}", f"{at + 2}", "engine at work") for at in (2.0, 12.0, 22.0)
         ]
         assert section.locator("tbody tr").all_inner_texts() == [
-            "engine 0\t20.0%\tupdate 40.0%, rollout 20.0%, between phases 10.0%, publish 10.0%"
+            "engine 0 http://one:1\t20.0%\tupdate 40.0%, rollout 20.0%, between phases 10.0%, publish 10.0%"
         ]
 
     def test_a_curve_tells_its_values(self, page: Page) -> None:

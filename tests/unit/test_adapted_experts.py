@@ -18,7 +18,7 @@ from megatron_rapo.model.adapter_rules import adapted_linears
 from megatron_rapo.model.architecture import Experts
 from megatron_rapo.model.hf_config import read_architecture
 from megatron_rapo.model.parameters import count_adapter_parameters, count_expert_adapter_parameters
-from megatron_rapo.scaling.flops import training_flops
+from megatron_rapo.scaling.flops import recomputed_flops, training_flops
 from megatron_rapo.weights.peft_directory import write_peft_files
 from tests.models import make_hf_model
 from tests.unit.test_memory import QWEN2_7B, estimate
@@ -84,9 +84,13 @@ def test_each_expert_has_its_own() -> None:
 
 def test_a_token_passes_the_adapters_of_experts_that_it_chooses() -> None:
     both, attention = Adapter(rank=5), Adapter(rank=5, targets=["q_proj", "k_proj", "v_proj", "o_proj"])
-    more = training_flops(MIXTURE, [7], adapter=both) - training_flops(MIXTURE, [7], adapter=attention)
+    more, again = (
+        flops(MIXTURE, [7], adapter=both) - flops(MIXTURE, [7], adapter=attention)
+        for flops in (training_flops, recomputed_flops)
+    )
     chosen = 28 * 2 * 3 * 5 * (3584 + 18944)
     assert more == 3 * 2 * 7 * chosen  # forward, and a backward of twice as many products
+    assert again == 2 * 7 * chosen
 
 
 def test_memory_has_states_of_a_ranks_own_experts_adapters() -> None:
